@@ -1,0 +1,1 @@
+"""Parts for methods, in plain torch: no config, no Detectron2."""

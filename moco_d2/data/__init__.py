@@ -1,0 +1,18 @@
+"""Images to views: sources, augmentation recipes, the loader. Importing it registers ``imagenet_train``."""
+
+from moco_d2.data.augment import RECIPES, Recipe, build_recipe
+from moco_d2.data.loader import EpochSampler, ViewDataset, ViewLoader, read_image, stream_seed
+from moco_d2.data.sources import list_folder, list_images
+
+__all__ = [
+    "RECIPES",
+    "EpochSampler",
+    "Recipe",
+    "ViewDataset",
+    "ViewLoader",
+    "build_recipe",
+    "list_folder",
+    "list_images",
+    "read_image",
+    "stream_seed",
+]

@@ -1,0 +1,22 @@
+"""The exponential moving average that makes a key encoder (MoCo, Eq. 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def ema_update_(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """Move the target's parameters towards the online network's: theta_k <- m theta_k + (1 - m) theta_q.
+
+    Parameters only: BN running statistics are the target's own, as in the authors' code.
+
+    Args:
+        target: the key (target, teacher) network, changed in place.
+        online: the query (online, student) network, of the same architecture.
+        momentum: m in [0, 1], the share that is kept.
+    """
+    kept, new = list(target.parameters()), list(online.parameters())
+    torch._foreach_mul_(kept, momentum)
+    torch._foreach_add_(kept, new, alpha=1 - momentum)

@@ -1,0 +1,183 @@
+"""MoCo v1 (He et al., arXiv 1911.05722) and v2 (Chen et al., arXiv 2003.04297).
+
+Letters: N images per process, R processes, C feature dimension, K keys in the queue.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moco_d2.layers.batch_norm import deinterleave, interleave, use_group_batch_norm
+from moco_d2.layers.distributed import all_gather, rank, shared_permutation, world_size
+from moco_d2.layers.ema import ema_update_
+from moco_d2.layers.heads import mlp_head, without_head
+from moco_d2.layers.losses import contrast_accuracy, info_nce, info_nce_logits
+from moco_d2.layers.queue import FeatureQueue
+from moco_d2.methods.base import SSLMethod, register
+
+logger = logging.getLogger(__name__)
+
+PAPER_GROUPS = 8  # The paper trains on 8 GPUs, each with its own batch statistics.
+
+
+@register
+class MoCo(SSLMethod):
+    """Momentum contrast: a query encoder, its slowly moving average, and a queue of that one's past keys.
+
+    The defaults are MoCo v1's; v2 is ``mlp=True, temperature=0.2`` (with its augmentation and cosine schedule, which
+    are not the method's business).
+    """
+
+    def __init__(
+        self,
+        encoder: Callable[..., nn.Module],
+        dim: int = 128,
+        queue_size: int = 65536,
+        momentum: float = 0.999,
+        temperature: float = 0.07,
+        mlp: bool = False,
+        symmetric: bool = False,
+        shuffle: bool = True,
+        bn_groups: int = 0,
+    ) -> None:
+        """Build both encoders and the queue.
+
+        Args:
+            encoder: called as ``encoder(num_classes=dim)``; returns a network whose last layer is a Linear ``fc``.
+            dim: C, size of a feature.
+            queue_size: K, number of negatives.
+            momentum: m in [0, 1], the key encoder's decay (Eq. 2).
+            temperature: tau > 0 (Eq. 1).
+            mlp: MoCo v2's two-layer head instead of v1's single layer.
+            symmetric: let both views query (the authors' CIFAR demo can; the papers do not). The loss is the sum.
+            shuffle: shuffling BN (section 3.3). Without it batch statistics betray the positive.
+            bn_groups: batch statistics are computed over this many groups in each process. 1 is plain BN; 0 means as
+                many as make 8 in all (the paper's 8 GPUs), at least one a process. With a single group in all,
+                shuffling has no effect.
+
+        Raises:
+            ValueError: a value out of range, or an encoder without a Linear ``fc``.
+        """
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum is {momentum}; it must be in [0, 1] (the paper's is 0.999)")
+        if temperature <= 0:
+            raise ValueError(f"temperature is {temperature}; it must be positive (v1: 0.07, v2: 0.2)")
+        if bn_groups < 0:
+            raise ValueError(f"bn_groups is {bn_groups}; it must be 0 (the paper's 8 in all) or positive")
+        self.momentum = momentum
+        self.temperature = temperature
+        self.symmetric = symmetric
+        self.shuffle = shuffle
+        self.bn_groups = bn_groups or max(1, PAPER_GROUPS // world_size())
+        if shuffle and self.bn_groups * world_size() == 1:
+            logger.warning("shuffling BN has no effect with a single BN group: set SSL.ARGS.bn_groups to 2 or more")
+
+        self.encoder_q = encoder(num_classes=dim)
+        head = getattr(self.encoder_q, "fc", None)
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"MoCo needs an encoder whose head is a Linear called fc, got {type(head).__name__}")
+        if mlp:
+            self.encoder_q.fc = mlp_head(head)
+        if self.bn_groups > 1:
+            use_group_batch_norm(self.encoder_q, self.bn_groups)
+        self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
+        self.queue = FeatureQueue(queue_size, dim)
+
+    def forward(self, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Algorithm 1 of the paper: the loss of two views (N, 3, H, W) of each image."""
+        x1, x2 = views
+        self._check_groups(len(x1))
+        if self.training:
+            ema_update_(self.encoder_k, self.encoder_q, self.momentum)
+        if self.symmetric:
+            loss_12, keys_2 = self._contrast(x1, x2)
+            loss_21, keys_1 = self._contrast(x2, x1)
+            loss, keys = loss_12 + loss_21, torch.cat([keys_1, keys_2])
+        else:
+            loss, keys = self._contrast(x1, x2)
+        if self.training:
+            self.queue.enqueue(keys)  # After the logits: a step's own keys are never its negatives.
+        return {"loss_contrast": loss}
+
+    def _contrast(self, x_q: torch.Tensor, x_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of queries x_q against keys x_k, and all processes' keys (R * N, C) in batch order."""
+        q = self._encode(self.encoder_q, x_q)  # (N, C)
+        all_keys = self._shuffled_keys(x_k)  # (R * N, C)
+        k = all_keys.unflatten(0, (world_size(), -1))[rank()]  # (N, C)
+        # A copy, because the queue changes in place before the backward pass reads the negatives.
+        logits = info_nce_logits(q, k, self.queue.features.clone(), self.temperature)  # (N, 1 + K)
+        self._record(q, logits)
+        return info_nce(logits), all_keys
+
+    def _encode(self, encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        features = deinterleave(encoder(interleave(x, self.bn_groups)), self.bn_groups)
+        return F.normalize(features, dim=1)
+
+    @torch.no_grad()
+    def _shuffled_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Encode keys with the batch shuffled across processes and BN groups, and return them in batch order.
+
+        Shuffling BN, section 3.3: the key of an image is normalised with other images than its query.
+        """
+        if not self.shuffle:
+            return all_gather(self._encode(self.encoder_k, x))
+        everyone = all_gather(x)  # (R * N, 3, H, W)
+        permutation = shared_permutation(len(everyone), x.device)
+        mine = permutation.unflatten(0, (world_size(), -1))[rank()]
+        keys = all_gather(self._encode(self.encoder_k, everyone[mine]))
+        return keys[permutation.argsort()]
+
+    @torch.no_grad()
+    def _record(self, q: torch.Tensor, logits: torch.Tensor) -> None:
+        self.metrics = {
+            "contrast_acc1": contrast_accuracy(logits, 1),
+            "contrast_acc5": contrast_accuracy(logits, 5),
+            "positive_similarity": logits[:, 0].mean() * self.temperature,
+            "negative_similarity": logits[:, 1:].mean() * self.temperature,
+            # 1 / sqrt(C) when features spread over the sphere, 0 when they have collapsed to a point.
+            "feature_std": q.std(dim=0).mean(),
+        }
+
+    def _check_groups(self, n: int) -> None:
+        if self.training and n % self.bn_groups:
+            raise ValueError(
+                f"{n} images per process cannot be split into {self.bn_groups} BN groups; "
+                f"make the batch a multiple of it, or set SSL.ARGS.bn_groups"
+            )
+
+    def backbone(self) -> nn.Module:
+        """Return the query encoder without its head: MoCo transfers f_q."""
+        return without_head(self.encoder_q)
+
+    @staticmethod
+    def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Accept the authors' training checkpoints too (see :func:`from_official`)."""
+        return from_official(state)
+
+
+def from_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Translate the full ``state_dict`` of an official MoCo v1/v2 checkpoint to this class's names.
+
+    The encoders keep their names; a ``module.`` prefix goes; ``queue`` (C, K) becomes ``queue.features`` (K, C) and
+    ``queue_ptr`` becomes ``queue.pointer``. A state dict that already has this class's names is returned as it is.
+    """
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    if "queue" in state:
+        state["queue.features"] = state.pop("queue").T.contiguous()
+        state["queue.pointer"] = state.pop("queue_ptr")
+    return state
+
+
+def to_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Undo :func:`from_official`: the layout that the authors' scripts and converters read."""
+    renamed = {f"module.{key}": value for key, value in state.items() if not key.startswith("queue.")}
+    renamed["module.queue"] = state["queue.features"].T.contiguous()
+    renamed["module.queue_ptr"] = state["queue.pointer"]
+    return renamed

@@ -1,0 +1,69 @@
+"""Packaging metadata; every tool's settings are in pyproject.toml, the tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """Read the version without importing the package, which would need Detectron2."""
+    match = re.search(r'^__version__ = "([^"]+)"', (ROOT / "moco_d2" / "__init__.py").read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError("moco_d2/__init__.py has no __version__ line")
+    return match[1]
+
+
+readme = ROOT / "README.md"
+
+setup(
+    name="moco_d2",
+    version=version(),
+    description="MoCo pretraining, conversion, detection transfer and evaluation for Detectron2",
+    long_description=readme.read_text() if readme.is_file() else "",
+    long_description_content_type="text/markdown",
+    author="moco_d2 contributors",
+    license="MIT",
+    python_requires=">=3.10",
+    # configs/ lies beside the package in a checkout and becomes moco_d2/configs when installed; config.py knows both.
+    packages=[*find_packages(include=["moco_d2", "moco_d2.*"]), "moco_d2.configs"],
+    package_dir={"moco_d2.configs": "configs"},
+    package_data={"moco_d2.configs": ["**/*.yaml"]},
+    # Our own needs and Detectron2's: install_detectron2.py installs it with --no-deps.
+    install_requires=[
+        "cloudpickle",
+        "fvcore>=0.1.5.post20221221",
+        "hydra-core>=1.1",
+        "iopath>=0.1.9",
+        "matplotlib>=3.7",
+        "numpy>=1.26",
+        "omegaconf>=2.1,<2.4",
+        "opencv-python>=4.8",
+        "packaging",
+        "pillow>=10",
+        "pycocotools>=2.0.7",
+        "safetensors>=0.4",
+        "setuptools<81",  # Detectron2's model_zoo imports pkg_resources, which setuptools drops later.
+        "tabulate",
+        "tensorboard>=2.14",
+        "termcolor>=1.1",
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "tqdm>4.29",
+        "yacs>=0.1.8",
+    ],
+    extras_require={
+        "dev": [
+            "codespell>=2.3",
+            "import-linter>=2.1",
+            "mypy>=1.11",
+            "pre-commit>=3.5",
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+            "wheel",
+        ],
+    },
+)

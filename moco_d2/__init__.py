@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 INSTALL_DETECTRON2 = "python -m moco_d2.install_detectron2"
 
-_TORCH_ONLY = ("moco_d2.layers", "moco_d2.methods", "moco_d2.convert", "moco_d2.facts")
+_TORCH_ONLY = ("moco_d2.layers", "moco_d2.methods", "moco_d2.convert", "moco_d2.facts", "moco_d2.atomic")
 _NEEDS_NOTHING = ("moco_d2.doctor", "moco_d2.install_detectron2")
 
 
@@ -22,19 +22,22 @@ def _wanted_module() -> str:
 
     Python imports a package before its parts and does not tell the package why; the import machinery's own frames do.
     """
-    frame, wanted = sys._getframe(), __name__
-    while frame := frame.f_back:  # type: ignore[assignment]
-        name = frame.f_locals.get("name") or frame.f_locals.get("mod_name")  # importlib / runpy (python -m)
-        if "importlib" in frame.f_code.co_filename or "runpy" in frame.f_code.co_filename:
+    wanted = __name__
+    frame = sys._getframe().f_back
+    while frame is not None:
+        if "importlib" in frame.f_code.co_filename or "runpy" in frame.f_code.co_filename:  # runpy: python -m
+            name = frame.f_locals.get("name") or frame.f_locals.get("mod_name")
             if isinstance(name, str) and name.startswith(__name__ + "."):
                 wanted = name
+        frame = frame.f_back
     return wanted
 
 
-if importlib.util.find_spec("detectron2") is not None:
-    pass
-elif not _wanted_module().startswith(_TORCH_ONLY + _NEEDS_NOTHING):
-    raise ImportError(
-        f"moco_d2 needs detectron2, which is not installed. Install it with\n    {INSTALL_DETECTRON2}\n"
-        "(moco_d2.layers, moco_d2.methods and moco_d2.convert work without it: import them by their full name)"
-    )
+_spec = importlib.util.find_spec("detectron2")
+# A folder that merely has the name (a git clone in the working directory) is a namespace package: it has no origin.
+if _spec is None or _spec.origin is None:
+    if not _wanted_module().startswith(_TORCH_ONLY + _NEEDS_NOTHING):
+        raise ImportError(
+            f"moco_d2 needs detectron2, which is not installed. Install it with\n    {INSTALL_DETECTRON2}\n"
+            "(moco_d2.layers, moco_d2.methods and moco_d2.convert work without it: import them by their full name)"
+        )

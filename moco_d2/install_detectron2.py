@@ -1,0 +1,192 @@
+"""Install Detectron2, which is not on PyPI under its own name (``python -m moco_d2.install_detectron2``).
+
+In this order:
+
+1. A Detectron2 that Python can already import is left alone.
+2. If the environment variable ``DETECTRON2`` is set, it is what pip installs, for example
+   ``git+https://github.com/facebookresearch/detectron2.git`` (compiles for some minutes, needs a C++ compiler).
+3. Otherwise PyPI's ``sal-detectron2`` 0.7.2: upstream's tree of August 2024, repackaged. It ships one wheel, tagged for
+   CPython 3.10, whose Python part runs on any later Python; this script checks its hash and unpacks that part.
+
+Standard library only, so that it runs before anything else is installed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import zipfile
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+
+REQUIREMENT = "sal-detectron2==0.7.2"
+SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
+OFFICIAL = "git+https://github.com/facebookresearch/detectron2.git"
+
+# pip offers a wheel tagged cp310 to another Python only when told that this is Python 3.10.
+_DOWNLOAD = ("download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--python-version", "3.10")
+
+# numpy<2: the code runs with numpy 2 and 2.4 is what we test. black: only formats LazyConfig dumps, imported when used.
+# Both would make `pip check` report a conflict that is none.
+_RELAXED = {"Requires-Dist: numpy<2": "Requires-Dist: numpy", "Requires-Dist: black": None}
+_NOTE = (
+    "Unpacked by moco_d2.install_detectron2: the compiled extension (built for CPython 3.10 and an old torch) and the "
+    'top-level package "tools" are left out; the requirements "numpy<2" and "black" are dropped.'
+)
+
+
+def find() -> Path | None:
+    """Return the folder of the Detectron2 that ``import detectron2`` would take, without importing it."""
+    spec = importlib.util.find_spec("detectron2")
+    # A folder that merely has the name (a git clone in the working directory) is a namespace package: no origin.
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def distribution(folder: Path) -> str:
+    """Return the name and version of the installed distribution that holds a Detectron2 folder."""
+    names = metadata.packages_distributions().get("detectron2", [])
+    return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(names))) or f"a checkout at {folder}"
+
+
+def check_hash(wheel: Path, sha256: str = SHA256) -> None:
+    """Refuse a file that is not the expected one.
+
+    Raises:
+        ValueError: the SHA-256 differs.
+    """
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{wheel.name} has SHA-256 {found}, but {sha256} was expected; nothing was installed")
+
+
+def unpack(wheel: Path, site_packages: Path) -> list[str]:
+    """Unpack the Python part of a ``sal-detectron2`` wheel: ``detectron2/`` and its metadata, all or nothing.
+
+    Args:
+        wheel: the wheel file, already checked.
+        site_packages: the folder that receives it.
+
+    Returns:
+        The wheel's files that were left out.
+
+    Raises:
+        ValueError: the wheel holds no ``detectron2`` package or no metadata, or a folder is in the way.
+    """
+    site_packages.mkdir(parents=True, exist_ok=True)
+    # On the same file system as its destination, so that the last step is a rename: a failure before it leaves nothing.
+    with tempfile.TemporaryDirectory(dir=site_packages, prefix=".detectron2-") as temporary:
+        stage = Path(temporary)
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if not name.endswith("/")]
+            kept = [name for name in names if _wanted(name)]
+            info = next((name.split("/")[0] for name in kept if name.endswith(".dist-info/METADATA")), None)
+            if info is None or "detectron2/__init__.py" not in kept:
+                raise ValueError(f"{wheel.name} holds no detectron2 package or no metadata; nothing was installed")
+            archive.extractall(stage, kept)
+        _rewrite_metadata(stage / info)
+        _write_record(stage, info)
+        _move_in(stage, site_packages, info)
+    return sorted(name for name in set(names) - set(kept) if not name.endswith("/RECORD"))
+
+
+def _wanted(name: str) -> bool:
+    path = PurePosixPath(name)
+    if path.parts[0].endswith(".dist-info"):
+        return path.name != "RECORD"  # written anew for the files that are kept
+    # The extension links against an old torch's C++ interface: it loads nowhere we support, Python 3.10 included.
+    return path.parts[0] == "detectron2" and path.suffix != ".so" and ".." not in path.parts
+
+
+def _rewrite_metadata(info: Path) -> None:
+    lines = (info / "METADATA").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    relaxed = [new for line in lines if (new := _RELAXED.get(line, line)) is not None]
+    headers_end = relaxed.index("") if "" in relaxed else len(relaxed)
+    body = ["", _NOTE, *relaxed[headers_end:]]
+    (info / "METADATA").write_text("\n".join(relaxed[:headers_end] + body) + "\n", encoding="utf-8")
+    (info / "top_level.txt").write_text("detectron2\n", encoding="utf-8")
+    (info / "INSTALLER").write_text("moco_d2\n", encoding="utf-8")
+
+
+def _write_record(stage: Path, info: str) -> None:
+    """List every file with its hash, so that ``pip uninstall`` removes all of them and no others."""
+    rows = []
+    for path in sorted(p for p in stage.rglob("*") if p.is_file()):
+        data = path.read_bytes()
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        rows.append(f"{path.relative_to(stage).as_posix()},sha256={digest},{len(data)}")
+    rows.append(f"{info}/RECORD,,")
+    (stage / info / "RECORD").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def _move_in(stage: Path, site_packages: Path, info: str) -> None:
+    package = site_packages / "detectron2"
+    if package.exists():
+        raise ValueError(f"{package} is in the way although it cannot be imported; remove it and try again")
+    # The package comes last: whatever happens before, nothing is importable, and the next run replaces the record.
+    shutil.rmtree(site_packages / info, ignore_errors=True)
+    (stage / info).rename(site_packages / info)
+    try:
+        (stage / "detectron2").rename(package)
+    except BaseException:
+        shutil.rmtree(site_packages / info, ignore_errors=True)
+        raise
+
+
+def _pip(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
+
+
+def _install_spec(spec: str) -> None:
+    # --no-build-isolation: setup.py of Detectron2 imports the torch that it is built for.
+    # --no-deps: its requirements are in our setup.py already, and its pins (iopath<0.1.10) would undo tested versions.
+    _pip("install", "--no-build-isolation", "--no-deps", spec)
+
+
+def _install_sal() -> list[str]:
+    with tempfile.TemporaryDirectory() as temporary:
+        requirements = Path(temporary, "requirements.txt")
+        requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
+        _pip(*_DOWNLOAD, "--dest", temporary, "-r", str(requirements))
+        wheel = next(Path(temporary).glob("*.whl"))
+        check_hash(wheel)
+        return unpack(wheel, Path(sysconfig.get_path("purelib")))
+
+
+def main() -> int:
+    """Install Detectron2 unless there is one, and say in a few lines what was done."""
+    present = find()
+    spec = os.environ.get("DETECTRON2", "").strip()
+    if present is not None:
+        print(f"detectron2 is installed already, nothing to do: {distribution(present)}, in {present}")
+        if spec:
+            print(f"  DETECTRON2={spec} is not used; to have it, pip uninstall this one first")
+        return 0
+    try:
+        if spec:
+            print(f"installing detectron2 from DETECTRON2={spec}")
+            _install_spec(spec)
+        else:
+            left_out = _install_sal()
+    except (subprocess.CalledProcessError, OSError, ValueError, zipfile.BadZipFile) as error:
+        print(f"detectron2 could not be installed: {error}", file=sys.stderr)
+        command = f"DETECTRON2={OFFICIAL} {sys.executable} -m moco_d2.install_detectron2"
+        print(f"where GitHub can be reached, this is another way:\n    {command}", file=sys.stderr)
+        return 1
+    importlib.invalidate_caches()
+    present = find()
+    print(f"installed {distribution(present) if present else spec} in {present}")
+    if not spec:
+        print(f"  the Python part of PyPI's {REQUIREMENT}, SHA-256 checked ({len(left_out)} files left out)")
+        print("  without its compiled part, which only rotated boxes, deformable convolution and fast COCO AP need")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

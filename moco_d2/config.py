@@ -25,14 +25,16 @@ def get_cfg() -> CN:
     """Return Detectron2's default config extended with this project's keys."""
     cfg = detectron2_get_cfg()
 
+    # Name of the recipe (pretraining) or protocol (detector + data + schedule). It travels with the weights and into
+    # every result; it says nothing about the initial weights.
+    cfg.PROTOCOL = ""
+
     cfg.SSL = CN()
     # Name of the method, a key of moco_d2.methods.METHODS.
     cfg.SSL.METHOD = "MoCo"
     # Keyword arguments of the method's constructor. Its signature is the one place for names, defaults and meaning;
     # load_cfg() writes the defaults in, so that a dumped config states the whole recipe.
     cfg.SSL.ARGS = CN(new_allowed=True)
-    # The recipe's name; it travels with the weights and into every result.
-    cfg.SSL.PROTOCOL = ""
     cfg.SSL.ENCODER = CN()
     # A key of moco_d2.layers.resnet.ARCHITECTURES (torchvision's names).
     cfg.SSL.ENCODER.NAME = "resnet50"
@@ -58,6 +60,8 @@ def get_cfg() -> CN:
     # Batch at which SOLVER.BASE_LR is meant. When SOLVER.IMS_PER_BATCH differs, pretraining uses
     # BASE_LR * IMS_PER_BATCH / REFERENCE_BATCH (the linear rule) and says so; 0 turns the rule off.
     cfg.SOLVER.REFERENCE_BATCH = 256
+    # Pretraining keeps this many periodic checkpoints, the newest; 0 keeps all (330 MB each for MoCo's ResNet-50).
+    cfg.SOLVER.CHECKPOINT_KEEP = 5
     return cfg
 
 

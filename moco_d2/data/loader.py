@@ -83,7 +83,7 @@ class ViewDataset(Dataset[Sample]):
             path = self.files[(index + attempt) % len(self.files)]
             try:
                 image = read_image(path)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            except Exception:  # A damaged file makes decoders raise anything: OSError, SyntaxError, struct.error...
                 skipped.append(path)
                 continue
             with torch.random.fork_rng(devices=[]):

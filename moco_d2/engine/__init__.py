@@ -1,0 +1,1 @@
+"""The pretraining engine: method and data to checkpoints."""

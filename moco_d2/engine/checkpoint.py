@@ -1,0 +1,75 @@
+"""Checkpoints of pretraining: the whole run for resuming, and the backbone for everyone else."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+from detectron2.utils import comm
+from fvcore.common.checkpoint import Checkpointer
+from torch import nn
+
+from moco_d2.atomic import atomic_write
+from moco_d2.convert.load import read_checkpoint
+from moco_d2.facts import BackboneFacts
+from moco_d2.methods import SSLMethod
+
+logger = logging.getLogger(__name__)
+
+
+class PretrainCheckpointer(Checkpointer):
+    """fvcore's checkpointer, writing atomically and a ``backbone.pth`` beside every checkpoint.
+
+    ``backbone.pth`` holds ``state_dict`` (the transferred network under torchvision's names, without head) and
+    ``facts`` (:class:`~moco_d2.facts.BackboneFacts`); it has tensors and plain values only.
+    """
+
+    def __init__(self, model: nn.Module, save_dir: str, facts: BackboneFacts, **checkpointables: Any) -> None:
+        super().__init__(model, save_dir, save_to_disk=comm.is_main_process(), **checkpointables)
+        self.facts = facts
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<name>.pth`` with everything that resuming needs, then ``backbone.pth``, then the pointer to it."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        facts = self.facts.as_dict()
+        state = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        self._write({"model": self.model.state_dict(), "facts": facts, **state, **kwargs}, f"{name}.pth")
+        self._write({"state_dict": self.model.backbone().state_dict(), "facts": facts}, "backbone.pth")
+        with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
+            file.write(f"{name}.pth".encode())
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> None:
+        """Load strictly: fvcore's own only warns of what does not fit."""
+        try:
+            self.model.load_state_dict(checkpoint.pop("model"))
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint is of another model (SSL.ENCODER or SSL.ARGS changed?): {error}") from error
+
+    def _write(self, data: dict[str, Any], basename: str) -> None:
+        path = os.path.join(self.save_dir, basename)
+        with atomic_write(path) as file:
+            torch.save(data, file)
+        logger.info("wrote %s", path)
+
+
+def load_method(method: SSLMethod, path: str) -> None:
+    """Start a method from a checkpoint of the whole method: ours (``model_*.pth``) or the published code's.
+
+    Raises:
+        ValueError: the file holds something else, or a method of other sizes; the message says what differs.
+    """
+    checkpoint = read_checkpoint(path)
+    state = checkpoint.get("model") or checkpoint.get("state_dict")
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds {sorted(checkpoint)[:5]}, but a checkpoint of the whole method was expected")
+    try:
+        method.load_state_dict(method.adapt_state_dict(state))
+    except RuntimeError as error:
+        raise ValueError(
+            f"MODEL.WEIGHTS {path} is not a checkpoint of this {type(method).__name__} (check SSL.ENCODER and SSL.ARGS; "
+            f"pretraining starts from encoders, queue and pointer, not from a backbone alone): {error}"
+        ) from error
+    logger.info("started from %s", path)

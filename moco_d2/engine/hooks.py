@@ -1,0 +1,91 @@
+"""What pretraining does around a step: seeds, the method's own schedules, metrics."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils.events import CommonMetricPrinter, get_event_storage
+
+from moco_d2.data import stream_seed
+from moco_d2.methods import SSLMethod
+
+logger = logging.getLogger(__name__)
+
+
+class StepSeed(HookBase):
+    """Seed torch before every step from (seed, iteration).
+
+    So a step's randomness (the shuffling permutation) does not depend on the past, and resuming needs no saved RNG
+    state. All processes draw alike, which is what a shared permutation wants.
+    """
+
+    def before_step(self) -> None:
+        """Seed the step."""
+        torch.manual_seed(stream_seed(self.trainer.seed, self.trainer.iter))
+
+
+class MethodSchedule(HookBase):
+    """Tell the method how far training is, and when the optimizer has stepped."""
+
+    def __init__(self, method: SSLMethod) -> None:
+        self.method = method
+
+    def before_step(self) -> None:
+        """Run the method's schedules."""
+        self.method.before_step(self.trainer.iter / self.trainer.max_iter)
+
+    def after_step(self) -> None:
+        """Let the method update what follows the weights."""
+        self.method.after_step()
+
+
+class PretrainMetrics(HookBase):
+    """Record the method's diagnostics, images per second, the epoch and unreadable images every ``period`` steps.
+
+    Diagnostics are this process's: averaging them would cost a collective for a number that is only looked at.
+    """
+
+    def __init__(self, method: SSLMethod, batch: int, steps_per_epoch: int, period: int) -> None:
+        self.method, self.batch, self.steps_per_epoch, self.period = method, batch, steps_per_epoch, period
+
+    def after_step(self) -> None:
+        """Write the scalars of this step."""
+        if (self.trainer.iter + 1) % self.period and self.trainer.iter + 1 != self.trainer.max_iter:
+            return
+        storage = get_event_storage()
+        scalars = {name: value.item() for name, value in self.method.metrics.items()}
+        scalars["epoch"] = (self.trainer.iter + 1) / self.steps_per_epoch
+        scalars["unreadable_images"] = len(self.trainer.data_loader.unreadable)
+        if "time" in storage.histories():
+            scalars["images_per_second"] = self.batch / storage.history("time").avg(self.period)
+        storage.put_scalars(**scalars, smoothing_hint=False)
+
+
+class PretrainPrinter(CommonMetricPrinter):
+    """One line of progress: what a person watches during pretraining, with the time left."""
+
+    def write(self) -> None:
+        """Log the line."""
+        storage = get_event_storage()
+        if storage.iter == self._max_iter:
+            return
+        values = {name: history.latest() for name, history in storage.histories().items()}
+        eta = self._get_eta(storage) or str(datetime.timedelta(0))
+        loss = storage.history("total_loss").median(self._window_size)
+        line = [f"eta {eta}", f"iter {storage.iter + 1}/{self._max_iter}", f"loss {loss:.4f}"]
+        shown = [
+            ("epoch", "epoch", ".2f"),
+            ("contrast_acc1", "acc@1", ".3f"),
+            ("contrast_acc5", "acc@5", ".3f"),
+            ("feature_std", "std", ".4f"),
+            ("lr", "lr", ".4g"),
+            ("images_per_second", "images/s", ".1f"),
+            ("data_time", "data s", ".3f"),
+        ]
+        line += [f"{label} {values[name]:{form}}" for name, label, form in shown if name in values]
+        if torch.cuda.is_available():
+            line.append(f"max mem {torch.cuda.max_memory_allocated() / 2**20:.0f}M")
+        self.logger.info("  ".join(line))

@@ -1,0 +1,64 @@
+"""The optimizer and the learning-rate schedules of MoCo's code."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import math
+
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+logger = logging.getLogger(__name__)
+
+
+def build_sgd(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
+    """Return SGD over all trainable parameters, weight decay on each (BN and biases too, as published)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(
+        parameters,
+        lr=scaled_lr(cfg),
+        momentum=cfg.SOLVER.MOMENTUM,
+        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
+        nesterov=cfg.SOLVER.NESTEROV,
+    )
+
+
+def scaled_lr(cfg: CfgNode) -> float:
+    """Return ``BASE_LR`` scaled linearly from ``REFERENCE_BATCH`` to ``IMS_PER_BATCH`` (no scaling if the former is 0)."""
+    reference = cfg.SOLVER.REFERENCE_BATCH
+    if reference == 0 or reference == cfg.SOLVER.IMS_PER_BATCH:
+        return cfg.SOLVER.BASE_LR
+    lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.IMS_PER_BATCH / reference
+    logger.info(
+        "lr %g = %g * %d / %d: BASE_LR is meant for a batch of %d (SOLVER.REFERENCE_BATCH 0 turns this off)",
+        lr, cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH, reference, reference,
+    )  # fmt: skip
+    return lr
+
+
+def total_steps(cfg: CfgNode, steps_per_epoch: int) -> int:
+    """Return the length of pretraining in iterations."""
+    return cfg.SOLVER.EPOCHS * steps_per_epoch or cfg.SOLVER.MAX_ITER
+
+
+def lr_factor(cfg: CfgNode, iteration: int, steps_per_epoch: int) -> float:
+    """Return lr / base lr at an iteration.
+
+    Time runs in epochs if ``SOLVER.EPOCHS`` is set (the lr then changes once an epoch, as in the authors' code), else
+    in iterations. ``cosine`` is 0.5 (1 + cos(pi t / T)) with t counted from ``SOLVER.FIRST_EPOCH``; ``step`` multiplies
+    by ``GAMMA`` at each of ``STEPS``, counted from 0.
+    """
+    by_epoch = cfg.SOLVER.EPOCHS > 0
+    time = iteration // steps_per_epoch if by_epoch else iteration
+    if cfg.SOLVER.SCHEDULE == "step":
+        return cfg.SOLVER.GAMMA ** bisect.bisect_right(sorted(cfg.SOLVER.STEPS), time)
+    end = cfg.SOLVER.EPOCHS if by_epoch else cfg.SOLVER.MAX_ITER
+    return 0.5 * (1 + math.cos(math.pi * (time + (cfg.SOLVER.FIRST_EPOCH if by_epoch else 0)) / end))
+
+
+def build_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LambdaLR:
+    """Return the per-iteration scheduler of :func:`lr_factor`."""
+    return LambdaLR(optimizer, lambda iteration: lr_factor(cfg, iteration, steps_per_epoch))

@@ -1,0 +1,203 @@
+"""The pretraining trainer: Detectron2's loop and hooks around an SSL method."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import weakref
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase, hooks
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
+
+from moco_d2.data import EpochSampler, ViewDataset, ViewLoader, build_recipe, list_images
+from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
+from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter, StepSeed
+from moco_d2.engine.optim import build_schedule, build_sgd, total_steps
+from moco_d2.facts import BackboneFacts
+from moco_d2.layers.distributed import wrap_ddp
+from moco_d2.layers.resnet import build_resnet, describe
+from moco_d2.methods import SSLMethod, build_method
+
+logger = logging.getLogger(__name__)
+
+LOG_PERIOD = 20
+
+
+class PretrainTrainer(DefaultTrainer):
+    """Detectron2's ``DefaultTrainer`` for an SSL method on unlabelled images.
+
+    Attributes:
+        method: the SSL method, unwrapped.
+        seed: everything random follows from it (initial weights, data order, augmentation, shuffling).
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """Build data, method, optimizer, schedule, checkpointer and hooks.
+
+        DefaultTrainer's own constructor is not called: it wraps the model for CUDA only.
+
+        Raises:
+            ValueError: the config or the data cannot be trained on; raised before any long work.
+        """
+        TrainerBase.__init__(self)
+        check_config(cfg)
+        self.cfg, self.seed = cfg, cfg.SEED
+        loader = self.build_train_loader(cfg)
+        self.steps_per_epoch = loader.sampler.steps_per_epoch
+        self.start_iter, self.max_iter = 0, total_steps(cfg, self.steps_per_epoch)
+
+        self.method = self.build_model(cfg)
+        optimizer = build_sgd(cfg, self.method)
+        self.scheduler = build_schedule(cfg, optimizer, self.steps_per_epoch)
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer(wrap_ddp(self.method), loader, optimizer)
+        self.checkpointer = PretrainCheckpointer(
+            self.method, cfg.OUTPUT_DIR, self.facts(), trainer=weakref.proxy(self)
+        )
+        self.register_hooks(self.build_hooks())
+        self._announce(len(loader.dataset))
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> SSLMethod:
+        """Build the method on its device, from ``SEED`` alone."""
+        encoder = functools.partial(
+            build_resnet, cfg.SSL.ENCODER.NAME, width=cfg.SSL.ENCODER.WIDTH, stem=cfg.SSL.ENCODER.STEM
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.SEED)
+            method = build_method(cfg.SSL.METHOD, encoder, dict(cfg.SSL.ARGS))
+        return method.to(cfg.MODEL.DEVICE)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> ViewLoader:
+        """List the images and build this process's loader.
+
+        Raises:
+            ValueError: fewer images than a batch.
+        """
+        files = list_images(cfg.DATASETS.TRAIN)
+        batch = cfg.SOLVER.IMS_PER_BATCH
+        if len(files) < batch:
+            raise ValueError(
+                f"{', '.join(cfg.DATASETS.TRAIN)} has {len(files)} images, fewer than a batch of {batch} "
+                f"(SOLVER.IMS_PER_BATCH)"
+            )
+        dataset = ViewDataset(files, build_recipe(cfg.DATA.RECIPE, cfg.DATA.CROP_SIZE), cfg.SEED)
+        sampler = EpochSampler(len(files), batch, cfg.SEED, comm.get_rank(), comm.get_world_size())
+        return ViewLoader(dataset, sampler, cfg.DATALOADER.NUM_WORKERS, torch.device(cfg.MODEL.DEVICE))
+
+    def facts(self) -> BackboneFacts:
+        """Return what the exported backbone says about itself."""
+        pixels = build_recipe(self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE).pixels
+        images = ", ".join(self.cfg.DATASETS.TRAIN)
+        origin = f"moco_d2 {self.cfg.SSL.METHOD} on {images}, {self.max_iter} iterations"
+        return describe(self.method.backbone(), pixels, origin=origin, protocol=self.cfg.PROTOCOL)
+
+    def build_hooks(self) -> list[hooks.HookBase | None]:
+        """Return the hooks in the order they run."""
+        main = comm.is_main_process()
+        keep = self.cfg.SOLVER.CHECKPOINT_KEEP or None
+        return [
+            StepSeed(),
+            MethodSchedule(self.method),
+            hooks.IterationTimer(),
+            hooks.LRScheduler(self._trainer.optimizer, self.scheduler),
+            PretrainMetrics(self.method, self.cfg.SOLVER.IMS_PER_BATCH, self.steps_per_epoch, LOG_PERIOD),
+            hooks.PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=keep)
+            if main
+            else None,
+            hooks.PeriodicWriter(self.build_writers(), period=LOG_PERIOD) if main else None,
+        ]
+
+    def build_writers(self) -> list[EventWriter]:
+        """Return the writers: progress line, ``metrics.json``, TensorBoard."""
+        folder = self.cfg.OUTPUT_DIR
+        return [
+            PretrainPrinter(self.max_iter),
+            JSONWriter(os.path.join(folder, "metrics.json")),
+            TensorboardXWriter(folder),
+        ]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continue the run in ``OUTPUT_DIR`` (``resume``), or start from ``MODEL.WEIGHTS`` or from scratch."""
+        if resume and self.checkpointer.has_checkpoint():
+            self.checkpointer.load(self.checkpointer.get_checkpoint_file())
+            self.start_iter = self.iter + 1
+            self._trainer.data_loader.sampler.start = self.start_iter
+            logger.info("resuming at iteration %d of %d", self.start_iter, self.max_iter)
+        elif self.cfg.MODEL.WEIGHTS:
+            load_method(self.method, self.cfg.MODEL.WEIGHTS)
+
+    def train(self) -> None:
+        """Train to the end; a loss that is not finite stops the run and leaves the last good checkpoint."""
+        try:
+            super().train()
+        except FloatingPointError as error:
+            kept = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else "none yet"
+            raise FloatingPointError(
+                f"{error}\nThe last good checkpoint is kept: {kept}. Try a lower SOLVER.BASE_LR, a higher "
+                "SSL.ARGS.temperature, or SOLVER.AMP.ENABLED False, and --resume"
+            ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loop's state: iteration, optimizer, scheduler, and what resuming must find unchanged."""
+        return {**super().state_dict(), "run": self._run()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            ValueError: seed, batch, data or length differ from the interrupted run's, so it could not go on exactly.
+        """
+        then, now = state["run"], self._run()
+        changed = [f"{key} was {then[key]} and is {now[key]}" for key in now if now[key] != then.get(key)]
+        if changed:
+            raise ValueError(
+                f"cannot resume exactly: {'; '.join(changed)}. Restore the setting, or start a new run from these "
+                "weights with MODEL.WEIGHTS"
+            )
+        super().load_state_dict(state)
+
+    def _run(self) -> dict[str, int]:
+        loader = self._trainer.data_loader
+        return {
+            "SEED": self.seed,
+            "SOLVER.IMS_PER_BATCH": self.cfg.SOLVER.IMS_PER_BATCH,
+            "number of images": len(loader.dataset),
+            "number of iterations": self.max_iter,
+        }
+
+    def _announce(self, images: int) -> None:
+        length = f"{self.cfg.SOLVER.EPOCHS} epochs, " if self.cfg.SOLVER.EPOCHS else ""
+        logger.info(
+            "%s (%s, width %g) on %d images: %s%d iterations of %d images in %d process(es), recipe %s at %d px",
+            self.cfg.SSL.METHOD, self.cfg.SSL.ENCODER.NAME, self.cfg.SSL.ENCODER.WIDTH, images, length, self.max_iter,
+            self.cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE,
+        )  # fmt: skip
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Check what the constructors below do not, so that every mistake shows before long work.
+
+    Raises:
+        ValueError: names all problems at once.
+    """
+    solver, world = cfg.SOLVER, comm.get_world_size()
+    rules = [
+        (solver.IMS_PER_BATCH >= world and solver.IMS_PER_BATCH % world == 0,
+         f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}; it must be a multiple of the {world} processes"),
+        (solver.SCHEDULE in ("step", "cosine"), f"SOLVER.SCHEDULE is {solver.SCHEDULE!r}; it must be step or cosine"),
+        (solver.EPOCHS > 0 or solver.MAX_ITER > 0, "set SOLVER.EPOCHS or SOLVER.MAX_ITER to a positive length"),
+        (solver.BASE_LR > 0, f"SOLVER.BASE_LR is {solver.BASE_LR}; it must be positive"),
+        (solver.REFERENCE_BATCH >= 0, f"SOLVER.REFERENCE_BATCH is {solver.REFERENCE_BATCH}; 0 turns scaling off"),
+        (solver.CHECKPOINT_PERIOD > 0, f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; it must be positive"),
+        (cfg.SEED >= 0, f"SEED is {cfg.SEED}; it must be 0 or more by now (tools draw one for -1)"),
+    ]  # fmt: skip
+    problems = [message for holds, message in rules if not holds]
+    if problems:
+        raise ValueError("\n".join(problems))

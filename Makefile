@@ -1,0 +1,78 @@
+# Every target that needs Python packages installs them first, into $(VENV); a second call finds them there.
+#   make test VENV=/path/to/venv      use (or create) another virtual environment
+#   make test PYTHON=python3.12       create it with another Python
+#   DETECTRON2=<pip spec> make test   install that Detectron2 (see moco_d2/install_detectron2.py)
+#   make test CONSTRAINTS=/dev/null   keep the versions already in VENV (a torch for your driver, say)
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+DEMO_OUTPUT ?= output/demo
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := "$(BIN)/python" -m pip --disable-pip-version-check
+# The stamp holds the checkout it was written for: an environment shared by two checkouts is set up again for each.
+STAMP := $(VENV)/.moco_d2-installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-full test lint format doctor clean
+
+help: ## Show this list
+	@echo "usage: make TARGET [VENV=.venv] [PYTHON=python3] [CONSTRAINTS=constraints.txt]"
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
+
+demo: $(STAMP) ## The whole pipeline on sample data: pretrain, convert, detect, evaluate (minutes, no GPU needed)
+	"$(BIN)/python" tools/demo.py --output "$(DEMO_OUTPUT)"
+
+demo-full: $(STAMP) ## The same with a full-width ResNet-50 (much longer; a GPU helps)
+	"$(BIN)/python" tools/demo.py --full --output "$(DEMO_OUTPUT)-full"
+
+test: $(STAMP) ## The tests
+	CONSTRAINTS="$(CONSTRAINTS)" "$(BIN)/python" -m pytest -q $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff, mypy, import-linter and codespell
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy"
+	"$(BIN)/lint-imports"
+	"$(BIN)/codespell"
+
+format: $(STAMP) ## Let ruff format the code and fix what it can
+	"$(BIN)/ruff" format .
+	"$(BIN)/ruff" check --fix .
+
+doctor: $(STAMP) ## What is installed, what works, which datasets are found
+	"$(BIN)/python" -m moco_d2.doctor
+
+install: $(STAMP) ## Only create the environment and install
+
+clean: ## Remove the default environment, caches and build leftovers (not your outputs)
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "moco_d2 needs Python 3.10 or later; $(PYTHON) is: $$("$(PYTHON)" --version 2>&1)" >&2; \
+	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@# A half-made environment would pass for a whole one at the next call; a folder that was there before is not ours.
+	@test -e "$(VENV)" || fresh=yes; "$(PYTHON)" -m venv "$(VENV)" || { test -z "$$fresh" || rm -rf "$(VENV)"; \
+	    echo "no virtual environment could be made (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+ifneq ($(shell cat "$(STAMP)" 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+# setuptools and wheel first and no build isolation: packages that come as source are built with the tested versions.
+# opencv-python needs the system's libGL, which servers and containers often lack; the headless build of the same
+# version then takes its place (it has the same files but for the windows, which nothing here opens).
+$(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c "$(CONSTRAINTS)" setuptools wheel
+	@echo "installing into $(VENV); torch with its libraries is about 5 GB, some minutes the first time"
+	$(PIP) install --no-build-isolation -c "$(CONSTRAINTS)" -e ".[dev]"
+	@"$(BIN)/python" -c "import cv2" 2>/dev/null || { \
+	    echo "opencv-python does not load here (libGL?); taking opencv-python-headless"; \
+	    version=$$("$(BIN)/python" -c "from importlib.metadata import version; print(version('opencv-python'))"); \
+	    $(PIP) install --quiet --no-deps --force-reinstall "opencv-python-headless==$$version"; }
+	"$(BIN)/python" -m moco_d2.install_detectron2
+	@printf '%s' "$(CURDIR)" > "$(STAMP)"

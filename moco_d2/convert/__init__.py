@@ -1,0 +1,26 @@
+"""Anyone's ResNet checkpoint -> a file that Detectron2 loads whole, with facts and a proof. Needs torch only.
+
+``convert_checkpoint`` does it all; ``read_checkpoint`` and ``read_facts`` are for every stage that opens a weight file.
+"""
+
+from moco_d2.convert.convert import Conversion, convert_checkpoint, convert_state, save
+from moco_d2.convert.load import CheckpointError, read_checkpoint, read_facts
+from moco_d2.convert.prove import ProofError, can_prove, prove
+from moco_d2.convert.sources import LOOKALIKES, SOURCES, CheckpointSource, Lookalike
+
+__all__ = [
+    "LOOKALIKES",
+    "SOURCES",
+    "CheckpointError",
+    "CheckpointSource",
+    "Conversion",
+    "Lookalike",
+    "ProofError",
+    "can_prove",
+    "convert_checkpoint",
+    "convert_state",
+    "prove",
+    "read_checkpoint",
+    "read_facts",
+    "save",
+]

@@ -1,0 +1,273 @@
+"""Tell what is installed, what works and what is missing (``python -m moco_d2.doctor``).
+
+Every problem comes with its remedy. The exit status is 1 if pretraining or detection cannot run here, else 0: a missing
+dataset or GPU is worth knowing but is no fault. The module imports nothing outside the standard library by itself, so
+that it works where it is needed most.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from moco_d2 import INSTALL_DETECTRON2, __version__, install_detectron2
+
+OK, NOTE, FAIL = "ok", "note", "FAIL"
+
+# Distribution and import name of what both stages need; scripts and plots need the others, and pip brings them along.
+PACKAGES = {
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "numpy": "numpy",
+    "pillow": "PIL",
+    "opencv-python": "cv2",
+    "fvcore": "fvcore",
+    "pycocotools": "pycocotools",
+}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+DATASETS_HELP = "datasets/README.md shows the expected folders; datasets/make_sample_data.py makes a small set of each"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        level: ``ok``, ``note`` (worth knowing) or ``FAIL`` (the main job cannot run).
+        text: what was found.
+        remedy: what to do about it; empty for ``ok``.
+    """
+
+    level: str
+    text: str
+    remedy: str = ""
+
+
+def check_packages() -> Iterator[Finding]:
+    """Import every library that both stages need."""
+    python = f"python {platform.python_version()} ({sys.executable})"
+    if sys.version_info < (3, 10):
+        yield Finding(FAIL, python, "moco_d2 needs Python 3.10 or later")
+    else:
+        yield Finding(OK, python)
+    for name, module_name in PACKAGES.items():
+        label = _label(name)
+        _, error = _try_import(module_name)
+        yield Finding(FAIL, f"{label}: {error}", _package_remedy(name, error)) if error else Finding(OK, label)
+
+
+def _label(name: str) -> str:
+    # The headless build is the same library; some machines have only that one.
+    for candidate in (name, f"{name}-headless"):
+        try:
+            return f"{candidate} {metadata.version(candidate)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return name
+
+
+def _package_remedy(name: str, error: str) -> str:
+    if name == "opencv-python" and ".so" in error:
+        return (
+            "a system library is missing: apt-get install libgl1 libglib2.0-0 libxcb1, or use the build without "
+            "windows: python -m pip install --force-reinstall --no-deps opencv-python-headless"
+        )
+    if name == "torchvision" and "No module named" not in error:
+        return (
+            "torch and torchvision must belong together and both be CUDA or both CPU builds: "
+            "python -m pip install -c constraints.txt --force-reinstall torch torchvision"
+        )
+    return f"python -m pip install -c constraints.txt {name}"
+
+
+def _try_import(name: str) -> tuple[ModuleType | None, str]:
+    """Import a module; return it, or why it cannot be imported, in one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name), ""
+    # A broken binary raises OSError, AttributeError or RuntimeError as easily as ImportError; all are findings.
+    except Exception as error:
+        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def check_detectron2() -> Iterator[Finding]:
+    """Find which Detectron2 there is, whether it imports, and whether its compiled part loads."""
+    folder = install_detectron2.find()
+    if folder is None:
+        yield Finding(FAIL, "detectron2 is not installed", f"{INSTALL_DETECTRON2} (or: make install)")
+        return
+    distribution = install_detectron2.distribution(folder)
+    build = "upstream's tree of August 2024, from PyPI" if "sal-detectron2" in distribution else "upstream build"
+    for part in ("detectron2.engine", "detectron2.model_zoo"):
+        _, error = _try_import(part)
+        if error:
+            remedy = "install what the message names (make install brings everything Detectron2 needs)"
+            if "pkg_resources" in error:
+                remedy = 'python -m pip install "setuptools<81" (later ones have no pkg_resources)'
+            yield Finding(FAIL, f"detectron2 at {folder} ({distribution}): {part}: {error}", remedy)
+            return
+    yield Finding(OK, f"detectron2 at {folder}: {distribution}, {build}")
+    _, error = _try_import("detectron2._C")
+    if error:
+        yield Finding(
+            NOTE,
+            "detectron2's compiled part is not available; only rotated boxes, deformable convolution and the fast COCO "
+            "evaluation need it",
+            f"nothing to do for the shipped configs; else build it from source: DETECTRON2={install_detectron2.OFFICIAL}",
+        )
+    else:
+        yield Finding(OK, "detectron2's compiled part loads")
+
+
+def check_package() -> Iterator[Finding]:
+    """Import this package's own stages."""
+    modules = {}
+    for name in ("moco_d2.config", "moco_d2.methods", "moco_d2.engine", "moco_d2.detection"):
+        modules[name], error = _try_import(name)
+        if error:
+            yield Finding(FAIL, f"{name}: {error}", "a library is missing or too old: make install")
+            return
+    config: Any = modules["moco_d2.config"]
+    methods: Any = modules["moco_d2.methods"]
+    try:
+        names = config.list_configs()
+    except FileNotFoundError as error:
+        yield Finding(FAIL, str(error), "reinstall the package, or run from a checkout")
+        return
+    yield Finding(OK, f"moco_d2 {__version__}: {len(names)} configs; methods: {', '.join(sorted(methods.METHODS))}")
+
+
+def check_devices() -> Iterator[Finding]:
+    """Report the GPUs and which synchronised BatchNorm works here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch: Any
+    torch, error = _try_import("torch")
+    if error:
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index in range(count):
+        gpu = torch.cuda.get_device_properties(index)
+        yield Finding(OK, f"GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    if count:
+        nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+        several = "and NCCL between GPUs" if nccl else "but no NCCL: one GPU a run"
+        yield Finding(
+            OK if nccl else NOTE, f"nn.SyncBatchNorm works on the GPU, {several}; {cores} CPU cores for loading"
+        )
+        return
+    why = str(caught[0].message).splitlines()[0] if caught else ""
+    if not why and shutil.which("nvidia-smi"):
+        why = f"nvidia-smi is here, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds no device"
+    yield Finding(
+        NOTE,
+        f"no GPU{f' ({why})' if why else ''}; {cores} CPU cores",
+        "add MODEL.DEVICE cpu to a command; NORM SyncBN works in one CPU process, several need naiveSyncBN",
+    )
+
+
+def check_datasets(root: Path) -> Iterator[Finding]:
+    """Look for the datasets that the shipped configs name and count their images.
+
+    Args:
+        root: what ``$DETECTRON2_DATASETS`` names.
+    """
+    if not root.is_dir():
+        yield Finding(NOTE, f"no dataset folder {root.absolute()} ($DETECTRON2_DATASETS)", DATASETS_HELP)
+        return
+    yield Finding(OK, f"datasets are looked for in {root.absolute()}")
+    yield _check_voc(root / "VOC2007", ("trainval", "test"))
+    yield _check_voc(root / "VOC2012", ("trainval",))
+    yield _check_coco(root / "coco", ("train2017", "val2017"))
+    yield _check_imagenet(root / "imagenet" / "train")
+
+
+def _images(folder: Path) -> set[str]:
+    """Return the stems of the images directly in a folder (scandir: a million files take seconds, not minutes)."""
+    with os.scandir(folder) as entries:
+        return {entry.name.rpartition(".")[0] for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)}
+
+
+def _incomplete(name: str, missing: list[str]) -> Finding:
+    return Finding(NOTE, f"{name}: missing {', '.join(missing)}", DATASETS_HELP)
+
+
+def _check_voc(folder: Path, splits: tuple[str, ...]) -> Finding:
+    if not folder.is_dir():
+        return _incomplete(folder.name, ["the folder"])
+    needed = ["JPEGImages", "Annotations", *(f"ImageSets/Main/{split}.txt" for split in splits)]
+    missing = [path for path in needed if not (folder / path).exists()]
+    if missing:
+        return _incomplete(folder.name, missing)
+    images = _images(folder / "JPEGImages")
+    counts = []
+    for split in splits:
+        listed = [line.split()[0] for line in (folder / f"ImageSets/Main/{split}.txt").read_text().splitlines() if line]
+        absent = [image for image in listed if image not in images]
+        if absent:
+            missing.append(f"{len(absent)} of the {len(listed)} images of {split} ({absent[0]}.jpg ...)")
+        counts.append(f"{split} {len(listed)}")
+    if missing:
+        return _incomplete(folder.name, missing)
+    return Finding(OK, f"{folder.name}: {len(images)} images ({', '.join(counts)})")
+
+
+def _check_coco(folder: Path, splits: tuple[str, ...]) -> Finding:
+    if not folder.is_dir():
+        return _incomplete(folder.name, ["the folder"])
+    needed = [path for split in splits for path in (split, f"annotations/instances_{split}.json")]
+    missing = [path for path in needed if not (folder / path).exists()]
+    if missing:
+        return _incomplete(folder.name, missing)
+    counts = (f"{split} {len(_images(folder / split))}" for split in splits)
+    return Finding(OK, f"{folder.name}: images in {', '.join(counts)}, with instance annotations")
+
+
+def _check_imagenet(folder: Path) -> Finding:
+    if not folder.is_dir():
+        return _incomplete("imagenet/train", ["the folder"])
+    with os.scandir(folder) as entries:
+        classes = [Path(entry.path) for entry in entries if entry.is_dir()]
+    images = sum(len(_images(path)) for path in classes)
+    if not images:
+        return _incomplete("imagenet/train", ["images in class folders (imagenet/train/n01440764/*.JPEG)"])
+    return Finding(OK, f"imagenet/train: {images} images in {len(classes)} class folders")
+
+
+def main() -> int:
+    """Print the report; return the exit status."""
+    print(f"moco_d2 {__version__} on {platform.platform()}")
+    root = Path(os.environ.get("DETECTRON2_DATASETS") or "datasets")
+    sections = {
+        "Libraries": check_packages(),
+        "Detectron2": check_detectron2(),
+        "This package": check_package(),
+        "Devices": check_devices(),
+        "Datasets": check_datasets(root),
+    }
+    failures = 0
+    for title, findings in sections.items():
+        print(f"\n{title}")
+        for finding in findings:
+            print(f"  {finding.level:<4}  {finding.text}")
+            if finding.remedy:
+                print(f"        -> {finding.remedy}")
+            failures += finding.level == FAIL
+    print(f"\n{failures} problem(s): see FAIL above" if failures else "\nready: pretraining and detection can run here")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

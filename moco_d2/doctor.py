@@ -34,6 +34,7 @@ PACKAGES = {
     "fvcore": "fvcore",
     "pycocotools": "pycocotools",
 }
+INSTALL = "make install, or in this environment: python -m pip install -c constraints.txt -e ."
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 DATASETS_HELP = "datasets/README.md shows the expected folders; datasets/make_sample_data.py makes a small set of each"
 
@@ -55,11 +56,7 @@ class Finding:
 
 def check_packages() -> Iterator[Finding]:
     """Import every library that both stages need."""
-    python = f"python {platform.python_version()} ({sys.executable})"
-    if sys.version_info < (3, 10):
-        yield Finding(FAIL, python, "moco_d2 needs Python 3.10 or later")
-    else:
-        yield Finding(OK, python)
+    yield Finding(OK, f"python {platform.python_version()} ({sys.executable})")
     for name, module_name in PACKAGES.items():
         label = _label(name)
         _, error = _try_import(module_name)
@@ -85,9 +82,9 @@ def _package_remedy(name: str, error: str) -> str:
     if name == "torchvision" and "No module named" not in error:
         return (
             "torch and torchvision must belong together and both be CUDA or both CPU builds: "
-            "python -m pip install -c constraints.txt --force-reinstall torch torchvision"
+            "python -m pip install -c constraints.txt --force-reinstall --no-deps torch torchvision"
         )
-    return f"python -m pip install -c constraints.txt {name}"
+    return INSTALL
 
 
 def _try_import(name: str) -> tuple[ModuleType | None, str]:
@@ -105,14 +102,14 @@ def check_detectron2() -> Iterator[Finding]:
     """Find which Detectron2 there is, whether it imports, and whether its compiled part loads."""
     folder = install_detectron2.find()
     if folder is None:
-        yield Finding(FAIL, "detectron2 is not installed", f"{INSTALL_DETECTRON2} (or: make install)")
+        yield Finding(FAIL, "detectron2 is not installed", INSTALL_DETECTRON2)
         return
     distribution = install_detectron2.distribution(folder)
     build = "upstream's tree of August 2024, from PyPI" if "sal-detectron2" in distribution else "upstream build"
     for part in ("detectron2.engine", "detectron2.model_zoo"):
         _, error = _try_import(part)
         if error:
-            remedy = "install what the message names (make install brings everything Detectron2 needs)"
+            remedy = INSTALL
             if "pkg_resources" in error:
                 remedy = 'python -m pip install "setuptools<81" (later ones have no pkg_resources)'
             yield Finding(FAIL, f"detectron2 at {folder} ({distribution}): {part}: {error}", remedy)
@@ -124,7 +121,7 @@ def check_detectron2() -> Iterator[Finding]:
             NOTE,
             "detectron2's compiled part is not available; only rotated boxes, deformable convolution and the fast COCO "
             "evaluation need it",
-            f"nothing to do for the shipped configs; else build it from source: DETECTRON2={install_detectron2.OFFICIAL}",
+            f"the shipped configs do not; to build it from source set DETECTRON2={install_detectron2.OFFICIAL}",
         )
     else:
         yield Finding(OK, "detectron2's compiled part loads")
@@ -136,7 +133,7 @@ def check_package() -> Iterator[Finding]:
     for name in ("moco_d2.config", "moco_d2.methods", "moco_d2.engine", "moco_d2.detection"):
         modules[name], error = _try_import(name)
         if error:
-            yield Finding(FAIL, f"{name}: {error}", "a library is missing or too old: make install")
+            yield Finding(FAIL, f"{name}: {error}", INSTALL)
             return
     config: Any = modules["moco_d2.config"]
     methods: Any = modules["moco_d2.methods"]
@@ -149,8 +146,9 @@ def check_package() -> Iterator[Finding]:
 
 
 def check_devices() -> Iterator[Finding]:
-    """Report the GPUs and which synchronised BatchNorm works here."""
+    """Report the processors and which synchronised BatchNorm works here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding(OK, f"{cores} CPU cores")
     torch: Any
     torch, error = _try_import("torch")
     if error:
@@ -163,19 +161,14 @@ def check_devices() -> Iterator[Finding]:
         yield Finding(OK, f"GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
     if count:
         nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
-        several = "and NCCL between GPUs" if nccl else "but no NCCL: one GPU a run"
-        yield Finding(
-            OK if nccl else NOTE, f"nn.SyncBatchNorm works on the GPU, {several}; {cores} CPU cores for loading"
-        )
+        several = "and NCCL between GPUs" if nccl else "but there is no NCCL: one GPU a run"
+        yield Finding(OK if nccl else NOTE, f"nn.SyncBatchNorm works on the GPU, {several}")
         return
     why = str(caught[0].message).splitlines()[0] if caught else ""
     if not why and shutil.which("nvidia-smi"):
         why = f"nvidia-smi is here, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds no device"
-    yield Finding(
-        NOTE,
-        f"no GPU{f' ({why})' if why else ''}; {cores} CPU cores",
-        "add MODEL.DEVICE cpu to a command; NORM SyncBN works in one CPU process, several need naiveSyncBN",
-    )
+    yield Finding(NOTE, f"no GPU{f' ({why})' if why else ''}: the tools run on the CPU")
+    yield Finding(NOTE, "SyncBN works in one CPU process; between several, the tools put naiveSyncBN in its place")
 
 
 def check_datasets(root: Path) -> Iterator[Finding]:
@@ -246,27 +239,31 @@ def _check_imagenet(folder: Path) -> Finding:
     return Finding(OK, f"imagenet/train: {images} images in {len(classes)} class folders")
 
 
+def _report(title: str, findings: list[Finding]) -> None:
+    print(f"\n{title}")
+    for finding, following in zip(findings, [*findings[1:], None], strict=True):
+        print(f"  {finding.level:<4}  {finding.text}")
+        if finding.remedy and (following is None or following.remedy != finding.remedy):
+            print(f"        -> {finding.remedy}")
+
+
 def main() -> int:
     """Print the report; return the exit status."""
     print(f"moco_d2 {__version__} on {platform.platform()}")
-    root = Path(os.environ.get("DETECTRON2_DATASETS") or "datasets")
-    sections = {
-        "Libraries": check_packages(),
-        "Detectron2": check_detectron2(),
-        "This package": check_package(),
-        "Devices": check_devices(),
-        "Datasets": check_datasets(root),
-    }
-    failures = 0
+    sections = {"Libraries": list(check_packages()), "Detectron2": list(check_detectron2())}
+    if not _failures(sections):
+        sections["This package"] = list(check_package())
+    sections["Devices"] = list(check_devices())
+    sections["Datasets"] = list(check_datasets(Path(os.environ.get("DETECTRON2_DATASETS") or "datasets")))
     for title, findings in sections.items():
-        print(f"\n{title}")
-        for finding in findings:
-            print(f"  {finding.level:<4}  {finding.text}")
-            if finding.remedy:
-                print(f"        -> {finding.remedy}")
-            failures += finding.level == FAIL
+        _report(title, findings)
+    failures = _failures(sections)
     print(f"\n{failures} problem(s): see FAIL above" if failures else "\nready: pretraining and detection can run here")
     return 1 if failures else 0
+
+
+def _failures(sections: dict[str, list[Finding]]) -> int:
+    return sum(finding.level == FAIL for findings in sections.values() for finding in findings)
 
 
 if __name__ == "__main__":

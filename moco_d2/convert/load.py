@@ -10,6 +10,7 @@ from __future__ import annotations
 import _codecs
 import builtins
 import collections
+import functools
 import io
 import logging
 import os
@@ -111,7 +112,7 @@ def _allowed() -> dict[tuple[str, str], Any]:
     names: dict[tuple[str, str], Any] = {
         (module, name): getattr(builtins, name) for module in ("builtins", "__builtin__") for name in plain
     }
-    for name in ("OrderedDict", "defaultdict", "Counter"):
+    for name in ("OrderedDict", "defaultdict"):
         names["collections", name] = getattr(collections, name)
     for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"):
         names["torch._utils", name] = getattr(torch._utils, name)
@@ -128,7 +129,8 @@ def _allowed() -> dict[tuple[str, str], Any]:
         if name.endswith("DType"):
             names["numpy.dtypes", name] = getattr(np.dtypes, name)
     names["_codecs", "encode"] = _encode
-    return names
+    # A pickle may set attributes of what it names; of Python's functions, those would last beyond this file.
+    return {key: functools.partial(v) if isinstance(v, types.FunctionType) else v for key, v in names.items()}
 
 
 def _restricted_unpickler() -> Any:

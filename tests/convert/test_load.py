@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from moco_d2.convert import CheckpointError, read_checkpoint, read_facts
+from moco_d2.convert.load import Stub
+from moco_d2.facts import CAFFE_BGR, BackboneFacts
+
+WEIGHT = torch.arange(6.0).reshape(2, 3)
+
+
+class Attack:
+    """What a hostile file holds: unpickling it runs ``function``."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.call
+
+
+def to_zip(content: Any, path: Path) -> None:
+    torch.save(content, path)
+
+
+def to_legacy(content: Any, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def to_pickle(content: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content))
+
+
+def to_safetensors(content: Any, path: Path) -> None:
+    safetensors.torch.save_file(content, path)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.pth.tar", "x.pkl", "noname"])
+@pytest.mark.parametrize("write", [to_zip, to_legacy, to_pickle, to_safetensors])
+def test_the_content_tells_the_format(write: Callable[[Any, Path], None], name: str, tmp_path: Path) -> None:
+    write({"a": WEIGHT, "b": WEIGHT.half()}, tmp_path / name)
+    read = read_checkpoint(str(tmp_path / name))
+    assert torch.equal(read["a"], WEIGHT) and read["b"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("write", [to_zip, to_legacy, to_pickle])
+def test_hostile_files_run_nothing(
+    write: Callable[[Any, Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mark = tmp_path / "mark"
+    hostile = {
+        "state_dict": {"weight": WEIGHT},
+        "system": Attack(os.system, f"touch {mark}"),
+        "open": Attack(open, str(mark), "w"),
+        "eval": Attack(eval, f"open({str(mark)!r}, 'w')"),
+        "getattr": Attack(getattr, Attack(__import__, "os"), "system"),
+        "load": Attack(torch.load, str(mark)),
+    }
+    write(hostile, tmp_path / "x.pth")
+    with caplog.at_level(logging.WARNING):
+        read = read_checkpoint(tmp_path / "x.pth")
+    assert torch.equal(read["state_dict"]["weight"], WEIGHT)
+    assert not mark.exists()
+    assert isinstance(read["system"], Stub)
+    for name in ("posix.system", "eval", "getattr", "io.open", "torch.serialization.load"):
+        assert name in caplog.text
+
+
+def test_pickles_within_pickles_run_nothing(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    inner = Attack(os.system, f"touch {mark}")
+    for raw in (pickle.dumps(inner), torch_bytes(inner), torch_bytes(inner, legacy=True)):
+        to_pickle({"w": Attack(torch.storage._load_from_bytes, raw)}, tmp_path / "x.pkl")
+        with contextlib.suppress(CheckpointError):  # the plain pickle is no storage
+            read_checkpoint(tmp_path / "x.pkl")
+        assert not mark.exists()
+
+
+def test_files_cannot_alter_what_they_name(tmp_path: Path) -> None:
+    before = torch._utils._rebuild_tensor_v2.__defaults__
+    # GLOBAL _rebuild_tensor_v2, then BUILD with the slot state {"__defaults__": (1,)}
+    raw = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86b."
+    (tmp_path / "x.pkl").write_bytes(raw)
+    with pytest.raises(CheckpointError):
+        read_checkpoint(tmp_path / "x.pkl")
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == before
+
+
+class Handmade(dict[Any, Any]):
+    """A class that the reader does not have."""
+
+
+@pytest.mark.parametrize("write", [to_zip, to_legacy, to_pickle])
+def test_what_training_scripts_store_beside_the_weights(write: Callable[[Any, Path], None], tmp_path: Path) -> None:
+    content = {
+        "state_dict": {"weight": WEIGHT, "parameter": torch.nn.Parameter(WEIGHT), "bf16": WEIGHT.bfloat16()},
+        "args": argparse.Namespace(out=Path("runs"), lr=0.03),
+        "lr": np.float64(0.03),
+        "array": np.arange(4, dtype=np.float32),
+        "callbacks": {argparse.ArgumentParser: 1},
+        "handmade": Handmade(a=1),
+        "seen": {1, 2},
+    }
+    write(content, tmp_path / "x.pth")
+    read = read_checkpoint(tmp_path / "x.pth")
+    for key, tensor in content["state_dict"].items():
+        assert torch.equal(read["state_dict"][key], tensor)
+    assert read["lr"] == 0.03 and read["array"].tolist() == [0, 1, 2, 3] and read["seen"] == {1, 2}
+    assert read["args"].state["lr"] == 0.03 and read["handmade"] == {"a": 1}
+
+
+def test_python2_and_old_numpy_pickles(tmp_path: Path) -> None:
+    array = np.arange(3, dtype="<f4")
+    for old, protocol in ((b"numpy.core.multiarray", 2), (b"numpy._core.multiarray", 2), (b"numpy.core.multiarray", 0)):
+        raw = pickle.dumps({"w": array}, protocol=protocol).replace(b"numpy._core.multiarray", old)
+        (tmp_path / "x.pkl").write_bytes(raw)
+        assert read_checkpoint(tmp_path / "x.pkl")["w"].tolist() == [0, 1, 2]
+
+
+def test_facts_round_trip(tmp_path: Path) -> None:
+    facts = BackboneFacts(depth=101, pixels=CAFFE_BGR, stride_in_1x1=True, origin="here", protocol="p")
+    torch.save({"model": {"w": WEIGHT}, "facts": facts.as_dict()}, tmp_path / "a.pth")
+    assert read_facts(tmp_path / "a.pth") == facts
+    torch.save({"model": {"w": WEIGHT}}, tmp_path / "b.pth")
+    assert read_facts(tmp_path / "b.pth") is None
+    torch.save({"facts": {"pixels": 3}}, tmp_path / "c.pth")
+    with pytest.raises(CheckpointError, match="facts"):
+        read_facts(tmp_path / "c.pth")
+
+
+def zipped(name: str) -> bytes:
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w") as archive:
+        archive.writestr(name, b"x")
+    return buffer.getvalue()
+
+
+def torch_bytes(content: Any, legacy: bool = False) -> bytes:
+    torch.save(content, buffer := io.BytesIO(), _use_new_zipfile_serialization=not legacy)
+    return buffer.getvalue()
+
+
+BIG = {"w": torch.ones(5000)}
+UNREADABLE: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "file is empty"),
+    "html": (b"\n<!DOCTYPE html><html>Sign in</html>", "a web page"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
+    "text": (b"hello, this is not a checkpoint", "not a checkpoint"),
+    "gzip": (b"\x1f\x8b\x08\x00", "a gzip archive"),
+    "other-zip": (zipped("weights/arr_0.npy"), "a zip archive"),
+    "script": (zipped("x/constants.pkl"), "TorchScript"),
+    "cut-zip": (torch_bytes(BIG)[:9000], "truncated torch file"),
+    "cut-legacy": (torch_bytes(BIG, legacy=True)[:9000], "damaged or truncated"),
+    "cut-pickle": (pickle.dumps({"w": np.ones(5000)})[:9000], "damaged or truncated"),
+    "cut-safetensors": (safetensors.torch.save(BIG)[:9000], "damaged or truncated"),
+    "cut-safetensors-header": (safetensors.torch.save(BIG)[:20], "truncated safetensors"),
+    "list": (torch_bytes([WEIGHT]), "holds a list"),
+    "tensor": (torch_bytes(WEIGHT), "holds a Tensor"),
+    "module": (torch_bytes(torch.nn.Linear(2, 2)), "a pickled torch.nn.modules.linear.Linear object"),
+    "legacy-module": (torch_bytes(torch.nn.Linear(2, 2), legacy=True), "a pickled torch.nn.modules.linear.Linear"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unreadable_files_are_named_in_one_line(name: str, tmp_path: Path) -> None:
+    raw, words = UNREADABLE[name]
+    path = tmp_path / "weights.pth"
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError) as refusal:
+        read_checkpoint(path)
+    message = str(refusal.value)
+    assert message.startswith(f"{path}: ") and words in message and ";" in message and "\n" not in message
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_checkpoint(tmp_path / "nothing.pth")
+    (tmp_path / "model_final.pth").touch()
+    with pytest.raises(CheckpointError, match=r"a folder.*model_final\.pth"):
+        read_checkpoint(tmp_path)

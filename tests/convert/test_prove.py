@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_layouts import network
+
+from moco_d2.convert import Conversion, ProofError, convert, convert_checkpoint, convert_state, prove
+
+
+@pytest.fixture(scope="module")
+def conversion() -> Conversion:
+    return convert_state(network().state_dict(), "x.pth")
+
+
+def swapped(tensors: dict[str, torch.Tensor], one: str, other: str) -> dict[str, torch.Tensor]:
+    return {**tensors, one: tensors[other], other: tensors[one]}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "first_stage"),
+    [
+        ("stem.conv1.norm.bias", "stem.conv1.norm.running_mean", "res2"),
+        ("res3.1.conv1.weight", "res3.2.conv1.weight", "res3"),
+        ("res5.0.shortcut.norm.running_var", "res5.0.conv3.norm.running_var", "res5"),
+    ],
+)
+def test_two_swapped_tensors_of_one_shape_fail(conversion: Conversion, one: str, other: str, first_stage: str) -> None:
+    with pytest.raises(ProofError, match=f"differ at {first_stage} by"):
+        prove(conversion.facts, conversion.source_tensors, swapped(conversion.tensors, one, other))
+
+
+def test_a_slightly_wrong_tensor_fails(conversion: Conversion) -> None:
+    wrong = {**conversion.tensors, "res4.3.conv2.weight": conversion.tensors["res4.3.conv2.weight"] * 1.01}
+    with pytest.raises(ProofError, match=r"differ at res4 by .*res5 by"):
+        prove(conversion.facts, conversion.source_tensors, wrong)
+
+
+def test_not_a_number_fails(conversion: Conversion) -> None:
+    wrong = {**conversion.tensors, "res5.0.conv1.norm.bias": conversion.tensors["res5.0.conv1.norm.bias"] / 0}
+    with pytest.raises(ProofError, match="differ at res5 by nan"):
+        prove(conversion.facts, conversion.source_tensors, wrong)
+
+
+def test_missing_and_misshapen_tensors_fail(conversion: Conversion) -> None:
+    fewer = {key: tensor for key, tensor in conversion.tensors.items() if key != "res2.0.conv1.weight"}
+    with pytest.raises(ProofError, match=r"misses \['res2.0.conv1.weight'\]"):
+        prove(conversion.facts, conversion.source_tensors, fewer)
+    other = {**conversion.tensors, "stem.conv1.weight": torch.ones(16, 3, 3, 3)}
+    with pytest.raises(ProofError, match="cannot hold"):
+        prove(conversion.facts, conversion.source_tensors, other)
+
+
+def test_the_written_file_is_what_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(network().state_dict(), tmp_path / "in.pth")
+    (tmp_path / "out.pth").write_bytes(b"an earlier result")
+    save = convert.save
+
+    def damaging_save(conversion: Conversion, output: Any) -> None:
+        tensors = swapped(conversion.tensors, "res2.1.conv1.weight", "res2.2.conv1.weight")
+        save(Conversion(**{**vars(conversion), "tensors": tensors}), output)
+
+    monkeypatch.setattr(convert, "save", damaging_save)
+    with pytest.raises(ProofError, match="differ at res2"):
+        convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.pth"]
+    assert (tmp_path / "out.pth").read_bytes() == b"an earlier result"

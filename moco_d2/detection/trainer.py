@@ -1,0 +1,171 @@
+"""The transfer trainer: Detectron2's, with guarded weights, an evaluator for each test set, and results on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import detectron2
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from torch import nn
+
+import moco_d2
+from moco_d2.atomic import atomic_write
+from moco_d2.detection.evaluators import build_evaluator
+from moco_d2.detection.preflight import check_run, fit_to_machine, starting_point
+from moco_d2.detection.weights import WeightsRecord, all_names, facts_of, load_weights
+from moco_d2.layers.distributed import broadcast_module, wrap_ddp
+
+logger = logging.getLogger(__name__)
+
+
+class TransferTrainer(DefaultTrainer):
+    """Detectron2's ``DefaultTrainer`` for fine-tuning: on GPUs, one CPU process, or several.
+
+    Attributes:
+        weights: what the detector was started from; set by :meth:`resume_or_load`.
+        scaled: the keys that ``SOLVER.REFERENCE_WORLD_SIZE`` changed, as ``{key: (config's value, value used)}``.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """Check the run, then build model, optimizer, data, schedule, checkpointer and hooks.
+
+        DefaultTrainer's own constructor is not called: it wraps the model for CUDA only.
+
+        Raises:
+            ValueError: batch, data sets or evaluators do not allow the run.
+        """
+        TrainerBase.__init__(self)
+        asked, world_size = cfg, comm.get_world_size()
+        cfg = self.auto_scale_workers(fit_to_machine(cfg, world_size), world_size)
+        check_run(cfg, world_size)
+        self.cfg, self.scaled = cfg, _changes(asked.SOLVER, cfg.SOLVER)
+
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer(wrap_ddp(model), loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.weights = WeightsRecord(cfg.MODEL.WEIGHTS, facts_of(cfg))
+        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """Build the evaluator that the test set's metadata ask for."""
+        return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: Sequence[DatasetEvaluator] | None = None
+    ) -> dict[str, Any]:
+        """Evaluate on each test set, every process with rank 0's tensors.
+
+        Precise-BN weighs batches by each process's own image sizes, so that processes end with different statistics, of
+        which the checkpoint holds rank 0's. Evaluating a mixture would give figures that the saved detector does not.
+        """
+        broadcast_module(model)
+        return super().test(cfg, model, evaluators)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continue the run in ``OUTPUT_DIR`` (``resume``, where there is one), or start from ``MODEL.WEIGHTS``.
+
+        Raises:
+            ValueError: the weights may not be used (see :func:`moco_d2.detection.weights.load_weights`), or a fresh
+                start would overwrite a run.
+        """
+        path, resuming = starting_point(self.cfg, resume)
+        if resuming:
+            self.checkpointer.add_checkpointable("facts", self.weights)
+            load_weights(self.checkpointer, self.cfg, path, all_names, checkpointables=None)
+            self.start_iter = self.iter + 1
+            logger.info("resuming at iteration %d of %d", self.start_iter, self.max_iter)
+        else:
+            self.weights = load_weights(self.checkpointer, self.cfg, path)
+            # Saved in every checkpoint, so that the finished detector, too, says how it must be fed.
+            self.checkpointer.add_checkpointable("facts", self.weights)
+
+    def train(self) -> None:
+        """Train to the end, evaluate, and write ``results.json``."""
+        super().train()
+        if comm.is_main_process() and self.cfg.DATASETS.TEST:
+            result = describe_result(self.cfg, self._last_eval_results, self.weights)
+            result |= {"iterations": self.max_iter, "scaled": self.scaled}
+            write_json(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), result)
+
+
+def evaluate(cfg: CfgNode) -> None:
+    """Evaluate the trained detector in ``MODEL.WEIGHTS`` on each test set, and write ``results_eval_only.json``.
+
+    Raises:
+        ValueError: no weights, weights that do not fill the whole detector, or data sets that are not there.
+    """
+    cfg = fit_to_machine(cfg, comm.get_world_size())
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("evaluation needs a trained detector: pass MODEL.WEIGHTS OUTPUT_DIR/model_final.pth")
+    check_run(cfg, comm.get_world_size(), train=False)
+    model = TransferTrainer.build_model(cfg)
+    weights = load_weights(DetectionCheckpointer(model), cfg, cfg.MODEL.WEIGHTS, all_names)
+    metrics = TransferTrainer.test(cfg, model)
+    if comm.is_main_process():
+        # Not results.json: that one tells what training gave, and the folder may be the same.
+        path = os.path.join(cfg.OUTPUT_DIR, "results_eval_only.json")
+        write_json(path, describe_result(cfg, metrics, weights))
+
+
+def describe_result(cfg: CfgNode, metrics: Mapping[str, Any], weights: WeightsRecord) -> dict[str, Any]:
+    """Return a result with what is needed to compare it: protocol, weights, schedule, seed, machine and versions.
+
+    Args:
+        cfg: config that ran.
+        metrics: what ``DefaultTrainer.test`` returned; a single test set comes without its name.
+        weights: what the detector was started from.
+    """
+    solver = cfg.SOLVER
+    cuda = cfg.MODEL.DEVICE != "cpu"
+    return {
+        "protocol": cfg.PROTOCOL,
+        "weights": {"path": weights.path, "facts": weights.facts.as_dict()},
+        "metrics": {cfg.DATASETS.TEST[0]: metrics} if len(cfg.DATASETS.TEST) == 1 else metrics,
+        "schedule": {key: solver[key] for key in ("IMS_PER_BATCH", "BASE_LR", "STEPS", "MAX_ITER", "WARMUP_ITERS")},
+        "seed": cfg.SEED,
+        "processes": comm.get_world_size(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "versions": {m.__name__: m.__version__ for m in (moco_d2, detectron2, torch)},
+    }
+
+
+def write_json(path: str, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that is whole or not there; NaN, which JSON does not know, becomes null."""
+    text = json.dumps(_plain(content), indent=2, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(text.encode() + b"\n")
+    logger.info("wrote %s", path)
+
+
+def _plain(value: Any) -> Any:
+    """Turn numpy numbers, tuples and mappings into what JSON knows."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (bool, int, str)) or value is None:
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _changes(asked: CfgNode, used: CfgNode) -> dict[str, tuple[Any, Any]]:
+    return {f"SOLVER.{key}": (asked[key], used[key]) for key in asked if asked[key] != used[key]}

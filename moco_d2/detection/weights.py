@@ -1,0 +1,274 @@
+"""The guard on weights: a detector starts from the whole backbone, fed as in pretraining, or it does not start.
+
+Detectron2 warns about tensors that a file does not fill and trains them from random values; it cannot know that a file
+wants RGB. Both mistakes cost a schedule and look like a bad pretraining method, so here they are errors. Random
+initialisation is asked for by ``MODEL.WEIGHTS ""`` and by nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from moco_d2.convert.load import facts_in, read_checkpoint
+from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
+
+logger = logging.getLogger(__name__)
+
+# MODEL.WEIGHTS of the configs that start from weights of the user's choice (configs/Base/init-moco.yaml).
+REQUIRED = "REQUIRED"
+
+_SHOWN = 10  # keys listed in an error
+
+
+@dataclass
+class WeightsRecord:
+    """What a detector was started from. It is saved in every checkpoint, under ``facts`` like in a backbone's file.
+
+    Attributes:
+        path: ``MODEL.WEIGHTS``, empty for random initialisation.
+        facts: the file's facts, or those of the config where the file carries none.
+    """
+
+    path: str
+    facts: BackboneFacts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the facts; Detectron2's checkpointer calls this."""
+        return self.facts.as_dict()
+
+    def load_state_dict(self, facts: Mapping[str, Any]) -> None:
+        """Take the facts of a checkpoint that is resumed: the file the run started from may be gone by now."""
+        self.facts = BackboneFacts.from_dict(facts)
+
+
+def pretrained_names(model: nn.Module) -> list[str]:
+    """Name the tensors of a detector that pretraining must fill: the ResNet, and conv5 where it is the box head (C4).
+
+    The norm that :class:`Res5ROIHeadsExtraNorm` adds is new and left out, and so is ``num_batches_tracked``, which no
+    computation reads.
+    """
+    backbone = "backbone.bottom_up." if hasattr(model.backbone, "bottom_up") else "backbone."
+    return [
+        name
+        for name in all_names(model)
+        if name.startswith((backbone, "roi_heads.res5.")) and not name.startswith("roi_heads.res5.norm.")
+    ]
+
+
+def all_names(model: nn.Module) -> list[str]:
+    """Name the tensors that a trained detector must fill to be evaluated or resumed."""
+    return [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
+
+
+def check_source(path: str) -> None:
+    """Check that ``MODEL.WEIGHTS`` names a file that is there (fetching it if it is an address), or is empty.
+
+    Raises:
+        ValueError: it is the placeholder of the shipped configs, or there is no such file.
+    """
+    if path == REQUIRED:
+        raise ValueError(
+            "this config starts from weights of your choice and none were given.\n"
+            "  Pass MODEL.WEIGHTS PATH, a file written by tools/convert_checkpoint.py, "
+            'or take the config that ends in _random (MODEL.WEIGHTS "")'
+        )
+    if path:
+        _local_path(path)
+
+
+def load_weights(
+    checkpointer: DetectionCheckpointer,
+    cfg: CfgNode,
+    path: str,
+    names: Callable[[nn.Module], Sequence[str]] = pretrained_names,
+    checkpointables: Sequence[str] | None = (),
+) -> WeightsRecord:
+    """Load a file into a detector, or say exactly why it may not be used.
+
+    Args:
+        checkpointer: of the detector.
+        cfg: config of the detector.
+        path: a path, an address that Detectron2 knows, or empty for random initialisation.
+        names: which tensors the file has to fill: :func:`pretrained_names`, or :func:`all_names` to evaluate.
+        checkpointables: what else is loaded (optimizer, ...); ``None`` for everything there is.
+
+    Returns:
+        What is known about the weights.
+
+    Raises:
+        ValueError: no file, a file of another kind, facts that contradict the config, tensors missing, of another
+            shape, or not finite.
+    """
+    check_source(path)
+    if not path:
+        logger.info("MODEL.WEIGHTS is empty: the detector starts from random weights")
+        return WeightsRecord("", replace(facts_of(cfg), origin="random initialisation"))
+    content = _read(path)
+    record = _check_facts(content, cfg, path)
+    model = checkpointer.model
+    with _record_filled(model) as filled:
+        try:
+            checkpointer.load(path, checkpointables=None if checkpointables is None else list(checkpointables))
+        except (ValueError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: Detectron2 cannot load it ({error}){_convert_hint(path)}") from error
+    wanted = names(model)
+    missing = [name for name in wanted if name not in filled]
+    if missing:
+        raise ValueError(_explain_missing(path, content, model, missing, len(wanted)))
+    state = model.state_dict()
+    broken = [name for name in wanted if not torch.isfinite(state[name]).all()]
+    if broken:
+        raise ValueError(
+            f"{path}: {len(broken)} tensors hold NaN or infinity, so the run that wrote them had diverged:\n"
+            + _listed(broken)
+        )
+    logger.info("%s fills all of the %d tensors wanted from it", path, len(wanted))
+    return record
+
+
+def facts_of(cfg: CfgNode) -> BackboneFacts:
+    """Return the facts under which a config builds and feeds its backbone."""
+    resnet = cfg.MODEL.RESNETS
+    return BackboneFacts(
+        depth=resnet.DEPTH,
+        stem_channels=resnet.STEM_OUT_CHANNELS,
+        res2_channels=resnet.RES2_OUT_CHANNELS,
+        groups=resnet.NUM_GROUPS,
+        width_per_group=resnet.WIDTH_PER_GROUP,
+        stride_in_1x1=resnet.STRIDE_IN_1X1,
+        pixels=Pixels(cfg.INPUT.FORMAT, tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD)),
+    )
+
+
+def _check_facts(content: Mapping[str, Any], cfg: CfgNode, path: str) -> WeightsRecord:
+    facts = facts_in(content, path)
+    if facts is not None:
+        why = f"by its facts; origin: {facts.origin}"
+    elif _is_msra(content, path):
+        # The depth is left to the coverage check, so that one rule serves R-50 and R-101.
+        facts = replace(facts_of(cfg), stride_in_1x1=True, pixels=CAFFE_BGR, origin="ImageNet-supervised, MSRA (Caffe)")
+        why = "it is the original Caffe ResNet"
+    else:
+        facts = replace(facts_of(cfg), origin="unknown")
+        logger.info(
+            "%s carries no facts: it is assumed to want what the config says (%s, mean %s, std %s, STRIDE_IN_1X1 %s)",
+            path, facts.pixels.order, facts.pixels.mean, facts.pixels.std, facts.stride_in_1x1,
+        )  # fmt: skip
+        return WeightsRecord(path, facts)
+    lines = facts.contradictions(cfg)
+    if lines:
+        needed = facts.config()
+        keys = [line.split(" ", 1)[0] for line in lines]
+        remedy = " ".join(f'{key} "{needed[key]}"' for key in keys)
+        raise ValueError(
+            f"{path} contradicts the config ({why}):\n" + _listed(lines) + f"\n  Pass {remedy}, or other weights"
+        )
+    return WeightsRecord(path, facts)
+
+
+def _is_msra(content: Mapping[str, Any], path: str) -> bool:
+    """Tell Caffe's ResNets of 2015 by their address in Detectron2's zoo, or by their file's names.
+
+    Their first convolution has a bias, which no other file under Caffe2's names has.
+    """
+    return "ImageNetPretrained/MSRA/" in path or {"conv1_b", "res2_0_branch2a_w"} <= set(content)
+
+
+def _local_path(path: str) -> str:
+    bare = urlparse(path)._replace(query="").geturl()  # Detectron2 accepts FILE?matching_heuristics=True
+    try:
+        local = PathManager.get_local_path(bare)
+    except Exception as error:  # whatever the network has in store
+        raise ValueError(
+            f"MODEL.WEIGHTS {path} could not be fetched ({error}).\n"
+            "  Fetch it elsewhere and pass MODEL.WEIGHTS with the file's path"
+        ) from error
+    if not os.path.isfile(local):
+        folder = os.path.dirname(local) or "."
+        beside = os.listdir(folder) if os.path.isdir(folder) else []
+        near = difflib.get_close_matches(os.path.basename(local), beside, n=3)
+        hint = f"; nearest in {folder}: {', '.join(near)}" if near else ""
+        raise ValueError(f"MODEL.WEIGHTS {path} does not exist{hint}")
+    return local
+
+
+def _read(path: str) -> Mapping[str, Any]:
+    """Read a file's content, having checked that it is one Detectron2 can load."""
+    convert = _convert_hint(path)
+    content = read_checkpoint(_local_path(path))
+    state = content.get("model", content.get("blobs", content))
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"{path} holds no weights: its model is empty{convert}")
+    foreign = [str(key) for key, value in state.items() if not hasattr(value, "shape")]
+    if foreign:
+        raise ValueError(
+            f"{path} is not in Detectron2's form: {_few(foreign)} {'is' if len(foreign) == 1 else 'are'} no tensor"
+            + ("s" if len(foreign) > 1 else "") + convert
+        )  # fmt: skip
+    return content
+
+
+@contextmanager
+def _record_filled(model: nn.Module) -> Iterator[set[str]]:
+    """Collect the names that reach ``load_state_dict``: behind every renaming, heuristic and shape check.
+
+    Looking there is safer than at the list of missing keys, which Detectron2 and FrozenBN amend.
+    """
+    filled: set[str] = set()
+    handle = model.register_load_state_dict_pre_hook(lambda _, state, *__: filled.update(state))
+    try:
+        yield filled
+    finally:
+        handle.remove()
+
+
+def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, missing: list[str], total: int) -> str:
+    state = content.get("model", content)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    lines, misshapen = [], 0
+    for name in missing:
+        held = next((key for key in state if name == key or name.endswith("." + key)), None)
+        if held is not None and tuple(state[held].shape) != shapes[name]:
+            misshapen += 1
+            lines.append(f"{name} is {shapes[name]} in the detector, {tuple(state[held].shape)} in the file")
+        else:
+            lines.append(f"{name} is not in the file")
+    text = f"{path} fills {total - len(missing)} of {total} tensors; {len(missing)} would stay random:\n" + _listed(
+        lines
+    )
+    if misshapen:
+        text += (
+            "\n  The file holds another network: check MODEL.RESNETS.DEPTH, the width keys beside it, and NUM_CLASSES"
+        )
+    elif len(missing) == total:
+        text += f"\n  The file holds names such as {_few(list(state))}.{_convert_hint(path)}"
+    else:
+        text += "\n  The file is incomplete: convert the original again with tools/convert_checkpoint.py"
+    return text
+
+
+def _convert_hint(path: str) -> str:
+    return f"\n  Convert it first: python tools/convert_checkpoint.py {path} converted.pth"
+
+
+def _listed(lines: Sequence[str]) -> str:
+    more = [f"    ... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return "\n".join([f"    {line}" for line in lines[:_SHOWN]] + more)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+r"""Fine-tune a detector from converted weights, and evaluate it.
+
+    tools/train_net.py --config-file PascalVOC-Detection/faster_rcnn_R_50_C4_24k --num-gpus 8 \
+        MODEL.WEIGHTS moco_v2.pth OUTPUT_DIR output/voc_moco_v2
+    tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/voc_moco_v2/model_final.pth
+    torchrun --nproc-per-node 8 tools/train_net.py --config-file ... MODEL.WEIGHTS moco_v2.pth
+
+Configs that end in _supervised and _random need no MODEL.WEIGHTS.
+"""
+
+import argparse
+
+import cli
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, or with ``--eval-only`` evaluate, in this process."""
+    from moco_d2.detection.preflight import check_weights
+    from moco_d2.detection.trainer import TransferTrainer, evaluate
+
+    cfg = cli.setup(args)
+    if args.eval_only:
+        evaluate(cfg)
+        return
+    check_weights(cfg, args.resume)
+    trainer = TransferTrainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    parser = cli.launch_parser(__doc__)
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, a trained detector")
+    cli.run(main, parser.parse_args())

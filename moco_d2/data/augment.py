@@ -53,7 +53,7 @@ class GaussianBlur:
 
 
 def _to_tensor(pixels: Pixels) -> list[Callable[..., torch.Tensor]]:
-    mean, std = ([v / 255 for v in values] for values in (pixels.mean, pixels.std))
+    mean, std = ([round(v / 255, 6) for v in values] for values in (pixels.mean, pixels.std))
     return [T.ToTensor(), T.Normalize(mean, std)]
 
 

@@ -145,6 +145,8 @@ class ViewLoader:
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
         options: dict[str, Any] = {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
+        # Its own generator: a DataLoader draws a seed when it starts, which would shift a resumed step's randomness.
+        options["generator"] = torch.Generator()
         for batch in DataLoader(self.dataset, batch_sampler=self.sampler, collate_fn=collate, **options):
             for path in batch.skipped:
                 if path not in self.unreadable:

@@ -1,0 +1,244 @@
+"""The pretraining command as a user runs it: exact resume, files, schedules, messages."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import HookBase
+from PIL import Image
+
+from moco_d2.config import get_cfg, load_cfg
+from moco_d2.engine.optim import lr_factor, scaled_lr
+from moco_d2.engine.pretrain import PretrainTrainer
+from moco_d2.facts import BackboneFacts
+from moco_d2.layers.resnet import network_for
+from moco_d2.methods.moco import to_official
+
+TOOL = Path(__file__).parents[2] / "tools" / "pretrain_net.py"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
+    return str(folder)
+
+
+def options(images: str, output: Path, *more: object) -> list[str]:
+    small = [
+        "DATASETS.TRAIN", f'("{images}",)', "OUTPUT_DIR", str(output), "SOLVER.IMS_PER_BATCH", 8, "DATA.CROP_SIZE", 32,
+        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", 0.125, "SSL.ARGS.queue_size", 24, "SSL.ARGS.dim", 16,
+        "SSL.ARGS.bn_groups", 2, "SOLVER.EPOCHS", 3, "SOLVER.CHECKPOINT_PERIOD", 3, "DATALOADER.NUM_WORKERS", 0,
+        "MODEL.DEVICE", "cpu", "SEED", 7, *more,
+    ]  # fmt: skip
+    return [str(word) for word in small]
+
+
+class Killed(Exception):
+    """What the test's hook raises."""
+
+
+class Killer(HookBase):
+    """Ends a run after a step."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def after_step(self) -> None:
+        if self.trainer.iter == self.after:
+            raise Killed
+
+
+def train(cfg_options: list[str], resume: bool = False, stop_at: int | None = None) -> PretrainTrainer:
+    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", cfg_options)
+    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
+    trainer = PretrainTrainer(cfg)
+    trainer.resume_or_load(resume)
+    if stop_at is not None:
+        trainer.register_hooks([Killer(stop_at)])
+    trainer.train()
+    return trainer
+
+
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(images: str, tmp_path: Path) -> None:
+    whole = train(options(images, tmp_path / "whole"))
+    with pytest.raises(Killed):  # two steps beyond its last checkpoint
+        train(options(images, tmp_path / "cut"), stop_at=4)
+    # With another number of workers, on purpose.
+    resumed = train(options(images, tmp_path / "cut", "DATALOADER.NUM_WORKERS", 2), resume=True)
+    assert (whole.start_iter, resumed.start_iter, resumed.iter) == (0, 3, 6)
+    states = [torch.load(tmp_path / run / "model_final.pth") for run in ("whole", "cut")]
+    for key, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][key]), key
+    first, second = (state["trainer"]["_trainer"]["optimizer"] for state in states)
+    assert first["param_groups"] == second["param_groups"]
+    for i, buffers in first["state"].items():
+        assert torch.equal(buffers["momentum_buffer"], second["state"][i]["momentum_buffer"])
+    assert states[0]["trainer"]["hooks"] == states[1]["trainer"]["hooks"], "the schedule"
+
+
+def test_every_checkpoint_comes_with_a_backbone_that_any_torchvision_user_can_load(images: str, tmp_path: Path) -> None:
+    trainer = train(options(images, tmp_path, "PROTOCOL", "mine"))
+    saved = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    facts = BackboneFacts.from_dict(saved["facts"])
+    assert (facts.depth, facts.stem_channels, facts.protocol, facts.pixels.order) == (18, 8, "mine", "RGB")
+    network_for(facts).load_state_dict(saved["state_dict"])
+    for key, value in saved["state_dict"].items():
+        assert torch.equal(value, trainer.method.encoder_q.state_dict()[key])
+    assert sorted(p.name for p in tmp_path.glob("model_*")) == [
+        "model_0000002.pth", "model_0000005.pth", "model_final.pth",
+    ]  # fmt: skip
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")], "no temporary files"
+    last = json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])
+    wanted = {
+        "total_loss", "contrast_acc1", "contrast_acc5", "lr", "data_time", "images_per_second", "positive_similarity",
+        "negative_similarity", "feature_std", "epoch", "unreadable_images", "eta_seconds",
+    }  # fmt: skip
+    assert wanted <= set(last) and last["epoch"] == 3
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_official_training_checkpoints_are_continued(images: str, tmp_path: Path) -> None:
+    source = train(options(images, tmp_path / "a", "SOLVER.EPOCHS", 1)).method
+    official = {"epoch": 1, "arch": "resnet18", "state_dict": to_official(source.state_dict()), "optimizer": {}}
+    torch.save(official, tmp_path / "checkpoint.pth.tar")
+    (tmp_path / "b").mkdir()
+    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", options(images, tmp_path / "b", "SEED", 8))
+    cfg.MODEL.WEIGHTS = str(tmp_path / "checkpoint.pth.tar")
+    trainer = PretrainTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    for key, value in source.state_dict().items():
+        assert torch.equal(value, trainer.method.state_dict()[key]), key
+    cfg.MODEL.WEIGHTS = str(tmp_path / "a" / "backbone.pth")
+    with pytest.raises(ValueError, match="not a checkpoint of this MoCo"):
+        PretrainTrainer(cfg).resume_or_load(resume=False)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(images: str, tmp_path: Path) -> None:
+    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", options(images, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1))
+    cfg.SOLVER.BASE_LR = 1e30
+    trainer = PretrainTrainer(cfg)
+    with pytest.raises(FloatingPointError, match=r"last good checkpoint is kept: .*model_0000000.pth.*SOLVER.BASE_LR"):
+        trainer.train()
+    kept = torch.load(tmp_path / "model_0000000.pth")["model"]
+    assert all(value.isfinite().all() for key, value in kept.items() if "encoder_k" in key)
+
+
+def test_resuming_with_another_recipe_is_refused(images: str, tmp_path: Path) -> None:
+    train(options(images, tmp_path, "SOLVER.EPOCHS", 1))
+    with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH was 8 and is 4"):
+        train(options(images, tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 4), resume=True)
+    with pytest.raises(ValueError, match="of another model"):
+        train(options(images, tmp_path, "SOLVER.EPOCHS", 1, "SSL.ARGS.queue_size", 48), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["SOLVER.IMS_PER_BATCH", 64], "has 20 images, fewer than a batch of 64"),
+        (["SOLVER.SCHEDULE", "cosin", "SOLVER.BASE_LR", 0.0], r"'cosin'; it must be step or cosine\n.*BASE_LR is 0.0"),
+        (["SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", 0], "SOLVER.EPOCHS or SOLVER.MAX_ITER"),
+        (["DATA.RECIPE", "moco"], "known recipes are moco_v1"),
+        (["SSL.METHOD", "MoCo2"], "known methods are MoCo"),
+    ],
+)
+def test_bad_settings_fail_before_training(images: str, tmp_path: Path, more: list, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", options(images, tmp_path, *more)))
+
+
+def test_schedules_are_the_published_ones() -> None:
+    """The lr of each epoch against the formulas of the authors' code."""
+    steps = 5004
+    v1, v2, cifar = (
+        load_cfg(f"Pretrain/{name}") for name in ("moco_v1_R50_200ep", "moco_v2_R50_200ep", "moco_cifar10_R18_200ep")
+    )
+    for epoch in (0, 1, 119, 120, 159, 160, 199):
+        for iteration in (epoch * steps, epoch * steps + steps - 1):
+            assert lr_factor(v1, iteration, steps) == pytest.approx(0.1 ** ((epoch >= 120) + (epoch >= 160)))
+            assert lr_factor(v2, iteration, steps) == 0.5 * (1 + math.cos(math.pi * epoch / 200))
+    assert 0.06 * lr_factor(cifar, 0, 97) == pytest.approx(0.059996, abs=1e-6)
+    assert lr_factor(cifar, 199 * 97, 97) == pytest.approx(0, abs=1e-12)
+
+
+def test_the_lr_scales_linearly_with_the_batch_unless_told_not_to() -> None:
+    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", ["SOLVER.IMS_PER_BATCH", "128"])
+    assert scaled_lr(cfg) == pytest.approx(0.015), "the authors' own example for 4 GPUs"
+    cfg.SOLVER.REFERENCE_BATCH = 0
+    assert scaled_lr(cfg) == 0.03
+
+
+def test_pretraining_configs_state_the_published_recipes() -> None:
+    published = {
+        "moco_v1_R50_200ep": (200, 0.07, False, "moco_v1", "step"),
+        "moco_v2_R50_200ep": (200, 0.2, True, "moco_v2", "cosine"),
+        "moco_v2_R50_800ep": (800, 0.2, True, "moco_v2", "cosine"),
+    }
+    for name, recipe in published.items():
+        cfg = load_cfg(f"Pretrain/{name}")
+        args, solver = cfg.SSL.ARGS, cfg.SOLVER
+        assert (solver.EPOCHS, args.temperature, args.mlp, cfg.DATA.RECIPE, solver.SCHEDULE) == recipe
+        assert (args.dim, args.queue_size, args.momentum, args.shuffle, args.symmetric) == (128, 65536, 0.999, True, False)
+        assert (solver.BASE_LR, solver.IMS_PER_BATCH, solver.MOMENTUM, solver.WEIGHT_DECAY) == (0.03, 256, 0.9, 1e-4)
+        assert (solver.NESTEROV, cfg.DATA.CROP_SIZE, cfg.SSL.ENCODER.NAME) == (False, 224, "resnet50")
+        assert cfg.PROTOCOL == name and cfg.DATASETS.TRAIN == ("imagenet_train",)
+    cifar = load_cfg("Pretrain/moco_cifar10_R18_200ep")
+    assert dict(cifar.SSL.ARGS) == {
+        "dim": 128, "queue_size": 4096, "momentum": 0.99, "temperature": 0.1, "mlp": False, "symmetric": False,
+        "shuffle": True, "bn_groups": 8,
+    }  # fmt: skip
+    assert (cifar.SOLVER.BASE_LR, cifar.SOLVER.WEIGHT_DECAY, cifar.SOLVER.IMS_PER_BATCH) == (0.06, 5e-4, 512)
+
+
+def test_weight_decay_reaches_every_parameter(images: str, tmp_path: Path) -> None:
+    trainer = PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", options(images, tmp_path)))
+    (group,) = trainer.optimizer.param_groups
+    assert group["weight_decay"] == 1e-4 and group["lr"] == pytest.approx(0.03 * 8 / 256)
+    assert {id(p) for p in group["params"]} == {id(p) for p in trainer.method.encoder_q.parameters()}
+
+
+def run_tool(*words: str, module: str | None = None) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", module, "--nproc-per-node", "2"] if module else []
+    command = [sys.executable, *launcher, str(TOOL), "--config-file", "Pretrain/moco_v2_R50_200ep", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_by_our_launcher_and_by_torchrun_end_alike(images: str, tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "launch", tmp_path / "torchrun"
+    more = ("SSL.ARGS.bn_groups", 1, "SOLVER.EPOCHS", 1)
+    results = [
+        run_tool("--num-gpus", "2", *options(images, ours, *more)),
+        run_tool(*options(images, theirs, *more), module="torch.distributed.run"),
+    ]
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:] + results[1].stderr[-2000:]
+    first, second = (torch.load(folder / "model_final.pth")["model"] for folder in (ours, theirs))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    train(options(images, tmp_path / "one", "SOLVER.EPOCHS", 1))
+    alone = torch.load(tmp_path / "one" / "model_final.pth")["model"]
+    for key in alone:  # The same images, in the same groups: equal up to the order of sums.
+        if "running" not in key:
+            torch.testing.assert_close(first[key], alone[key], rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_the_tool_reports_mistakes_in_one_line_and_refuses_to_overwrite(images: str, tmp_path: Path) -> None:
+    wrong = run_tool("SOLVER.BASE_LRR", "3")
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith("error: the command line: no config key SOLVER.BASE_LRR; did you mean")
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    again = run_tool(*options(images, tmp_path))
+    assert again.returncode == 2 and "holds a run already (model_0000009.pth)" in again.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint"], "nothing was written over it"
+
+
+def test_default_keys_are_detectron2s() -> None:
+    from detectron2.config import get_cfg as detectron2_cfg
+
+    ours, theirs = get_cfg(), detectron2_cfg()
+    for node in ("MODEL", "INPUT", "DATASETS", "DATALOADER", "TEST"):
+        assert ours[node] == theirs[node]

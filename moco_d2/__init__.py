@@ -33,10 +33,14 @@ def _wanted_module() -> str:
     return wanted
 
 
+_wanted = _wanted_module()
 _spec = importlib.util.find_spec("detectron2")
 # A folder that merely has the name (a git clone in the working directory) is a namespace package: it has no origin.
-if (_spec is None or _spec.origin is None) and not _wanted_module().startswith(_TORCH_ONLY + _NEEDS_NOTHING):
-    raise ImportError(
-        f"moco_d2 needs detectron2, which is not installed. Install it with\n    {INSTALL_DETECTRON2}\n"
-        "(moco_d2.layers, moco_d2.methods and moco_d2.convert work without it: import them by their full name)"
-    )
+if _spec is None or _spec.origin is None:
+    if not _wanted.startswith(_TORCH_ONLY + _NEEDS_NOTHING):
+        raise ImportError(
+            f"moco_d2 needs detectron2, which is not installed. Install it with\n    {INSTALL_DETECTRON2}\n"
+            "(moco_d2.layers, moco_d2.methods and moco_d2.convert work without it: import them by their full name)"
+        )
+elif not _wanted.startswith(_NEEDS_NOTHING):  # The doctor must come through when Detectron2 is broken.
+    from moco_d2 import data, detection, methods  # noqa: F401  (registers)

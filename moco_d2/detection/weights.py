@@ -241,7 +241,7 @@ def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, mi
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     lines, misshapen = [], 0
     for name in missing:
-        held = next((key for key in state if name == key or name.endswith("." + key)), None)
+        held = next((key for key in _file_names(name) if key in state), None)
         if held is not None and tuple(state[held].shape) != shapes[name]:
             misshapen += 1
             lines.append(f"{name} is {shapes[name]} in the detector, {tuple(state[held].shape)} in the file")
@@ -259,6 +259,11 @@ def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, mi
     else:
         text += "\n  The file is incomplete: convert the original again with tools/convert_checkpoint.py"
     return text
+
+
+def _file_names(name: str) -> list[str]:
+    """Return the names that a detector's tensor can have in a file: a detector's, or a backbone's."""
+    return [name, *(name.removeprefix(prefix) for prefix in ("backbone.bottom_up.", "backbone.", "roi_heads."))]
 
 
 def _convert_hint(path: str) -> str:

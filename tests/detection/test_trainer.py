@@ -1,0 +1,180 @@
+"""TransferTrainer from weights to results on disk, on one CPU process and two, and what it refuses before it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances, register_pascal_voc
+from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from small_detector import COCO_C4, COCO_FPN, QUARTER, SHORT, VOC_C4, small_cfg
+
+from moco_d2.detection.evaluators import build_evaluator
+from moco_d2.detection.preflight import check_run, fit_to_machine
+from moco_d2.detection.trainer import TransferTrainer, evaluate
+
+# Detectron2's own: meshgrid in the old way, masks handed to numpy 2 in the old way, classes without any box in VOC.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning"),
+]
+
+ROOT = Path(__file__).parents[2]
+VOC_SETS = ["DATASETS.TRAIN", "('tiny_voc',)", "DATASETS.TEST", "('tiny_voc',)"]
+COCO_SETS = ["DATASETS.TRAIN", "('tiny_coco',)", "DATASETS.TEST", "('tiny_coco',)"]
+
+
+@pytest.fixture(autouse=True)
+def tiny_datasets(dataset_root):
+    register_pascal_voc("tiny_voc", str(dataset_root / "VOC2007"), "trainval", 2007)
+    MetadataCatalog.get("tiny_voc").evaluator_type = "pascal_voc"
+    coco = dataset_root / "coco"
+    register_coco_instances("tiny_coco", {}, str(coco / "annotations/instances_val2017.json"), str(coco / "val2017"))
+    yield
+    for name in ("tiny_voc", "tiny_coco"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def detections(folder, dataset):
+    """Return the saved COCO detections in an order that does not depend on the process that found them."""
+    found = json.loads((folder / "inference" / dataset / "coco_instances_results.json").read_text())
+    return sorted((d["image_id"], d["category_id"], d["score"], d["bbox"]) for d in found)
+
+
+def test_voc_training_evaluation_resuming_and_evaluation_only(converted_file, tmp_path):
+    opts = [*SHORT, *VOC_SETS, "MODEL.WEIGHTS", converted_file, "OUTPUT_DIR", tmp_path]
+    trainer = TransferTrainer(small_cfg(VOC_C4, *opts))
+    trainer.resume_or_load(resume=False)
+    before = trainer.model.backbone.stem.conv1.weight.clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.model.backbone.stem.conv1.weight)
+
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["protocol"] == "voc0712_faster_rcnn_R_50_C4_24k"
+    assert result["weights"]["path"] == str(converted_file)
+    assert result["weights"]["facts"]["protocol"] == "moco_test"
+    assert set(result["metrics"]["tiny_voc"]["bbox"]) == {"AP", "AP50", "AP75"}
+    assert (result["iterations"], result["schedule"]["IMS_PER_BATCH"], result["seed"]) == (2, 2, 1)
+    assert "bbox/AP50" in json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])
+
+    longer = TransferTrainer(small_cfg(VOC_C4, *opts, "SOLVER.MAX_ITER", 3))
+    longer.resume_or_load(resume=True)
+    assert longer.start_iter == 2
+    assert longer.weights.facts.origin == "a test"
+    assert longer.optimizer.state
+    longer.train()
+
+    evaluate(small_cfg(VOC_C4, *opts, "MODEL.WEIGHTS", tmp_path / "model_final.pth"))
+    again = json.loads((tmp_path / "results_eval_only.json").read_text())
+    assert again["metrics"] == json.loads((tmp_path / "results.json").read_text())["metrics"]
+
+
+def test_two_cpu_processes_train_and_give_what_the_saved_detector_gives(dataset_root, tmp_path):
+    sync = small_cfg(COCO_FPN).MODEL
+    assert (sync.RESNETS.NORM, sync.FPN.NORM) == ("SyncBN", "SyncBN")
+    command = [
+        sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", COCO_FPN + "_random", "--num-gpus", "2",
+        *QUARTER, *SHORT, "OUTPUT_DIR", str(tmp_path),
+    ]  # fmt: skip
+    environment = os.environ | {
+        "DETECTRON2_DATASETS": str(dataset_root), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "SyncBN does not work in CPU processes: MODEL.FPN.NORM is naiveSyncBN" in done.stdout
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["processes"] == 2
+    assert set(result["metrics"]["coco_2017_val"]) == {"bbox", "segm"}
+
+    # Processes end precise-BN with statistics of their own; the evaluation must be of the detector that was saved.
+    alone = tmp_path / "alone"
+    final = tmp_path / "model_final.pth"
+    evaluate(small_cfg(COCO_FPN, *SHORT, *COCO_SETS, "MODEL.WEIGHTS", final, "OUTPUT_DIR", alone))
+    together, apart = detections(tmp_path, "coco_2017_val"), detections(alone, "tiny_coco")
+    assert [d[:2] for d in together] == [d[:2] for d in apart]
+    torch.testing.assert_close(torch.tensor([d[2] for d in together]), torch.tensor([d[2] for d in apart]))
+
+
+def test_the_tool_ends_a_users_mistake_in_one_message(tmp_path):
+    command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", VOC_C4, "OUTPUT_DIR", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: this config starts from weights of your choice" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reference_world_size_is_applied_and_recorded(tmp_path):
+    opts = [*SHORT, *VOC_SETS, "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path]
+    trainer = TransferTrainer(small_cfg(VOC_C4, *opts, "SOLVER.IMS_PER_BATCH", 16, "SOLVER.REFERENCE_WORLD_SIZE", 8))
+    assert trainer.scaled["SOLVER.IMS_PER_BATCH"] == (16, 2)
+    assert trainer.scaled["SOLVER.MAX_ITER"] == (2, 16)
+    assert trainer.max_iter == 16
+
+
+@pytest.mark.parametrize(("name", "dataset", "kind"), [
+    (VOC_C4, "tiny_voc", PascalVOCDetectionEvaluator), (COCO_C4, "tiny_coco", COCOEvaluator),
+])  # fmt: skip
+def test_the_evaluator_follows_the_metadata(name, dataset, kind, tmp_path):
+    assert type(build_evaluator(small_cfg(name, "OUTPUT_DIR", tmp_path), dataset)) is kind
+
+
+def test_an_unknown_evaluator_is_refused_before_training():
+    meta = MetadataCatalog.get("tiny_coco")
+    del meta.__dict__["evaluator_type"]
+    meta.evaluator_type = "lvis"
+    cfg = small_cfg(COCO_FPN, *SHORT, *COCO_SETS)
+    with pytest.raises(ValueError, match=r"'tiny_coco' has evaluator_type 'lvis'.*must be one of coco, pascal_voc"):
+        TransferTrainer(cfg)
+
+
+def test_missing_data_are_refused_with_the_expected_files():
+    sets = ["DATASETS.TRAIN", "('lost_voc',)", "DATASETS.TEST", "('lost_coco', 'tiny_cocoo')"]
+    register_pascal_voc("lost_voc", "nowhere/VOC2007", "trainval", 2007)
+    register_coco_instances("lost_coco", {}, "nowhere/coco/annotations/x.json", "nowhere/coco/val2017")
+    try:
+        with pytest.raises(ValueError) as caught:
+            check_run(small_cfg(VOC_C4, *SHORT, *sets), world_size=1)
+    finally:
+        for name in ("lost_voc", "lost_coco"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+    message = str(caught.value)
+    assert "nowhere/VOC2007/ImageSets/Main/trainval.txt" in message
+    assert "nowhere/coco/annotations/x.json" in message
+    assert "DETECTRON2_DATASETS" in message
+    assert "datasets/README.md" in message
+    assert "no data set 'tiny_cocoo' is registered; did you mean tiny_coco" in message
+
+
+def test_a_batch_that_processes_cannot_share_is_refused():
+    cfg = small_cfg(VOC_C4, *VOC_SETS)
+    with pytest.raises(ValueError, match="IMS_PER_BATCH is 16; it must be a multiple of the 3 processes"):
+        check_run(cfg, world_size=3)
+
+
+def test_the_number_of_classes_is_checked():
+    with pytest.raises(ValueError, match=r"'tiny_voc' has 20 classes: pass MODEL\.ROI_HEADS\.NUM_CLASSES 20"):
+        check_run(small_cfg(COCO_FPN, *VOC_SETS), world_size=1)
+
+
+def test_sync_bn_is_replaced_only_in_several_cpu_processes():
+    cfg = small_cfg(COCO_FPN, "MODEL.ROI_MASK_HEAD.NORM", "SyncBN")
+    assert fit_to_machine(cfg, 1).dump() == cfg.dump()
+    two = fit_to_machine(cfg, 2).MODEL
+    norms = (two.RESNETS.NORM, two.FPN.NORM, two.ROI_MASK_HEAD.NORM, two.ROI_BOX_HEAD.NORM)
+    assert norms == ("naiveSyncBN", "naiveSyncBN", "naiveSyncBN_N", "")
+
+
+def test_evaluation_needs_weights():
+    with pytest.raises(ValueError, match="needs a trained detector"):
+        evaluate(small_cfg(VOC_C4 + "_random", *SHORT, *VOC_SETS))

@@ -1,0 +1,216 @@
+"""The guard: whole backbones pass, everything else is refused with the keys or facts and the remedy."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from small_detector import COCO_C4, COCO_FPN, VOC_C4, small_cfg
+
+from moco_d2.convert.load import read_checkpoint
+from moco_d2.detection.preflight import check_weights, starting_point
+from moco_d2.detection.weights import all_names, facts_of, load_weights, pretrained_names
+
+
+def load(cfg, path, names=pretrained_names):
+    """Load through the guard; return (model, record)."""
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    return model, load_weights(DetectionCheckpointer(model), cfg, str(path), names)
+
+
+def refusal(cfg, path, names=pretrained_names):
+    """Return the guard's message."""
+    with pytest.raises(ValueError) as caught:
+        load(cfg, path, names)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "prefix"), [(VOC_C4, "backbone."), (COCO_C4, "backbone."), (COCO_FPN, "bottom_up.")])
+def test_a_converted_file_fills_all_265_tensors(name, prefix, converted_file):
+    cfg = small_cfg(name)
+    model, record = load(cfg, converted_file)
+    assert len(pretrained_names(model)) == 265
+    source = torch.load(converted_file)["model"]
+    state = model.state_dict()
+    for key in pretrained_names(model):
+        held = key.removeprefix("roi_heads.").removeprefix("backbone.").removeprefix("bottom_up.")
+        assert torch.equal(state[key], source[held]), key
+    assert record.path == str(converted_file)
+    assert record.facts.protocol == "moco_test"
+
+
+def test_pickled_numpy_form_passes(converted_file, tmp_path):
+    content = torch.load(converted_file)
+    content["model"] = {name: tensor.numpy() for name, tensor in content["model"].items()}
+    path = tmp_path / "converted.pkl"
+    path.write_bytes(pickle.dumps(content))
+    load(small_cfg(COCO_FPN), path)
+
+
+def test_missing_counters_are_fine(altered):
+    path = altered(lambda c: [c["model"].pop(k) for k in list(c["model"]) if k.endswith("num_batches_tracked")])
+    load(small_cfg(VOC_C4), path)
+
+
+def test_a_partial_file_is_refused_with_the_keys(altered):
+    path = altered(lambda c: [c["model"].pop(k) for k in list(c["model"]) if k.startswith("res5.2.")])
+    message = refusal(small_cfg(VOC_C4), path)
+    assert "fills 250 of 265 tensors; 15 would stay random" in message
+    assert "roi_heads.res5.2.conv1.weight is not in the file" in message
+    assert "... and 5 more" in message
+    assert "tools/convert_checkpoint.py" in message
+
+
+@pytest.mark.parametrize("norm", ["naiveSyncBN", "FrozenBN"])
+def test_missing_statistics_are_refused_even_where_detectron2_makes_them_up(norm, altered):
+    path = altered(lambda c: c["model"].pop("res3.1.conv2.norm.running_var"))
+    message = refusal(small_cfg(VOC_C4, "MODEL.RESNETS.NORM", norm), path)
+    assert "1 would stay random" in message
+    assert "backbone.res3.1.conv2.norm.running_var" in message
+
+
+def test_wrong_shapes_are_refused_with_both_shapes(altered):
+    path = altered(lambda c: c["model"].update({"res2.0.conv1.weight": torch.zeros(8, 16, 1, 1)}))
+    message = refusal(small_cfg(COCO_FPN), path)
+    assert "bottom_up.res2.0.conv1.weight is (16, 16, 1, 1) in the detector, (8, 16, 1, 1) in the file" in message
+    assert "MODEL.RESNETS" in message
+
+
+def test_weights_that_are_not_finite_are_refused(altered):
+    path = altered(lambda c: c["model"]["res4.0.conv1.weight"].fill_(float("nan")))
+    assert "1 tensors hold NaN or infinity" in (message := refusal(small_cfg(VOC_C4), path))
+    assert "backbone.res4.0.conv1.weight" in message
+
+
+def test_contradicting_facts_are_refused_with_the_remedy(converted_file):
+    message = refusal(small_cfg(VOC_C4 + "_supervised"), converted_file)
+    assert "INPUT.FORMAT is BGR in the config, but the weights need RGB" in message
+    assert 'MODEL.PIXEL_MEAN "[123.675, 116.28, 103.53]"' in message
+    assert 'MODEL.RESNETS.STRIDE_IN_1X1 "False"' in message
+    assert 'INPUT.FORMAT "RGB"' in message
+
+
+def test_the_remedy_works_when_passed(converted_file):
+    message = refusal(small_cfg(VOC_C4 + "_supervised"), converted_file)
+    words = message.rpartition("Pass ")[2].rpartition(", or other")[0].split('"')
+    keys, values = words[0:-1:2], words[1::2]
+    opts = [word.strip() for pair in zip(keys, values, strict=True) for word in pair]
+    load(small_cfg(VOC_C4 + "_supervised", *opts), converted_file)
+
+
+def test_another_width_is_told_by_the_facts(converted_file):
+    message = refusal(small_cfg(VOC_C4, "MODEL.RESNETS.STEM_OUT_CHANNELS", 64), converted_file)
+    assert "MODEL.RESNETS.STEM_OUT_CHANNELS is 64 in the config, but the weights need 16" in message
+
+
+def test_msra_weights_need_bgr_wherever_they_lie(altered, monkeypatch):
+    path = altered(lambda c: c.pop("facts"))
+    monkeypatch.setattr("moco_d2.detection.weights._local_path", lambda _: str(path))
+    message = refusal(small_cfg(VOC_C4), "detectron2://ImageNetPretrained/MSRA/R-50.pkl")
+    assert "INPUT.FORMAT is RGB in the config, but the weights need BGR" in message
+    caffe = path.with_suffix(".pkl")
+    caffe.write_bytes(pickle.dumps({name: torch.zeros(2).numpy() for name in ("conv1_b", "res2_0_branch2a_w")}))
+    monkeypatch.undo()
+    assert "MODEL.RESNETS.STRIDE_IN_1X1 is False" in refusal(small_cfg(COCO_FPN), caffe)
+
+
+def test_a_file_without_facts_loads_and_the_assumption_is_logged(altered, caplog):
+    path = altered(lambda c: c.pop("facts"))
+    with caplog.at_level("INFO", logger="moco_d2"):
+        load(small_cfg(VOC_C4), path)
+    assert "carries no facts: it is assumed to want what the config says (RGB" in caplog.text
+
+
+def test_an_unconverted_backbone_is_refused(backbone_file):
+    message = refusal(small_cfg(VOC_C4), backbone_file)
+    assert f"Convert it first: python tools/convert_checkpoint.py {backbone_file}" in message
+
+
+def test_an_official_training_checkpoint_is_refused(backbone_file, tmp_path):
+    state = {f"module.encoder_q.{k}": v for k, v in torch.load(backbone_file)["state_dict"].items()}
+    path = tmp_path / "checkpoint_0199.pth.tar"
+    torch.save({"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {}}, path)
+    message = refusal(small_cfg(COCO_FPN), path)
+    assert "not in Detectron2's form: epoch, arch, state_dict, ... are no tensors" in message
+    assert "Convert it first" in message
+
+
+def test_torchvision_names_are_refused_with_a_look_at_them(backbone_file, tmp_path):
+    path = tmp_path / "resnet50.pth"
+    torch.save(torch.load(backbone_file)["state_dict"], path)
+    message = refusal(small_cfg(VOC_C4), path)
+    assert "fills 0 of 265" in message
+    assert "names such as conv1.weight" in message
+    assert "Convert it first" in message
+
+
+def test_detectron2_names_without_its_matching_flag_are_refused(altered):
+    assert "fills 0 of 265" in refusal(small_cfg(COCO_FPN), altered(lambda c: c.pop("matching_heuristics")))
+
+
+@pytest.mark.parametrize("content", [{}, {"model": {}}, {"model": {}, "matching_heuristics": True}])
+def test_an_empty_file_is_refused(content, tmp_path):
+    path = tmp_path / "empty.pth"
+    torch.save(content, path)
+    assert "holds no weights" in refusal(small_cfg(VOC_C4), path)
+
+
+def test_a_file_that_is_not_there_is_refused_with_its_neighbours(converted_file):
+    wrong = converted_file.with_name("convertd.pth")
+    assert f"does not exist; nearest in {wrong.parent}: converted.pth" in refusal(small_cfg(VOC_C4), wrong)
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    path = tmp_path / "cut.pth"
+    path.write_bytes(b"PK\x03\x04 and nothing more")
+    assert "cut.pth" in refusal(small_cfg(VOC_C4), path)
+
+
+def test_the_shipped_placeholder_is_refused_and_random_must_be_asked_for():
+    cfg = small_cfg(VOC_C4)
+    assert "Pass MODEL.WEIGHTS PATH" in (message := refusal(cfg, cfg.MODEL.WEIGHTS))
+    assert "_random" in message
+    _, record = load(cfg, "")
+    assert (record.path, record.facts.origin) == ("", "random initialisation")
+
+
+def test_a_whole_detector_is_needed_to_evaluate(converted_file, tmp_path):
+    cfg = small_cfg(VOC_C4)
+    model, record = load(cfg, converted_file)
+    message = refusal(cfg, converted_file, all_names)
+    assert "proposal_generator.rpn_head.conv.weight is not in the file" in message
+    keeper = DetectionCheckpointer(model, str(tmp_path), facts=record)
+    keeper.save("model_final")
+    path = tmp_path / "model_final.pth"
+    again, _ = load(cfg, path, all_names)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    load(cfg, path)  # fine-tuning it further
+    # A detector says how it wants to be fed, as a backbone does.
+    assert read_checkpoint(path)["facts"]["pixels"]["order"] == "RGB"
+    assert "INPUT.FORMAT is BGR" in refusal(small_cfg(VOC_C4, "INPUT.FORMAT", "BGR"), path, all_names)
+
+
+def test_facts_of_a_config_contradict_nothing_in_it():
+    for name in (VOC_C4, VOC_C4 + "_supervised", COCO_FPN):
+        cfg = small_cfg(name)
+        assert facts_of(cfg).contradictions(cfg) == []
+
+
+def test_check_weights_leaves_the_random_state_alone(converted_file, tmp_path):
+    cfg = small_cfg(VOC_C4, "MODEL.WEIGHTS", converted_file, "OUTPUT_DIR", tmp_path)
+    before = torch.get_rng_state()
+    check_weights(cfg)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_fresh_start_does_not_overwrite_a_run(tmp_path):
+    cfg = small_cfg(VOC_C4, "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path)
+    assert starting_point(cfg, resume=True) == ("", False)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    assert starting_point(cfg, resume=True) == (str(tmp_path / "model_0000001.pth"), True)
+    with pytest.raises(ValueError, match="holds a run already"):
+        starting_point(cfg, resume=False)

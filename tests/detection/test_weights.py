@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -116,6 +117,24 @@ def test_msra_weights_need_bgr_wherever_they_lie(altered, monkeypatch):
     caffe.write_bytes(pickle.dumps({name: torch.zeros(2).numpy() for name in ("conv1_b", "res2_0_branch2a_w")}))
     monkeypatch.undo()
     assert "MODEL.RESNETS.STRIDE_IN_1X1 is False" in refusal(small_cfg(COCO_FPN), caffe)
+
+
+def test_caffe2_names_as_of_the_msra_file_fill_everything(converted_file, tmp_path):
+    blocks = {"conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c", "shortcut": "branch1"}
+    statistics = {"weight": "gamma", "bias": "beta", "running_mean": "running_mean", "running_var": "running_var"}
+    content = {"conv1_b": np.zeros(16, np.float32), "fc1000_w": np.zeros((10, 512), np.float32)}
+    for name, tensor in torch.load(converted_file)["model"].items():
+        stage, *block, conv = name.partition(".norm")[0].removesuffix(".weight").split(".")
+        layer = "conv1" if stage == "stem" else f"{stage}_{block[0]}_{blocks[conv]}"
+        norm = ("res_conv1" if stage == "stem" else layer) + "_bn_"
+        kind = name.rpartition(".norm.")[2]
+        content[norm + statistics[kind] if ".norm." in name else layer + "_w"] = tensor.numpy()
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps(content))
+    for name in (VOC_C4, COCO_FPN):
+        _, record = load(small_cfg(name + "_supervised"), path)
+        assert record.facts.origin == "ImageNet-supervised, MSRA (Caffe)"
+        assert "INPUT.FORMAT is RGB" in refusal(small_cfg(name), path)
 
 
 def test_a_file_without_facts_loads_and_the_assumption_is_logged(altered, caplog):

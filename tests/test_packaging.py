@@ -189,6 +189,14 @@ def test_documented_scripts_exist_and_take_the_documented_options() -> None:
         assert not unknown, f"{script} has no {unknown}"
 
 
+def test_scripts_documented_without_python_in_front_can_be_run_so() -> None:
+    for document in _documents():
+        for words in commands(document.read_text()):
+            if re.fullmatch(r"(\./)?(tools|datasets)/\w+\.py", words[0]):
+                assert os.access(ROOT / words[0], os.X_OK), f"{words[0]} is not executable: git update-index --chmod=+x"
+                assert (ROOT / words[0]).read_text().startswith("#!/usr/bin/env python3\n")
+
+
 def test_documented_configs_exist() -> None:
     named = {
         word

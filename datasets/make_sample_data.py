@@ -16,12 +16,14 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
+
 from sample_scenes import KINDS, SUPERSAMPLING, Scene, Thing, draw_scene
 
 MARKER = "SAMPLE_DATA.json"  # says that a folder was made by this script and may be made anew
@@ -88,7 +90,8 @@ def make_imagenet(root: Path, seed: int) -> None:
 
 def make_voc(root: Path, year: int, seed: int) -> None:
     """Write ``VOC<year>``: JPEGImages, Annotations and ImageSets/Main."""
-    folder, lists = root / f"VOC{year}", {}
+    folder = root / f"VOC{year}"
+    lists: dict[str, list[str]] = {}
     for split in (name for name in SPLITS if name.startswith(f"VOC{year}/")):
         names = []
         for number, scene in enumerate(scenes(split, SPLITS[split], seed)):
@@ -117,13 +120,14 @@ def voc_annotation(scene: Scene, name: str, year: int) -> ET.Element:
     for thing in scene.things:
         item = ET.SubElement(root, "object")
         difficult = thing.visible < 0.7 or thing.full_area < 250 * SUPERSAMPLING**2
-        fields = {"name": thing.kind, "pose": "Unspecified", "truncated": thing.visible < 0.95, "difficult": difficult}
-        for key, flag in fields.items():
-            ET.SubElement(item, key).text = str(int(flag)) if isinstance(flag, bool | np.bool_) else str(flag)
+        flags = {"truncated": str(int(thing.visible < 0.95)), "difficult": str(int(difficult))}
+        for key, text in {"name": thing.kind, "pose": "Unspecified", **flags}.items():
+            ET.SubElement(item, key).text = text
         box = ET.SubElement(item, "bndbox")
         x0, y0, x1, y1 = bounding_box(thing)
-        for key, value in (("xmin", int(x0) + 1), ("ymin", int(y0) + 1), ("xmax", round(x1)), ("ymax", round(y1))):
-            ET.SubElement(box, key).text = str(value)
+        # Whole pixels counted from 1, as VOC's annotators did.
+        for key, edge in (("xmin", int(x0) + 1), ("ymin", int(y0) + 1), ("xmax", ceil(x1)), ("ymax", ceil(y1))):
+            ET.SubElement(box, key).text = str(edge)
     return root
 
 
@@ -177,8 +181,11 @@ def make_all(out: Path, seed: int) -> None:
     Raises:
         ValueError: ``out`` holds something that this script did not make.
     """
-    if out.exists() and any(out.iterdir()) and not (out / MARKER).is_file():
-        raise ValueError(f"{out} is not empty and was not made by this script; choose another folder")
+    if out.exists() and not (out / MARKER).is_file():
+        if not out.is_dir():
+            raise ValueError(f"{out} is a file; name a folder that is empty or not there yet")
+        if any(out.iterdir()):
+            raise ValueError(f"{out} is not empty and was not made by this script; choose another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         root = Path(temporary) / "root"

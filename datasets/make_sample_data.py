@@ -28,6 +28,7 @@ from sample_scenes import KINDS, SUPERSAMPLING, Scene, Thing, draw_scene
 
 MARKER = "SAMPLE_DATA.json"  # says that a folder was made by this script and may be made anew
 JPEG_QUALITY = 92
+SMALLEST_HOLE = 24  # in a mask, in its pixels; smaller ones are filled
 # Pictures per split. The order is the seed's second part, so a new split goes to the end.
 SPLITS = {
     "imagenet/train": 300,
@@ -169,10 +170,24 @@ def coco_annotation(thing: Thing) -> dict[str, Any]:
     if thing.crowd:
         code = coco_mask.encode(np.asfortranarray(thing.mask[::SUPERSAMPLING, ::SUPERSAMPLING].astype(np.uint8)))
         return {**annotation, "segmentation": {"size": code["size"], "counts": code["counts"].decode()}}
-    contours, _ = cv2.findContours(thing.mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return {**annotation, "segmentation": polygons(thing.mask)}
+
+
+def polygons(mask: np.ndarray) -> list[list[float]]:
+    """Return a mask's outlines as COCO writes them, [x0, y0, x1, y1, ...] in picture coordinates.
+
+    COCO's polygons have no holes. Where something lies in the middle of an object, the object is cut in two through it.
+    """
+    contours, tree = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    for contour, (*_, parent) in zip(contours, tree[0] if contours else (), strict=True):
+        if parent >= 0 and cv2.contourArea(contour) > SMALLEST_HOLE:
+            cut = int(contour[:, 0, 0].mean())
+            left, right = mask.copy(), mask.copy()
+            left[:, cut:], right[:, :cut] = False, False
+            return polygons(left) + polygons(right)
+    outer = [c for c, (*_, parent) in zip(contours, tree[0], strict=True) if parent < 0] if contours else []
     # A contour runs through the centres of border pixels, hence the half pixel; a polygon has three corners at least.
-    polygons = [((c[:, 0] + 0.5) / SUPERSAMPLING).ravel().tolist() for c in contours if len(c) >= 3]
-    return {**annotation, "segmentation": polygons}
+    return [((c[:, 0] + 0.5) / SUPERSAMPLING).ravel().tolist() for c in outer if len(c) >= 3]
 
 
 def make_all(out: Path, seed: int) -> None:

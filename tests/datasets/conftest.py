@@ -1,0 +1,30 @@
+"""The makers of the sample data, which are scripts, and a small sample."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+DATASETS = Path(__file__).parents[2] / "datasets"
+FEW = 20  # one picture a kind
+
+
+@pytest.fixture(scope="session")
+def maker() -> Iterator[ModuleType]:
+    """The script as a module, with few pictures in each split."""
+    with pytest.MonkeyPatch.context() as patch:
+        # Not syspath_prepend(): it brings in pkg_resources, whose warning would be an error here.
+        patch.setattr(sys, "path", [str(DATASETS), *sys.path])
+        module = importlib.import_module("make_sample_data")
+        patch.setattr(module, "SPLITS", dict.fromkeys(module.SPLITS, FEW))
+        yield module
+
+
+@pytest.fixture(scope="session")
+def sample(maker: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("sample") / "root"
+    maker.make_all(root, seed=0)
+    return root

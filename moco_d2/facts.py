@@ -1,8 +1,8 @@
 """What a weight file says about itself, so that nobody has to guess how to feed it.
 
 Every file this project writes carries a :class:`BackboneFacts` as a plain dictionary under the key ``facts``. The same
-record answers three questions: which Detectron2 keys build the network (:meth:`BackboneFacts.config`), which torchvision
-network it was (``depth``, ``width``, ``groups``), and whether a config contradicts the weights
+record answers three questions: which Detectron2 keys build and feed the network (:meth:`BackboneFacts.config`), which
+torchvision network it was (``depth``, ``groups``, channel counts), and whether a config contradicts the weights
 (:meth:`BackboneFacts.contradictions`).
 
 This module is the floor of the package: standard library only.

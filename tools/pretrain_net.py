@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Pretrain a backbone without labels.
+r"""Pretrain a backbone without labels.
 
+Examples:
     tools/pretrain_net.py --config-file configs/Pretrain/moco_v2_R50_200ep.yaml --num-gpus 8 OUTPUT_DIR output/moco_v2
     tools/pretrain_net.py --config-file ... DATASETS.TRAIN '("/folder/of/images",)' SOLVER.IMS_PER_BATCH 64
     torchrun --nproc-per-node 8 tools/pretrain_net.py --config-file ...

@@ -46,7 +46,7 @@ class PretrainCheckpointer(Checkpointer):
         try:
             self.model.load_state_dict(checkpoint.pop("model"))
         except RuntimeError as error:
-            raise ValueError(f"the checkpoint is of another model (SSL.ENCODER or SSL.ARGS changed?): {error}") from error
+            raise ValueError(f"the checkpoint is of another model (was SSL changed?): {error}") from error
 
     def _write(self, data: dict[str, Any], basename: str) -> None:
         path = os.path.join(self.save_dir, basename)
@@ -69,7 +69,7 @@ def load_method(method: SSLMethod, path: str) -> None:
         method.load_state_dict(method.adapt_state_dict(state))
     except RuntimeError as error:
         raise ValueError(
-            f"MODEL.WEIGHTS {path} is not a checkpoint of this {type(method).__name__} (check SSL.ENCODER and SSL.ARGS; "
-            f"pretraining starts from encoders, queue and pointer, not from a backbone alone): {error}"
+            f"MODEL.WEIGHTS {path} is not a checkpoint of this {type(method).__name__} (check SSL.ENCODER, SSL.ARGS; "
+            f"a backbone alone is not enough, all encoders and the queue are needed): {error}"
         ) from error
     logger.info("started from %s", path)

@@ -27,7 +27,7 @@ def build_sgd(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
 
 
 def scaled_lr(cfg: CfgNode) -> float:
-    """Return ``BASE_LR`` scaled linearly from ``REFERENCE_BATCH`` to ``IMS_PER_BATCH`` (no scaling if the former is 0)."""
+    """Return ``BASE_LR`` scaled linearly from ``REFERENCE_BATCH`` to ``IMS_PER_BATCH``; 0 for the former: unscaled."""
     reference = cfg.SOLVER.REFERENCE_BATCH
     if reference == 0 or reference == cfg.SOLVER.IMS_PER_BATCH:
         return cfg.SOLVER.BASE_LR

@@ -56,9 +56,7 @@ class PretrainTrainer(DefaultTrainer):
         self.scheduler = build_schedule(cfg, optimizer, self.steps_per_epoch)
         trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = trainer(wrap_ddp(self.method), loader, optimizer)
-        self.checkpointer = PretrainCheckpointer(
-            self.method, cfg.OUTPUT_DIR, self.facts(), trainer=weakref.proxy(self)
-        )
+        self.checkpointer = PretrainCheckpointer(self.method, cfg.OUTPUT_DIR, self.facts(), trainer=weakref.proxy(self))
         self.register_hooks(self.build_hooks())
         self._announce(len(loader.dataset))
 
@@ -155,7 +153,7 @@ class PretrainTrainer(DefaultTrainer):
             ValueError: seed, batch, data or length differ from the interrupted run's, so it could not go on exactly.
         """
         then, now = state["run"], self._run()
-        changed = [f"{key} was {then[key]} and is {now[key]}" for key in now if now[key] != then.get(key)]
+        changed = [f"{key} was {then.get(key)} and is {now[key]}" for key in now if then.get(key) != now[key]]
         if changed:
             raise ValueError(
                 f"cannot resume exactly: {'; '.join(changed)}. Restore the setting, or start a new run from these "
@@ -189,7 +187,7 @@ def check_config(cfg: CfgNode) -> None:
     """
     solver, world = cfg.SOLVER, comm.get_world_size()
     rules = [
-        (solver.IMS_PER_BATCH >= world and solver.IMS_PER_BATCH % world == 0,
+        (solver.IMS_PER_BATCH > 0 and solver.IMS_PER_BATCH % world == 0,
          f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}; it must be a multiple of the {world} processes"),
         (solver.SCHEDULE in ("step", "cosine"), f"SOLVER.SCHEDULE is {solver.SCHEDULE!r}; it must be step or cosine"),
         (solver.EPOCHS > 0 or solver.MAX_ITER > 0, "set SOLVER.EPOCHS or SOLVER.MAX_ITER to a positive length"),

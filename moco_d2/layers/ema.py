@@ -17,6 +17,7 @@ def ema_update_(target: nn.Module, online: nn.Module, momentum: float) -> None:
         online: the query (online, student) network, of the same architecture.
         momentum: m in [0, 1], the share that is kept.
     """
-    kept, new = list(target.parameters()), list(online.parameters())
+    kept: list[torch.Tensor] = list(target.parameters())
+    new: list[torch.Tensor] = list(online.parameters())
     torch._foreach_mul_(kept, momentum)
     torch._foreach_add_(kept, new, alpha=1 - momentum)

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 
 
-def info_nce_logits(
-    q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def info_nce_logits(q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor, temperature: float) -> torch.Tensor:
     """Similarities of a query with its positive key (column 0) and with the negatives, divided by the temperature.
 
     Args:

@@ -45,8 +45,7 @@ class ScaledResNet(ResNet):
     def __init__(self, width: float, block: Any, layers: list[int], **kwargs: Any) -> None:
         self.width = width
         super().__init__(block, layers, **kwargs)
-        head = self.fc
-        self.fc = nn.Linear(int(head.in_features * width), head.out_features)
+        self.fc: nn.Module = nn.Linear(int(512 * block.expansion * width), kwargs.get("num_classes", 1000))
 
     def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
         if planes == 64:  # The first stage: torchvision has just built the stem, with 64 channels at any width.
@@ -84,7 +83,7 @@ def build_resnet(name: str = "resnet50", num_classes: int = 1000, width: float =
     if stem == "cifar":
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-        network.maxpool = nn.Identity()  # type: ignore[assignment]
+        network.maxpool = nn.Identity()
     return network
 
 
@@ -103,7 +102,7 @@ def network_for(facts: BackboneFacts) -> ResNet:
     # ScaledResNet multiplies the planes by width, torchvision then by width_per_group / 64.
     per_group = round(facts.width_per_group / width)
     network = ScaledResNet(width, block, list(blocks), groups=facts.groups, width_per_group=per_group)
-    network.fc = nn.Identity()  # type: ignore[assignment]
+    network.fc = nn.Identity()
     if facts.stride_in_1x1:
         for bottleneck in network.modules():
             if isinstance(bottleneck, Bottleneck):
@@ -122,15 +121,12 @@ def describe(network: nn.Module, pixels: Pixels | None = None, **kwargs: Any) ->
     Raises:
         ValueError: the parameters are not those of a known ResNet depth.
     """
-    return facts_from_shapes(
-        {k: tuple(v.shape) for k, v in network.state_dict().items()}, pixels or Pixels(), **kwargs
-    )
+    return facts_from_shapes({k: tuple(v.shape) for k, v in network.state_dict().items()}, pixels or Pixels(), **kwargs)
 
 
 def facts_from_shapes(shapes: dict[str, torch.Size | tuple[int, ...]], pixels: Pixels, **kwargs: Any) -> BackboneFacts:
     """Read facts off the shapes of a state dict under torchvision's names (see :func:`describe`)."""
     blocks = tuple(len({k.split(".")[1] for k in shapes if k.startswith(f"layer{s}.")}) for s in (1, 2, 3, 4))
-    bottleneck = "layer1.0.conv3.weight" in shapes
     block = Bottleneck if "layer1.0.conv3.weight" in shapes else BasicBlock
     depth = next((d for d, shape in DEPTHS.items() if shape == (block, blocks)), None)
     if depth is None or "conv1.weight" not in shapes:

@@ -95,4 +95,5 @@ def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str,
             near = difflib.get_close_matches(key, accepted, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(f"SSL.ARGS has {key!r}{hint}; {name} accepts {', '.join(accepted)}")
-    return method_class(name)(encoder, **args)
+    constructor: Callable[..., SSLMethod] = method_class(name)
+    return constructor(encoder, **args)

@@ -164,13 +164,16 @@ def maybe(op: str, p: float) -> str:
 
 
 PUBLISHED = {  # The order and magnitudes of the authors' code.
-    "moco_v1": [crop(0.2), "RandomGrayscale(p=0.2)", jitter(0.4), "RandomHorizontalFlip(p=0.5)", "ToTensor()", IMAGENET],
+    "moco_v1": [
+        crop(0.2), "RandomGrayscale(p=0.2)", jitter(0.4), "RandomHorizontalFlip(p=0.5)", "ToTensor()", IMAGENET,
+    ],
     "moco_v2": [
         crop(0.2), maybe(jitter(0.1), 0.8), "RandomGrayscale(p=0.2)", maybe("GaussianBlur(radius=U(0.1,2.0))", 0.5),
         "RandomHorizontalFlip(p=0.5)", "ToTensor()", IMAGENET,
     ],
     "moco_cifar": [
-        crop(0.08), "RandomHorizontalFlip(p=0.5)", maybe(jitter(0.1), 0.8), "RandomGrayscale(p=0.2)", "ToTensor()", CIFAR,
+        crop(0.08), "RandomHorizontalFlip(p=0.5)", maybe(jitter(0.1), 0.8), "RandomGrayscale(p=0.2)", "ToTensor()",
+        CIFAR,
     ],
 }  # fmt: skip
 
@@ -200,7 +203,9 @@ def test_blur_is_pils_with_a_radius_spread_over_its_range() -> None:
         assert blurred.tobytes() == image.filter(ImageFilter.GaussianBlur(radius)).tobytes()
 
 
-@pytest.mark.parametrize(("name", "size", "message"), [("moco_v9", 224, "moco_v1, moco_v2"), ("moco_v2", 0, "at least one")])
+@pytest.mark.parametrize(
+    ("name", "size", "message"), [("moco_v9", 224, "moco_v1, moco_v2"), ("moco_v2", 0, "at least one")]
+)
 def test_unknown_recipes_and_sizes_are_refused(name: str, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_recipe(name, size)

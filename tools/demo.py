@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+"""Run the whole pipeline on built-in sample pictures: pretrain, convert, fine-tune, evaluate, compare.
+
+    tools/demo.py                     # quarter-width ResNet-50, minutes on two CPU cores
+    tools/demo.py --full              # full width: the same, slower
+
+Each stage is the command a lab would type, with a config from configs/quick_schedules (the shipped configs with smaller
+numbers). The commands, their logs, the table and the pictures stay in the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL_WIDTH = {
+    "pretrain": ["SSL.ENCODER.WIDTH", "1.0"],
+    "detect": [
+        "MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256",
+        "MODEL.RESNETS.WIDTH_PER_GROUP", "64",
+    ],
+}  # fmt: skip
+DETECTORS = {
+    "VOC R50-C4": "configs/quick_schedules/faster_rcnn_R_50_C4_quick.yaml",
+    "COCO R50-FPN": "configs/quick_schedules/mask_rcnn_R_50_FPN_quick.yaml",
+}
+INITS = ("MoCo", "random")
+PRETRAIN = "configs/quick_schedules/moco_v2_R50_quick.yaml"
+# What is worth a line on the screen; everything is in the stage's log.
+SHOWN = re.compile(r"eta|rel\. |res[2-5]|mapped|wrote .*(?:json|pth)$|error", re.IGNORECASE)
+
+
+class Demo:
+    """Runs stages one after the other, each in its own process with its own log."""
+
+    def __init__(self, output: Path, full: bool) -> None:
+        self.output, self.full = output, full
+        self.began = time.monotonic()
+        (output / "logs").mkdir(parents=True, exist_ok=True)
+        self.environment = {**os.environ, "DETECTRON2_DATASETS": str(output / "datasets")}
+
+    def stage(self, title: str, *command: str | Path) -> None:
+        """Run one command, showing its progress.
+
+        Raises:
+            ValueError: it failed; the message names its log.
+        """
+        words = [str(word) for word in command]
+        log = self.output / "logs" / f"{title.replace(' ', '_').replace(',', '')}.log"
+        print(f"\n[{self._clock()}] {title}\n  $ {shlex.join(words)}", flush=True)
+        with log.open("w") as file, subprocess.Popen(
+            [sys.executable, *words], cwd=ROOT, env=self.environment, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ) as process:  # fmt: skip
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                if SHOWN.search(line) and len(line) < 400:
+                    print(f"    {_shorten(line)}", flush=True)
+        if process.returncode:
+            raise ValueError(f"stage {title!r} failed with code {process.returncode}; its log is {log}")
+
+    def _clock(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
+        return f"{minutes:02d}:{seconds:02d}"
+
+    def run(self) -> None:
+        """Run everything and print the table."""
+        out, (wide_pretrain, wide_detect) = self.output, (FULL_WIDTH.values() if self.full else ([], []))
+        self.stage("sample pictures", "datasets/make_sample_data.py", out / "datasets")
+        self.stage(
+            "pretrain MoCo v2", "tools/pretrain_net.py", "--config-file", PRETRAIN, "OUTPUT_DIR", out / "pretrain",
+            *wide_pretrain,
+        )  # fmt: skip
+        self.stage("convert and prove", "tools/convert_checkpoint.py", out / "pretrain/backbone.pth", out / "moco.pth")
+        for name, config in DETECTORS.items():
+            for init, weights in zip(INITS, (out / "moco.pth", ""), strict=True):
+                self.stage(
+                    f"fine-tune {name} from {init}", "tools/train_net.py", "--config-file", config,
+                    "MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", self.run_folder(name, init), *wide_detect,
+                )  # fmt: skip
+        self.report()
+
+    def run_folder(self, name: str, init: str) -> Path:
+        """Return the folder of a fine-tuning run."""
+        return self.output / f"{name}_{init}".replace(" ", "_")
+
+    def report(self) -> None:
+        """Write the table and the pictures."""
+        os.environ["DETECTRON2_DATASETS"] = self.environment["DETECTRON2_DATASETS"]
+        from moco_d2.atomic import atomic_write
+        from moco_d2.config import load_cfg
+        from moco_d2.evaluation import pictures, report
+
+        table = report.table([(init, self.run_folder(name, init)) for name in DETECTORS for init in INITS])
+        with atomic_write(self.output / "table.md") as file:
+            file.write(table.encode() + b"\n")
+        pictures.draw_pretraining_curve(self.output / "pretrain", self.output / "pretraining.png")
+        pictures.draw_view_pairs(load_cfg(self.output / "pretrain" / "config.yaml"), self.output / "views.png")
+        for name in DETECTORS:
+            folders = {f"from {init}": self.run_folder(name, init) for init in INITS}
+            pictures.draw_detections(folders, self.output / f"detections_{name.split()[0]}.png")
+        print(f"\n[{self._clock()}] done\n\n{table}\n")
+        print(f"The table, pictures (*.png), logs and checkpoints are in {self.output}")
+
+
+def _shorten(line: str) -> str:
+    """Drop colours, the time stamp and the logger's name."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
+    return re.sub(r"^\[[^]]*\]:? ?", "", plain)
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "demo", help="a folder; emptied of old runs")
+    parser.add_argument("--full", action="store_true", help="full-width ResNet-50 instead of quarter width")
+    args = parser.parse_args()
+    try:
+        Demo(args.output.resolve(), args.full).run()
+    except ValueError as error:
+        cli.fail(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ import argparse
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -34,18 +35,26 @@ DETECTORS = {
     "COCO R50-FPN": "configs/quick_schedules/mask_rcnn_R_50_FPN_quick.yaml",
 }
 INITS = ("MoCo", "random")
+MARKER = ".demo"  # says that a folder was made by this script and may be emptied
 PRETRAIN = "configs/quick_schedules/moco_v2_R50_quick.yaml"
-# What is worth a line on the screen; everything is in the stage's log.
-SHOWN = re.compile(r"eta|rel\. |res[2-5]|mapped|wrote .*(?:json|pth)$|error", re.IGNORECASE)
+# What of a training's log is worth a line on the screen: progress, and the files it leaves.
+PROGRESS = re.compile(r"\beta:? \d.*?(?=  time:|$)|wrote \S+(?:results\.json|backbone\.pth)|error: .*")
 
 
 class Demo:
     """Runs stages one after the other, each in its own process with its own log."""
 
-    def __init__(self, output: Path, full: bool) -> None:
-        self.output, self.full = output, full
+    def __init__(self, output: Path, full: bool, steps: int | None) -> None:
+        self.output = output
+        self.pretrain_options = FULL_WIDTH["pretrain"] if full else []
+        self.detect_options = FULL_WIDTH["detect"] if full else []
+        if steps is not None:
+            self.pretrain_options = [*self.pretrain_options, "SOLVER.EPOCHS", "0", "SOLVER.MAX_ITER", str(steps)]
+            short = ["SOLVER.MAX_ITER", str(steps), "SOLVER.STEPS", "()", "TEST.PRECISE_BN.NUM_ITER", "1"]
+            self.detect_options = [*self.detect_options, *short]
         self.began = time.monotonic()
-        (output / "logs").mkdir(parents=True, exist_ok=True)
+        _empty(output)
+        (output / "logs").mkdir()
         self.environment = {**os.environ, "DETECTRON2_DATASETS": str(output / "datasets")}
 
     def stage(self, title: str, *command: str | Path) -> None:
@@ -64,8 +73,9 @@ class Demo:
             assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
-                if SHOWN.search(line) and len(line) < 400:
-                    print(f"    {_shorten(line)}", flush=True)
+                shown = PROGRESS.search(line) if "OUTPUT_DIR" in words else re.search(r".*\S", line)
+                if shown:
+                    print(f"    {shown.group()}", flush=True)
         if process.returncode:
             raise ValueError(f"stage {title!r} failed with code {process.returncode}; its log is {log}")
 
@@ -75,18 +85,18 @@ class Demo:
 
     def run(self) -> None:
         """Run everything and print the table."""
-        out, (wide_pretrain, wide_detect) = self.output, (FULL_WIDTH.values() if self.full else ([], []))
+        out = self.output
         self.stage("sample pictures", "datasets/make_sample_data.py", out / "datasets")
         self.stage(
             "pretrain MoCo v2", "tools/pretrain_net.py", "--config-file", PRETRAIN, "OUTPUT_DIR", out / "pretrain",
-            *wide_pretrain,
+            *self.pretrain_options,
         )  # fmt: skip
         self.stage("convert and prove", "tools/convert_checkpoint.py", out / "pretrain/backbone.pth", out / "moco.pth")
         for name, config in DETECTORS.items():
             for init, weights in zip(INITS, (out / "moco.pth", ""), strict=True):
                 self.stage(
                     f"fine-tune {name} from {init}", "tools/train_net.py", "--config-file", config,
-                    "MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", self.run_folder(name, init), *wide_detect,
+                    "MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", self.run_folder(name, init), *self.detect_options,
                 )  # fmt: skip
         self.report()
 
@@ -113,20 +123,34 @@ class Demo:
         print(f"The table, pictures (*.png), logs and checkpoints are in {self.output}")
 
 
-def _shorten(line: str) -> str:
-    """Drop colours, the time stamp and the logger's name."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", line).strip()
-    return re.sub(r"^\[[^]]*\]:? ?", "", plain)
+def _empty(output: Path) -> None:
+    """Make the output folder, or empty it of an earlier demo.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if output.exists() and any(output.iterdir()):
+        if not (output / MARKER).is_file():
+            raise ValueError(f"{output} is not empty and no demo made it; choose another folder with --output")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).touch()
 
 
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "demo", help="a folder; emptied of old runs")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ROOT / "output" / "demo",
+        help="a new folder, or an earlier demo's, which is emptied",
+    )
+    parser.add_argument("--steps", type=int, help="iterations of each training, to try the pipeline itself")
     parser.add_argument("--full", action="store_true", help="full-width ResNet-50 instead of quarter width")
     args = parser.parse_args()
     try:
-        Demo(args.output.resolve(), args.full).run()
+        Demo(args.output.resolve(), args.full, args.steps).run()
     except ValueError as error:
         cli.fail(str(error))
 

@@ -43,7 +43,7 @@ def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
     for axis, (title, curves, line) in zip(axes.flat, panels, strict=True):
         for key, label in curves.items():
             points = [(r["iteration"] + 1, r[key]) for r in records if key in r]
-            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.8)
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.8, marker=".", markersize=4)
         if line:
             axis.axhline(line[0], color="grey", linestyle="--", linewidth=1, label=line[1])
         axis.set(title=title, xlabel="iteration")

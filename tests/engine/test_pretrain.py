@@ -194,7 +194,8 @@ def test_pretraining_configs_state_the_published_recipes() -> None:
         )
         optimization = (solver.BASE_LR, solver.IMS_PER_BATCH, solver.MOMENTUM, solver.WEIGHT_DECAY)
         assert optimization == (0.03, 256, 0.9, 1e-4)
-        assert (solver.NESTEROV, cfg.DATA.CROP_SIZE, cfg.SSL.ENCODER.NAME) == (False, 224, "resnet50")
+        rest = (solver.NESTEROV, cfg.DATA.CROP_SIZE, cfg.SSL.ENCODER.NAME)
+        assert rest == (False, 224, "resnet50")
         assert cfg.PROTOCOL == name and cfg.DATASETS.TRAIN == ("imagenet_train",)
     cifar = load_cfg("Pretrain/moco_cifar10_R18_200ep")
     assert dict(cifar.SSL.ARGS) == {

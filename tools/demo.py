@@ -140,12 +140,8 @@ def _empty(output: Path) -> None:
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ROOT / "output" / "demo",
-        help="a new folder, or an earlier demo's, which is emptied",
-    )
+    where = "a new folder, or an earlier demo's, which is emptied (default: output/demo)"
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "demo", help=where)
     parser.add_argument("--steps", type=int, help="iterations of each training, to try the pipeline itself")
     parser.add_argument("--full", action="store_true", help="full-width ResNet-50 instead of quarter width")
     args = parser.parse_args()

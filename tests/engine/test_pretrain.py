@@ -196,7 +196,7 @@ def test_pretraining_configs_state_the_published_recipes() -> None:
         assert optimization == (0.03, 256, 0.9, 1e-4)
         rest = (solver.NESTEROV, cfg.DATA.CROP_SIZE, cfg.SSL.ENCODER.NAME)
         assert rest == (False, 224, "resnet50")
-        assert cfg.PROTOCOL == name and cfg.DATASETS.TRAIN == ("imagenet_train",)
+        assert name == cfg.PROTOCOL and cfg.DATASETS.TRAIN == ("imagenet_train",)
     cifar = load_cfg("Pretrain/moco_cifar10_R18_200ep")
     assert dict(cifar.SSL.ARGS) == {
         "dim": 128, "queue_size": 4096, "momentum": 0.99, "temperature": 0.1, "mlp": False, "symmetric": False,

@@ -12,7 +12,8 @@ from detectron2 import model_zoo
 
 from moco_d2.config import config_path, list_configs, load_cfg
 
-DETECTION = [name for name in list_configs() if not name.startswith("Pretrain/")]
+# The quick schedules are shipped configs with smaller numbers, under names of their own.
+DETECTION = [name for name in list_configs() if not name.startswith(("Pretrain/", "quick_schedules/"))]
 INITS = ("", "_supervised", "_random")
 VOC_C4 = "PascalVOC-Detection/faster_rcnn_R_50_C4_24k"
 COCO = "COCO-InstanceSegmentation/mask_rcnn_R_50_"
@@ -124,6 +125,12 @@ def test_heads_of_the_fpn_have_no_norm():
     heads = cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD
     assert [(head.NORM, head.NUM_CONV, head.NUM_FC) for head in heads[:1]] == [("", 0, 2)]
     assert (heads[1].NORM, heads[1].NUM_CONV) == ("", 4)
+
+
+def test_quick_schedules_do_not_bear_a_published_protocols_name():
+    published = {load_cfg(name).PROTOCOL for name in list_configs() if not name.startswith("quick_")}
+    quick = {load_cfg(name).PROTOCOL for name in list_configs() if name.startswith("quick_")}
+    assert len(quick) == 3 and all(name.startswith("quick_") for name in quick) and not quick & published
 
 
 def test_precise_bn_takes_detectron2s_200_iterations():

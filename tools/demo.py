@@ -120,6 +120,7 @@ class Demo:
             folders = {f"from {init}": self.run_folder(name, init) for init in INITS}
             pictures.draw_detections(folders, self.output / f"detections_{name.split()[0]}.png")
         print(f"\n[{self._clock()}] done\n\n{table}\n")
+        print("One seed and a short schedule on drawn pictures: differences of a few points are noise.")
         print(f"The table, pictures (*.png), logs and checkpoints are in {self.output}")
 
 

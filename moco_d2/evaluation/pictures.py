@@ -74,7 +74,7 @@ def draw_view_pairs(cfg: CfgNode, path: FolderLike, count: int = 8) -> None:
     _save_figure(figure, path)
 
 
-def draw_detections(runs: Mapping[str, FolderLike], path: FolderLike, count: int = 4, threshold: float = 0.2) -> None:
+def draw_detections(runs: Mapping[str, FolderLike], path: FolderLike, count: int = 4, threshold: float = 0.25) -> None:
     """Draw test pictures: ground truth, then the detections of each run.
 
     Args:

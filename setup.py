@@ -30,7 +30,7 @@ setup(
     # configs/ lies beside the package in a checkout and becomes moco_d2/configs when installed; config.py knows both.
     packages=[*find_packages(include=["moco_d2", "moco_d2.*"]), "moco_d2.configs"],
     package_dir={"moco_d2.configs": "configs"},
-    package_data={"moco_d2.configs": ["**/*.yaml"]},
+    package_data={"moco_d2": ["**/*.yaml", "**/*.html"], "moco_d2.configs": ["**/*.yaml"]},
     # Our own needs and Detectron2's: install_detectron2.py installs it with --no-deps.
     install_requires=[
         "cloudpickle",

@@ -7,6 +7,7 @@ detection is Detectron2's own.
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from moco_d2.methods import default_args
 
 # configs/ lies beside the package in a checkout, inside it once installed.
 _CONFIG_ROOTS = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
+
+# Where a detector starts, and the suffix that says so in a config's name.
+INITS = {"moco": "", "supervised": "_supervised", "random": "_random"}
 
 
 def get_cfg() -> CN:
@@ -43,6 +47,11 @@ def get_cfg() -> CN:
     # "imagenet": 7x7 stride 2 and max-pool; "cifar": 3x3 stride 1, no pool (cannot be converted for detection).
     cfg.SSL.ENCODER.STEM = "imagenet"
 
+    # Percentage of the training images that a detector is fine-tuned on; a smaller one is a subset of a larger one.
+    cfg.DATASETS.FRACTION = 100.0
+    # Which images those are: the same for every init and seed of training.
+    cfg.DATASETS.FRACTION_SEED = 0
+
     cfg.DATA = CN()
     # Augmentation recipe, a key of moco_d2.data.RECIPES. It also fixes the pixel mean and std.
     cfg.DATA.RECIPE = "moco_v2"
@@ -60,8 +69,26 @@ def get_cfg() -> CN:
     # Batch at which SOLVER.BASE_LR is meant. When SOLVER.IMS_PER_BATCH differs, pretraining uses
     # BASE_LR * IMS_PER_BATCH / REFERENCE_BATCH (the linear rule) and says so; 0 turns the rule off.
     cfg.SOLVER.REFERENCE_BATCH = 256
+    # Detection: one optimizer step uses this many batches of SOLVER.IMS_PER_BATCH / ACCUMULATE images, one after the other.
+    # It counts as so many processes for SOLVER.REFERENCE_WORLD_SIZE: 1 GPU with ACCUMULATE 8 keeps an 8-GPU recipe's lr
+    # and schedule. BN sees the small batches.
+    cfg.SOLVER.ACCUMULATE = 1
+
     # Pretraining keeps this many periodic checkpoints, the newest; 0 keeps all (330 MB each for MoCo's ResNet-50).
     cfg.SOLVER.CHECKPOINT_KEEP = 5
+
+    # Semantic segmentation: training pictures are scaled by a factor drawn from this range before INPUT.CROP; () for
+    # Detectron2's resizing to INPUT.MIN_SIZE_TRAIN.
+    cfg.INPUT.RANDOM_SCALE = ()
+
+    # Switches that make a detector's training faster and leave the protocol's mathematics alone; results record them.
+    cfg.ENGINE = CN()
+    # "" or "bfloat16": forward and loss of training under autocast (evaluation stays in float32).
+    cfg.ENGINE.AUTOCAST = ""
+    # Keep the backbone's tensors in channels_last order.
+    cfg.ENGINE.CHANNELS_LAST = False
+    # torch.compile the backbone; the first iterations then take minutes.
+    cfg.ENGINE.COMPILE = False
     return cfg
 
 
@@ -69,15 +96,16 @@ def load_cfg(config_file: str | os.PathLike[str] = "", opts: Sequence[str] = ())
     """Read a config file and command-line overrides into a complete config.
 
     Args:
-        config_file: a path, or the name of a shipped config (see :func:`list_configs`); empty for the defaults.
+        config_file: a path, or the name of a shipped config (see :func:`list_configs`), of a detector's with the suffix
+            ``_supervised`` or ``_random`` for another init; empty for the defaults.
         opts: ``KEY VALUE KEY VALUE ...``.
 
     Raises:
         ValueError: no such file, a key that does not exist, or a value of another type; each names the nearest choice.
     """
     cfg = get_cfg()
-    if config_file:
-        _merge(cfg, lambda: cfg.merge_from_file(str(config_path(config_file))), str(config_file))
+    for path in config_files(config_file) if config_file else ():
+        _merge(cfg, lambda path=path: cfg.merge_from_file(str(path)), str(config_file))
     ssl_args = CN(default_args(cfg.SSL.METHOD))
     ssl_args.update(cfg.SSL.ARGS)
     cfg.SSL.ARGS = ssl_args
@@ -94,18 +122,25 @@ def list_configs() -> list[str]:
     return [name for name in names if not name.startswith("Base/")]
 
 
-def config_path(name: str | os.PathLike[str]) -> Path:
-    """Return the path of a config given its path or its shipped name, with or without ``configs/`` and ``.yaml``.
+def config_files(name: str | os.PathLike[str]) -> list[Path]:
+    """Return the files of a config, to be merged in this order.
+
+    Args:
+        name: a path, or a shipped name with or without ``configs/`` and ``.yaml``. A detector's may end in the suffix of
+            an init (``_supervised``, ``_random``) for which there is no file: then it is two files, config and init.
 
     Raises:
         ValueError: there is none; the message lists the nearest shipped names.
     """
     if Path(name).is_file():
-        return Path(name)
+        return [Path(name)]
+    root = _config_root()
     short = str(name).removeprefix("configs/").removesuffix(".yaml")
-    shipped = _config_root() / f"{short}.yaml"
-    if shipped.is_file():
-        return shipped
+    if (root / f"{short}.yaml").is_file():
+        return [root / f"{short}.yaml"]
+    stem, _, init = short.rpartition("_")
+    if init in INITS and (root / f"{stem}.yaml").is_file() and not stem.startswith(("Base/", "Pretrain/")):
+        return [root / f"{stem}.yaml", root / "Base" / f"init-{init}.yaml"]
     names = list_configs()
     near = difflib.get_close_matches(short, names, n=3, cutoff=0.4) or names
     raise ValueError(f"no config file {str(name)!r}, neither as a path nor by name; nearest: {', '.join(near)}")
@@ -139,3 +174,9 @@ def _keys(cfg: CN, prefix: str = "") -> Iterator[str]:
         yield prefix + key
         if isinstance(value, CN):
             yield from _keys(value, f"{prefix}{key}.")
+
+
+def flat(cfg: CN) -> dict[str, Any]:
+    """Return ``{dotted key: value}`` of a config's leaves."""
+    keys = ((key, functools.reduce(getattr, key.split("."), cfg)) for key in _keys(cfg))
+    return {key: value for key, value in keys if not isinstance(value, CN)}

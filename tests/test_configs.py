@@ -10,7 +10,7 @@ import pytest
 import yaml
 from detectron2 import model_zoo
 
-from moco_d2.config import config_path, list_configs, load_cfg
+from moco_d2.config import config_files, flat, list_configs, load_cfg
 
 # The quick schedules are shipped configs with smaller numbers, under names of their own.
 DETECTION = [name for name in list_configs() if not name.startswith(("Pretrain/", "quick_schedules/"))]
@@ -102,7 +102,7 @@ def test_the_set_of_detection_configs():
 
 @pytest.mark.parametrize("name", DETECTION)
 def test_leaves_are_short(name):
-    assert len(config_path(name).read_text().splitlines()) < 15
+    assert len(config_files(name)[0].read_text().splitlines()) < 15
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -151,7 +151,7 @@ def test_protocol_names_are_unique():
 
 
 def test_init_parts_set_the_same_keys_so_that_one_replaces_another():
-    parts = sorted((Path(config_path(VOC_C4)).parents[1] / "Base").glob("init-*.yaml"))
+    parts = sorted((config_files(VOC_C4)[0].parents[1] / "Base").glob("init-*.yaml"))
     keys = {part.stem: set(flat(yaml.safe_load(part.read_text()))) for part in parts}
     assert len(keys) == 3
     assert len({frozenset(value) for value in keys.values()}) == 1, keys

@@ -35,10 +35,10 @@ def setup(args: argparse.Namespace) -> Any:
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
-    from moco_d2.config import config_path, load_cfg
+    from moco_d2.config import config_files, load_cfg
 
-    args.config_file = str(config_path(args.config_file))
     cfg = load_cfg(args.config_file, args.opts)
+    args.config_file = str(config_files(args.config_file)[0])  # which default_setup writes into the log
     refuse_to_overwrite(cfg.OUTPUT_DIR, args)
     without_gpu = cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available()
     if without_gpu:

@@ -1,0 +1,184 @@
+"""The transfer protocols by name: config, paper row, what is confirmed, and the published figures.
+
+``python -m moco_d2.model_zoo`` prints them as the Markdown tables of ``docs/configs.md``. The data are in
+``model_zoo.yaml`` beside this file, the one place where published detection figures stand.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode
+
+from moco_d2.config import INITS, flat, list_configs, load_cfg
+
+# Keys in which runs of one protocol may differ: weights and how they are fed, machine, bookkeeping, and the switches that
+# leave the mathematics alone.
+_FREE = (
+    "MODEL.WEIGHTS", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1", "INPUT.FORMAT",
+    "MODEL.DEVICE", "OUTPUT_DIR", "SEED", "VERSION", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD", "CUDNN_BENCHMARK", "VIS_PERIOD", "ENGINE.", "SSL.", "DATA.",
+)  # fmt: skip
+_LABELS = {
+    "random": "random",
+    "supervised": "supervised",
+    "supervised_bn_frozen": "supervised, BN frozen",
+    "moco_v1_R50_200ep": "MoCo v1, 200 epochs",
+    "moco_v1_R50_IG1B": "MoCo v1, IG-1B",
+    "moco_v2_R50_200ep": "MoCo v2, 200 epochs",
+    "moco_v2_R50_800ep": "MoCo v2, 800 epochs",
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published result of a protocol.
+
+    Attributes:
+        init: ``random``, ``supervised``, or the name of a pretraining recipe, as in the facts of converted weights.
+        label: the same in words.
+        metrics: ``{"bbox/AP": 55.9, ...}`` in percent.
+        std: published standard deviation over trials of some of them, in points.
+        trials: number of trials behind the figures.
+        source: where they were published.
+    """
+
+    init: str
+    label: str
+    metrics: Mapping[str, float]
+    std: Mapping[str, float]
+    trials: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A named downstream recipe: detector, data and schedule. The initial weights are no part of it.
+
+    Attributes:
+        name: the name that every result carries.
+        config: the shipped config.
+        paper: the published row it reproduces, or ``none``.
+        evidence: what its values rest on.
+        published: the row's figures.
+    """
+
+    name: str
+    config: str
+    paper: str
+    evidence: str
+    published: tuple[Published, ...]
+
+
+def list_protocols() -> list[str]:
+    """Return the names of the published protocols and, behind them, of the quick schedules."""
+    return list(_protocols())
+
+
+def get_protocol(name: str) -> Protocol:
+    """Return a protocol by name.
+
+    Raises:
+        ValueError: there is none; the message lists the nearest.
+    """
+    protocols = _protocols()
+    if name not in protocols:
+        near = difflib.get_close_matches(name, protocols, n=3, cutoff=0.4) or protocols
+        raise ValueError(f"no protocol {name!r}; nearest: {', '.join(near)}")
+    return protocols[name]
+
+
+def get_config(name: str, init: str = "moco", opts: Sequence[str] = ()) -> CfgNode:
+    """Return the config of a protocol.
+
+    Args:
+        name: of the protocol.
+        init: how the weights are fed: ``moco`` (torchvision's conventions; ``MODEL.WEIGHTS`` must still be given),
+            ``supervised`` or ``random``.
+        opts: ``KEY VALUE KEY VALUE ...``.
+
+    Raises:
+        ValueError: no such protocol or init.
+    """
+    if init not in INITS:
+        raise ValueError(f"init is {init!r}; it must be one of {', '.join(INITS)}")
+    return load_cfg(get_protocol(name).config + INITS[init], opts)
+
+
+def config_changes(cfg: CfgNode) -> list[str]:
+    """List, as ``KEY=value``, where a config departs from the shipped one of its protocol (empty: it is the protocol).
+
+    Raises:
+        ValueError: the config names no known protocol.
+    """
+    shipped, used = flat(get_config(cfg.PROTOCOL)), flat(cfg)
+    return [
+        f"{key}={value}"
+        for key, value in used.items()
+        if key in shipped and _plain(value) != _plain(shipped[key]) and not key.startswith(_FREE)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+@functools.cache
+def _protocols() -> dict[str, Protocol]:
+    content = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+    protocols = {name: _protocol(name, entry, content["sources"]) for name, entry in content["protocols"].items()}
+    for config in list_configs():
+        if config.startswith("quick_schedules/") and "rcnn" in config:
+            name = str(load_cfg(config).PROTOCOL)
+            protocols[name] = Protocol(name, config, "none", "the shipped config with smaller numbers", ())
+    return protocols
+
+
+def _protocol(name: str, entry: Mapping[str, Any], sources: Mapping[str, str]) -> Protocol:
+    columns, std = entry.get("columns", ()), entry.get("std", ())
+    rows = tuple(
+        Published(
+            init=row["init"],
+            label=_LABELS[row["init"]],
+            metrics=dict(zip(columns, row["values"], strict=True)),
+            std=dict(zip(columns, std, strict=True)) if std else {},
+            trials=entry.get("trials", 1),
+            source=sources[row["source"]],
+        )
+        for row in entry.get("rows", ())
+    )
+    return Protocol(name, entry["config"], entry["paper"], entry["evidence"], rows)
+
+
+def markdown() -> str:
+    """Return the protocols and their published figures as Markdown tables."""
+    return "\n".join(_markdown_lines()) + "\n"
+
+
+def _markdown_lines() -> Iterator[str]:
+    published = [protocol for protocol in _protocols().values() if not protocol.config.startswith("quick_")]
+    yield from ("| protocol | config | paper row | rests on |", "|---|---|---|---|")
+    for p in published:
+        yield f"| `{p.name}` | `{p.config}` | {p.paper} | {p.evidence} |"
+    for p in published:
+        if not p.published:
+            continue
+        columns = list(p.published[0].metrics)
+        trials = f", mean of {p.published[0].trials} trials" if p.published[0].trials > 1 else ""
+        std = p.published[0].std
+        noise = f"; std {' / '.join(str(std[c]) for c in columns)}" if std else ""
+        yield from ("", f"**`{p.name}`** ({p.paper}{trials}{noise})", "")
+        yield "| pre-train | " + " | ".join(columns) + " | source |"
+        yield "|---" * (len(columns) + 2) + "|"
+        for row in p.published:
+            yield f"| {row.label} | " + " | ".join(str(row.metrics[c]) for c in columns) + f" | {row.source} |"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,90 @@
+"""A part of the training images, for the question how much a pretraining saves in labels.
+
+``DATASETS.FRACTION`` percent of the images are kept. Each image has a fixed place in an order that follows from its id
+and ``DATASETS.FRACTION_SEED`` alone, and a subset is the order's beginning. So subsets are nested (1% lies within 2%),
+and neither the order of the data set's files nor a library's random generator moves them. (Detectron2's
+``RandomSubsetTrainingSampler`` draws anew in every run.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.utils import comm
+
+from moco_d2.atomic import atomic_write
+
+logger = logging.getLogger(__name__)
+
+FILE = "training_subset.json"
+
+
+def select(ids: Sequence[str], percent: float, seed: int = 0) -> list[int]:
+    """Choose images at random, the same ones for the same ids and seed.
+
+    Args:
+        ids: one an image, in any order.
+        percent: how many of them, 0 < percent <= 100; rounded, and at least one image.
+        seed: of the draw.
+
+    Returns:
+        Increasing indices into ``ids``. Those of a smaller percentage are among those of a larger one.
+
+    Raises:
+        ValueError: the percentage is out of range.
+    """
+    check_percent(percent)
+    places = [hashlib.sha256(f"{seed} {image_id}".encode()).digest() for image_id in ids]
+    order = sorted(range(len(ids)), key=lambda index: places[index])
+    return sorted(order[: max(1, round(len(ids) * percent / 100))])
+
+
+def check_percent(percent: float) -> None:
+    """Raise ValueError unless ``percent`` can be a ``DATASETS.FRACTION``."""
+    if not 0 < percent <= 100:
+        raise ValueError(f"DATASETS.FRACTION is {percent}; it must be a percentage above 0 and at most 100")
+
+
+def training_set(cfg: CfgNode) -> dict[str, list[dict[str, Any]]]:
+    """Choose the images to train on, and list them in ``OUTPUT_DIR/training_subset.json`` unless they are all.
+
+    Args:
+        cfg: config of the detector.
+
+    Returns:
+        Arguments for Detectron2's ``build_detection_train_loader``: ``dataset``, or nothing, when it is to read all of
+        ``DATASETS.TRAIN``.
+
+    Raises:
+        ValueError: ``DATASETS.FRACTION`` is out of range.
+    """
+    percent, seed = cfg.DATASETS.FRACTION, cfg.DATASETS.FRACTION_SEED
+    check_percent(percent)
+    if percent == 100:
+        return {}
+    # The arguments are those of Detectron2's own loader: images without boxes are left out before the draw.
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    # Not the path, which differs between machines. Two data sets may use the same ids for different images.
+    ids = [f"{record.get('image_id', '')} {os.path.basename(record['file_name'])}" for record in records]
+    chosen = [records[index] for index in select(ids, percent, seed)]
+    logger.info("DATASETS.FRACTION: %g%% of the labels, %d of %d images", percent, len(chosen), len(records))
+    if comm.is_main_process():
+        content = {
+            "datasets": list(cfg.DATASETS.TRAIN), "percent": percent, "seed": seed, "images_in_all": len(records),
+            "image_ids": [record.get("image_id", os.path.basename(record["file_name"])) for record in chosen],
+        }  # fmt: skip
+        with atomic_write(os.path.join(cfg.OUTPUT_DIR, FILE)) as file:
+            file.write(json.dumps(content, indent=1).encode() + b"\n")
+    return {"dataset": chosen}

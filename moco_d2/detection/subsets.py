@@ -52,15 +52,15 @@ def check_percent(percent: float) -> None:
         raise ValueError(f"DATASETS.FRACTION is {percent}; it must be a percentage above 0 and at most 100")
 
 
-def training_set(cfg: CfgNode) -> dict[str, list[dict[str, Any]]]:
+def training_set(cfg: CfgNode) -> list[dict[str, Any]] | None:
     """Choose the images to train on, and list them in ``OUTPUT_DIR/training_subset.json`` unless they are all.
 
     Args:
         cfg: config of the detector.
 
     Returns:
-        Arguments for Detectron2's ``build_detection_train_loader``: ``dataset``, or nothing, when it is to read all of
-        ``DATASETS.TRAIN``.
+        The argument ``dataset`` of Detectron2's ``build_detection_train_loader``: their records, or None to let it read
+        all of ``DATASETS.TRAIN``.
 
     Raises:
         ValueError: ``DATASETS.FRACTION`` is out of range.
@@ -68,7 +68,7 @@ def training_set(cfg: CfgNode) -> dict[str, list[dict[str, Any]]]:
     percent, seed = cfg.DATASETS.FRACTION, cfg.DATASETS.FRACTION_SEED
     check_percent(percent)
     if percent == 100:
-        return {}
+        return None
     # The arguments are those of Detectron2's own loader: images without boxes are left out before the draw.
     records = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
@@ -87,4 +87,4 @@ def training_set(cfg: CfgNode) -> dict[str, list[dict[str, Any]]]:
         }  # fmt: skip
         with atomic_write(os.path.join(cfg.OUTPUT_DIR, FILE)) as file:
             file.write(json.dumps(content, indent=1).encode() + b"\n")
-    return {"dataset": chosen}
+    return chosen

@@ -7,16 +7,19 @@ detection is Detectron2's own.
 from __future__ import annotations
 
 import difflib
-import functools
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as detectron2_get_cfg
 
 from moco_d2.methods import default_args
+
+logger = logging.getLogger(__name__)
 
 # configs/ lies beside the package in a checkout, inside it once installed.
 _CONFIG_ROOTS = (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs")
@@ -52,6 +55,16 @@ def get_cfg() -> CN:
     # Which images those are: the same for every init and seed of training.
     cfg.DATASETS.FRACTION_SEED = 0
 
+    # Data sets of your own, a list of {name, format, root, json, images, split, classes}; docs/custom_data.md explains.
+    # DATASETS.TRAIN and TEST then use the names. Paths start at the working directory; ~ and $VARIABLES are expanded.
+    #   format   voc or coco
+    #   root     voc: holds Annotations, JPEGImages, ImageSets/Main; coco: where json and images start
+    #   json     coco: the labels (default: annotations/instances_<split>.json)
+    #   images   folder of the pictures (default: voc JPEGImages; coco <split>, or root)
+    #   split    voc: ImageSets/Main/<split>.txt or a path ending in .txt (default: all annotations)
+    #   classes  names in the order of the detector's outputs (default: read from the files)
+    cfg.DATASETS.CUSTOM = []
+
     cfg.DATA = CN()
     # Augmentation recipe, a key of moco_d2.data.RECIPES. It also fixes the pixel mean and std.
     cfg.DATA.RECIPE = "moco_v2"
@@ -69,9 +82,9 @@ def get_cfg() -> CN:
     # Batch at which SOLVER.BASE_LR is meant. When SOLVER.IMS_PER_BATCH differs, pretraining uses
     # BASE_LR * IMS_PER_BATCH / REFERENCE_BATCH (the linear rule) and says so; 0 turns the rule off.
     cfg.SOLVER.REFERENCE_BATCH = 256
-    # Detection: one optimizer step uses this many batches of SOLVER.IMS_PER_BATCH / ACCUMULATE images, one after the other.
-    # It counts as so many processes for SOLVER.REFERENCE_WORLD_SIZE: 1 GPU with ACCUMULATE 8 keeps an 8-GPU recipe's lr
-    # and schedule. BN sees the small batches.
+    # Detection: one optimizer step takes this many batches, each of IMS_PER_BATCH / ACCUMULATE images. They count as so
+    # many processes for SOLVER.REFERENCE_WORLD_SIZE: 1 GPU with ACCUMULATE 8 keeps an 8-GPU recipe's lr and schedule.
+    # BN sees the small batches.
     cfg.SOLVER.ACCUMULATE = 1
 
     # Pretraining keeps this many periodic checkpoints, the newest; 0 keeps all (330 MB each for MoCo's ResNet-50).
@@ -115,6 +128,23 @@ def load_cfg(config_file: str | os.PathLike[str] = "", opts: Sequence[str] = ())
     return cfg
 
 
+def use_device_there_is(cfg: CN) -> None:
+    """Set ``MODEL.DEVICE`` to the CPU where it asks for a GPU and there is none."""
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        logger.info("no GPU here: MODEL.DEVICE is cpu")
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def refuse_to_overwrite(output_dir: str) -> None:
+    """Raise ValueError when a folder holds a run, over which a new one would write."""
+    last = Path(output_dir) / "last_checkpoint"
+    if last.is_file():
+        raise ValueError(
+            f"{output_dir} holds a run already ({last.read_text().strip()}): continue it with --resume, or choose "
+            "another OUTPUT_DIR"
+        )
+
+
 def list_configs() -> list[str]:
     """Return the names of the shipped configs (``Pretrain/moco_v2_R50_200ep``), without those that are only parts."""
     root = _config_root()
@@ -126,8 +156,8 @@ def config_files(name: str | os.PathLike[str]) -> list[Path]:
     """Return the files of a config, to be merged in this order.
 
     Args:
-        name: a path, or a shipped name with or without ``configs/`` and ``.yaml``. A detector's may end in the suffix of
-            an init (``_supervised``, ``_random``) for which there is no file: then it is two files, config and init.
+        name: a path, or a shipped name with or without ``configs/`` and ``.yaml``. A detector's may end in the suffix
+            of an init (``_supervised``, ``_random``) for which there is no file: then it is config and init, two files.
 
     Raises:
         ValueError: there is none; the message lists the nearest shipped names.
@@ -176,7 +206,9 @@ def _keys(cfg: CN, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
 
 
-def flat(cfg: CN) -> dict[str, Any]:
-    """Return ``{dotted key: value}`` of a config's leaves."""
-    keys = ((key, functools.reduce(getattr, key.split("."), cfg)) for key in _keys(cfg))
-    return {key: value for key, value in keys if not isinstance(value, CN)}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return ``{dotted key: value}`` of the leaves of a config, or of any tree of mappings."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return leaves

@@ -18,8 +18,8 @@ from detectron2.config import CfgNode
 
 from moco_d2.config import INITS, flat, list_configs, load_cfg
 
-# Keys in which runs of one protocol may differ: weights and how they are fed, machine, bookkeeping, and the switches that
-# leave the mathematics alone.
+# Keys in which runs of one protocol may differ: weights and how they are fed, machine, bookkeeping, and the switches
+# that leave the mathematics alone.
 _FREE = (
     "MODEL.WEIGHTS", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1", "INPUT.FORMAT",
     "MODEL.DEVICE", "OUTPUT_DIR", "SEED", "VERSION", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD",
@@ -111,12 +111,13 @@ def get_config(name: str, init: str = "moco", opts: Sequence[str] = ()) -> CfgNo
     return load_cfg(get_protocol(name).config + INITS[init], opts)
 
 
-def config_changes(cfg: CfgNode) -> list[str]:
+def config_changes(cfg: CfgNode) -> list[str] | None:
     """List, as ``KEY=value``, where a config departs from the shipped one of its protocol (empty: it is the protocol).
 
-    Raises:
-        ValueError: the config names no known protocol.
+    None where the config names no shipped protocol.
     """
+    if cfg.PROTOCOL not in _protocols():
+        return None
     shipped, used = flat(get_config(cfg.PROTOCOL)), flat(cfg)
     return [
         f"{key}={value}"

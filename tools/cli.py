@@ -8,11 +8,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger("moco_d2.tools")
+
+# What of a training's log is worth a line on the screen: progress, and the files it leaves.
+PROGRESS = re.compile(r"\beta:? \d.*?(?=  time:|$)|wrote \S+(?:results\.json|backbone\.pth)|error: .*")
 
 
 def launch_parser(description: str | None) -> argparse.ArgumentParser:
@@ -30,38 +37,23 @@ def launch_parser(description: str | None) -> argparse.ArgumentParser:
 
 def setup(args: argparse.Namespace) -> Any:
     """Read the config, choose the device and the seed, start the log, and return the frozen config."""
-    import torch
     from detectron2.engine import default_setup
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
-    from moco_d2.config import config_files, load_cfg
+    from moco_d2.config import config_files, load_cfg, refuse_to_overwrite, use_device_there_is
 
     cfg = load_cfg(args.config_file, args.opts)
-    args.config_file = str(config_files(args.config_file)[0])  # which default_setup writes into the log
-    refuse_to_overwrite(cfg.OUTPUT_DIR, args)
-    without_gpu = cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available()
-    if without_gpu:
-        cfg.MODEL.DEVICE = "cpu"
+    if not (args.resume or getattr(args, "eval_only", False)):
+        refuse_to_overwrite(cfg.OUTPUT_DIR)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
+    use_device_there_is(cfg)
     if cfg.SEED < 0:  # Drawn here, so that the run's config.yaml records it.
         cfg.SEED = comm.shared_random_seed() % 2**31
     cfg.freeze()
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
+    args.config_file = str(config_files(args.config_file)[0])  # which default_setup writes into the log
     default_setup(cfg, args)
-    if without_gpu:
-        logger.info("no GPU here: running on the CPU")
     return cfg
-
-
-def refuse_to_overwrite(output_dir: str, args: argparse.Namespace) -> None:
-    """Raise ValueError when a new run would write over a run that is there already."""
-    last = os.path.join(output_dir, "last_checkpoint")
-    if os.path.isfile(last) and not args.resume and not getattr(args, "eval_only", False):
-        with open(last) as file:
-            raise ValueError(
-                f"{output_dir} holds a run already ({file.read().strip()}): continue it with --resume, or choose "
-                "another OUTPUT_DIR"
-            )
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
@@ -79,6 +71,39 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
             if f"\n{kind}" in str(error):
                 fail(str(error).rpartition(f"\n{kind}")[2].strip())
         raise
+
+
+def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options: Any) -> int:
+    """Run a Python script in its own process and return its exit code.
+
+    Its output goes straight into a file, so that the script outlives us if it must; what ``shown`` finds in a line is
+    printed as well. When we are interrupted the script is ended too.
+
+    Args:
+        command: the script and its arguments.
+        log: the file, appended to.
+        shown: the part of a line to print.
+        options: of :class:`subprocess.Popen`.
+    """
+    with log.open("ab") as output, log.open(errors="replace", newline="\n") as tail:
+        tail.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **options
+        )
+        rest = ""
+        try:
+            running = True
+            while running:
+                running = process.poll() is None
+                *lines, rest = (rest + tail.read()).split("\n")
+                for found in filter(None, map(shown.search, lines)):
+                    print(f"    {found.group()}", flush=True)
+                time.sleep(0.1 * running)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    return process.returncode
 
 
 def fail(message: str) -> None:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from moco_d2.config import flat, refuse_to_overwrite, use_device_there_is
 from moco_d2.detection.evaluators import evaluator_type
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 
 logger = logging.getLogger(__name__)
+
+# Where an architecture says its number of classes, and which of a data set's classes those are.
+_CLASSES = {
+    "GeneralizedRCNN": ("ROI_HEADS", "thing_classes"),
+    "RetinaNet": ("RETINANET", "thing_classes"),
+    "SemanticSegmentor": ("SEM_SEG_HEAD", "stuff_classes"),
+}
 
 
 def fit_to_machine(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -30,9 +41,7 @@ def fit_to_machine(cfg: CfgNode, world_size: int) -> CfgNode:
     """
     cfg = cfg.clone()
     cfg.defrost()
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        logger.info("no GPU here: MODEL.DEVICE is cpu")
-        cfg.MODEL.DEVICE = "cpu"
+    use_device_there_is(cfg)
     if cfg.MODEL.DEVICE == "cpu" and world_size > 1:
         for name, node in cfg.MODEL.items():
             if isinstance(node, CfgNode) and node.get("NORM") in ("SyncBN", "nnSyncBN"):
@@ -40,6 +49,39 @@ def fit_to_machine(cfg: CfgNode, world_size: int) -> CfgNode:
                 logger.warning("SyncBN does not work in CPU processes: MODEL.%s.NORM is %s", name, node.NORM)
     cfg.freeze()
     return cfg
+
+
+def scale_to_processes(cfg: CfgNode, world_size: int) -> CfgNode:
+    """Return the config for another number of processes than the ``SOLVER.REFERENCE_WORLD_SIZE`` it is meant for.
+
+    Batch and lr are scaled in proportion, iterations against it (Detectron2's ``auto_scale_workers``).
+    ``SOLVER.ACCUMULATE`` counts as so many processes. Precise-BN takes as many images as it would have.
+
+    Args:
+        cfg: config as written.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: the batch cannot be shared.
+    """
+    reference, accumulate = cfg.SOLVER.REFERENCE_WORLD_SIZE, max(1, cfg.SOLVER.ACCUMULATE)
+    if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, no multiple of the {reference} processes that the config "
+            "is written for: pass SOLVER.REFERENCE_WORLD_SIZE 0 to take batch, lr and schedule as they stand"
+        )
+    scaled = DefaultTrainer.auto_scale_workers(cfg, world_size * accumulate).clone()
+    scaled.defrost()
+    forward = scaled.SOLVER.IMS_PER_BATCH / accumulate  # images that pass through the network at once
+    scaled.TEST.PRECISE_BN.NUM_ITER = round(cfg.TEST.PRECISE_BN.NUM_ITER * cfg.SOLVER.IMS_PER_BATCH / forward)
+    scaled.freeze()
+    return scaled
+
+
+def changes(asked: CfgNode, used: CfgNode) -> dict[str, tuple[Any, Any]]:
+    """Return ``{key: (value asked for, value used)}`` where two configs differ."""
+    before, after = flat(asked), flat(used)
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
 
 
 def check_run(cfg: CfgNode, world_size: int, train: bool = True) -> None:
@@ -56,6 +98,7 @@ def check_run(cfg: CfgNode, world_size: int, train: bool = True) -> None:
     problems = list(_batch_problems(cfg, world_size)) if train else []
     for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
         problems += _dataset_problems(cfg, name)
+    problems += _class_problems(cfg, (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST))
     for name in cfg.DATASETS.TEST:
         if name in DatasetCatalog:
             try:
@@ -75,12 +118,9 @@ def starting_point(cfg: CfgNode, resume: bool) -> tuple[str, bool]:
     keeper = DetectionCheckpointer(nn.Identity(), cfg.OUTPUT_DIR)
     if not keeper.has_checkpoint():
         return cfg.MODEL.WEIGHTS, False
-    last = keeper.get_checkpoint_file()
     if not resume:
-        raise ValueError(
-            f"{cfg.OUTPUT_DIR} holds a run already ({last}): continue it with --resume, or choose another OUTPUT_DIR"
-        )
-    return last, True
+        refuse_to_overwrite(cfg.OUTPUT_DIR)
+    return keeper.get_checkpoint_file(), True
 
 
 def check_weights(cfg: CfgNode, resume: bool = False) -> None:
@@ -100,9 +140,17 @@ def check_weights(cfg: CfgNode, resume: bool = False) -> None:
 
 
 def _batch_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
-    batch = cfg.SOLVER.IMS_PER_BATCH
-    if batch < world_size or batch % world_size:
-        yield f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of the {world_size} processes"
+    batch, accumulate = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.ACCUMULATE
+    if accumulate < 1:
+        yield f"SOLVER.ACCUMULATE is {accumulate}; it must be at least 1"
+    elif batch < world_size * accumulate or batch % (world_size * accumulate):
+        yield f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of the {world_size} processes" + (
+            f" times SOLVER.ACCUMULATE {accumulate}" if accumulate > 1 else ""
+        )
+    if cfg.ENGINE.AUTOCAST not in ("", "bfloat16"):
+        yield f"ENGINE.AUTOCAST is {cfg.ENGINE.AUTOCAST!r}; it must be bfloat16, or empty"
+    if cfg.SOLVER.AMP.ENABLED and (accumulate > 1 or cfg.ENGINE.AUTOCAST):
+        yield "SOLVER.AMP.ENABLED (float16) goes with neither SOLVER.ACCUMULATE nor ENGINE.AUTOCAST; take bfloat16"
     if not cfg.DATASETS.TRAIN:
         yield "DATASETS.TRAIN is empty; name a registered data set"
 
@@ -114,26 +162,48 @@ def _dataset_problems(cfg: CfgNode, name: str) -> Iterator[str]:
         yield f"no data set {name!r} is registered{hint}"
         return
     meta = MetadataCatalog.get(name)
-    missing = [path for path in _dataset_files(name) if not PathManager.exists(path)]
-    if missing:
+    files = {path: PathManager.exists(path) for path in _dataset_files(name)}
+    if not all(files.values()):
         root = os.getenv("DETECTRON2_DATASETS")
         said = f"DETECTRON2_DATASETS is {root}" if root else "DETECTRON2_DATASETS is not set, so ./datasets is used"
         yield (
-            f"data set {name!r} is not there ({said}); missing:\n"
-            + "\n".join(f"    {path}" for path in missing)
+            f"data set {name!r} is not there ({said}); it consists of:\n"
+            + "\n".join(f"    {path}{'' if there else '   <- missing'}" for path, there in files.items())
             + "\n  datasets/README.md shows the expected folders"
         )
-    classes = meta.get("thing_classes")
-    if classes and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN" and len(classes) != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        yield f"data set {name!r} has {len(classes)} classes: pass MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}"
+    key, kind = _CLASSES.get(cfg.MODEL.META_ARCHITECTURE, ("", ""))
+    classes = meta.get(kind)
+    if classes and len(classes) != cfg.MODEL[key].NUM_CLASSES:
+        yield f"data set {name!r} has {len(classes)} classes: pass MODEL.{key}.NUM_CLASSES {len(classes)}"
+
+
+def _class_problems(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
+    """Yield the data sets whose classes, by number, are not those of the first one."""
+    _, kind = _CLASSES.get(cfg.MODEL.META_ARCHITECTURE, ("", ""))
+    known = [name for name in names if name in DatasetCatalog and MetadataCatalog.get(name).get(kind)]
+    for name in known[1:]:
+        first, other = (list(MetadataCatalog.get(n).get(kind)) for n in (known[0], name))
+        pairs = enumerate(itertools.zip_longest(first, other, fillvalue="nothing"))
+        different = [(number, a, b) for number, (a, b) in pairs if a != b]
+        if different:
+            number, a, b = different[0]
+            yield (
+                f"data sets {known[0]!r} and {name!r} number their classes differently: {number} is {a} in one and {b} "
+                "in the other. Give them the same list of classes in DATASETS.CUSTOM"
+            )
 
 
 def _dataset_files(name: str) -> Sequence[str]:
-    """Return what the metadata of VOC- and COCO-like data sets say must be on disk; others are left to their loader."""
+    """Return what must be on disk, as far as the metadata say."""
     meta = MetadataCatalog.get(name)
-    if meta.get("json_file"):
-        return [path for path in (meta.json_file, meta.get("image_root")) if path]
-    if meta.get("dirname") and meta.get("split"):
+    if meta.get("custom"):  # read when it was registered
+        return []
+    if meta.get("dirname") and meta.get("split"):  # VOC
         split = os.path.join("ImageSets", "Main", f"{meta.split}.txt")
         return [os.path.join(meta.dirname, part) for part in (split, "Annotations", "JPEGImages")]
-    return []
+    if meta.get("evaluator_type") == "lvis":  # COCO's pictures; LVIS's val has some of COCO's train
+        folders = ("train2017",) if name.endswith("train") else ("train2017", "val2017")
+        return [meta.json_file, *(os.path.join(meta.image_root, folder) for folder in folders)]
+    # COCO (json_file, image_root), semantic segmentation (sem_seg_root), Cityscapes (image_dir, gt_dir), ...
+    keys = ("split_file", "json_file", "image_root", "sem_seg_root", "image_dir", "gt_dir", "panoptic_root")
+    return [meta.get(key) for key in keys if meta.get(key)]

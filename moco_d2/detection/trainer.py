@@ -14,7 +14,8 @@ import detectron2
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import DefaultTrainer, TrainerBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
@@ -22,9 +23,14 @@ from torch import nn
 import moco_d2
 from moco_d2.atomic import atomic_write
 from moco_d2.detection.evaluators import build_evaluator
-from moco_d2.detection.preflight import check_run, fit_to_machine, starting_point
+from moco_d2.detection.preflight import changes, check_run, fit_to_machine, scale_to_processes, starting_point
+from moco_d2.detection.segmentation import build_segmentation_mapper
+from moco_d2.detection.step import build_step
+from moco_d2.detection.subsets import training_set
 from moco_d2.detection.weights import WeightsRecord, all_names, facts_of, load_weights
 from moco_d2.layers.distributed import broadcast_module, wrap_ddp
+from moco_d2.model_zoo import config_changes
+from moco_d2.provenance import provenance
 
 logger = logging.getLogger(__name__)
 
@@ -47,20 +53,39 @@ class TransferTrainer(DefaultTrainer):
         """
         TrainerBase.__init__(self)
         asked, world_size = cfg, comm.get_world_size()
-        cfg = self.auto_scale_workers(fit_to_machine(cfg, world_size), world_size)
+        cfg = scale_to_processes(fit_to_machine(cfg, world_size), world_size)
         check_run(cfg, world_size)
-        self.cfg, self.scaled = cfg, _changes(asked.SOLVER, cfg.SOLVER)
+        self.asked, self.cfg, self.scaled = asked, cfg, changes(asked, cfg)
+        for key, (before, after) in self.scaled.items():
+            logger.info("for %d process(es) here, %s: %s -> %s", world_size, key, before, after)
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        loader = self.build_train_loader(cfg)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer(wrap_ddp(model), loader, optimizer)
+        self._trainer = build_step(cfg, wrap_ddp(model), self.build_train_loader(cfg), optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.weights = WeightsRecord(cfg.MODEL.WEIGHTS, facts_of(cfg))
         self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the detector, with the switches of ``ENGINE`` that concern it."""
+        model = super().build_model(cfg)
+        if cfg.ENGINE.CHANNELS_LAST:
+            model.backbone.to(memory_format=torch.channels_last)
+        if cfg.ENGINE.COMPILE:
+            model.backbone.compile()  # in place: names of tensors stay
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Build the loader of training batches: each holds ``1 / SOLVER.ACCUMULATE`` of a step's images."""
+        mapper = build_segmentation_mapper(cfg) if cfg.INPUT.RANDOM_SCALE else None
+        loader_cfg = cfg.clone()
+        loader_cfg.defrost()
+        loader_cfg.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE
+        return build_detection_train_loader(loader_cfg, mapper=mapper, dataset=training_set(cfg))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -102,7 +127,11 @@ class TransferTrainer(DefaultTrainer):
         super().train()
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
             result = describe_result(self.cfg, self._last_eval_results, self.weights)
-            result |= {"iterations": self.max_iter, "scaled": self.scaled}
+            result |= {
+                "iterations": self.max_iter,
+                "scaled": self.scaled,
+                "config_changes": config_changes(self.asked),
+            }
             write_json(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), result)
 
 
@@ -137,13 +166,15 @@ def describe_result(cfg: CfgNode, metrics: Mapping[str, Any], weights: WeightsRe
     cuda = cfg.MODEL.DEVICE != "cpu"
     return {
         "protocol": cfg.PROTOCOL,
-        "weights": {"path": weights.path, "facts": weights.facts.as_dict()},
+        "weights": {"path": weights.path, "sha256": weights.sha256, "facts": weights.facts.as_dict()},
         "metrics": {cfg.DATASETS.TEST[0]: metrics} if len(cfg.DATASETS.TEST) == 1 else metrics,
         "schedule": {key: solver[key] for key in ("IMS_PER_BATCH", "BASE_LR", "STEPS", "MAX_ITER", "WARMUP_ITERS")},
+        "engine": {**cfg.ENGINE, "AMP": solver.AMP.ENABLED, "ACCUMULATE": solver.ACCUMULATE},
         "seed": cfg.SEED,
         "processes": comm.get_world_size(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "versions": {m.__name__: m.__version__ for m in (moco_d2, detectron2, torch)},
+        **provenance(),
     }
 
 
@@ -165,7 +196,3 @@ def _plain(value: Any) -> Any:
         return value
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _changes(asked: CfgNode, used: CfgNode) -> dict[str, tuple[Any, Any]]:
-    return {f"SOLVER.{key}": (asked[key], used[key]) for key in asked if asked[key] != used[key]}

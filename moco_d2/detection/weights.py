@@ -13,7 +13,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlparse
 
@@ -25,6 +25,7 @@ from torch import nn
 
 from moco_d2.convert.load import facts_in, read_checkpoint
 from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
+from moco_d2.provenance import sha256
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +42,19 @@ class WeightsRecord:
     Attributes:
         path: ``MODEL.WEIGHTS``, empty for random initialisation.
         facts: the file's facts, or those of the config where the file carries none.
+        sha256: of the file, empty where there is none (any more).
     """
 
     path: str
     facts: BackboneFacts
+    sha256: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Take the file's SHA-256."""
+        try:
+            self.sha256 = sha256(_local_path(self.path)) if self.path else ""
+        except ValueError:  # A run is resumed, and the file that it started from is gone.
+            self.sha256 = ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the facts; Detectron2's checkpointer calls this."""

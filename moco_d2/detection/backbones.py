@@ -1,0 +1,51 @@
+"""Backbones that Detectron2 lacks."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
+from fvcore.nn import weight_init
+from torch import Tensor
+from torch.nn import functional as F
+
+_CHANNELS = 512  # MoCo paper, appendix
+
+
+class DilatedC5(Backbone):
+    """A ResNet whose conv5 is dilated, and a 3x3 convolution with norm on top: "R50-dilated-C5" of the MoCo paper.
+
+    Detectron2's own DilatedC5 file has no convolution on top, and so another box head.
+
+    Attributes:
+        bottom_up: the ResNet, under the name that it has in a pyramid, so that the same weights fit.
+    """
+
+    def __init__(self, bottom_up: Backbone, norm: str) -> None:
+        """Put the convolution on the ResNet's ``res5``.
+
+        Args:
+            bottom_up: a ResNet with ``RES5_DILATION`` 2, whose conv5 keeps conv4's stride of 16.
+            norm: of the convolution (``MODEL.RESNETS.NORM``).
+        """
+        super().__init__()
+        self.bottom_up = bottom_up
+        self.top = Conv2d(
+            bottom_up.output_shape()["res5"].channels, _CHANNELS, 3, padding=1, bias=not norm,
+            norm=get_norm(norm, _CHANNELS), activation=F.relu,
+        )  # fmt: skip
+        weight_init.c2_msra_fill(self.top)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Return ``{"c5": (N, 512, H/16, W/16)}`` of images (N, 3, H, W)."""
+        return {"c5": self.top(self.bottom_up(image)["res5"])}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Return channels and stride of the output."""
+        return {"c5": ShapeSpec(channels=_CHANNELS, stride=self.bottom_up.output_shape()["res5"].stride)}
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_dilated_c5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DilatedC5:
+    """Build :class:`DilatedC5` from a config with ``MODEL.RESNETS.RES5_DILATION`` 2."""
+    return DilatedC5(build_resnet_backbone(cfg, input_shape), cfg.MODEL.RESNETS.NORM)

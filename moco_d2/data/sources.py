@@ -41,7 +41,11 @@ def _list_one(source: str) -> list[str]:
 
 
 def _list_registered(name: str) -> list[str]:
+    # A user's own data set lists its pictures without its labels, which pretraining does not need.
+    list_pictures = MetadataCatalog.get(name).get("list_pictures")
     try:
+        if list_pictures:
+            return list(list_pictures())
         records = DatasetCatalog.get(name)
     except (OSError, AssertionError) as error:
         root = os.environ.get("DETECTRON2_DATASETS", "datasets")

@@ -1,0 +1,162 @@
+"""Users' own data sets (``DATASETS.CUSTOM``): the entries, and what checks of VOC and COCO labels have in common.
+
+Labels are read, checked and made plain: such as Detectron2's loaders, pycocotools and the evaluators can read.
+What a file leaves out is filled in where its meaning is certain (``iscrowd``, ``area``, ``difficult``, ids that are
+words or start at 0); all else is a problem, named by file, line and record. Problems go to ``report``, which collects
+them or raises: one path serves the run that stops at the first and ``--dry-run``, which tells all.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from PIL import Image
+
+Report = Callable[[str], None]
+
+_KEYS = ("name", "format", "root", "json", "images", "split", "classes")
+# Pixels by which a box may leave its image: tools round, and some write VOC boxes from 0 instead of 1.
+_SLACK = 1.0
+_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height; Detectron2 applies them when it reads a picture
+_EXIF_ORIENTATION = 274
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One item of ``DATASETS.CUSTOM``; see ``moco_d2/config.py`` for the meaning of its fields."""
+
+    name: str
+    format: str
+    root: Path
+    json: Path | None
+    images: Path | None
+    split: str
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the config wants of labels.
+
+    Attributes:
+        masks: every object needs one.
+        polygons: masks must be polygons.
+        keypoints: their number; 0 for none.
+        sizes: compare every picture with the size in its labels, which opens all of them.
+    """
+
+    masks: bool = False
+    polygons: bool = False
+    keypoints: int = 0
+    sizes: bool = False
+
+    @classmethod
+    def of(cls, cfg: CfgNode, sizes: bool) -> Needs:
+        """Read the needs from a detector's config."""
+        keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
+        return cls(cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT == "polygon", keypoints, sizes)
+
+
+def parse_entries(items: Sequence[Any], report: Report) -> list[Entry]:
+    """Read ``DATASETS.CUSTOM``; items that cannot be understood are reported and left out."""
+    entries: dict[str, Entry] = {}
+    for number, item in enumerate(items):
+        where = f"DATASETS.CUSTOM[{number}]"
+        problems = list(_entry_problems(item))
+        if not problems and item["name"] in entries:
+            problems = [f"the name {item['name']!r} is used twice"]
+        for problem in problems:
+            report(f"{where}: {problem}")
+        if not problems:
+            entries[item["name"]] = _entry(item)
+    return list(entries.values())
+
+
+def _entry_problems(item: Any) -> Iterator[str]:
+    if not isinstance(item, Mapping):
+        yield f"{item!r} is no mapping; write {{name: ..., format: voc or coco, root: ...}}"
+        return
+    for key in item:
+        if key not in _KEYS:
+            yield f"no key {key!r}{nearest(str(key), _KEYS)}; the keys are {', '.join(_KEYS)}"
+    for key in ("name", "format"):
+        if not isinstance(item.get(key), str) or not item[key]:
+            yield f"{key} is missing"
+    if isinstance(item.get("format"), str) and item["format"] not in ("voc", "coco"):
+        yield f"format is {item['format']!r}; it must be voc or coco"
+    for key in ("root", "json", "images", "split"):
+        if not isinstance(item.get(key, ""), str):
+            yield f"{key} is {item[key]!r}; it must be text"
+    if item.get("format") == "voc" and not item.get("root"):
+        yield "root is missing: the folder that holds Annotations and JPEGImages"
+    if item.get("format") == "voc" and item.get("json"):
+        yield "json is for format coco"
+    if item.get("format") == "coco" and not any(item.get(key) for key in ("json", "split", "images")):
+        yield "json is missing: the file with the labels (or give root and split)"
+    classes = item.get("classes", [])
+    if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) and name for name in classes):
+        yield f"classes is {classes!r}; it must be a list of names"
+    elif len(set(classes)) != len(classes):
+        yield f"classes names {next(c for c in classes if list(classes).count(c) > 1)!r} twice"
+
+
+def _entry(item: Mapping[str, Any]) -> Entry:
+    root = Path(os.path.expandvars(os.path.expanduser(item.get("root", "."))))
+    split, labels, images = (item.get(key, "") for key in ("split", "json", "images"))
+    if item["format"] == "coco" and split:  # COCO's own layout
+        labels = labels or f"annotations/instances_{split}.json"
+        images = images or split
+    under = {
+        key: root / os.path.expandvars(os.path.expanduser(value)) if value else None
+        for key, value in (("json", labels), ("images", images))
+    }
+    if item["format"] == "coco" and under["images"] is None:
+        under["images"] = root
+    return Entry(
+        item["name"], item["format"], root, split=split, classes=tuple(item.get("classes", ())), **under
+    )  # fmt: skip
+
+
+def nearest(value: str, choices: Sequence[str]) -> str:
+    """Return a hint at the choice that was probably meant, or nothing."""
+    near = difflib.get_close_matches(value, choices, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return width and height of a picture as Detectron2 reads it, from the file's header.
+
+    Raises:
+        OSError: the file is not there or no picture.
+    """
+    with Image.open(path) as image:
+        width, height = image.size
+        rotated = image.getexif().get(_EXIF_ORIENTATION) in _ROTATED
+    return (height, width) if rotated else (width, height)
+
+
+def size_problem(path: Path, said: tuple[int, int]) -> str | None:
+    """Return how a picture differs from the (width, height) that its labels say, or None."""
+    try:
+        found = picture_size(path)
+    except OSError as error:
+        return f"{path} cannot be read as a picture: {error}"
+    if found != said:
+        return f"says {said[0]} x {said[1]} pixels, but {path} has {found[0]} x {found[1]} (EXIF rotation applied)"
+    return None
+
+
+def box_problem(box: Sequence[float], width: float, height: float) -> str | None:
+    """Return what is wrong with a box (x0, y0, x1, y1) of an image, or None."""
+    x0, y0, x1, y1 = box
+    if x1 <= x0 or y1 <= y0:
+        return "has zero area"
+    if min(x0, y0) < -_SLACK or x1 > width + _SLACK or y1 > height + _SLACK:
+        return f"lies outside the image of {width:g} x {height:g}"
+    return None

@@ -1,0 +1,299 @@
+"""Data sets that Detectron2 lacks: VOC's semantic segmentation, and the user's own (``DATASETS.CUSTOM``)."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from xml.sax.saxutils import escape
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathHandler, PathManager
+from PIL import Image
+
+from moco_d2.atomic import atomic_write
+from moco_d2.data.sources import EXTENSIONS
+from moco_d2.detection.custom import Entry, Needs, Report, parse_entries
+from moco_d2.detection.custom_coco import JsonFile, keypoint_metadata, read_coco
+from moco_d2.detection.custom_voc import VocFolder, read_voc, walk
+
+logger = logging.getLogger(__name__)
+
+_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))  # read at import, as Detectron2 does
+
+
+# Semantic segmentation.
+
+
+@dataclass(frozen=True)
+class SemSegSet:
+    """A data set of pictures and label images; all paths are under ``$DETECTRON2_DATASETS``.
+
+    Attributes:
+        name: to register.
+        split: text file with a picture's name a line.
+        images: folder of ``<name>.jpg``.
+        labels: folder of ``<name>.png``, whose pixels are class indices; 255 is void.
+        classes: by index.
+    """
+
+    name: str
+    split: str
+    images: str
+    labels: str
+    classes: tuple[str, ...]
+
+
+_VOC_SEM_SEG_CLASSES = ("background", *VOC_CLASSES)
+_VOC_LISTS = "VOC2012/ImageSets/Segmentation"
+
+SEM_SEG_SETS = (
+    # VOC's 1,464 training pictures and those of SBD that are not in val: 10,582.
+    SemSegSet(
+        "voc_2012_train_aug_sem_seg", f"{_VOC_LISTS}/train_aug.txt", "VOC2012/JPEGImages",
+        "VOC2012/SegmentationClassAug", _VOC_SEM_SEG_CLASSES,
+    ),
+    SemSegSet(
+        "voc_2012_val_sem_seg", f"{_VOC_LISTS}/val.txt", "VOC2012/JPEGImages", "VOC2012/SegmentationClass",
+        _VOC_SEM_SEG_CLASSES,
+    ),
+)  # fmt: skip
+
+
+class LabelIndexHandler(PathHandler):
+    """``label-index://FILE``: a label image whose palette, if any, is dropped, so that its pixels are class indices.
+
+    VOC's label images have colour palettes. Detectron2's mapper converts label images to grey, which turns the index of
+    a pixel into the brightness of its colour, and trains on that without a word.
+    """
+
+    PREFIX = "label-index://"
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
+        return path.removeprefix(self.PREFIX)
+
+    def _exists(self, path: str, **kwargs: Any) -> bool:
+        return os.path.exists(path.removeprefix(self.PREFIX))
+
+    def _isfile(self, path: str, **kwargs: Any) -> bool:
+        return os.path.isfile(path.removeprefix(self.PREFIX))
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[bytes]:
+        plain, file = path.removeprefix(self.PREFIX), io.BytesIO()
+        with Image.open(plain) as image:
+            if image.mode not in ("P", "L"):
+                raise ValueError(f"{plain} is of mode {image.mode}; a label image has one index a pixel (mode P or L)")
+            # BMP, because nothing is gained by compressing.
+            Image.frombytes("L", image.size, image.tobytes()).save(file, "BMP")
+        file.seek(0)
+        return file
+
+
+def voc_colors(count: int) -> list[list[int]]:
+    """Return VOC's own colours of classes: the bits of the index, dealt to red, green and blue from the top."""
+    return [
+        [sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
+        for index in range(count)
+    ]
+
+
+def load_sem_seg(images: str, labels: str, split: str) -> list[dict[str, Any]]:
+    """Return the pictures that a split lists, in Detectron2's format."""
+    with open(split) as file:
+        # Some editions of train_aug.txt list pairs of files instead of names.
+        names = [Path(line.split()[0]).stem for line in file if line.strip()]
+    return [
+        {
+            "file_name": os.path.join(images, f"{name}.jpg"),
+            "image_id": name,
+            "sem_seg_file_name": LabelIndexHandler.PREFIX + os.path.join(labels, f"{name}.png"),
+        }
+        for name in names
+    ]
+
+
+def _register_sem_seg(record: SemSegSet) -> None:
+    images, labels, split = (os.path.join(_ROOT, part) for part in (record.images, record.labels, record.split))
+    DatasetCatalog.register(record.name, lambda: load_sem_seg(images, labels, split))
+    MetadataCatalog.get(record.name).set(
+        stuff_classes=list(record.classes),
+        stuff_colors=voc_colors(len(record.classes)),
+        image_root=images,
+        sem_seg_root=labels,
+        split_file=split,
+        evaluator_type="sem_seg",
+        ignore_label=255,
+    )
+
+
+PathManager.register_handler(LabelIndexHandler())
+for _record in SEM_SEG_SETS:
+    _register_sem_seg(_record)
+
+
+# The user's own data.
+
+
+def register_custom(cfg: CfgNode, *, labels: bool = True, train: bool = True) -> None:
+    """Register the sets of ``DATASETS.CUSTOM``, having checked those that are used. Call it in every process.
+
+    What Detectron2 or an evaluator could not read as it stands is written anew to ``OUTPUT_DIR/datasets``; the user's
+    files are never changed.
+
+    Args:
+        cfg: config; also says whether masks or keypoints are needed.
+        labels: False for pretraining, which needs the pictures only.
+        train: whether the training sets are used; False for mere evaluation.
+
+    Raises:
+        ValueError: names the first problem: file, line and record.
+    """
+    _register_all(cfg, labels, train, False, _raise)
+    comm.synchronize()  # no process reads what the first one writes before it is there
+
+
+def custom_problems(cfg: CfgNode, *, labels: bool = True, train: bool = True) -> Iterator[str]:
+    """Yield all problems of the sets of ``DATASETS.CUSTOM`` that are used, and register what can be read.
+
+    More thorough than :func:`register_custom`: every picture is opened and its size compared with its labels'.
+
+    Args:
+        cfg: config.
+        labels: see :func:`register_custom`.
+        train: see :func:`register_custom`.
+    """
+    problems: list[str] = []
+    _register_all(cfg, labels, train, True, problems.append)
+    yield from problems
+
+
+def _register_all(cfg: CfgNode, labels: bool, train: bool, sizes: bool, report: Report) -> None:
+    used = {*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if labels else ())}
+    folder = Path(cfg.OUTPUT_DIR) / "datasets"
+    for entry in parse_entries(cfg.DATASETS.CUSTOM, report):
+        if entry.name in DatasetCatalog and not MetadataCatalog.get(entry.name).get("custom"):
+            report(f"DATASETS.CUSTOM: the name {entry.name!r} is taken by another data set; choose a new one")
+            continue
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            if entry.name in catalog.list():
+                catalog.remove(entry.name)
+        MetadataCatalog.get(entry.name).set(custom=True, list_pictures=lambda entry=entry: list_pictures(entry))
+        if not labels or entry.name not in used:
+            DatasetCatalog.register(entry.name, lambda entry=entry: [{"file_name": f} for f in list_pictures(entry)])
+        elif entry.format == "coco":
+            _register_coco(entry, Needs.of(cfg, sizes), folder, report)
+        else:
+            _register_voc(entry, Needs.of(cfg, sizes), folder, report)
+
+
+def _register_coco(entry: Entry, needs: Needs, folder: Path, report: Report) -> None:
+    labels = read_coco(entry, needs, report)
+    path, images = str(entry.json), str(entry.images)
+    if labels and labels.changed:
+        path = str(folder / f"{entry.name}.json")
+        if comm.is_main_process():
+            with atomic_write(path) as file:
+                file.write(json.dumps(labels.content).encode())
+            logger.info("data set %s: %s made plain as %s", entry.name, entry.json, path)
+    DatasetCatalog.register(entry.name, lambda: load_coco_json(path, images, entry.name))
+    MetadataCatalog.get(entry.name).set(json_file=path, image_root=images, evaluator_type="coco")
+    if labels:
+        categories = labels.content["categories"]
+        MetadataCatalog.get(entry.name).set(
+            thing_classes=labels.classes,
+            thing_dataset_id_to_contiguous_id={c["id"]: index for index, c in enumerate(categories)},
+            **keypoint_metadata(categories),
+        )
+
+
+def _register_voc(entry: Entry, needs: Needs, folder: Path, report: Report) -> None:
+    labels = read_voc(entry, needs, report)
+    place, split = entry.root, entry.split
+    if labels and not labels.plain:
+        place, split = folder / entry.name, "all"
+        if comm.is_main_process():
+            _write_voc(place, labels.records, labels.classes)
+            logger.info("data set %s: %s made plain as %s", entry.name, entry.root, place)
+
+    def load() -> list[dict[str, Any]]:
+        again = read_voc(entry, Needs(), lambda problem: None)
+        return again.records if again else []
+
+    DatasetCatalog.register(entry.name, load)
+    # The metric of 2012 is the area under the curve, that of 2007 its mean at eleven points.
+    MetadataCatalog.get(entry.name).set(dirname=str(place), split=split, year=2012, evaluator_type="pascal_voc")
+    if labels:
+        MetadataCatalog.get(entry.name).thing_classes = labels.classes
+
+
+def _write_voc(folder: Path, records: Sequence[dict[str, Any]], classes: Sequence[str]) -> None:
+    """Write annotations and list in VOC's own layout, in place of what was there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    (new / "ImageSets/Main").mkdir(parents=True)
+    (new / "ImageSets/Main/all.txt").write_text("".join(f"{record['image_id']}\n" for record in records))
+    for record in records:
+        path = new / "Annotations" / f"{record['image_id']}.xml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_voc_xml(record, classes))
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
+
+
+def _voc_xml(record: dict[str, Any], classes: Sequence[str]) -> str:
+    lines = [f"<size><width>{record['width']}</width><height>{record['height']}</height><depth>3</depth></size>"]
+    for item in record["annotations"]:
+        corners = (item["bbox"][0] + 1, item["bbox"][1] + 1, *item["bbox"][2:])
+        sides = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+        box = "".join(f"<{side}>{value:.10g}</{side}>" for side, value in sides)
+        lines.append(
+            f"<object><name>{escape(classes[item['category_id']])}</name><pose>Unspecified</pose><truncated>0</truncated>"
+            f"<difficult>{int(item['difficult'])}</difficult><bndbox>{box}</bndbox></object>"
+        )
+    return "<annotation>\n" + "\n".join(lines) + "\n</annotation>\n"
+
+
+def list_pictures(entry: Entry) -> list[str]:
+    """Return the pictures of a data set; labels are not read, and need not be there.
+
+    Raises:
+        ValueError: nothing to list, or a picture is missing.
+    """
+    if entry.format == "coco" and entry.json is not None and entry.json.is_file():
+        assert entry.images is not None
+        file = JsonFile(entry.json, _raise)
+        return [_existing(entry.images / r["file_name"], str(entry.json)) for _, r in file.records("images")]
+    folder = VocFolder(entry)
+    pictures = entry.images if entry.format == "coco" else folder.pictures
+    assert pictures is not None
+    if entry.format == "coco" or folder.split_file is None:
+        return [str(path) for _, path in walk(pictures) if path.suffix.lower() in EXTENSIONS]
+    if not folder.split_file.is_file():
+        raise ValueError(f"data set {entry.name!r}: {folder.split_file} is not there")
+    return [
+        str(folder.files.get(name) or _existing(pictures / name, where)) for where, name in folder.names(folder.files)
+    ]
+
+
+def _existing(path: Path, where: str) -> str:
+    if not path.is_file():
+        raise ValueError(f"{where}: missing image {path}")
+    return str(path)
+
+
+def _raise(problem: str) -> None:
+    raise ValueError(problem)

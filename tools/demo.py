@@ -15,8 +15,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -37,8 +35,6 @@ DETECTORS = {
 INITS = ("MoCo", "random")
 MARKER = ".demo"  # says that a folder was made by this script and may be emptied
 PRETRAIN = "configs/quick_schedules/moco_v2_R50_quick.yaml"
-# What of a training's log is worth a line on the screen: progress, and the files it leaves.
-PROGRESS = re.compile(r"\beta:? \d.*?(?=  time:|$)|wrote \S+(?:results\.json|backbone\.pth)|error: .*")
 
 
 class Demo:
@@ -66,18 +62,10 @@ class Demo:
         words = [str(word) for word in command]
         log = self.output / "logs" / f"{title.replace(' ', '_').replace(',', '')}.log"
         print(f"\n[{self._clock()}] {title}\n  $ {shlex.join(words)}", flush=True)
-        with log.open("w") as file, subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, env=self.environment, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        ) as process:  # fmt: skip
-            assert process.stdout is not None
-            for line in process.stdout:
-                file.write(line)
-                shown = PROGRESS.search(line) if "OUTPUT_DIR" in words else re.search(r".*\S", line)
-                if shown:
-                    print(f"    {shown.group()}", flush=True)
-        if process.returncode:
-            raise ValueError(f"stage {title!r} failed with code {process.returncode}; its log is {log}")
+        shown = cli.PROGRESS if "OUTPUT_DIR" in words else re.compile(r".*\S")
+        code = cli.follow(words, log, shown, cwd=ROOT, env=self.environment)
+        if code:
+            raise ValueError(f"stage {title!r} failed with code {code}; its log is {log}")
 
     def _clock(self) -> str:
         minutes, seconds = divmod(int(time.monotonic() - self.began), 60)

@@ -4,6 +4,7 @@ r"""Fine-tune a detector from converted weights, and evaluate it.
     tools/train_net.py --config-file PascalVOC-Detection/faster_rcnn_R_50_C4_24k --num-gpus 8 \
         MODEL.WEIGHTS moco_v2.pth OUTPUT_DIR output/voc_moco_v2
     tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/voc_moco_v2/model_final.pth
+    tools/train_net.py --config-file ... --dry-run MODEL.WEIGHTS moco_v2.pth    # two minutes before two days
     torchrun --nproc-per-node 8 tools/train_net.py --config-file ... MODEL.WEIGHTS moco_v2.pth
 
 Configs that end in _supervised and _random need no MODEL.WEIGHTS.
@@ -19,6 +20,9 @@ def main(args: argparse.Namespace) -> None:
     from moco_d2.detection.preflight import check_weights
     from moco_d2.detection.trainer import TransferTrainer, evaluate
 
+    if args.dry_run:
+        dry_run(args)
+        return
     cfg = cli.setup(args)
     if args.eval_only:
         evaluate(cfg)
@@ -29,7 +33,27 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
 
 
+def dry_run(args: argparse.Namespace) -> None:
+    """Rehearse the run in a folder of its own and print what was found."""
+    import tempfile
+
+    from detectron2.utils import comm
+
+    from moco_d2.config import load_cfg
+    from moco_d2.detection.dry_run import rehearse
+
+    with tempfile.TemporaryDirectory() as folder:
+        for subject, finding in rehearse(load_cfg(args.config_file, [*args.opts, "OUTPUT_DIR", folder])):
+            if comm.is_main_process():
+                print(f"{subject:<11} {finding}", flush=True)
+    if comm.is_main_process():
+        print("dry run     passed")
+
+
 if __name__ == "__main__":
     parser = cli.launch_parser(__doc__)
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, a trained detector")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="rehearse the run: data, weights, 2 steps, evaluation, ETA"
+    )
     cli.run(main, parser.parse_args())

@@ -67,8 +67,8 @@ def scale_to_processes(cfg: CfgNode, world_size: int) -> CfgNode:
     reference, accumulate = cfg.SOLVER.REFERENCE_WORLD_SIZE, max(1, cfg.SOLVER.ACCUMULATE)
     if reference and cfg.SOLVER.IMS_PER_BATCH % reference:
         raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, no multiple of the {reference} processes that the config "
-            "is written for: pass SOLVER.REFERENCE_WORLD_SIZE 0 to take batch, lr and schedule as they stand"
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, no multiple of the {reference} processes that the "
+            "config is written for: pass SOLVER.REFERENCE_WORLD_SIZE 0 to take batch, lr and schedule as they stand"
         )
     scaled = DefaultTrainer.auto_scale_workers(cfg, world_size * accumulate).clone()
     scaled.defrost()
@@ -95,18 +95,25 @@ def check_run(cfg: CfgNode, world_size: int, train: bool = True) -> None:
     Raises:
         ValueError: names all problems at once.
     """
-    problems = list(_batch_problems(cfg, world_size)) if train else []
-    for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
-        problems += _dataset_problems(cfg, name)
-    problems += _class_problems(cfg, (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST))
+    problems = list(run_problems(cfg, world_size, train))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def run_problems(cfg: CfgNode, world_size: int, train: bool = True) -> Iterator[str]:
+    """Yield what :func:`check_run` complains about."""
+    if train:
+        yield from _batch_problems(cfg, world_size)
+    names = dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST))
+    for name in names:
+        yield from _dataset_problems(cfg, name)
+    yield from _class_problems(cfg, list(names))
     for name in cfg.DATASETS.TEST:
         if name in DatasetCatalog:
             try:
-                evaluator_type(name)
+                evaluator_type(name, cfg)
             except ValueError as error:
-                problems.append(str(error))
-    if problems:
-        raise ValueError("\n".join(problems))
+                yield str(error)
 
 
 def starting_point(cfg: CfgNode, resume: bool) -> tuple[str, bool]:

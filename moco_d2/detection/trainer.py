@@ -22,7 +22,7 @@ from torch import nn
 
 import moco_d2
 from moco_d2.atomic import atomic_write
-from moco_d2.detection.evaluators import build_evaluator
+from moco_d2.detection.evaluators import build_evaluator, describe_backend
 from moco_d2.detection.preflight import changes, check_run, fit_to_machine, scale_to_processes, starting_point
 from moco_d2.detection.segmentation import build_segmentation_mapper
 from moco_d2.detection.step import build_step
@@ -169,6 +169,7 @@ def describe_result(cfg: CfgNode, metrics: Mapping[str, Any], weights: WeightsRe
         "weights": {"path": weights.path, "sha256": weights.sha256, "facts": weights.facts.as_dict()},
         "metrics": {cfg.DATASETS.TEST[0]: metrics} if len(cfg.DATASETS.TEST) == 1 else metrics,
         "schedule": {key: solver[key] for key in ("IMS_PER_BATCH", "BASE_LR", "STEPS", "MAX_ITER", "WARMUP_ITERS")},
+        "evaluators": describe_backend(cfg),
         "engine": {**cfg.ENGINE, "AMP": solver.AMP.ENABLED, "ACCUMULATE": solver.ACCUMULATE},
         "seed": cfg.SEED,
         "processes": comm.get_world_size(),

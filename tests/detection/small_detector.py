@@ -5,6 +5,7 @@ from __future__ import annotations
 from moco_d2.config import load_cfg
 
 VOC_C4 = "PascalVOC-Detection/faster_rcnn_R_50_C4_24k"
+DILATED = "PascalVOC-Detection/faster_rcnn_R_50_dilated_C5_24k"
 COCO_C4 = "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x"
 COCO_FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
 

@@ -1,0 +1,244 @@
+"""A rehearsal of a whole fine-tuning run in a minute or two: what can go wrong after a night goes wrong now."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from torch import nn
+
+from moco_d2.detection.datasets import custom_problems
+from moco_d2.detection.evaluators import describe_backend
+from moco_d2.detection.preflight import check_weights, fit_to_machine, run_problems, scale_to_processes
+from moco_d2.detection.trainer import TransferTrainer
+from moco_d2.detection.weights import all_names, load_weights
+from moco_d2.model_zoo import config_changes
+
+STEPS = 2
+IMAGES = 4  # evaluated, of each test set
+_REGIONS = 100  # a picture, in evaluation on the CPU
+
+
+class Rehearsal(TransferTrainer):
+    """A trainer of a few steps that evaluates a few pictures and notes the time of either.
+
+    Attributes:
+        step_seconds: duration of each step.
+        evaluation_seconds: duration of the evaluation, all test sets.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(cfg)
+        self.step_seconds: list[float] = []
+        self.evaluation_seconds = 0.0
+
+    def run_step(self) -> None:
+        """Take a step, and its time."""
+        start = time.perf_counter()
+        super().run_step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.step_seconds.append(time.perf_counter() - start)
+
+    def test(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Evaluate, and take the time."""
+        start = time.perf_counter()
+        result: dict[str, Any] = super().test(*args, **kwargs)
+        self.evaluation_seconds = time.perf_counter() - start
+        return result
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Load the first pictures of a test set."""
+        records = DatasetCatalog.get(dataset_name)[:IMAGES]
+        return build_detection_test_loader(records, mapper=DatasetMapper(cfg, is_train=False))
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """Build the evaluator; those of Cityscapes know no part of a test set and only take the predictions."""
+        evaluator = super().build_evaluator(cfg, dataset_name)
+        whole = MetadataCatalog.get(dataset_name).evaluator_type.startswith("cityscapes")
+        return _Unfinished(evaluator) if whole else evaluator
+
+
+class _Unfinished(DatasetEvaluator):
+    """An evaluator that takes predictions and computes nothing."""
+
+    def __init__(self, evaluator: DatasetEvaluator) -> None:
+        self.reset, self.process = evaluator.reset, evaluator.process
+
+
+def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
+    """Check everything that a run needs, then run a little of it; yield what was found as ``(subject, finding)``.
+
+    Checked without training: data sets, evaluators, weights. Then, in ``OUTPUT_DIR``: 2 steps, precise-BN, an
+    evaluation of 4 pictures, a checkpoint that is read back. On the CPU, where a full step takes minutes, each process
+    trains on one picture at a time.
+
+    Args:
+        cfg: config of the run, with an ``OUTPUT_DIR`` that nobody needs.
+
+    Raises:
+        ValueError: names every problem found, a line each.
+    """
+    world_size = comm.get_world_size()
+    full = scale_to_processes(fit_to_machine(cfg, world_size), world_size)
+    yield "protocol", _protocol(cfg)
+    yield "schedule", _schedule(full, cfg)
+    counts = _check_all(cfg, full)
+    for name, count in counts.items():
+        yield "data", f"{name}: {count} pictures"
+    for name, library in describe_backend(full).items():
+        yield "evaluator", f"{name}: {MetadataCatalog.get(name).evaluator_type}, {library}"
+    small = _shorten(full, world_size)
+    with _quiet():
+        trainer = Rehearsal(small)
+        trainer.resume_or_load(resume=False)
+    yield "weights", _weights(trainer)
+    yield "model", _parameters(trainer.model)
+    with _quiet():
+        trainer.train()
+    fraction = small.SOLVER.IMS_PER_BATCH / full.SOLVER.IMS_PER_BATCH
+    step = trainer.step_seconds[-1] / fraction
+    yield "training", _training(trainer, step, fraction)
+    shown = sum(min(IMAGES, counts[name]) for name in full.DATASETS.TEST)
+    yield "evaluation", f"{shown} pictures, {trainer.evaluation_seconds:.1f} s" + _fewer_regions(small, full)
+    yield "checkpoint", _reload(trainer)
+    yield "memory", _memory()
+    evaluation = sum(counts[name] for name in full.DATASETS.TEST) * trainer.evaluation_seconds / max(1, shown)
+    yield "ETA", _eta(full, step, evaluation)
+
+
+def _check_all(cfg: CfgNode, full: CfgNode) -> dict[str, int]:
+    """Return the number of pictures of each data set.
+
+    Raises:
+        ValueError: names every problem.
+    """
+    problems = [*custom_problems(cfg), *run_problems(full, comm.get_world_size())]
+    with _quiet():
+        try:
+            check_weights(full)
+        except ValueError as error:
+            problems.append(str(error))
+    counts = {}
+    for name in () if problems else (*full.DATASETS.TRAIN, *full.DATASETS.TEST):
+        with _quiet():
+            counts[name] = len(DatasetCatalog.get(name))
+    if problems:
+        raise ValueError("\n".join(" ".join(problem.split()) for problem in problems))
+    return counts
+
+
+def _shorten(full: CfgNode, world_size: int) -> CfgNode:
+    """Return the config of the rehearsal: as it stands (already scaled), but for a few steps."""
+    cfg = full.clone()
+    cfg.defrost()
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = STEPS, (), 0
+    cfg.TEST.EVAL_PERIOD = 0
+    if cfg.MODEL.DEVICE == "cpu":
+        cfg.SOLVER.IMS_PER_BATCH = world_size * cfg.SOLVER.ACCUMULATE
+        cfg.MODEL.RPN.POST_NMS_TOPK_TEST = min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, _REGIONS)
+    # Batches of a step are unscaled here, so this is one batch of precise-BN, or as many as a step has.
+    cfg.TEST.PRECISE_BN.NUM_ITER = 1
+    cfg.freeze()
+    return cfg
+
+
+def _protocol(cfg: CfgNode) -> str:
+    changes = config_changes(cfg)
+    if changes is None:
+        return f"{cfg.PROTOCOL or 'none'}, which is not a shipped protocol: no published figures belong to it"
+    return cfg.PROTOCOL + (", as shipped" if not changes else f", modified: {' '.join(changes)}")
+
+
+def _schedule(full: CfgNode, cfg: CfgNode) -> str:
+    solver = full.SOLVER
+    text = f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, lr {solver.BASE_LR:g}, steps {solver.STEPS}"
+    asked = cfg.SOLVER
+    if solver.MAX_ITER != asked.MAX_ITER:
+        given = f"{asked.MAX_ITER} of {asked.IMS_PER_BATCH}, lr {asked.BASE_LR:g}"
+        text += f" (written for {asked.REFERENCE_WORLD_SIZE} processes: {given})"
+    return text
+
+
+def _weights(trainer: TransferTrainer) -> str:
+    path, facts = trainer.weights.path, trainer.weights.facts
+    return f"{path}: {facts.origin}, {facts.pixels.order}; fills the whole backbone" if path else "none: random values"
+
+
+def _parameters(model: nn.Module) -> str:
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or not trained) for trained in (False, True)]
+    return f"{counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.1f} M trained"
+
+
+def _training(trainer: Rehearsal, step: float, fraction: float) -> str:
+    losses = trainer.storage.latest()["total_loss"][0]
+    text = f"{STEPS} steps, loss {losses:.3f}, {step:.2f} s a step"
+    return text if fraction == 1 else f"{text} (reckoned from {fraction:.0%} of a batch)"
+
+
+def _fewer_regions(small: CfgNode, full: CfgNode) -> str:
+    regions = small.MODEL.RPN.POST_NMS_TOPK_TEST
+    return "" if regions == full.MODEL.RPN.POST_NMS_TOPK_TEST else f" (at most {regions} regions each)"
+
+
+def _reload(trainer: TransferTrainer) -> str:
+    """Read the last checkpoint into a new detector and compare every tensor.
+
+    Raises:
+        ValueError: it differs.
+    """
+    path = Path(trainer.cfg.OUTPUT_DIR) / "model_final.pth"
+    comm.synchronize()
+    if not comm.is_main_process():
+        return ""
+    with _quiet():
+        fresh = trainer.build_model(trainer.cfg)
+        load_weights(DetectionCheckpointer(fresh), trainer.cfg, str(path), all_names)
+    model = trainer.checkpointer.model
+    held, read = model.state_dict(), fresh.state_dict()
+    different = [name for name in held if not torch.equal(held[name], read[name])]
+    if different:
+        raise ValueError(f"the checkpoint does not hold what was saved: {', '.join(different[:3])}")
+    return f"{path.stat().st_size / 2**20:.0f} MiB, saved and read back bit for bit"
+
+
+def _memory() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most on {torch.cuda.get_device_name()}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+    return f"{peak:.1f} GiB at most in this process"
+
+
+def _eta(full: CfgNode, step: float, evaluation: float) -> str:
+    training, evaluating = (
+        str(datetime.timedelta(seconds=round(s))) for s in (step * full.SOLVER.MAX_ITER, evaluation)
+    )
+    return f"training {training}, each evaluation {evaluating}, at this speed"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what libraries print, such as COCO's evaluation, off the screen."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        yield

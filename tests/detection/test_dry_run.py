@@ -1,0 +1,80 @@
+"""``--dry-run``: the whole run in small, and every problem at once, a line each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_detector import QUARTER, SHORT, VOC_C4, small_cfg
+
+from moco_d2.detection.dry_run import rehearse
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning"),
+]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tool(dataset_root, tmp_path):
+    """Run ``tools/train_net.py --dry-run`` with words added."""
+
+    def run(*words):
+        command = [sys.executable, str(ROOT / "tools/train_net.py"), "--dry-run", "--config-file", *map(str, words)]
+        environment = os.environ | {
+            "DETECTRON2_DATASETS": str(dataset_root), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    return run
+
+
+def test_a_run_that_will_work_is_told_what_to_expect(tool, converted_file, tmp_path):
+    done = tool(VOC_C4, *QUARTER, *SHORT, "MODEL.WEIGHTS", converted_file, "SOLVER.MAX_ITER", 1000)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [(line[:11].strip(), line[12:]) for line in done.stdout.splitlines()]
+    said = dict(found)
+    assert [subject for subject, _ in found] == [
+        "protocol", "schedule", "data", "data", "data", "evaluator", "weights", "model", "training", "evaluation",
+        "checkpoint", "memory", "ETA", "dry run",
+    ]  # fmt: skip
+    assert said["protocol"].startswith("voc0712_faster_rcnn_R_50_C4_24k, modified: ")
+    assert ("data", "voc_2012_trainval: 4 pictures") in found
+    assert said["evaluator"].startswith("voc_2007_test: pascal_voc")
+    assert "fills the whole backbone" in said["weights"]
+    assert "reckoned from 50% of a batch" in said["training"]
+    assert said["checkpoint"].endswith("read back bit for bit")
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_all_problems_are_told_at_once_a_line_each_with_its_remedy(tool, backbone_file):
+    words = ["DATASETS.TRAIN", "('voc_2007_trainvall',)", "SOLVER.ACCUMULATE", 3, "TEST.COCO_BACKEND", "slow"]
+    done = tool(VOC_C4, *QUARTER, *SHORT, *words, "DATASETS.TEST", "('coco_2017_val',)", "MODEL.WEIGHTS", backbone_file)
+    assert done.returncode == 2
+    error = done.stderr.partition("error: ")[2].strip().splitlines()
+    assert "Traceback" not in done.stderr
+    for line, said in zip(error, [
+        "SOLVER.IMS_PER_BATCH is 2; it must be a multiple of the 1 processes times SOLVER.ACCUMULATE 3",
+        "did you mean voc_2007_trainval",
+        "pass MODEL.ROI_HEADS.NUM_CLASSES 80",
+        "TEST.COCO_BACKEND",
+        "Convert it first: python tools/convert_checkpoint.py",
+    ], strict=True):  # fmt: skip
+        assert said in line
+
+
+def test_the_schedule_for_one_process_is_shown_beside_the_protocols():
+    findings = rehearse(small_cfg(VOC_C4))
+    assert next(findings) == ("protocol", "voc0712_faster_rcnn_R_50_C4_24k, modified: " + " ".join([
+        "MODEL.RESNETS.WIDTH_PER_GROUP=16", "MODEL.RESNETS.RES2_OUT_CHANNELS=64", "MODEL.RESNETS.STEM_OUT_CHANNELS=16",
+    ]))  # fmt: skip
+    assert next(findings)[1] == (
+        "192000 iterations of 2 images, lr 0.0025, steps (144000, 176000) "
+        "(written for 8 processes: 24000 of 16, lr 0.02)"
+    )

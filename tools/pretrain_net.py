@@ -14,9 +14,12 @@ import cli
 
 def main(args: argparse.Namespace) -> None:
     """Pretrain in this process."""
+    from moco_d2.detection.datasets import register_custom
     from moco_d2.engine.pretrain import PretrainTrainer
 
-    trainer = PretrainTrainer(cli.setup(args))
+    cfg = cli.setup(args)
+    register_custom(cfg, labels=False)
+    trainer = PretrainTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
 

@@ -17,6 +17,7 @@ import cli
 
 def main(args: argparse.Namespace) -> None:
     """Train, or with ``--eval-only`` evaluate, in this process."""
+    from moco_d2.detection.datasets import register_custom
     from moco_d2.detection.preflight import check_weights
     from moco_d2.detection.trainer import TransferTrainer, evaluate
 
@@ -24,6 +25,7 @@ def main(args: argparse.Namespace) -> None:
         dry_run(args)
         return
     cfg = cli.setup(args)
+    register_custom(cfg, train=not args.eval_only)
     if args.eval_only:
         evaluate(cfg)
         return

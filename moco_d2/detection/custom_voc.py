@@ -26,7 +26,7 @@ class VocLabels:
     Attributes:
         records: in Detectron2's format; each annotation also says whether it is ``difficult``.
         classes: in the order of the detector's outputs.
-        plain: whether the folder is VOC's to the letter, as the devkit's evaluation wants it.
+        plain: whether the evaluator, too, can read the folder as it stands.
     """
 
     records: list[dict[str, Any]]
@@ -71,7 +71,7 @@ class VocFolder:
         path = self.split_file
         if self.labels == self.entry.root or path is None or self.entry.split.endswith(".txt"):
             return False
-        lines = filter(None, map(str.strip, path.read_text(encoding="utf-8-sig").splitlines()))
+        lines = filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines()))
         return list(lines) == [name for _, name in self.names(self.xml_files)]
 
     def names(self, known: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
@@ -196,9 +196,8 @@ def _voc_record(
 
 
 def _is_plain(item: ElementTree.Element) -> bool:
-    """Return whether an object has all fields of VOC's own, as integers."""
-    numbers = ("truncated", "difficult", "bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
-    return item.find("pose") is not None and all(_text(item, field).isdecimal() for field in numbers)
+    """Return whether the evaluator reads an object as we do."""
+    return item.findtext("difficult", "0").strip().isdecimal() and item.findtext("name") == _text(item, "name")
 
 
 def _voc_object(

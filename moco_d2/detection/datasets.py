@@ -261,7 +261,7 @@ def _voc_xml(record: dict[str, Any], classes: Sequence[str]) -> str:
         sides = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
         box = "".join(f"<{side}>{value:.10g}</{side}>" for side, value in sides)
         lines.append(
-            f"<object><name>{escape(classes[item['category_id']])}</name><pose>Unspecified</pose><truncated>0</truncated>"
+            f"<object><name>{escape(classes[item['category_id']])}</name>"
             f"<difficult>{int(item['difficult'])}</difficult><bndbox>{box}</bndbox></object>"
         )
     return "<annotation>\n" + "\n".join(lines) + "\n</annotation>\n"

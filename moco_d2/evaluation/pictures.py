@@ -6,20 +6,25 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
+from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
+from matplotlib.colors import hsv_to_rgb
 
 from moco_d2.atomic import atomic_write
-from moco_d2.config import load_cfg
+from moco_d2.config import load_cfg, use_device_there_is
 from moco_d2.data import ViewDataset, build_recipe, list_images
+from moco_d2.detection.weights import all_names, load_weights
 
 FolderLike = str | os.PathLike[str]
 
@@ -83,36 +88,148 @@ def draw_detections(runs: Mapping[str, FolderLike], path: FolderLike, count: int
         count: number of pictures.
         threshold: score from which a detection is drawn.
     """
-    predictors = {name: _predictor(Path(folder), threshold) for name, folder in runs.items()}
-    test_set = next(iter(predictors.values())).cfg.DATASETS.TEST[0]
-    metadata = MetadataCatalog.get(test_set)
-    records = DatasetCatalog.get(test_set)
+    predictors = {name: load_predictor(Path(folder) / "model_final.pth", threshold) for name, folder in runs.items()}
+    cfg = next(iter(predictors.values())).cfg
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
     records = records[:: max(1, len(records) // count)][:count]
     figure, axes = _figure(1 + len(predictors), len(records), (3.6 * len(records), 3 * (1 + len(predictors))))
     for column, record in enumerate(records):
-        image = read_image(record["file_name"], "BGR")
-        drawings = {"ground truth": _visualizer(image, metadata).draw_dataset_dict(record)}
+        image = read_image(record["file_name"], "RGB")
+        drawings = {"ground truth": draw_scene(image, metadata, Scene.labelled(record, cfg))}
         for name, predictor in predictors.items():
-            instances = predictor(image)["instances"].to("cpu")
-            drawings[name] = _visualizer(image, metadata).draw_instance_predictions(instances)
+            drawings[name] = draw_scene(image, metadata, Scene.predicted(predictor(image[:, :, ::-1])))
         for axis, (name, drawing) in zip(axes[:, column], drawings.items(), strict=True):
-            axis.imshow(drawing.get_image())
+            axis.imshow(drawing)
             axis.set_axis_off()
             if column == 0:
                 axis.set_title(f"{name} (score >= {threshold})" if name in predictors else name, loc="left")
     _save_figure(figure, path)
 
 
-def _predictor(folder: Path, threshold: float) -> DefaultPredictor:
-    cfg = load_cfg(folder / "config.yaml")
-    cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = threshold
-    return DefaultPredictor(cfg)
+@dataclass(frozen=True)
+class Scene:
+    """What is to be seen on a picture, be it labels, a training sample or a detector's output.
+
+    Attributes:
+        boxes: (N, 4) x0, y0, x1, y1 in pixels.
+        classes: N numbers.
+        scores: N, or None for labels.
+        masks: N, in any form that Detectron2's Visualizer takes, or None.
+        keypoints: (N, K, 3) x, y and visibility or score, or None.
+        sem_seg: (H, W) class of each pixel, or None.
+    """
+
+    boxes: np.ndarray
+    classes: list[int]
+    scores: list[float] | None = None
+    masks: Sequence[Any] | None = None
+    keypoints: np.ndarray | None = None
+    sem_seg: np.ndarray | None = None
+
+    @classmethod
+    def labelled(cls, record: Mapping[str, Any], cfg: CfgNode) -> Scene:
+        """Take the labels of a data set's record, as far as the config's detector learns them."""
+        items = [item for item in record.get("annotations", ()) if not item.get("iscrowd")]
+        boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS) for item in items]
+        masks = cfg.MODEL.MASK_ON and all("segmentation" in item for item in items)
+        keypoints = cfg.MODEL.KEYPOINT_ON and all("keypoints" in item for item in items)
+        sem_seg = None
+        if "sem_seg_file_name" in record and not items:
+            sem_seg = read_image(record["sem_seg_file_name"], "L")[:, :, 0]
+        return cls(
+            np.array(boxes, float).reshape(-1, 4),
+            [item["category_id"] for item in items],
+            masks=[item["segmentation"] for item in items] if masks else None,
+            keypoints=np.array([np.reshape(item["keypoints"], (-1, 3)) for item in items]) if keypoints else None,
+            sem_seg=sem_seg,
+        )
+
+    @classmethod
+    def trained_on(cls, sample: Mapping[str, Any]) -> Scene:
+        """Take what Detectron2's mapper gives a model to train on."""
+        if "instances" not in sample:
+            return cls(np.zeros((0, 4)), [], sem_seg=sample["sem_seg"].numpy())
+        found = sample["instances"]
+        masks = found.get("gt_masks") if found.has("gt_masks") else None
+        if masks is not None:
+            masks = masks.polygons if hasattr(masks, "polygons") else list(masks.tensor.numpy())
+        keypoints = found.get("gt_keypoints").tensor.numpy() if found.has("gt_keypoints") else None
+        return cls(found.gt_boxes.tensor.numpy(), found.gt_classes.tolist(), masks=masks, keypoints=keypoints)
+
+    @classmethod
+    def predicted(cls, output: Mapping[str, Any]) -> Scene:
+        """Take a model's output for one picture."""
+        if "instances" not in output:
+            return cls(np.zeros((0, 4)), [], sem_seg=output["sem_seg"].argmax(0).cpu().numpy())
+        found = output["instances"].to("cpu")
+        return cls(
+            found.pred_boxes.tensor.numpy(),
+            found.pred_classes.tolist(),
+            found.scores.tolist(),
+            list(found.pred_masks.numpy()) if found.has("pred_masks") else None,
+            found.pred_keypoints.numpy() if found.has("pred_keypoints") else None,
+        )
+
+    def choose(self, indices: Sequence[int]) -> Scene:
+        """Return some of the objects."""
+        return Scene(
+            self.boxes[list(indices)],
+            [self.classes[i] for i in indices],
+            None if self.scores is None else [self.scores[i] for i in indices],
+            None if self.masks is None else [self.masks[i] for i in indices],
+            None if self.keypoints is None else self.keypoints[list(indices)],
+            self.sem_seg,
+        )
 
 
-def _visualizer(image: np.ndarray, metadata: Any) -> Visualizer:
+def draw_scene(image: np.ndarray, metadata: Any, scene: Scene, colors: Sequence[Any] | None = None) -> np.ndarray:
+    """Draw a scene on a picture with Detectron2's Visualizer, and return the drawing.
+
+    Args:
+        image: (H, W, 3) RGB.
+        metadata: of the data set: names of classes, skeleton of keypoints, colours of pixels.
+        scene: what to draw.
+        colors: one an object; otherwise each class has its own.
+    """
     # Enlarge small pictures, so that captions can be read.
-    return Visualizer(image[:, :, ::-1], metadata, scale=max(1.0, 480 / image.shape[1]))
+    visualizer = Visualizer(image, metadata, scale=max(1.0, 480 / image.shape[1]))
+    if scene.sem_seg is not None:
+        return np.asarray(visualizer.draw_sem_seg(scene.sem_seg, area_threshold=0, alpha=0.6).get_image())
+    if colors is None:  # hues by the golden ratio: neighbours differ
+        colors = [hsv_to_rgb((0.618034 * number % 1, 0.9, 0.95)) for number in scene.classes]
+    names = metadata.get("thing_classes")
+    labels = [names[number] if names else str(number) for number in scene.classes]
+    if scene.scores is not None:
+        labels = [f"{label} {score:.0%}" for label, score in zip(labels, scene.scores, strict=True)]
+    drawing = visualizer.overlay_instances(
+        boxes=scene.boxes, labels=labels, masks=scene.masks, keypoints=scene.keypoints, assigned_colors=list(colors)
+    )
+    return np.asarray(drawing.get_image())
+
+
+def load_predictor(weights: FolderLike, threshold: float, opts: Sequence[str] = ()) -> DefaultPredictor:
+    """Return a trained detector, ready for pictures (H, W, 3) in BGR.
+
+    Args:
+        weights: a checkpoint; its run's ``config.yaml`` lies beside it.
+        threshold: score from which detections are returned.
+        opts: further ``KEY VALUE`` pairs for the config.
+
+    Raises:
+        ValueError: one of the files is missing, or the checkpoint does not fill the detector.
+    """
+    weights = Path(weights)
+    config = weights.parent / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"{config} is not there; a checkpoint is shown with its run's config")
+    cfg = load_cfg(config, opts)
+    use_device_there_is(cfg)
+    cfg.MODEL.WEIGHTS = ""  # loaded below, where what is missing is an error
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
+    predictor = DefaultPredictor(cfg)
+    load_weights(DetectionCheckpointer(predictor.model), cfg, str(weights), all_names)
+    return predictor
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,29 +157,33 @@ def _protocol(name: str, entry: Mapping[str, Any], sources: Mapping[str, str]) -
     return Protocol(name, entry["config"], entry["paper"], entry["evidence"], rows)
 
 
-def markdown() -> str:
-    """Return the protocols and their published figures as Markdown tables."""
-    return "\n".join(_markdown_lines()) + "\n"
+def protocol_table() -> str:
+    """Return a Markdown table of the protocols: config, paper row, and what its values rest on."""
+    rows = [f"| `{p.name}` | `{p.config}` | {p.paper} | {p.evidence} |" for p in _published()]
+    return "\n".join(["| protocol | config | paper row | rests on |", "|---|---|---|---|", *rows]) + "\n"
 
 
-def _markdown_lines() -> Iterator[str]:
-    published = [protocol for protocol in _protocols().values() if not protocol.config.startswith("quick_")]
-    yield from ("| protocol | config | paper row | rests on |", "|---|---|---|---|")
-    for p in published:
-        yield f"| `{p.name}` | `{p.config}` | {p.paper} | {p.evidence} |"
-    for p in published:
-        if not p.published:
-            continue
-        columns = list(p.published[0].metrics)
-        trials = f", mean of {p.published[0].trials} trials" if p.published[0].trials > 1 else ""
-        std = p.published[0].std
-        noise = f"; std {' / '.join(str(std[c]) for c in columns)}" if std else ""
-        yield from ("", f"**`{p.name}`** ({p.paper}{trials}{noise})", "")
-        yield "| pre-train | " + " | ".join(columns) + " | source |"
-        yield "|---" * (len(columns) + 2) + "|"
-        for row in p.published:
-            yield f"| {row.label} | " + " | ".join(str(row.metrics[c]) for c in columns) + f" | {row.source} |"
+def published_tables() -> str:
+    """Return a Markdown table of published figures for each protocol that has any."""
+    return "\n".join(_figures(p) for p in _published() if p.published)
+
+
+def _published() -> list[Protocol]:
+    return [protocol for protocol in _protocols().values() if not protocol.config.startswith("quick_")]
+
+
+def _figures(protocol: Protocol) -> str:
+    first = protocol.published[0]
+    columns = list(first.metrics)
+    notes = [protocol.paper]
+    notes += [f"mean of {first.trials} trials"] if first.trials > 1 else []
+    notes += ["std " + " / ".join(str(first.std[column]) for column in columns)] if first.std else []
+    lines = [f"**`{protocol.name}`** ({', '.join(notes)})", ""]
+    lines += ["| pre-train | " + " | ".join(columns) + " | source |", "|---" * (len(columns) + 2) + "|"]
+    for row in protocol.published:
+        lines.append(f"| {row.label} | " + " | ".join(str(row.metrics[c]) for c in columns) + f" | {row.source} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    print(protocol_table(), published_tables(), sep="\n", end="")

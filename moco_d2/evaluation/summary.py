@@ -92,10 +92,10 @@ class Run:
 
     @property
     def scaled(self) -> str:
-        """In words, how the schedule was fitted to the number of processes; empty when it was not."""
+        """In words, what was fitted to the number of processes; empty when nothing was."""
         changed = self.result.get("scaled") or {}
         parts = (f"{key.rpartition('.')[2]} {before} -> {after}" for key, (before, after) in sorted(changed.items()))
-        return f"scaled to the number of processes, {self.processes}: {', '.join(parts)}" if changed else ""
+        return f"fitted to {self.processes} process(es): {', '.join(parts)}" if changed else ""
 
     @property
     def processes(self) -> str:

@@ -161,15 +161,16 @@ def test_commands_are_found_in_code_blocks() -> None:
     assert list(commands(text)) == [["make", "demo"], ["python", "tools/a.py", "--b", "c"]]
 
 
-def _scripts() -> dict[str, set[str]]:
-    """Return the scripts that the documents run, each with the options that they give it."""
-    scripts: dict[str, set[str]] = {}
+def _scripts() -> dict[tuple[str, ...], set[str]]:
+    """Return the scripts that the documents run, with their subcommand if any, and the options that they give it."""
+    scripts: dict[tuple[str, ...], set[str]] = {}
     for document in _documents():
         for words in commands(document.read_text()):
             for index, word in enumerate(words):
                 if re.fullmatch(r"(\./)?(tools|datasets)/\w+\.py", word):
                     options = {w.partition("=")[0] for w in words[index + 1 :] if re.match(r"--?[a-z]", w)}
-                    scripts.setdefault(word.removeprefix("./"), set()).update(options)
+                    subcommand = [w for w in words[index + 1 : index + 2] if re.fullmatch("[a-z]+", w)]
+                    scripts.setdefault((word.removeprefix("./"), *subcommand), set()).update(options)
     return scripts
 
 
@@ -178,7 +179,7 @@ def test_documented_scripts_exist_and_take_the_documented_options() -> None:
     assert scripts, "the README shows how to run the tools"
     running = {
         script: subprocess.Popen(
-            [sys.executable, script, "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, *script, "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         for script in scripts
     }

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from detectron2.utils.file_io import PathManager
 from moco_d2.atomic import atomic_write
 from moco_d2.config import INITS, flat, get_cfg
 from moco_d2.convert import read_facts
+from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.preflight import check_run, check_weights, scale_to_processes
 from moco_d2.detection.subsets import check_percent
 from moco_d2.detection.weights import check_source
@@ -148,7 +150,7 @@ def plan(
     states = {trial.folder: state(trial) for trial in trials}
     waiting = [trial for trial in trials if states[trial.folder] != "done"]
     for trial in waiting[:1]:
-        check_run(scale_to_processes(trial.cfg, processes), processes)
+        _check(trial.cfg, processes)
     for trial in {trial.init.label: trial for trial in waiting if states[trial.folder] == "new"}.values():
         check_weights(trial.cfg)
     return trials
@@ -260,6 +262,15 @@ def _trial(protocol: str, base: str, init: Init, seed: int, percent: float, outp
     return Trial(
         protocol, base + INITS[init.kind], init, seed, percent, folder, words, get_config(protocol, init.kind, words)
     )
+
+
+def _check(cfg: CfgNode, processes: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # for users' labels that are written anew to OUTPUT_DIR
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = folder
+        register_custom(cfg)
+        check_run(scale_to_processes(cfg, processes), processes)
 
 
 def _differences(recorded: Mapping[str, Any], trial: Trial) -> Iterator[str]:

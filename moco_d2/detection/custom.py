@@ -129,6 +129,11 @@ def nearest(value: str, choices: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def listed(names: Sequence[str]) -> str:
+    """Return names as a message gives them: not all of COCO's eighty."""
+    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "") or "none"
+
+
 def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return width and height of a picture as Detectron2 reads it, from the file's header.
 

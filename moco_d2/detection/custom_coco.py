@@ -12,7 +12,7 @@ from typing import Any
 
 from pycocotools import mask as mask_api
 
-from moco_d2.detection.custom import Entry, Needs, Report, box_problem, picture_size, size_problem
+from moco_d2.detection.custom import Entry, Needs, Report, box_problem, listed, picture_size, size_problem
 
 
 class JsonFile:
@@ -213,7 +213,7 @@ def _coco_annotations(
     points: Mapping[int, int],
 ) -> list[dict[str, Any]]:
     """Return the plain annotations; those of images that were left out are left out, too."""
-    listed = {record["id"] for _, record in file.records("images") if _is_id(record.get("id"))}
+    known = {record["id"] for _, record in file.records("images") if _is_id(record.get("id"))}
     names = [str(c.get("name")) for _, c in file.records("categories")]
     found, ids = [], set()
     for index, record in file.records("annotations"):
@@ -222,10 +222,10 @@ def _coco_annotations(
         problem: str | None
         if number is not None and (not _is_id(number) or number in ids):
             problem = "has the id of another annotation: duplicate id" if _is_id(number) else "has no proper id"
-        elif not _is_id(image_id) or image_id not in listed:
+        elif not _is_id(image_id) or image_id not in known:
             problem = f"belongs to image_id {image_id!r}, which is not among the images"
         elif new is None:
-            problem = f"has the unknown class category_id {category!r}; categories holds {', '.join(names) or 'none'}"
+            problem = f"has the unknown class category_id {category!r}; categories holds {listed(names)}"
         elif isinstance(new, _Left):
             problem = f"has the unknown class {new.name!r}: it is not in classes"
         elif image_id not in new_image:

@@ -184,6 +184,11 @@ def custom_problems(cfg: CfgNode, *, labels: bool = True, train: bool = True) ->
 def _register_all(cfg: CfgNode, labels: bool, train: bool, sizes: bool, report: Report) -> None:
     used = {*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if labels else ())}
     folder = Path(cfg.OUTPUT_DIR) / "datasets"
+    points, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    if labels and cfg.DATASETS.CUSTOM and cfg.MODEL.KEYPOINT_ON and sigmas != points != 17:
+        report(
+            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values; COCO's evaluation needs one for each of {points} keypoints"
+        )
     for entry in parse_entries(cfg.DATASETS.CUSTOM, report):
         if entry.name in DatasetCatalog and not MetadataCatalog.get(entry.name).get("custom"):
             report(f"DATASETS.CUSTOM: the name {entry.name!r} is taken by another data set; choose a new one")

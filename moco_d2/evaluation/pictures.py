@@ -192,8 +192,9 @@ def draw_scene(image: np.ndarray, metadata: Any, scene: Scene, colors: Sequence[
         scene: what to draw.
         colors: one an object; otherwise each class has its own.
     """
-    # Enlarge small pictures, so that captions can be read.
-    visualizer = Visualizer(image, metadata, scale=max(1.0, 480 / image.shape[1]))
+    # Small pictures are enlarged, and large ones get larger letters, so that captions can be read.
+    width = image.shape[1]
+    visualizer = Visualizer(image, metadata, max(1.0, 480 / width), font_size_scale=max(1.0, width / 600))
     if scene.sem_seg is not None:
         return np.asarray(visualizer.draw_sem_seg(scene.sem_seg, area_threshold=0, alpha=0.6).get_image())
     if colors is None:  # hues by the golden ratio: neighbours differ

@@ -385,7 +385,8 @@ def _figure(folder: Path, name: str, drawing: np.ndarray, caption: str) -> str:
         file.write(buffer.getvalue())
     size = f'width="{image.width}" height="{image.height}"'
     text = html.escape(caption)
-    picture = f'<img src="pictures/{name}.jpg" {size} alt="{text}" loading="lazy">'
+    file_name = f"pictures/{name}.jpg"
+    picture = f'<a href="{file_name}"><img src="{file_name}" {size} alt="{text}" loading="lazy"></a>'
     return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
 
 

@@ -329,7 +329,10 @@ def test_keypoints_carry_their_names_and_mirror_images(coco):
             item["keypoints"] = [12, 12, 2, 20, 20, 1, 30, 30, 2]
 
     keys = ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3]
-    register_custom(config(coco(change), opts=[*keys, *BOXES]))
+    with pytest.raises(ValueError, match="KEYPOINT_OKS_SIGMAS has 0 values"):
+        register_custom(config(coco(change), opts=[*keys, *BOXES]))
+    sigmas = ["TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.1, 0.1]]
+    register_custom(config(coco(change), opts=[*keys, *BOXES, *sigmas]))
     assert MetadataCatalog.get("parts").keypoint_flip_map == [("left_end", "right_end")]
     plain = json.loads(Path(MetadataCatalog.get("parts").json_file).read_text())["annotations"]
     assert [item["num_keypoints"] for item in plain[:2]] == [0, 3]
@@ -383,9 +386,14 @@ def test_label_images_with_a_palette_are_indices(tmp_path):
     assert voc_colors(256)[:3] + voc_colors(256)[15:16] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128]]
 
 
-def test_missing_segmentation_data_show_the_layout():
-    cfg = load_cfg(opts=["DATASETS.TRAIN", "('voc_2012_train_aug_sem_seg',)"])
+@pytest.mark.parametrize(("name", "parts"), [
+    ("voc_2012_train_aug_sem_seg",
+     ["VOC2012/ImageSets/Segmentation/train_aug.txt", "VOC2012/JPEGImages", "VOC2012/SegmentationClassAug"]),
+    ("lvis_v1_val", ["lvis/lvis_v1_val.json", "coco/train2017", "coco/val2017"]),
+    ("cityscapes_fine_sem_seg_train", ["cityscapes/leftImg8bit/train/", "cityscapes/gtFine/train/"]),
+])  # fmt: skip
+def test_missing_data_show_the_layout(name, parts):
     with pytest.raises(ValueError) as caught:
-        check_run(cfg, world_size=1)
-    for part in ("ImageSets/Segmentation/train_aug.txt", "JPEGImages", "SegmentationClassAug"):
-        assert f"VOC2012/{part}   <- missing" in str(caught.value)
+        check_run(load_cfg(opts=["DATASETS.TRAIN", f"('{name}',)"]), world_size=1)
+    for part in parts:
+        assert f"/{part}   <- missing" in str(caught.value)

@@ -1,34 +1,35 @@
 #!/usr/bin/env python3
-"""Draw a small $DETECTRON2_DATASETS root: VOC2007, VOC2012, coco and imagenet/train, some hundred pictures in seconds.
+"""Draw a small $DETECTRON2_DATASETS root, about a thousand pictures in seconds, for every shipped config.
 
     datasets/make_sample_data.py OUT
 
-The folders, file formats, class names and category ids are those of the real data sets, so every shipped config runs on
-them unchanged (but for a schedule that fits). The same seed gives the same files. See datasets/README.md.
+VOC2007, VOC2012 (objects and semantic segmentation), coco (objects and keypoints), lvis, cityscapes and imagenet/train:
+folders, file formats, class names and category ids are those of the real data sets, so that every shipped config runs
+on them unchanged (but for a schedule and sizes that fit). The same seed gives the same files. See datasets/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from sample_scenes import KINDS, SUPERSAMPLING, Scene, Thing, draw_scene
+from sample_coco import Record, coco_categories, detectron2_lists, instance, lvis_content, person, person_category
+from sample_scenes import SUPERSAMPLING, Scene, draw_scene
+from sample_shapes import KINDS
+from sample_streets import draw_street
 
 MARKER = "SAMPLE_DATA.json"  # says that a folder was made by this script and may be made anew
 JPEG_QUALITY = 92
-SMALLEST_HOLE = 24  # in a mask, in its pixels; smaller ones are filled
+VOID = 255  # label of pixels that do not count, of VOC and Cityscapes alike
 # Pictures per split. The order is the seed's second part, so a new split goes to the end.
 SPLITS = {
     "imagenet/train": 300,
@@ -37,18 +38,22 @@ SPLITS = {
     "VOC2012/trainval": 120,
     "coco/train2017": 160,
     "coco/val2017": 80,
+    # Pictures of their own, in coco's folders: those of the instances files stay as few as they are.
+    "person_keypoints/train2017": 80,
+    "person_keypoints/val2017": 40,
+    "cityscapes/train": 24,
+    "cityscapes/val": 8,
 }
+CITIES = {"train": ("inkton", "paperville"), "val": ("brushford",)}
+STREET_SIZE = (128, 256)
 # COCO's pictures show fewer kinds: its evaluator averages over those that occur, so a short run has more of each.
 COCO_KINDS = KINDS[::3]
-# VOC's names where COCO has others.
-COCO_NAMES = {
-    "aeroplane": "airplane",
-    "diningtable": "dining table",
-    "motorbike": "motorcycle",
-    "pottedplant": "potted plant",
-    "sofa": "couch",
-    "tvmonitor": "tv",
-}
+ONE_OF = 8  # so many of COCO's training pictures, one is in LVIS v1's val, which has pictures of both folders
+
+
+def generator(split: str, number: int, seed: int) -> np.random.Generator:
+    """Return the source of a picture's randomness."""
+    return np.random.default_rng((seed, list(SPLITS).index(split), number))
 
 
 def scenes(split: str, count: int, seed: int) -> Iterator[Scene]:
@@ -56,9 +61,8 @@ def scenes(split: str, count: int, seed: int) -> Iterator[Scene]:
 
     Kinds take turns, so that every class has objects in every split.
     """
-    stream = list(SPLITS).index(split)
     for number in range(count):
-        rng = np.random.default_rng((seed, stream, number))
+        rng = generator(split, number, seed)
         height, width = int(rng.integers(110, 151)), int(rng.integers(140, 201))
         if rng.random() < 0.25:
             height, width = width, height
@@ -66,6 +70,11 @@ def scenes(split: str, count: int, seed: int) -> Iterator[Scene]:
             yield draw_scene(rng, height, width, [KINDS[number % len(KINDS)]], (0.45, 0.85))
             continue
         pool = COCO_KINDS if split.startswith("coco") else KINDS
+        if split.startswith("person_keypoints"):
+            others = rng.choice([kind for kind in KINDS if kind != "person"], int(rng.integers(0, 3)))
+            kinds = ["person", *others, *["person"] * int(rng.integers(0, 3))]
+            yield draw_scene(rng, height, width, kinds, (0.45, 0.8), jointed=True)
+            continue
         others = rng.choice(len(pool), int(rng.integers(1, 4)))
         kinds = [pool[number % len(pool)], *(pool[i] for i in others)]
         crowd = "cow" if split == "coco/val2017" and number % 20 == 16 else None
@@ -78,13 +87,6 @@ def save_jpeg(scene: Scene, path: Path) -> None:
     Image.fromarray(scene.image).save(path, quality=JPEG_QUALITY)
 
 
-def bounding_box(thing: Thing) -> tuple[float, float, float, float]:
-    """Return (x0, y0, x1, y1) of what is seen, in picture coordinates with half-pixel steps."""
-    rows, cols = np.flatnonzero(thing.mask.any(axis=1)), np.flatnonzero(thing.mask.any(axis=0))
-    corners = (cols[0], rows[0], cols[-1] + 1, rows[-1] + 1)
-    return tuple(float(c) / SUPERSAMPLING for c in corners)  # type: ignore[return-value]
-
-
 def make_imagenet(root: Path, seed: int) -> None:
     """Write one folder a kind, as ImageFolder wants it; the names look like synsets but are none."""
     for number, scene in enumerate(scenes("imagenet/train", SPLITS["imagenet/train"], seed)):
@@ -93,7 +95,7 @@ def make_imagenet(root: Path, seed: int) -> None:
 
 
 def make_voc(root: Path, year: int, seed: int) -> None:
-    """Write ``VOC<year>``: JPEGImages, Annotations and ImageSets/Main."""
+    """Write ``VOC<year>``: JPEGImages, Annotations and ImageSets/Main; for 2012 also the semantic segmentation."""
     folder = root / f"VOC{year}"
     lists: dict[str, list[str]] = {}
     for split in (name for name in SPLITS if name.startswith(f"VOC{year}/")):
@@ -104,12 +106,52 @@ def make_voc(root: Path, year: int, seed: int) -> None:
             annotation = folder / "Annotations" / f"{name}.xml"
             annotation.parent.mkdir(exist_ok=True)
             ET.ElementTree(voc_annotation(scene, name, year)).write(annotation)
+            if year == 2012:
+                save_voc_labels(scene, folder, name)
             names.append(name)
         lists[split.partition("/")[2]] = names
     lists["train"], lists["val"] = lists["trainval"][::2], lists["trainval"][1::2]
-    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    write_lists(folder / "ImageSets" / "Main", lists)
+    if year == 2012:
+        write_lists(folder / "ImageSets" / "Segmentation", {**lists, "train_aug": lists["train"]})
+
+
+def write_lists(folder: Path, lists: dict[str, list[str]]) -> None:
+    """Write each split's names."""
+    folder.mkdir(parents=True)
     for split, names in lists.items():
-        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        (folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+
+
+def voc_labels(scene: Scene) -> np.ndarray:
+    """Return the class of each pixel, (height, width) uint8: 0 is background, 255 the outlines between."""
+    height, width = scene.image.shape[:2]
+    labels = np.zeros((height, width), np.uint8)
+    for thing in scene.things:
+        blocks = thing.mask.reshape(height, SUPERSAMPLING, width, SUPERSAMPLING)
+        labels[blocks.sum(axis=(1, 3)) >= SUPERSAMPLING**2 / 2] = 1 + KINDS.index(thing.kind)
+    padded = np.pad(labels, 1, mode="edge")
+    shifted = [padded[y : y + height, x : x + width] for y, x in ((0, 1), (2, 1), (1, 0), (1, 2))]
+    return np.where(np.any([labels != other for other in shifted], axis=0), np.uint8(VOID), labels)
+
+
+def save_voc_labels(scene: Scene, folder: Path, name: str) -> None:
+    """Write a picture's classes with VOC's palette, and without one, as the augmented set is handed around."""
+    labels = Image.fromarray(voc_labels(scene))
+    for kind in ("SegmentationClassAug", "SegmentationClass"):
+        (folder / kind).mkdir(exist_ok=True)
+        if kind == "SegmentationClass":
+            labels.putpalette(voc_palette())
+        labels.save(folder / kind / f"{name}.png")
+
+
+def voc_palette() -> list[int]:
+    """Return VOC's 256 colours one after the other: an index's bits go to red, green and blue in turn, from the top."""
+    return [
+        sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
+        for index in range(256)
+        for channel in range(3)
+    ]
 
 
 def voc_annotation(scene: Scene, name: str, year: int) -> ET.Element:
@@ -128,7 +170,7 @@ def voc_annotation(scene: Scene, name: str, year: int) -> ET.Element:
         for key, text in {"name": thing.kind, "pose": "Unspecified", **flags}.items():
             ET.SubElement(item, key).text = text
         box = ET.SubElement(item, "bndbox")
-        x0, y0, x1, y1 = bounding_box(thing)
+        x0, y0, x1, y1 = thing.box
         # Whole pixels counted from 1, as VOC's annotators did.
         for key, edge in (("xmin", int(x0) + 1), ("ymin", int(y0) + 1), ("xmax", ceil(x1)), ("ymax", ceil(y1))):
             ET.SubElement(box, key).text = str(edge)
@@ -136,61 +178,100 @@ def voc_annotation(scene: Scene, name: str, year: int) -> ET.Element:
 
 
 def make_coco(root: Path, split: str, seed: int) -> None:
-    """Write ``coco/<split>`` and its instances file, with all 80 categories under their real ids."""
-    from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+    """Write ``coco/<split>``, its instances and keypoint files."""
+    objects, persons = f"coco/{split}", f"person_keypoints/{split}"
+    annotations = root / "coco" / "annotations"
+    annotations.mkdir(parents=True, exist_ok=True)
+    for source, file_name, categories in (
+        (objects, f"instances_{split}.json", coco_categories()),
+        (persons, f"person_keypoints_{split}.json", [person_category()]),
+    ):
+        content = coco_content(root / objects, source, seed)
+        (annotations / file_name).write_text(json.dumps({**content, "categories": categories}))
 
-    categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
-    ids = {c["name"]: c["id"] for c in categories}
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for number, scene in enumerate(scenes(f"coco/{split}", SPLITS[f"coco/{split}"], seed), start=1):
+
+def coco_content(folder: Path, source: str, seed: int) -> Record:
+    """Write a split's pictures and return their images and annotations in COCO's format."""
+    images: list[Record] = []
+    annotations: list[Record] = []
+    first = list(SPLITS).index(source) * 100_000 + 1  # a picture's id is its own in all splits, as in COCO
+    for number, scene in enumerate(scenes(source, SPLITS[source], seed), start=first):
         file_name = f"{number:012d}.jpg"
-        save_jpeg(scene, root / "coco" / split / file_name)
+        save_jpeg(scene, folder / file_name)
         height, width = scene.image.shape[:2]
-        images.append({"id": number, "file_name": file_name, "height": height, "width": width})
-        for thing in scene.things:
-            annotation = coco_annotation(thing)
-            annotation |= {"id": len(annotations) + 1, "image_id": number}
-            annotation["category_id"] = ids[COCO_NAMES.get(thing.kind, thing.kind)]
-            annotations.append(annotation)
+        url = f"http://images.cocodataset.org/{folder.name}/{file_name}"
+        images.append({"id": number, "file_name": file_name, "height": height, "width": width, "coco_url": url})
+        found = [person(t) for t in scene.things if t.keypoints is not None] or [instance(t) for t in scene.things]
+        annotations += [{"id": len(annotations) + i, "image_id": number, **a} for i, a in enumerate(found, start=1)]
     info = {"description": "moco_d2's drawn sample pictures"}
-    content = {"info": info, "licenses": [], "images": images, "annotations": annotations, "categories": categories}
-    path = root / "coco" / "annotations" / f"instances_{split}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content))
+    return {"info": info, "licenses": [], "images": images, "annotations": annotations}
 
 
-def coco_annotation(thing: Thing) -> dict[str, Any]:
-    """Return box, area and segmentation of an object: polygons, or for a crowd a run-length code."""
-    from pycocotools import mask as coco_mask
+def make_lvis(root: Path) -> None:
+    """Write LVIS's files of COCO's pictures: v0.5 keeps COCO's splits, v1 moves some training pictures to val."""
+    train, val = (
+        json.loads((root / "coco" / "annotations" / f"instances_{split}.json").read_text())
+        for split in ("train2017", "val2017")
+    )
+    moved = train["images"][::ONE_OF]
+    kept = [image for image in train["images"] if image not in moved]
+    files = {
+        ("v0_5", "train"): train["images"], ("v0_5", "val"): val["images"],
+        ("v1", "train"): kept, ("v1", "val"): val["images"] + moved,
+    }  # fmt: skip
+    (root / "lvis").mkdir()
+    for (version, split), images in files.items():
+        content = lvis_content(images, train["annotations"] + val["annotations"], version)
+        (root / "lvis" / f"lvis_{version.replace('_', '.')}_{split}.json").write_text(json.dumps(content))
 
-    x0, y0, x1, y1 = bounding_box(thing)
-    annotation = {
-        "bbox": [x0, y0, x1 - x0, y1 - y0],
-        "area": float(thing.mask.sum()) / SUPERSAMPLING**2,
-        "iscrowd": int(thing.crowd),
-    }
-    if thing.crowd:
-        code = coco_mask.encode(np.asfortranarray(thing.mask[::SUPERSAMPLING, ::SUPERSAMPLING].astype(np.uint8)))
-        return {**annotation, "segmentation": {"size": code["size"], "counts": code["counts"].decode()}}
-    return {**annotation, "segmentation": polygons(thing.mask)}
+
+def make_cityscapes(root: Path, split: str, seed: int) -> None:
+    """Write ``cityscapes/leftImg8bit/<split>`` and ``cityscapes/gtFine/<split>``."""
+    height, width = STREET_SIZE
+    for number in range(SPLITS[f"cityscapes/{split}"]):
+        street = draw_street(generator(f"cityscapes/{split}", number, seed), height, width)
+        city = CITIES[split][number % len(CITIES[split])]
+        name = f"{city}_{number:06d}_000019"
+        pictures, truth = (root / "cityscapes" / kind / split / city for kind in ("leftImg8bit", "gtFine"))
+        for folder in (pictures, truth):
+            folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(street.image).save(pictures / f"{name}_leftImg8bit.png")
+        objects = [{"label": label, "polygon": polygon.tolist()} for label, polygon in street.outlines]
+        content = {"imgHeight": height, "imgWidth": width, "objects": objects}
+        (truth / f"{name}_gtFine_polygons.json").write_text(json.dumps(content))
+        for kind, image in street_labels(street.outlines, (width, height)).items():
+            image.save(truth / f"{name}_gtFine_{kind}.png")
 
 
-def polygons(mask: np.ndarray) -> list[list[float]]:
-    """Return a mask's outlines as COCO writes them, [x0, y0, x1, y1, ...] in picture coordinates.
+def street_labels(outlines: list[tuple[str, np.ndarray]], size: tuple[int, int]) -> dict[str, Image.Image]:
+    """Return Cityscapes' label images of outlines, each painted over those before it.
 
-    COCO's polygons have no holes. Where something lies in the middle of an object, the object is cut in two through it.
+    Args:
+        outlines: label and polygon.
+        size: width and height.
+
+    Returns:
+        ``labelIds`` and ``labelTrainIds`` hold a pixel's class by either number; ``instanceIds`` holds 1000 times the
+        class and the object's number, or the class where objects have none.
     """
-    contours, tree = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    for contour, (*_, parent) in zip(contours, tree[0] if contours else (), strict=True):
-        if parent >= 0 and cv2.contourArea(contour) > SMALLEST_HOLE:
-            cut = int(contour[:, 0, 0].mean())
-            left, right = mask.copy(), mask.copy()
-            left[:, cut:], right[:, :cut] = False, False
-            return polygons(left) + polygons(right)
-    outer = [c for c, (*_, parent) in zip(contours, tree[0], strict=True) if parent < 0] if contours else []
-    # A contour runs through the centres of border pixels, hence the half pixel; a polygon has three corners at least.
-    return [((c[:, 0] + 0.5) / SUPERSAMPLING).ravel().tolist() for c in outer if len(c) >= 3]
+    classes = {c["name"]: c for c in detectron2_lists("builtin_meta")["CITYSCAPES_CATEGORIES"]}
+    classes["ego vehicle"] = {"id": 1, "trainId": VOID, "isthing": 0}
+    images = {"labelIds": Image.new("L", size), "labelTrainIds": Image.new("L", size, VOID)}
+    images["instanceIds"] = Image.new("I;16", size)
+    seen: dict[str, int] = {}
+    for label, polygon in outlines:
+        record = classes[label.removesuffix("group")]
+        numbered = record["isthing"] and not label.endswith("group")
+        instance_id = record["id"] * 1000 + seen.get(label, 0) if numbered else record["id"]
+        seen[label] = seen.get(label, 0) + 1
+        corners = [tuple(corner) for corner in polygon.tolist()]
+        for kind, value in (
+            ("labelIds", record["id"]),
+            ("labelTrainIds", record["trainId"]),
+            ("instanceIds", instance_id),
+        ):
+            ImageDraw.Draw(images[kind]).polygon(corners, fill=value)
+    return images
 
 
 def make_all(out: Path, seed: int) -> None:
@@ -199,6 +280,7 @@ def make_all(out: Path, seed: int) -> None:
     Raises:
         ValueError: ``out`` holds something that this script did not make.
     """
+    out = out.resolve()
     if out.exists() and not (out / MARKER).is_file():
         if not out.is_dir():
             raise ValueError(f"{out} is a file; name a folder that is empty or not there yet")
@@ -213,10 +295,24 @@ def make_all(out: Path, seed: int) -> None:
         make_voc(root, 2012, seed)
         make_coco(root, "train2017", seed)
         make_coco(root, "val2017", seed)
+        make_lvis(root)
+        make_cityscapes(root, "train", seed)
+        make_cityscapes(root, "val", seed)
         (root / MARKER).write_text(json.dumps({"seed": seed, "pictures": SPLITS}, indent=2) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        root.rename(out)
+        replace(out, root, Path(temporary) / "old")
+
+
+def replace(old: Path, new: Path, aside: Path) -> None:
+    """Put a folder in the place of another, which is moved aside, and back again should this fail."""
+    if not old.exists():
+        new.rename(old)
+        return
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
 
 
 def main() -> None:
@@ -230,8 +326,8 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     for split, count in SPLITS.items():
-        print(f"{count:5d} pictures  {args.out / split}")
-    print(f"use it with: export DETECTRON2_DATASETS={args.out}")
+        print(f"{count:5d} pictures  {split}")
+    print(f"in {args.out}; use it with: export DETECTRON2_DATASETS={args.out}")
 
 
 if __name__ == "__main__":

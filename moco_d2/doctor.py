@@ -183,7 +183,12 @@ def check_datasets(root: Path) -> Iterator[Finding]:
     yield Finding(OK, f"datasets are looked for in {root.absolute()}")
     yield _check_voc(root / "VOC2007", ("trainval", "test"))
     yield _check_voc(root / "VOC2012", ("trainval",))
+    yield _check_voc_labels(root / "VOC2012")
     yield _check_coco(root / "coco", ("train2017", "val2017"))
+    yield _check_keypoints(root / "coco" / "annotations", ("train2017", "val2017"))
+    for version in ("v0.5", "v1"):
+        yield _check_lvis(root / "lvis", version)
+    yield _check_cityscapes(root / "cityscapes", ("train", "val"))
     yield _check_imagenet(root / "imagenet" / "train")
 
 
@@ -207,14 +212,37 @@ def _check_voc(folder: Path, splits: tuple[str, ...]) -> Finding:
     images = _images(folder / "JPEGImages")
     counts = []
     for split in splits:
-        listed = [line.split()[0] for line in (folder / f"ImageSets/Main/{split}.txt").read_text().splitlines() if line]
-        absent = [image for image in listed if image not in images]
+        listed, absent = _listed(folder / f"ImageSets/Main/{split}.txt", images)
         if absent:
             missing.append(f"{len(absent)} of the {len(listed)} images of {split} ({absent[0]}.jpg ...)")
         counts.append(f"{split} {len(listed)}")
     if missing:
         return _incomplete(folder.name, missing)
     return Finding(OK, f"{folder.name}: {len(images)} images ({', '.join(counts)})")
+
+
+def _listed(file: Path, present: set[str]) -> tuple[list[str], list[str]]:
+    """Return the names in a list, and those of them that are not there. Some lists give paths instead of names."""
+    listed = [Path(line.split()[0]).stem for line in file.read_text().splitlines() if line.strip()]
+    return listed, [name for name in listed if name not in present]
+
+
+def _check_voc_labels(folder: Path) -> Finding:
+    name = f"{folder.name} semantic segmentation"
+    splits = {"train_aug": "SegmentationClassAug", "val": "SegmentationClass"}
+    needed = [path for split, labels in splits.items() for path in (f"ImageSets/Segmentation/{split}.txt", labels)]
+    missing = [path for path in needed if not (folder / path).exists()]
+    if missing:
+        return _incomplete(name, missing)
+    counts = []
+    for split, labels in splits.items():
+        listed, absent = _listed(folder / f"ImageSets/Segmentation/{split}.txt", _images(folder / labels))
+        if absent:
+            missing.append(f"{len(absent)} of the {len(listed)} label images of {split} ({labels}/{absent[0]}.png ...)")
+        counts.append(f"{split} {len(listed)}")
+    if missing:
+        return _incomplete(name, missing)
+    return Finding(OK, f"{name}: label images of {', '.join(counts)}")
 
 
 def _check_coco(folder: Path, splits: tuple[str, ...]) -> Finding:
@@ -226,6 +254,50 @@ def _check_coco(folder: Path, splits: tuple[str, ...]) -> Finding:
         return _incomplete(folder.name, missing)
     counts = (f"{split} {len(_images(folder / split))}" for split in splits)
     return Finding(OK, f"{folder.name}: images in {', '.join(counts)}, with instance annotations")
+
+
+def _check_keypoints(folder: Path, splits: tuple[str, ...]) -> Finding:
+    needed = [f"person_keypoints_{split}.json" for split in splits]
+    missing = [f"annotations/{name}" for name in needed if not (folder / name).is_file()]
+    if missing:
+        return _incomplete("coco keypoints", missing)
+    return Finding(OK, f"coco keypoints: annotations of {', '.join(splits)}")
+
+
+def _check_lvis(folder: Path, version: str) -> Finding:
+    needed = [f"lvis_{version}_{split}.json" for split in ("train", "val")]
+    missing = [f"lvis/{name}" for name in needed if not (folder / name).is_file()]
+    if missing:
+        return _incomplete(f"LVIS {version}", missing)
+    return Finding(OK, f"LVIS {version}: annotations of train, val (images: coco)")
+
+
+def _check_cityscapes(folder: Path, splits: tuple[str, ...]) -> Finding:
+    if not folder.is_dir():
+        return _incomplete(folder.name, ["the folder"])
+    needed = [path for split in splits for path in (f"leftImg8bit/{split}", f"gtFine/{split}")]
+    missing = [path for path in needed if not (folder / path).is_dir()]
+    if missing:
+        return _incomplete(folder.name, missing)
+    counts = []
+    for split in splits:
+        pictures = {name.removesuffix("_leftImg8bit") for name in _images_in_folders(folder / "leftImg8bit" / split)}
+        truth = _images_in_folders(folder / "gtFine" / split)
+        for kind in ("instanceIds", "labelTrainIds"):
+            absent = sorted(name for name in pictures if f"{name}_gtFine_{kind}" not in truth)
+            if absent:
+                missing.append(
+                    f"{kind}.png of {len(absent)} of the {len(pictures)} images of {split} ({absent[0]} ...)"
+                )
+        counts.append(f"{split} {len(pictures)}")
+    if missing:
+        return _incomplete(folder.name, missing)
+    return Finding(OK, f"{folder.name}: images in {', '.join(counts)}, with fine annotations")
+
+
+def _images_in_folders(folder: Path) -> set[str]:
+    with os.scandir(folder) as entries:
+        return {image for entry in entries if entry.is_dir() for image in _images(Path(entry.path))}
 
 
 def _check_imagenet(folder: Path) -> Finding:

@@ -27,8 +27,20 @@ def datasets(tmp_path: Path) -> Path:
             touch(tmp_path / year / "JPEGImages" / f"{name}.jpg")
         for split in splits:
             touch(tmp_path / year / "ImageSets" / "Main" / f"{split}.txt", "000001\n000002 1\n\n")
+    for split, folder in (("train_aug", "SegmentationClassAug"), ("val", "SegmentationClass")):
+        # Some editions of train_aug.txt list pairs of files.
+        line = "/JPEGImages/000001.jpg /SegmentationClassAug/000001.png\n" if split == "train_aug" else "000001\n"
+        touch(tmp_path / "VOC2012" / "ImageSets" / "Segmentation" / f"{split}.txt", line)
+        touch(tmp_path / "VOC2012" / folder / "000001.png")
+    for split in ("train", "val"):
+        for version in ("v0.5", "v1"):
+            touch(tmp_path / "lvis" / f"lvis_{version}_{split}.json", "{}")
+        touch(tmp_path / "cityscapes" / "leftImg8bit" / split / "ulm" / "ulm_000001_000019_leftImg8bit.png")
+        for kind in ("instanceIds", "labelTrainIds"):
+            touch(tmp_path / "cityscapes" / "gtFine" / split / "ulm" / f"ulm_000001_000019_gtFine_{kind}.png")
     for split in ("train2017", "val2017"):
         touch(tmp_path / "coco" / "annotations" / f"instances_{split}.json", "{}")
+        touch(tmp_path / "coco" / "annotations" / f"person_keypoints_{split}.json", "{}")
         for name in ("1.jpg", "2.jpg"):
             touch(tmp_path / "coco" / split / name)
     for name in ("n01/a.JPEG", "n02/b.JPEG", "n02/readme.txt"):
@@ -38,11 +50,16 @@ def datasets(tmp_path: Path) -> Path:
 
 def test_complete_datasets_are_counted(datasets: Path) -> None:
     found = list(doctor.check_datasets(datasets))
-    assert [finding.level for finding in found] == [OK] * 5
+    assert [finding.level for finding in found] == [OK] * 10
     assert [finding.text for finding in found[1:]] == [
         "VOC2007: 2 images (trainval 2, test 2)",
         "VOC2012: 2 images (trainval 2)",
+        "VOC2012 semantic segmentation: label images of train_aug 1, val 1",
         "coco: images in train2017 2, val2017 2, with instance annotations",
+        "coco keypoints: annotations of train2017, val2017",
+        "LVIS v0.5: annotations of train, val (images: coco)",
+        "LVIS v1: annotations of train, val (images: coco)",
+        "cityscapes: images in train 1, val 1, with fine annotations",
         "imagenet/train: 2 images in 2 class folders",
     ]
 
@@ -53,6 +70,24 @@ def test_complete_datasets_are_counted(datasets: Path) -> None:
         ("VOC2007/ImageSets/Main/test.txt", "VOC2007: missing ImageSets/Main/test.txt"),
         ("VOC2012/JPEGImages/000002.jpg", "VOC2012: missing 1 of the 2 images of trainval (000002.jpg ...)"),
         ("coco/annotations/instances_val2017.json", "coco: missing annotations/instances_val2017.json"),
+        (
+            "coco/annotations/person_keypoints_val2017.json",
+            "coco keypoints: missing annotations/person_keypoints_val2017.json",
+        ),
+        ("lvis/lvis_v0.5_train.json", "LVIS v0.5: missing lvis/lvis_v0.5_train.json"),
+        (
+            "VOC2012/SegmentationClassAug/000001.png",
+            "VOC2012 semantic segmentation: missing 1 of the 1 label images of train_aug "
+            "(SegmentationClassAug/000001.png ...)",
+        ),
+        (
+            "VOC2012/ImageSets/Segmentation/val.txt",
+            "VOC2012 semantic segmentation: missing ImageSets/Segmentation/val.txt",
+        ),
+        (
+            "cityscapes/gtFine/val/ulm/ulm_000001_000019_gtFine_labelTrainIds.png",
+            "cityscapes: missing labelTrainIds.png of 1 of the 1 images of val (ulm_000001_000019 ...)",
+        ),
         ("imagenet/train/n01/a.JPEG", None),
     ],
 )

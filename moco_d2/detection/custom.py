@@ -118,9 +118,7 @@ def _entry(item: Mapping[str, Any]) -> Entry:
     }
     if item["format"] == "coco" and under["images"] is None:
         under["images"] = root
-    return Entry(
-        item["name"], item["format"], root, split=split, classes=tuple(item.get("classes", ())), **under
-    )  # fmt: skip
+    return Entry(item["name"], item["format"], root, split=split, classes=tuple(item.get("classes", ())), **under)
 
 
 def nearest(value: str, choices: Sequence[str]) -> str:

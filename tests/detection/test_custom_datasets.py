@@ -273,12 +273,12 @@ def test_a_dry_run_names_all_problems_even_those_of_pixels(coco, voc, tmp_path):
         _set("annotations", 1, bbox=[90, 10, 0, 20])(content)
         _set("images", 2, width=80, height=100)(content)
 
-    entries = [coco(change), voc(_split("a 1\nnobody\n")), {"name": "x", "format": "yolo", "clases": []}]
+    entries = [coco(change), voc(_split("a 1\nnobody\n")), {"name": "x", "format": "yolo", "roots": ""}]
     cfg = config(*entries, opts=BOXES)
     picture(tmp_path / "voc/JPEGImages/a 1.png", size=(90, 80))
     found = list(custom_problems(cfg))
     expected = [
-        "no key 'clases'; did you mean 'classes'", "format is 'yolo'; it must be voc or coco", "80 x 100 pixels, but",
+        "no key 'roots'; did you mean 'root'", "format is 'yolo'; it must be voc or coco", "80 x 100 pixels, but",
         "zero area", "100 x 80 pixels, but", "train.txt:2: missing annotation", "empty split",
     ]  # fmt: skip
     assert len(found) == len(expected)

@@ -139,7 +139,9 @@ class ExactCOCOEvaluator(COCOEvaluator):
             ValueError: the file does not hold detections in COCO's form.
         """
         results = read_results(path)
-        tasks = self._tasks or self._tasks_from_predictions(results)
+        if not self._do_evaluation:
+            raise ValueError(f"{self._name!r} has no labels: nothing to evaluate")
+        tasks = self._tasks_from_predictions(results) if results else self._tasks or ("bbox",)
         return self._score(results, tasks)
 
     def _eval_predictions(self, predictions: Sequence[Mapping[str, Any]], img_ids: Sequence[int] | None = None) -> None:
@@ -221,14 +223,26 @@ def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: it is of another form.
     """
-    with open(path) as file:
-        results = json.load(file)
+    results = read_json(path)
     keys = {"image_id", "category_id", "score"}
     if not isinstance(results, list) or not all(isinstance(found, dict) and keys <= found.keys() for found in results):
         raise ValueError(
             f"{path} does not hold detections in COCO's form: a list of objects with {', '.join(sorted(keys))}"
         )
     return results
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    with open(path) as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON file: {error}") from error
 
 
 def to_dataset_ids(results: Iterable[dict[str, Any]], contiguous: Mapping[int, int] | None, first: int = 0) -> None:

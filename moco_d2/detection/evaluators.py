@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any, NamedTuple
+from unittest import mock
 
 import detectron2
 import numpy as np
@@ -24,6 +25,7 @@ from PIL import Image
 import moco_d2
 from moco_d2.detection.coco_evaluation import ExactCOCOEvaluator, choose_backend, evaluated_with
 from moco_d2.detection.lvis_evaluation import ExactLVISEvaluator, choose_lvis_library
+from moco_d2.detection.old_numpy import old_numpy_names
 from moco_d2.detection.voc_evaluation import VOCEvaluator
 
 
@@ -67,6 +69,25 @@ def evaluator_type(dataset_name: str, cfg: CfgNode | None = None) -> str:
     return kind
 
 
+def evaluate_file(cfg: CfgNode, dataset_name: str, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+    """Return the metrics of detections in a file, which are those of the evaluation that saved it.
+
+    Args:
+        cfg: config; its ``TEST`` and ``OUTPUT_DIR`` are used.
+        dataset_name: a registered data set.
+        path: see the ``RESULTS_FILE`` of the data set's evaluator.
+
+    Raises:
+        ValueError: the file is of another form or another data set, or no file can be evaluated on this one.
+    """
+    evaluator = build_evaluator(cfg, dataset_name)
+    if not isinstance(evaluator, (ExactCOCOEvaluator, ExactLVISEvaluator, VOCEvaluator)):
+        raise ValueError(
+            f"{dataset_name!r} (evaluator_type {evaluator_type(dataset_name)}) cannot be evaluated from a file"
+        )
+    return evaluator.evaluate_file(path)
+
+
 def describe_backend(cfg: CfgNode) -> dict[str, str]:
     """Return, for each test set, the library that computes its metrics and the library's version.
 
@@ -107,12 +128,26 @@ def _pascal_voc(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     return VOCEvaluator(dataset_name, output_dir=_folder(cfg, dataset_name))
 
 
+class _CityscapesInstanceEvaluator(CityscapesInstanceEvaluator):
+    def evaluate(self) -> Any:
+        scripts = import_module("cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling")
+        # They would write matches.json to the working directory, and fail at it with NumPy's whole numbers.
+        with old_numpy_names(), mock.patch.object(scripts, "writeDict2JSON"):
+            return super().evaluate()
+
+
+class _CityscapesSemSegEvaluator(CityscapesSemSegEvaluator):
+    def evaluate(self) -> Any:
+        with old_numpy_names():
+            return super().evaluate()
+
+
 def _cityscapes_instance(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    return CityscapesInstanceEvaluator(dataset_name)
+    return _CityscapesInstanceEvaluator(dataset_name)
 
 
 def _cityscapes_sem_seg(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    return CityscapesSemSegEvaluator(dataset_name)
+    return _CityscapesSemSegEvaluator(dataset_name)
 
 
 def _sem_seg(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:

@@ -18,9 +18,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module, metadata
 from typing import Any
-from unittest import mock
 
-import numpy as np
 from detectron2.evaluation import LVISEvaluator
 from detectron2.utils.logger import create_small_table
 from pycocotools import mask as mask_api
@@ -34,6 +32,7 @@ from moco_d2.detection.coco_evaluation import (
     read_results,
     to_dataset_ids,
 )
+from moco_d2.detection.old_numpy import old_numpy_names
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +69,10 @@ class ExactLVISEvaluator(LVISEvaluator):
             ValueError: the file does not hold detections in COCO's form.
         """
         results = read_results(path)
-        return self._score(results, self._tasks or self._tasks_from_predictions(results))
+        if not self._do_evaluation:
+            raise ValueError(f"{self._name!r} has no labels: nothing to evaluate")
+        tasks = self._tasks_from_predictions(results) if results else self._tasks or ("bbox",)
+        return self._score(results, tasks)
 
     def _eval_predictions(self, predictions: Sequence[Mapping[str, Any]]) -> None:
         results = list(itertools.chain(*(image["instances"] for image in predictions)))
@@ -125,10 +127,10 @@ def _without_boxes(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 
 
 def _by_lvis(labels: Any, results: Sequence[Mapping[str, Any]], task: str, limit: int) -> Mapping[str, float]:
-    """Evaluate with the ``lvis`` package, which wants a name that NumPy dropped in 2022."""
+    """Evaluate with the ``lvis`` package."""
     lvis = import_module("lvis")
 
-    with mock.patch.object(np, "float", float, create=True):
+    with old_numpy_names():
         evaluation = lvis.LVISEval(labels, lvis.LVISResults(labels, copy.deepcopy(list(results)), limit), task)
         evaluation.run()
     found: Mapping[str, float] = evaluation.get_results()

@@ -26,6 +26,7 @@ from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
 from moco_d2.atomic import atomic_write
+from moco_d2.detection.coco_evaluation import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,7 @@ class VOCEvaluator(DatasetEvaluator):
         Raises:
             ValueError: the file does not hold what :meth:`evaluate` saves, or is of other classes.
         """
-        with open(path) as file:
-            content = json.load(file)
+        content = read_json(path)
         classes = list(self._meta.thing_classes)
         if not isinstance(content, dict) or list(content) != classes:
             raise ValueError(f"{path} is no {RESULTS_FILE} for {self._name!r}: its keys must be the classes {classes}")

@@ -1,0 +1,33 @@
+"""The benchmarks run, at a size that takes no time, and find equal numbers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_eval_compares_every_backend_and_both_voc_metrics(tmp_path: Path) -> None:
+    command = [str(ROOT / "tools/benchmark.py"), "eval", "--images", "6", "--detections", "9"]
+    done = subprocess.run(
+        [sys.executable, *command, "-o", str(tmp_path / "rows.json")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert (content["images"], content["detections"]) == (6, 9)
+    problems = {"COCO boxes, 6 x 9": 0, "VOC 2007, 6 x 9": 0, "VOC 2012, 6 x 9": 0}
+    for row in content["rows"]:
+        assert (row["ratio"] == 1) == (problems[row["problem"]] == 0)  # the reference comes first
+        assert row["difference"] < 1e-12
+        assert row["by"] in done.stdout
+        problems[row["problem"]] += 1
+    assert problems["COCO boxes, 6 x 9"] >= 3
+    assert problems["VOC 2007, 6 x 9"] == problems["VOC 2012, 6 x 9"] == 2
+
+
+def test_a_size_of_nothing_is_refused() -> None:
+    command = [sys.executable, str(ROOT / "tools/benchmark.py"), "eval", "--images", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--images is 0; it must be at least 1" in done.stderr

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+r"""Evaluate detections in a file: those that an evaluation saved, or anyone's in COCO's form.
+
+    tools/evaluate_json.py --predictions output/run/inference/voc_2007_test/voc_instances_results.json \
+        --config-file output/run/config.yaml
+    tools/evaluate_json.py --predictions detections.json --dataset coco_2017_val
+    tools/evaluate_json.py --predictions detections.json --dataset coco_2017_val TEST.COCO_BACKEND pycocotools
+
+The numbers are those of the evaluation that saved the file. COCO and LVIS sets take coco_instances_results.json and
+lvis_instances_results.json, a list of objects with image_id, category_id, score, bbox and, for masks and keypoints,
+segmentation and keypoints; VOC sets take voc_instances_results.json. A config is needed for data sets of your own
+(DATASETS.CUSTOM) and for TEST.KEYPOINT_OKS_SIGMAS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import cli
+
+
+def main(args: argparse.Namespace) -> None:
+    """Evaluate, print a table, and write the numbers where asked to."""
+    from detectron2.data import DatasetCatalog
+    from tabulate import tabulate
+
+    from moco_d2.config import load_cfg
+    from moco_d2.detection.datasets import register_custom
+    from moco_d2.detection.evaluators import describe_backend, evaluate_file
+    from moco_d2.detection.trainer import write_json
+    from moco_d2.provenance import provenance
+
+    cfg = load_cfg(args.config_file, args.opts)
+    if args.dataset:
+        cfg.DATASETS.TEST = (args.dataset,)
+    if len(cfg.DATASETS.TEST) != 1:
+        raise ValueError(f"the config has {len(cfg.DATASETS.TEST)} test sets: name one with --dataset")
+    register_custom(cfg, train=False)
+    (name,) = cfg.DATASETS.TEST
+    if name not in DatasetCatalog:
+        raise ValueError(f"no data set {name!r} is registered")
+    metrics = evaluate_file(cfg, name, args.predictions)
+    for task, scores in metrics.items():
+        print(f"{name}, {task}, by {describe_backend(cfg)[name]}")
+        print(tabulate([scores.values()], scores.keys(), tablefmt="pipe", floatfmt=".3f"))
+    if args.output:
+        content = {"dataset": name, "metrics": metrics, "evaluated_with": describe_backend(cfg), **provenance()}
+        write_json(args.output, content)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--predictions", required=True, type=Path, metavar="FILE", help="detections")
+    parser.add_argument("--dataset", metavar="NAME", help="a registered data set (default: the config's test set)")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="path or shipped name of a config")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        main(arguments)
+    except (ValueError, OSError) as error:
+        cli.fail(str(error))

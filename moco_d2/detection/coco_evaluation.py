@@ -77,7 +77,7 @@ def _faster() -> tuple[Any, Any]:
     return library.COCO, evaluation
 
 
-# The fastest first. 5000 images with 100 detections each: 1.5 s, 12 s, 19 s, 83 s (docs/evaluation.md).
+# The fastest first (measured in docs/evaluation.md).
 BACKENDS = (
     Backend("hotcoco", "hotcoco", "hotcoco", _hotcoco),
     Backend("faster", "faster-coco-eval", "faster_coco_eval", _faster),

@@ -12,12 +12,13 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
-from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from small_detector import COCO_C4, COCO_FPN, QUARTER, SHORT, VOC_C4, small_cfg
 
+from moco_d2.detection.coco_evaluation import ExactCOCOEvaluator
 from moco_d2.detection.evaluators import build_evaluator
 from moco_d2.detection.preflight import check_run, fit_to_machine
 from moco_d2.detection.trainer import TransferTrainer, evaluate
+from moco_d2.detection.voc_evaluation import VOCEvaluator
 
 # Detectron2's own: meshgrid in the old way, masks handed to numpy 2 in the old way, classes without any box in VOC.
 pytestmark = [
@@ -122,7 +123,7 @@ def test_a_reference_world_size_is_applied_and_recorded(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "dataset", "kind"), [
-    (VOC_C4, "tiny_voc", PascalVOCDetectionEvaluator), (COCO_C4, "tiny_coco", COCOEvaluator),
+    (VOC_C4, "tiny_voc", VOCEvaluator), (COCO_C4, "tiny_coco", ExactCOCOEvaluator),
 ])  # fmt: skip
 def test_the_evaluator_follows_the_metadata(name, dataset, kind, tmp_path):
     assert type(build_evaluator(small_cfg(name, "OUTPUT_DIR", tmp_path), dataset)) is kind
@@ -131,9 +132,9 @@ def test_the_evaluator_follows_the_metadata(name, dataset, kind, tmp_path):
 def test_an_unknown_evaluator_is_refused_before_training():
     meta = MetadataCatalog.get("tiny_coco")
     del meta.__dict__["evaluator_type"]
-    meta.evaluator_type = "lvis"
+    meta.evaluator_type = "panoptic"
     cfg = small_cfg(COCO_FPN, *SHORT, *COCO_SETS)
-    with pytest.raises(ValueError, match=r"'tiny_coco' has evaluator_type 'lvis'.*must be one of coco, pascal_voc"):
+    with pytest.raises(ValueError, match=r"'tiny_coco' has evaluator_type 'panoptic'.*must be one of.* coco"):
         TransferTrainer(cfg)
 
 

@@ -153,7 +153,8 @@ def _shorten(full: CfgNode, world_size: int) -> CfgNode:
     cfg.TEST.EVAL_PERIOD = 0
     if cfg.MODEL.DEVICE == "cpu":
         cfg.SOLVER.IMS_PER_BATCH = world_size * cfg.SOLVER.ACCUMULATE
-        cfg.MODEL.RPN.POST_NMS_TOPK_TEST = min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, _REGIONS)
+        if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
+            cfg.MODEL.RPN.POST_NMS_TOPK_TEST = min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, _REGIONS)
     # Batches of a step are unscaled here, so this is one batch of precise-BN, or as many as a step has.
     cfg.TEST.PRECISE_BN.NUM_ITER = 1
     cfg.freeze()

@@ -319,23 +319,22 @@ def test_cityscapes_labels_are_those_of_its_own_scripts(sample: Path) -> None:
     assert {"car", "person", "bus"} <= set(name2label)
 
 
-def test_perfect_streets_score_100_on_cityscapes(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_perfect_streets_score_100_on_cityscapes(sample: Path) -> None:
     pytest.importorskip("cityscapesscripts")
-    # cityscapesscripts 2.3 calls what NumPy 2.4 has dropped, and writes NumPy's integers as JSON into this folder.
-    monkeypatch.setattr(np, "in1d", np.isin, raising=False)
-    monkeypatch.setattr(
-        "cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling.writeDict2JSON", lambda *_: None
-    )
     from detectron2.data.datasets.cityscapes import load_cityscapes_semantic
-    from detectron2.evaluation import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
+
+    from moco_d2.config import load_cfg
+    from moco_d2.detection.evaluators import build_evaluator
 
     folders = [str(sample / "cityscapes" / kind / "val") for kind in ("leftImg8bit", "gtFine")]
     metadata = {"gt_dir": folders[1], **_get_builtin_metadata("cityscapes")}
-    MetadataCatalog.get("sample_cityscapes_val").set(**metadata)
-    instances = CityscapesInstanceEvaluator("sample_cityscapes_val")
-    semantic = CityscapesSemSegEvaluator("sample_cityscapes_val")
-    instances.reset()
-    semantic.reset()
+    cfg = load_cfg("", ["MODEL.MASK_ON", "True"])
+    evaluators = []
+    for kind in ("cityscapes_instance", "cityscapes_sem_seg"):
+        MetadataCatalog.get(f"sample_{kind}_val").set(evaluator_type=kind, **metadata)
+        evaluators.append(build_evaluator(cfg, f"sample_{kind}_val"))
+        evaluators[-1].reset()
+    instances, semantic = evaluators
     for record in load_cityscapes_semantic(*folders):
         with Image.open(record["file_name"]) as image:
             assert (image.width, image.height, image.mode) == (record["width"], record["height"], "RGB")

@@ -94,8 +94,8 @@ def get_cfg() -> CN:
     # Detectron2's resizing to INPUT.MIN_SIZE_TRAIN.
     cfg.INPUT.RANDOM_SCALE = ()
 
-    # What computes COCO's and LVIS's metrics: "hotcoco", "faster" (faster-coco-eval), "detectron2" (its compiled code) or
-    # "pycocotools"; "auto" takes the fastest that is installed. The numbers are the same (docs/evaluation.md).
+    # What computes COCO's and LVIS's metrics: "hotcoco", "faster" (faster-coco-eval), "detectron2" (its compiled code)
+    # or "pycocotools"; "auto" takes the fastest that is installed. The numbers are the same (docs/evaluation.md).
     cfg.TEST.COCO_BACKEND = "auto"
 
     # Switches that make a detector's training faster and leave the protocol's mathematics alone; results record them.

@@ -25,6 +25,8 @@ _FREE = (
     "MODEL.DEVICE", "OUTPUT_DIR", "SEED", "VERSION", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD",
     "TEST.EVAL_PERIOD", "CUDNN_BENCHMARK", "VIS_PERIOD", "ENGINE.", "SSL.", "DATA.",
 )  # fmt: skip
+# Keys that make a pretraining what it is.
+_PRETRAINING = ("SSL.", "DATA.", "DATASETS.TRAIN=", "SOLVER.", "MODEL.WEIGHTS=")
 _LABELS = {
     "random": "random",
     "supervised": "supervised",
@@ -118,12 +120,23 @@ def config_changes(cfg: CfgNode) -> list[str] | None:
     """
     if cfg.PROTOCOL not in _protocols():
         return None
-    shipped, used = flat(get_config(cfg.PROTOCOL)), flat(cfg)
-    return [
-        f"{key}={value}"
-        for key, value in used.items()
-        if key in shipped and _plain(value) != _plain(shipped[key]) and not key.startswith(_FREE)
-    ]
+    return [change for change in _changes(get_config(cfg.PROTOCOL), cfg) if not change.startswith(_FREE)]
+
+
+def pretraining_changes(cfg: CfgNode) -> list[str] | None:
+    """List, as ``KEY=value``, where pretraining departs from the shipped recipe whose name it bears.
+
+    None where the config names no shipped recipe.
+    """
+    if cfg.PROTOCOL not in _recipes():
+        return None
+    changes = _changes(load_cfg(_recipes()[cfg.PROTOCOL]), cfg)
+    return [c for c in changes if c.startswith(_PRETRAINING) and not c.startswith("SOLVER.CHECKPOINT_")]
+
+
+def _changes(shipped: CfgNode, used: CfgNode) -> list[str]:
+    values = flat(shipped)
+    return [f"{k}={v}" for k, v in flat(used).items() if k in values and _plain(v) != _plain(values[k])]
 
 
 def _plain(value: Any) -> Any:
@@ -139,6 +152,12 @@ def _protocols() -> dict[str, Protocol]:
             name = str(load_cfg(config).PROTOCOL)
             protocols[name] = Protocol(name, config, "none", "the shipped config with smaller numbers", ())
     return protocols
+
+
+@functools.cache
+def _recipes() -> dict[str, str]:
+    """Return ``{name of a pretraining recipe: its config}``."""
+    return {str(load_cfg(c).PROTOCOL): c for c in list_configs() if c.startswith("Pretrain/") or "/moco" in c}
 
 
 def _protocol(name: str, entry: Mapping[str, Any], sources: Mapping[str, str]) -> Protocol:

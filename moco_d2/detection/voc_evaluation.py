@@ -85,7 +85,7 @@ class VOCEvaluator(DatasetEvaluator):
             self._found.append((str(image["image_id"]), instances.pred_classes.numpy(), rows))
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """Gather the detections, save them, and return ``{"bbox": {"AP", "AP50", "AP75"}}`` in the main process."""
+        """Gather the detections, save them, and in the main process return AP, AP50, AP75 and ``AP-<class>``."""
         gathered = comm.gather(self._found, dst=0)
         if not comm.is_main_process():
             return None
@@ -133,7 +133,13 @@ class VOCEvaluator(DatasetEvaluator):
         self.aps = np.ascontiguousarray(100 * np.array(columns).T)
         self._log_classes([objects[name].positives for name in self._meta.thing_classes], self.aps)
         means = [np.mean(row) for row in self.aps]
-        return {"bbox": {"AP": np.mean(means), "AP50": means[_AT_50], "AP75": means[_AT_75]}}
+        by_class = zip(self._meta.thing_classes, self.aps.mean(0), strict=True)
+        return {
+            "bbox": {
+                "AP": np.mean(means), "AP50": means[_AT_50], "AP75": means[_AT_75],
+                **{f"AP-{name}": ap for name, ap in by_class},
+            }
+        }  # fmt: skip
 
     def _log_classes(self, positives: Sequence[int], aps: Array) -> None:
         classes = self._meta.thing_classes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ class PretrainCheckpointer(Checkpointer):
     ``facts`` (:class:`~moco_d2.facts.BackboneFacts`); it has tensors and plain values only.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str, facts: BackboneFacts, **checkpointables: Any) -> None:
+    def __init__(
+        self, model: nn.Module, save_dir: str, facts: Callable[[], BackboneFacts], **checkpointables: Any
+    ) -> None:
+        """Set up; ``facts`` is asked at each checkpoint."""
         super().__init__(model, save_dir, save_to_disk=comm.is_main_process(), **checkpointables)
         self.facts = facts
 
@@ -34,7 +38,7 @@ class PretrainCheckpointer(Checkpointer):
         """Write ``<name>.pth`` with everything that resuming needs, then ``backbone.pth``, then the pointer to it."""
         if not self.save_dir or not self.save_to_disk:
             return
-        facts = self.facts.as_dict()
+        facts = self.facts().as_dict()
         state = {key: item.state_dict() for key, item in self.checkpointables.items()}
         self._write({"model": self.model.state_dict(), "facts": facts, **state, **kwargs}, f"{name}.pth")
         self._write({"state_dict": self.model.backbone().state_dict(), "facts": facts}, "backbone.pth")

@@ -22,6 +22,7 @@ from moco_d2.facts import BackboneFacts
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.resnet import build_resnet, describe
 from moco_d2.methods import SSLMethod, build_method
+from moco_d2.model_zoo import pretraining_changes
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ class PretrainTrainer(DefaultTrainer):
         self.scheduler = build_schedule(cfg, optimizer, self.steps_per_epoch)
         trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = trainer(wrap_ddp(self.method), loader, optimizer)
-        self.checkpointer = PretrainCheckpointer(self.method, cfg.OUTPUT_DIR, self.facts(), trainer=weakref.proxy(self))
+        me = weakref.proxy(self)
+        self.checkpointer = PretrainCheckpointer(self.method, cfg.OUTPUT_DIR, lambda: me.facts(), trainer=me)
         self.register_hooks(self.build_hooks())
         self._announce(len(loader.dataset))
 
@@ -93,8 +95,12 @@ class PretrainTrainer(DefaultTrainer):
         """Return what the exported backbone says about itself."""
         pixels = build_recipe(self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE).pixels
         images = ", ".join(self.cfg.DATASETS.TRAIN)
-        origin = f"moco_d2 {self.cfg.SSL.METHOD} on {images}, {self.max_iter} iterations"
-        return describe(self.method.backbone(), pixels, origin=origin, protocol=self.cfg.PROTOCOL)
+        done = self.iter + 1
+        origin = f"moco_d2 {self.cfg.SSL.METHOD} on {images}, {done} of {self.max_iter} iterations"
+        # Results are compared with published ones by this name; only the whole recipe, unchanged, may bear it.
+        notes = ["unfinished"] * (done < self.max_iter) + ["modified"] * bool(pretraining_changes(self.cfg))
+        protocol = self.cfg.PROTOCOL + (f" ({', '.join(notes)})" if notes else "")
+        return describe(self.method.backbone(), pixels, origin=origin, protocol=protocol)
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
         """Return the hooks in the order they run."""

@@ -19,6 +19,7 @@ from moco_d2.engine.pretrain import PretrainTrainer
 from moco_d2.facts import BackboneFacts
 from moco_d2.layers.resnet import network_for
 from moco_d2.methods.moco import to_official
+from moco_d2.model_zoo import pretraining_changes
 
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain_net.py"
 
@@ -84,11 +85,22 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(images: str, tmp_pat
     assert states[0]["trainer"]["hooks"] == states[1]["trainer"]["hooks"], "the schedule"
 
 
+def test_only_the_whole_recipe_bears_its_name(images: str, tmp_path: Path) -> None:
+    train(options(images, tmp_path, "PROTOCOL", "moco_v2_R50_200ep"))
+    names = [torch.load(tmp_path / f"model_{n}.pth")["facts"]["protocol"] for n in ("0000002", "final")]
+    assert names == ["moco_v2_R50_200ep (unfinished, modified)", "moco_v2_R50_200ep (modified)"]
+    recipe = load_cfg("Pretrain/moco_v2_R50_200ep", ["OUTPUT_DIR", "x", "SEED", "1", "DATALOADER.NUM_WORKERS", "9"])
+    assert pretraining_changes(recipe) == []
+    changed = load_cfg("Pretrain/moco_v2_R50_200ep", ["SOLVER.EPOCHS", "199", "SSL.ARGS.momentum", "0.99"])
+    assert sorted(pretraining_changes(changed) or ()) == ["SOLVER.EPOCHS=199", "SSL.ARGS.momentum=0.99"]
+
+
 def test_every_checkpoint_comes_with_a_backbone_that_any_torchvision_user_can_load(images: str, tmp_path: Path) -> None:
     trainer = train(options(images, tmp_path, "PROTOCOL", "mine"))
     saved = torch.load(tmp_path / "backbone.pth", weights_only=True)
     facts = BackboneFacts.from_dict(saved["facts"])
     assert (facts.depth, facts.stem_channels, facts.protocol, facts.pixels.order) == (18, 8, "mine", "RGB")
+    assert "6 of 6 iterations" in facts.origin
     network_for(facts).load_state_dict(saved["state_dict"])
     for key, value in saved["state_dict"].items():
         assert torch.equal(value, trainer.method.encoder_q.state_dict()[key])

@@ -19,7 +19,7 @@ def version() -> str:
 readme = ROOT / "README.md"
 
 # Faster COCO evaluation with the same numbers, and what LVIS and Cityscapes cannot be evaluated without.
-EVAL = ["cityscapesscripts>=2.2.4", "faster-coco-eval>=1.8", "hotcoco>=1.3", "lvis>=0.5.3"]
+EVAL = ["cityscapesscripts>=2.2.4", "faster-coco-eval>=1.8", "hotcoco>=1.3", "lvis>=0.5.3", "shapely>=2"]
 
 setup(
     name="moco_d2",

@@ -59,9 +59,9 @@ def evaluator_type(dataset_name: str, cfg: CfgNode | None = None) -> str:
             f"test set {dataset_name!r} has {said} in its metadata; it must be one of {', '.join(sorted(EVALUATORS))}. "
             f"Set it where the data set is registered: MetadataCatalog.get({dataset_name!r}).evaluator_type = ..."
         )
-    package = EVALUATORS[kind].needs
-    if package and importlib.util.find_spec(package) is None:
-        raise ValueError(f"test set {dataset_name!r} needs {package} to be evaluated: pip install {package}")
+    missing = " ".join(package for package in EVALUATORS[kind].needs if importlib.util.find_spec(package) is None)
+    if missing:
+        raise ValueError(f"test set {dataset_name!r} needs {missing} to be read and evaluated: pip install {missing}")
     if cfg is not None and kind in ("coco", "lvis"):
         choose_backend(cfg.TEST.COCO_BACKEND)
     if cfg is not None and kind == "cityscapes_instance" and not cfg.MODEL.MASK_ON:
@@ -166,8 +166,8 @@ class Evaluator(NamedTuple):
     build: Callable[[CfgNode, str], DatasetEvaluator]
     # Names the library that computes, given TEST.COCO_BACKEND.
     library: Callable[[str], str]
-    # Package without which it cannot run.
-    needs: str = ""
+    # Packages without which the data cannot be read or evaluated.
+    needs: tuple[str, ...] = ()
 
 
 def _version(package: str) -> str:
@@ -176,11 +176,13 @@ def _version(package: str) -> str:
 
 EVALUATORS: dict[str, Evaluator] = {
     "coco": Evaluator(_coco, lambda backend: str(choose_backend(backend))),
-    "lvis": Evaluator(_lvis, lambda backend: _version(choose_lvis_library(backend)), "lvis"),
+    "lvis": Evaluator(_lvis, lambda backend: _version(choose_lvis_library(backend)), ("lvis",)),
     "pascal_voc": Evaluator(_pascal_voc, lambda _: f"moco_d2 {moco_d2.__version__}"),
     "cityscapes_instance": Evaluator(
-        _cityscapes_instance, lambda _: _version("cityscapesscripts"), "cityscapesscripts"
+        _cityscapes_instance, lambda _: _version("cityscapesscripts"), ("cityscapesscripts", "shapely")
     ),
-    "cityscapes_sem_seg": Evaluator(_cityscapes_sem_seg, lambda _: _version("cityscapesscripts"), "cityscapesscripts"),
+    "cityscapes_sem_seg": Evaluator(
+        _cityscapes_sem_seg, lambda _: _version("cityscapesscripts"), ("cityscapesscripts",)
+    ),
     "sem_seg": Evaluator(_sem_seg, lambda _: f"detectron2 {detectron2.__version__}"),
 }

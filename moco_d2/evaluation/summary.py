@@ -56,6 +56,8 @@ class Run:
         path, facts = self.weights.get("path"), self.weights.get("facts") or {}
         if path == "":
             return "random"
+        if self.trial.get("init", {}).get("kind") == "supervised":
+            return "supervised"
         if "ImageNetPretrained/MSRA/" in (path or "") or facts.get("origin", "").startswith(
             "ImageNet-supervised, MSRA"
         ):
@@ -84,7 +86,8 @@ class Run:
     @cached_property
     def _changes(self) -> list[str] | None:
         if "config_changes" in self.result:
-            return list(self.result["config_changes"])
+            changes: list[str] | None = self.result["config_changes"]
+            return changes
         try:
             return config_changes(load_cfg(self.folder / "config.yaml"))
         except ValueError:  # no such file, keys of another version, a protocol that is not ours

@@ -108,6 +108,22 @@ def test_other_experiments_have_tables_of_their_own_and_no_published_row(tmp_pat
     assert summary.read_run(older).changes == ("SOLVER.MAX_ITER=9000",)
 
 
+def test_a_result_of_no_shipped_protocol_is_read_and_compared_with_nothing(tmp_path: Path) -> None:
+    folder = record(tmp_path / "own", "moco_v2", 0, _voc(50.0), protocol="mine")
+    result = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(result | {"config_changes": None}))  # as the trainer writes it
+    (table,) = summary.build_tables(summary.find_runs([tmp_path]))
+    assert (table.protocol, table.comparable, len(table.rows)) == (None, False, 1)
+
+
+def test_a_trial_of_a_supervised_file_is_the_supervised_baseline(tmp_path: Path) -> None:
+    weights = {"path": "/w/R-50.pkl", "sha256": "ef" * 32, "facts": {"protocol": "", "origin": "unknown"}}
+    folder = record(tmp_path / "a", "supervised", 0, _voc(53.0), weights=weights)
+    assert summary.read_run(folder).init == ""
+    (folder / "trial.json").write_text(json.dumps({"init": {"label": "supervised", "kind": "supervised"}}))
+    assert summary.read_run(folder).init == "supervised"
+
+
 def test_weights_of_one_name_but_other_content_are_not_averaged(tmp_path: Path) -> None:
     record(tmp_path / "a", "moco_v2", 0, _voc(57.0))
     record(tmp_path / "b", "moco_v2", 1, _voc(50.0), weights=WEIGHTS["moco_v2"] | {"sha256": "0123456789" * 6})

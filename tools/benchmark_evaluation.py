@@ -66,7 +66,9 @@ def voc_rows(images: int, detections: int) -> Iterator[Row]:
             ):
                 scores, seconds, cpu = timed(partial(_evaluate, kind(name), outputs))
                 reference = reference or (scores, cpu)
-                difference = largest_difference(list(scores.values()), list(reference[0].values()))
+                difference = largest_difference(
+                    [scores[metric] for metric in reference[0]], list(reference[0].values())
+                )
                 problem = f"VOC {year}, {images} x {detections}"
                 yield Row(problem, by, seconds, cpu, reference[1] / cpu, difference)
 

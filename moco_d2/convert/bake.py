@@ -8,15 +8,30 @@ mean colour, so both inputs must have the same mean.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from moco_d2.convert.load import CheckpointError, facts_in
-from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
-from moco_d2.convert.prove import STAGES, TOLERANCE, ProofError, _detectron2_features, _source_features, can_prove
+from moco_d2.atomic import atomic_write
+from moco_d2.convert.convert import Conversion, _check_output, config_path, config_yaml, convert_checkpoint, save
+from moco_d2.convert.load import CheckpointError, read_checkpoint
+from moco_d2.convert.names import DETECTRON2, TORCHVISION
+from moco_d2.convert.prove import (
+    TOLERANCE,
+    ProofError,
+    _as_detectron2_prepares,
+    _as_the_source_prepares,
+    _detectron2_config,
+    _detectron2_network,
+    _relative,
+    _source_network,
+    _stages,
+    drawn_scene,
+)
+from moco_d2.convert.recognise import Choice
 from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
 
 DETECTRON2_INPUT = CAFFE_BGR  # what Detectron2's default config feeds
@@ -69,36 +84,63 @@ def bake(
     return {**tensors, stem: weight.to(tensors[stem].dtype)}, replace(facts, pixels=pixels)
 
 
-def bake_content(
-    content: Mapping[str, Any], path: str | os.PathLike[str], pixels: Pixels = DETECTRON2_INPUT
-) -> dict[str, Any]:
-    """Bake the content of a file that the conversion wrote; ``path`` is for messages.
+def convert_baked(
+    source: str | os.PathLike[str], output: str | os.PathLike[str], proof: bool = True, choice: Choice | None = None
+) -> tuple[Conversion, dict[str, float]]:
+    """Convert a checkpoint as :func:`moco_d2.convert.convert.convert_checkpoint` does, baked for Detectron2's input.
+
+    The conversion is proven first, under its own input, and then what was written.
 
     Raises:
-        CheckpointError: it is not such a file, or it cannot be exact.
+        CheckpointError: the checkpoint cannot be read, converted or baked.
+        ValueError: the output's name is unusable, or a proof failed.
     """
-    facts, model = facts_in(content, path), content.get("model")
-    if facts is None or not isinstance(model, Mapping) or _STEMS[0] not in model:
-        raise CheckpointError(f"{path}: not a converted file with facts; convert it first")
+    output = Path(output)
+    _check_output(Path(source), output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as scratch:
+        part = Path(scratch) / output.name
+        conversion, _ = convert_checkpoint(source, part, proof, choice)
+        baked = bake_conversion(conversion, source)
+        save(baked, part)
+        differences: dict[str, float] = {}
+        if proof:
+            written = {name: torch.as_tensor(tensor) for name, tensor in read_checkpoint(part)["model"].items()}
+            differences = prove_baked(conversion, baked.facts, written)
+        os.replace(part, output)
+    with atomic_write(config_path(output)) as file:
+        file.write(config_yaml(baked, output).encode())
+    return baked, differences
+
+
+def bake_conversion(conversion: Conversion, path: str | os.PathLike[str]) -> Conversion:
+    """Return a conversion with the weights baked for Detectron2's input; ``path`` is for messages.
+
+    Raises:
+        CheckpointError: it cannot be exact.
+    """
     try:
-        tensors, baked = bake({name: torch.as_tensor(t) for name, t in model.items()}, facts, pixels)
+        tensors, facts = bake(conversion.tensors, conversion.facts)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return {**content, "model": tensors, "facts": baked.as_dict()}
+    source_tensors, _ = bake(conversion.source_tensors, conversion.facts)
+    pixels = conversion.facts.pixels
+    notes = [
+        f"baked: conv1 takes Detectron2's default input; it was {pixels.order}, mean {pixels.mean}, std {pixels.std}"
+    ]
+    if not facts.stride_in_1x1:
+        notes.append("baked: MODEL.RESNETS.STRIDE_IN_1X1 False must still be set; strides are not a matter of weights")
+    return replace(
+        conversion, tensors=tensors, source_tensors=source_tensors, facts=facts, notes=(*conversion.notes, *notes)
+    )
 
 
-def prove_baked(
-    facts: BackboneFacts,
-    tensors: Mapping[str, torch.Tensor],
-    baked_facts: BackboneFacts,
-    baked: Mapping[str, torch.Tensor],
-) -> dict[str, float]:
-    """Compare the source network under its own input with Detectron2's under the new one, on one random picture.
+def prove_baked(conversion: Conversion, facts: BackboneFacts, baked: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Compare the source network under its own input with Detectron2's under the new one, on one picture.
 
     Args:
-        facts: of the weights as they were.
-        tensors: those, under Detectron2's names.
-        baked_facts: of the baked weights.
+        conversion: with the weights as they were.
+        facts: of the baked weights.
         baked: those, under Detectron2's names.
 
     Returns:
@@ -107,26 +149,16 @@ def prove_baked(
     Raises:
         ProofError: the features differ, or Detectron2 is missing.
     """
-    if not can_prove():
-        raise ProofError("the proof was not made: detectron2 is not installed")
-    picture = torch.randint(0, 256, (2, 3, 64, 96), generator=torch.Generator().manual_seed(0)).double()  # RGB
-    names = rename_table(DETECTRON2, TORCHVISION, facts.depth)
-    source = {names[name]: tensor for name, tensor in tensors.items()}
+    scene = drawn_scene()
     with torch.no_grad():
-        wanted = _source_features(facts, source, prepare(picture, facts.pixels))
-        got = _detectron2_features(baked_facts, baked, prepare(picture, baked_facts.pixels))
-    differences = {s: ((wanted[s] - got[s]).abs().max() / wanted[s].abs().max()).item() for s in STAGES}
+        original = _source_network(conversion.facts, conversion.source_tensors, conversion.norm)
+        config = _detectron2_config(facts, conversion.norm)
+        wanted = _stages(original, _as_the_source_prepares(scene, conversion.facts))
+        got = _detectron2_network(config, baked)(_as_detectron2_prepares(scene, config))
+    differences = _relative(wanted, got)
     if wrong := {stage: d for stage, d in differences.items() if not d < TOLERANCE}:  # "not <": a NaN fails
         raise ProofError(f"the proof of the baked input failed: {wrong} (limit {TOLERANCE:.0e})")
     return differences
-
-
-def prepare(picture: torch.Tensor, pixels: Pixels) -> torch.Tensor:
-    """Turn pictures (N, 3, H, W), RGB from 0 to 255, into a network's input, as Detectron2 does."""
-    if pixels.order == "BGR":
-        picture = picture.flip(1)
-    mean, std = (torch.tensor(v, dtype=picture.dtype).view(1, 3, 1, 1) for v in (pixels.mean, pixels.std))
-    return ((picture - mean) / std).float()
 
 
 def _in_order(values: tuple[float, float, float], order: str, wanted: str) -> tuple[float, ...]:

@@ -31,7 +31,8 @@ import yaml
 from moco_d2.atomic import atomic_write
 from moco_d2.convert.convert import convert_checkpoint
 from moco_d2.convert.load import CheckpointError, facts_in
-from moco_d2.convert.prove import ProofError, can_prove
+from moco_d2.convert.prove import can_prove
+from moco_d2.convert.recognise import Choice
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ class Entry:
     name: str
     url: str
     title: str
-    source: str
     recipe: str
+    source: str = ""
     checksum: str = ""
     published: str = ""
     stated_in: str = ""
@@ -207,7 +208,7 @@ def _read(path: Path) -> dict[str, Entry]:
         raise CatalogError(f"{path}: not a list of weights; it must be like {CATALOG}")
     for name, values in content.items():
         unknown = sorted(set(values) - known) if isinstance(values, Mapping) else [str(values)]
-        missing = sorted({"url", "title", "source", "recipe"} - set(values)) if not unknown else []
+        missing = sorted({"url", "title", "recipe"} - set(values)) if not unknown else []
         if unknown or missing:
             raise CatalogError(f"{path}: {name}: unknown {unknown}, missing {missing}; known are {sorted(known)}")
     return {str(name): Entry(str(name), **{k: str(v) for k, v in values.items()}) for name, values in content.items()}
@@ -230,7 +231,10 @@ def _only_one(path: Path, entry: Entry) -> Iterator[None]:
 
 def _transfer(entry: Entry, part: Path) -> None:
     """Fetch what is missing of a file, as far as the connection lasts."""
-    start, validator = _size(part), _validator(part)
+    validator = _validator(part)
+    if not (entry.checksum or validator.exists()):  # nothing would tell a rest of another version
+        part.unlink(missing_ok=True)
+    start = _size(part)
     headers = {"User-Agent": "moco_d2", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -250,8 +254,8 @@ def _transfer(entry: Entry, part: Path) -> None:
         held = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range") or "")
         resumed = response.status == 206 and held is not None and int(held[1]) == start
         total = int(held[2]) if resumed and held else int(response.headers.get("Content-Length") or 0)
-        mark = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
-        if mark and not mark.startswith("W/"):
+        marks = (response.headers.get(name, "") for name in ("ETag", "Last-Modified"))
+        if mark := next((mark for mark in marks if mark and not mark.startswith("W/")), ""):  # weak ones do not do
             validator.write_text(mark)
         with open(part, "ab" if resumed else "wb") as file:
             _copy(entry, response, file, total)
@@ -295,7 +299,8 @@ def _convert(entry: Entry, raw: Path, converted: Path) -> None:
     """Convert the published file, with the facts that only the catalogue knows: which weights, by which recipe."""
     try:
         with tempfile.TemporaryDirectory(dir=converted.parent, prefix=".") as scratch:
-            convert_checkpoint(raw, path := Path(scratch) / converted.name, proof=can_prove())
+            path = Path(scratch) / converted.name
+            convert_checkpoint(raw, path, can_prove(), Choice(source=entry.source))
             content = torch.load(path, weights_only=True)
         facts = facts_in(content, converted)
         if facts is None:
@@ -303,9 +308,12 @@ def _convert(entry: Entry, raw: Path, converted: Path) -> None:
         content["facts"] = replace(facts, origin=f"{entry.title}, from {entry.url}", protocol=entry.recipe).as_dict()
         with atomic_write(converted) as file:
             torch.save(content, file)
-    except (CheckpointError, ProofError) as error:
+    except ValueError as error:  # the file, the proof, or the catalogue's `source`
         raw.unlink()
-        raise CatalogError(f"{entry.name}: {entry.url} was fetched but cannot be converted: {error}") from error
+        raise CatalogError(
+            f"{entry.name}: {entry.url} was fetched but cannot be converted: {error}. It was removed; to look at it, "
+            f"{_BY_HAND}"
+        ) from error
 
 
 def _validator(part: Path) -> Path:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from torchvision.models import resnet50
 from moco_d2.config import load_cfg
 from moco_d2.convert import CheckpointError, convert_checkpoint, convert_state, read_checkpoint, read_facts
 from moco_d2.convert.back import restore, take_back
-from moco_d2.convert.bake import bake_content
+from moco_d2.convert.bake import convert_baked
 from moco_d2.detection.weights import load_weights
 from moco_d2.facts import IMAGENET_RGB, BackboneFacts
 
+TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 QUARTER = {"STEM_OUT_CHANNELS": 16, "RES2_OUT_CHANNELS": 64, "WIDTH_PER_GROUP": 16}
 DETECTORS = {
     "C4": "PascalVOC-Detection/faster_rcnn_R_50_C4_24k",
@@ -147,9 +150,9 @@ def test_other_tools_load_it(tmp_path: Path) -> None:
     assert checkpoint["arch"] == "resnet50"
 
 
-def test_detectron2s_input_is_refolded_for_torchvisions(net: nn.Module, files: Path) -> None:
-    baked = bake_content(read_checkpoint(files / "converted.pth"), "converted.pth")
-    backbone = take_back(baked, "baked.pth")
+def test_detectron2s_input_is_refolded_for_torchvisions(net: nn.Module, files: Path, tmp_path: Path) -> None:
+    convert_baked(files / "backbone.pth", tmp_path / "baked.pth", proof=False)
+    backbone = take_back(read_checkpoint(tmp_path / "baked.pth"), "baked.pth")
     assert backbone.facts == facts(net) and backbone.facts.pixels == IMAGENET_RGB
     torch.testing.assert_close(backbone.tensors["conv1.weight"], net.conv1.weight.detach(), rtol=3e-7, atol=0)
     assert any("conv1 was refolded" in note for note in backbone.notes)
@@ -206,3 +209,24 @@ def test_the_moco_layout_is_read_as_what_it_is(files: Path, tmp_path: Path) -> N
     restore(files / "converted.pth", tmp_path / "moco.pth", "moco")
     conversion = convert_state(read_checkpoint(tmp_path / "moco.pth"), "moco.pth")
     assert len(conversion.mapped) == 265 and conversion.facts == read_facts(files / "backbone.pth")
+
+
+def test_the_tools_other_work(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, words)])
+        code = runpy.run_path(str(TOOL))["main"]()
+        return (code, *capsys.readouterr())
+
+    code, shown, _ = run(files / "backbone.pth", tmp_path / "baked.pth", "--bake")
+    assert code == 0 and "STRIDE_IN_1X1 False must still be set" in shown and "INPUT.FORMAT BGR" in shown
+    code, shown, _ = run(tmp_path / "baked.pth", tmp_path / "moco.pth", "--to", "moco")
+    assert code == 0 and "conv1 was refolded" in shown and "fc.weight and fc.bias are missing" in shown
+    assert read_facts(tmp_path / "moco.pth") == read_facts(files / "backbone.pth")
+    code, shown, error = run(tmp_path / "nothing.pth", tmp_path / "x.pth", "--to", "moco")
+    assert code == 2 and not shown and error.startswith("error: ") and "no such file" in error
+    code, shown, _ = run("--list")
+    assert code == 0 and "moco_v2_800ep" in shown and "md5:a04e12f8" in shown
+    with pytest.raises(SystemExit):
+        run(files / "backbone.pth")

@@ -25,7 +25,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from moco_d2.config import load_cfg
-from moco_d2.convert import read_facts
+from moco_d2.convert import SOURCES, read_facts
 from moco_d2.convert.catalog import CatalogError, cache_folder, fetch, get_entry, list_entries, listing
 from moco_d2.detection.weights import load_weights
 from moco_d2.model_zoo import get_protocol
@@ -125,7 +125,7 @@ def entry(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
             "url": server.address,
             "checksum": "md5:" + hashlib.md5(server.content).hexdigest()[:8],
             "title": "a quarter of MoCo v2",
-            "source": "MoCo",
+            "source": "moco",
             "recipe": "moco_v2_R50_800ep",
         }
         (tmp_path / "own.yaml").write_text(yaml.safe_dump({"quarter": {**values, **changes}}))
@@ -185,6 +185,14 @@ def test_a_rest_that_does_not_fit_is_fetched_anew(what: str, server: Server, ent
     assert server.seen[0] is not None
 
 
+def test_without_checksum_and_version_nothing_is_continued(server: Server, entry: Any, cache: Path) -> None:
+    entry(checksum="")
+    cache.mkdir()
+    (cache / "quarter.download.part").write_bytes(b"x" * 5000)
+    fetch("quarter")
+    assert server.seen == [None]
+
+
 def test_a_wrong_checksum_leaves_nothing(server: Server, entry: Any, cache: Path) -> None:
     entry(checksum="sha256:0123456789")
     with pytest.raises(CatalogError, match="published is 0123456789; the transfer was damaged, or the file was repl"):
@@ -229,6 +237,14 @@ def test_a_file_that_is_no_checkpoint_is_told_and_not_kept(
     fetch("quarter")
 
 
+def test_the_catalogue_says_whose_file_it_is(server: Server, entry: Any) -> None:
+    entry(source="simsiam")
+    with pytest.raises(CatalogError, match=r"fetched but cannot be converted: .*not what --source simsiam expects"):
+        fetch("quarter")
+    entry(source="")
+    fetch("quarter")
+
+
 def test_while_another_process_fetches_this_one_waits(
     server: Server, entry: Any, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -238,12 +254,16 @@ def test_while_another_process_fetches_this_one_waits(
     server.free.clear()
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other, ThreadPoolExecutor() as pool:
-        assert server.asked.wait(60)  # the other one holds the lock
-        with caplog.at_level("INFO"):
-            ours = [pool.submit(fetch, "quarter") for _ in range(3)]
-            while caplog.text.count("is being fetched by another process") < 3:
-                time.sleep(0.01)
-        server.free.set()
+        try:
+            assert server.asked.wait(60)  # the other one holds the lock
+            with caplog.at_level("INFO"):
+                ours = [pool.submit(fetch, "quarter") for _ in range(3)]
+                deadline = time.monotonic() + 20
+                while (waiting := caplog.text.count("is being fetched by another process")) < 3:
+                    assert time.monotonic() < deadline, f"{waiting} of 3 wait"
+                    time.sleep(0.01)
+        finally:
+            server.free.set()
         assert other.communicate()[0].strip() == str(cache / "quarter.pth")
         assert [future.result() for future in ours] == [cache / "quarter.pth"] * 3
     assert server.seen == [None]
@@ -297,6 +317,7 @@ def test_the_shipped_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
     assert len({e.url for e in entries.values()}) == len({e.recipe for e in entries.values()}) == len(entries)
     for e in entries.values():
         assert e.url.startswith("https://") and e.stated_in, e.name
+        assert e.source in {"", *(source.key for source in SOURCES)}, e.name
         # Where a file's name holds a checksum, that is the published one.
         held = re.search(r"[-_]([0-9a-f]{8})\.pth$", e.url)
         assert not held or e.checksum.endswith(held[1]), e.name
@@ -313,7 +334,7 @@ def test_unknown_names_and_broken_lists_are_told(tmp_path: Path, monkeypatch: py
         ("{", "not a list of weights"),
         ("- a", "not a list of weights"),
         ("x: {url: u, colour: red}", "unknown ['colour']"),
-        ("x: {url: u}", "missing ['recipe', 'source', 'title']"),
+        ("x: {url: u}", "missing ['recipe', 'title']"),
         ("x: {url: u, title: t, source: s, recipe: r, checksum: 'crc:12'}", "must be like md5:a04e12f8"),
         ("../x: {url: u, title: t, source: s, recipe: r}", "must be letters"),
     ):

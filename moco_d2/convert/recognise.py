@@ -419,7 +419,8 @@ def _not_recognised(
         if choice.source:
             name = next(source.name for source in SOURCES if source.key == choice.source)
             return CheckpointError(
-                f"{path}: not what --source {choice.source} expects ({name}); {found}; leave the flag out, or use --prefix"
+                f"{path}: not what --source {choice.source} expects ({name}); {found}; leave the flag out, or "
+                "use --prefix"
             )
         return CheckpointError(
             f"{path}: {found}; no known source keeps its network there, so say that it is meant: --prefix "

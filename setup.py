@@ -37,6 +37,7 @@ setup(
     # Our own needs and Detectron2's: install_detectron2.py installs it with --no-deps.
     install_requires=[
         "cloudpickle",
+        "filelock",
         "fvcore>=0.1.5.post20221221",
         "hydra-core>=1.1",
         "iopath>=0.1.9",
@@ -48,6 +49,7 @@ setup(
         "packaging",
         "pillow>=10",
         "pycocotools>=2.0.7",
+        "pyyaml>=5.1",
         "safetensors>=0.4",
         "setuptools<81",  # Detectron2's model_zoo imports pkg_resources, which setuptools drops later.
         "tabulate",

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Convert a ResNet checkpoint (moco_d2, MoCo v1/v2, torchvision) to Detectron2's names, and prove it.
+"""Convert any ResNet checkpoint to Detectron2's names, prove it, and say how to feed it (docs/checkpoints.md).
 
-Example: convert_checkpoint.py output/backbone.pth output/moco_v2.pth
+convert_checkpoint.py output/backbone.pth output/moco_v2.pth
+convert_checkpoint.py checkpoint.pth out.pth --prefix student.net. --report report.json
+convert_checkpoint.py output/voc/model_final.pth tuned.pth --to torchvision
 """
 
 from __future__ import annotations
@@ -9,21 +11,40 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections import Counter
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    built = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    built.add_argument("input", nargs="?", help="checkpoint: .pth, .pth.tar, .pt, .bin, .safetensors, .pkl, .npz")
+    built.add_argument("output", nargs="?", help="file to write: .pth (tensors only) or .pkl (numpy arrays)")
+    built.add_argument("--source", default="", metavar="KEY", help="whose file it is, where the file does not show it")
+    built.add_argument("--prefix", help="what the keys of the wanted network start with, where there are several")
+    built.add_argument("--norm", default="", choices=("GN",), help="GN: accept a network with GroupNorm")
+    built.add_argument("--report", type=Path, metavar="FILE", help="write the whole account as JSON")
+    built.add_argument("--no-proof", action="store_true", help="do not compare with Detectron2's network")
+    instead = built.add_mutually_exclusive_group()
+    instead.add_argument("--bake", action="store_true", help="make the weights take Detectron2's default input")
+    instead.add_argument("--to", choices=("torchvision", "moco"), help="the way back: a file of ours for other tools")
+    instead.add_argument("--list", action="store_true", help="print the published weights that have a name")
+    return built
 
 
 def main() -> int:
     """Run the conversion and print its account; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", help="checkpoint: .pth, .pth.tar, .pt, .safetensors or .pkl")
-    parser.add_argument("output", help="file to write: .pth (tensors only) or .pkl (numpy arrays)")
-    parser.add_argument("--no-proof", action="store_true", help="do not compare with Detectron2's network")
-    args = parser.parse_args()
+    args = parser().parse_args()
+    if not args.list and args.output is None:
+        parser().error("the following arguments are required: input, output")
 
     # After the arguments, so that --help answers at once.
-    from moco_d2.convert import can_prove, convert_checkpoint
+    from moco_d2.convert import Choice, can_prove, convert_checkpoint
+    from moco_d2.convert.bake import convert_baked
+    from moco_d2.convert.report import report, summary, write_report
 
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
+    if args.list or args.to:
+        return other_work(args)
     if not args.no_proof and not can_prove():
         print(
             "error: the proof was not made, and nothing was written: detectron2 is missing; install it "
@@ -32,25 +53,36 @@ def main() -> int:
         )
         return 2
     try:
-        conversion, differences = convert_checkpoint(args.input, args.output, proof=not args.no_proof)
+        choice = Choice(source=args.source, prefix=args.prefix, norm=args.norm)
+        convert = convert_baked if args.bake else convert_checkpoint
+        conversion, differences = convert(args.input, args.output, not args.no_proof, choice)
+        content = report(conversion, differences, args.input, args.output)
+        if args.report:
+            write_report(content, args.report)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print("\n".join(summary(content)))
+    return 0
 
-    facts, source = conversion.facts, conversion.source.name
-    counts = (("mapped", conversion.mapped), ("dropped", conversion.dropped), ("foreign", conversion.foreign))
-    print(f"source   {source}: {facts.origin}" + (f" ({facts.protocol})" if facts.protocol else ""))
-    print(f"network  ResNet-{facts.depth}, {facts.stem_channels} channels in the stem, {facts.res2_channels} in res2")
-    print("keys     " + ", ".join(f"{len(keys)} {what}" for what, keys in counts))
-    for reason, count in Counter(conversion.dropped.values()).items():
-        print(f"         dropped {count}: {reason}")
-    for group, count in conversion.foreign_groups().items():
-        print(f"         foreign {count}: {group}")
-    shown = ", ".join(f"{stage} {difference:.1e}" for stage, difference in differences.items())
-    print(f"proof    largest relative difference: {shown}" if shown else "proof    not made")
-    print(f"written  {args.output}; use it with\n    MODEL.WEIGHTS {args.output}")
-    for key, value in facts.config().items():
-        print(f"    {key} " + (f'"{value}"' if isinstance(value, list) else str(value)))
+
+def other_work(args: argparse.Namespace) -> int:
+    """List the published weights, or write a backbone of ours for other tools; return the exit code."""
+    from moco_d2.convert.back import restore
+    from moco_d2.convert.catalog import listing
+
+    try:
+        if args.list:
+            print(listing())
+            return 0
+        backbone = restore(args.input, args.output, args.to)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"weights  {backbone.facts.origin}" + (f" ({backbone.facts.protocol})" if backbone.facts.protocol else ""))
+    for note in backbone.notes:
+        print(f"note     {note}")
+    print(f"written  {args.output}: {len(backbone.tensors)} tensors")
     return 0
 
 

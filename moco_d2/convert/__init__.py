@@ -6,6 +6,7 @@
 from moco_d2.convert.convert import Conversion, convert_checkpoint, convert_state, save
 from moco_d2.convert.load import CheckpointError, read_checkpoint, read_facts
 from moco_d2.convert.prove import ProofError, can_prove, prove
+from moco_d2.convert.recognise import Choice
 from moco_d2.convert.sources import LOOKALIKES, SOURCES, CheckpointSource, Lookalike
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "SOURCES",
     "CheckpointError",
     "CheckpointSource",
+    "Choice",
     "Conversion",
     "Lookalike",
     "ProofError",

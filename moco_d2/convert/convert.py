@@ -12,23 +12,27 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
+from moco_d2.atomic import atomic_write
 from moco_d2.convert.load import CheckpointError, facts_in, read_checkpoint
-from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
+from moco_d2.convert.names import DETECTRON2, TORCHVISION, Naming, rename_table
 from moco_d2.convert.prove import prove
-from moco_d2.convert.sources import COUNTERS, LOOKALIKES, SOURCES, WRAPPERS, CheckpointSource
-from moco_d2.facts import BackboneFacts
+from moco_d2.convert.recognise import Choice, Match, as_tensor, beside, input_scale, look_alike, recognise, some, unwrap
+from moco_d2.convert.sources import COMPANIONS, COUNTERS, UNSEEN, CheckpointSource
+from moco_d2.facts import BackboneFacts, Pixels
 from moco_d2.layers.resnet import facts_from_shapes, network_for
 
 OUTPUT_SUFFIXES = (".pth", ".pkl")
 AUTHOR = "moco_d2"
-_SHOWN = 6  # names listed in a message before "and N more"
+_VARIANCES = ("_var", "_riv", "_variance", "var_ema|average")
+_EPSILON = 1e-5  # of every norm here
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class Conversion:
         mapped: key in the file -> Detectron2 name.
         dropped: key in the file -> reason it was left out.
         foreign: keys in the file that belong to something else than the wanted network.
+        place: dotted path of the state dict in the file.
+        elsewhere: first parts of the names of what the file holds beside that state dict, with counts of tensors.
+        norm: ``BN``, or ``GN`` for GroupNorm.
+        also: other sources whose files look the same.
+        notes: what the weights do not show, and what was assumed or done about it.
     """
 
     source: CheckpointSource
@@ -52,38 +61,40 @@ class Conversion:
     mapped: dict[str, str]
     dropped: dict[str, str]
     foreign: list[str]
+    place: str = ""
+    elsewhere: Mapping[str, int] = field(default_factory=dict)
+    norm: str = "BN"
+    also: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def config(self) -> dict[str, Any]:
+        """Return the Detectron2 keys, with values, under which the weights mean what they meant at their source."""
+        return self.facts.config() | ({"MODEL.RESNETS.NORM": self.norm} if self.norm != "BN" else {})
+
+    @property
+    def arxiv(self) -> str:
+        """Number of the paper, or of several."""
+        told = (number for _, origin, number in self.source.variants if origin == self.facts.origin)
+        return next(told, self.source.arxiv)
 
     def foreign_groups(self) -> Counter[str]:
         """Return how many foreign keys there are under each first part of their names, wrappers aside."""
-        return Counter(_unwrap(key).partition(".")[0] for key in self.foreign)
-
-
-@dataclass(frozen=True)
-class _Match:
-    """A source tried on one place of a checkpoint."""
-
-    source: CheckpointSource
-    place: str
-    state: Mapping[str, Any]  # as in the file
-    keys: dict[str, str]  # key without wrappers -> key in the file
-
-    def wanted(self) -> set[str]:
-        """Return the names behind the source's prefix."""
-        prefix = self.source.prefix
-        return {key.removeprefix(prefix) for key in self.keys if key.startswith(prefix)}
+        return Counter(unwrap(key).partition(".")[0] for key in self.foreign)
 
 
 def convert_checkpoint(
-    source: str | os.PathLike[str], output: str | os.PathLike[str], proof: bool = True
+    source: str | os.PathLike[str], output: str | os.PathLike[str], proof: bool = True, choice: Choice | None = None
 ) -> tuple[Conversion, dict[str, float]]:
-    """Convert a checkpoint to Detectron2's names, prove it, and write it.
+    """Convert a checkpoint to Detectron2's names, prove it, and write it and its config.
 
-    The output appears under its name only when it is complete and proven.
+    The output appears under its name only when it is complete and proven. Beside it, with the suffix ``.yaml``, lies a
+    config that feeds it rightly, for ``_BASE_``.
 
     Args:
         source: the checkpoint.
         output: the file to write; ``.pth``, or ``.pkl`` with numpy arrays.
         proof: whether to compare the features of both networks (needs Detectron2).
+        choice: what the user says where the file does not.
 
     Returns:
         The conversion, and the largest relative difference per stage (empty without proof).
@@ -94,7 +105,7 @@ def convert_checkpoint(
     """
     source, output = Path(source), Path(output)
     _check_output(source, output)
-    conversion = convert_state(read_checkpoint(source), source)
+    conversion = convert_state(read_checkpoint(source), source, choice)
     output.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only within a file system.
     part = output.with_name(f".{output.stem}.{os.getpid()}{output.suffix}")
@@ -102,38 +113,78 @@ def convert_checkpoint(
     try:
         save(conversion, part)
         if proof:
-            written = {name: _as_tensor(t) for name, t in read_checkpoint(part)["model"].items()}
-            differences = prove(conversion.facts, conversion.source_tensors, written)
+            written = {name: as_tensor(t) for name, t in read_checkpoint(part)["model"].items()}
+            differences = prove(conversion.facts, conversion.source_tensors, written, conversion.norm)
         os.replace(part, output)
     finally:
         part.unlink(missing_ok=True)
+    with atomic_write(config_path(output)) as file:
+        file.write(config_yaml(conversion, output).encode())
     return conversion, differences
 
 
-def convert_state(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> Conversion:
+def config_path(output: str | os.PathLike[str]) -> Path:
+    """Return where the config of a converted file is."""
+    return Path(output).with_suffix(".yaml")
+
+
+def config_yaml(conversion: Conversion, output: str | os.PathLike[str]) -> str:
+    """Return a config for ``_BASE_``: the weights and what they need."""
+    tree: dict[str, Any] = {"MODEL": {"WEIGHTS": str(Path(output).absolute())}}
+    for key, value in conversion.config().items():
+        here = tree
+        *parts, last = key.split(".")
+        for name in parts:
+            here = here.setdefault(name, {})
+        here[last] = value
+    lines: str = yaml.safe_dump({**tree, "VERSION": 2}, sort_keys=False, default_flow_style=None)
+    return f"# What {Path(output).name} needs: {conversion.facts.origin}.\n{lines}"
+
+
+def convert_state(
+    checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice: Choice | None = None
+) -> Conversion:
     """Convert an already read checkpoint (see :func:`convert_checkpoint`); ``path`` is for messages.
 
     Raises:
         CheckpointError: no known source, an incomplete network, unknown keys, or unusable tensors.
     """
-    match, depth = _recognise(checkpoint, path)
-    mapped, dropped, foreign = _account(match, depth, path)
-    to_torchvision = rename_table(DETECTRON2, TORCHVISION, depth)
-    tensors = {name: _as_tensor(match.state[key]) for key, name in mapped.items()}
-    source_tensors = {to_torchvision[name]: tensor for name, tensor in tensors.items()}
-    facts = _facts(match, source_tensors, facts_in(checkpoint, path), path)
-    _check_shapes(facts, source_tensors, path)
-    _check_values({key: tensors[name] for key, name in mapped.items()}, path)
+    stated = facts_in(checkpoint, path)
+    match = recognise(checkpoint, path, choice or Choice(), stated)
+    trunk = match.trunk
+    mapped, dropped, foreign = _account(match, path)
+    tensors, notes = _tensors(match, path)
+    statistics = "bn1.running_mean" in tensors
+    to_detectron2 = rename_table(*_pair(statistics), trunk.depth)
+    key_of = {name: key for key, name in mapped.items()}
+    facts = _facts(match, tensors, stated, path)
+    _check_shapes(facts, tensors, path)
+    _check_values({key_of.get(to_detectron2[name], name): tensor for name, tensor in tensors.items()}, path)
     tensors = {name: t.to(torch.float32).contiguous() for name, t in tensors.items()}
+    if not stated:
+        notes += [*match.source.notes, UNSEEN]
+        scale = input_scale(trunk)
+        notes += [f"pixels: by conv1 and bn1, the inputs varied by about {scale:.2g}"] if scale else []
     return Conversion(
         source=match.source,
         facts=facts,
-        tensors=tensors,
-        source_tensors={to_torchvision[name]: tensor for name, tensor in tensors.items()},
+        tensors={to_detectron2[name]: tensor for name, tensor in tensors.items()},
+        source_tensors=tensors,
         mapped=mapped,
         dropped=dropped,
         foreign=foreign,
+        place=trunk.place,
+        elsewhere=_elsewhere(checkpoint, trunk.state),
+        norm="GN" if trunk.group_norm else "BN",
+        also=match.also,
+        notes=tuple(notes),
     )
+
+
+def _pair(statistics: bool) -> tuple[Naming, Naming]:
+    if statistics:
+        return TORCHVISION, DETECTRON2
+    return TORCHVISION.without_statistics(), DETECTRON2.without_statistics()
 
 
 def save(conversion: Conversion, output: str | os.PathLike[str]) -> None:
@@ -185,148 +236,126 @@ def _check_suffix(output: Path) -> None:
         )
 
 
-def _recognise(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> tuple[_Match, int]:
-    """Return the first source whose network is complete, and its depth."""
-    tried = []
-    for source in SOURCES:
-        for place in source.nest:
-            state = _at(checkpoint, place)
-            if state is None or any(key not in checkpoint for key in source.beside):
-                continue
-            match = _Match(source, place, state, _unwrapped(state, path))
-            depth = source.naming.depth_of(match.wanted())
-            if depth is not None:
-                return match, depth
-            tried.append(match)
-    raise _not_recognised(checkpoint, tried, path)
-
-
-def _at(checkpoint: Mapping[str, Any], place: str) -> Mapping[str, Any] | None:
-    """Return the mapping at a dotted path of keys, or None."""
-    here: Any = checkpoint
-    for key in place.split(".") if place else ():
-        here = here.get(key) if isinstance(here, Mapping) else None
-    return here if isinstance(here, Mapping) else None
-
-
-def _unwrapped(state: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, str]:
-    """Return key without wrappers -> key, for the entries that are tensors."""
-    keys: dict[str, str] = {}
-    for key, value in state.items():
-        if not isinstance(key, str) or not _is_tensor(value):
-            continue
-        plain = _unwrap(key)
-        if plain in keys:
-            raise CheckpointError(f"{path}: `{keys[plain]}` and `{key}` are the same tensor's name; keep one of them")
-        keys[plain] = key
-    return keys
-
-
-def _unwrap(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiu")
-
-
-def _as_tensor(value: Any) -> torch.Tensor:
-    return value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
-
-
-def _not_recognised(
-    checkpoint: Mapping[str, Any], tried: list[_Match], path: str | os.PathLike[str]
-) -> CheckpointError:
-    """Say what the checkpoint is, if it is known; else what is missing of a network; else what was found."""
-    prefixes = _tensor_prefixes(checkpoint)
-    keys = [key for place in _mappings(checkpoint) for key in place.values()]
-    for lookalike in LOOKALIKES:
-        shown = next((key for key in keys if re.search(lookalike.pattern, _unwrap(key))), None)
-        if shown is not None:
-            return CheckpointError(f"{path}: {lookalike.found}, as `{shown}` shows; {lookalike.advice}")
-    looked_for = "; ".join(source.describe() for source in SOURCES)
-    top = _some(map(str, checkpoint)) or "nothing"
-    for match in tried:
-        wanted = match.wanted()
-        depth, missing = match.source.naming.nearest(wanted)
-        total = len(match.source.naming.names(depth))
-        if len(missing) < total:
-            prefix = match.source.prefix
-            return CheckpointError(
-                f"{path}: an incomplete {match.source.name}: {len(missing)} of the {total} tensors of a ResNet-{depth} "
-                f"are missing: {_some(prefix + name for name in missing)}; found {prefixes}"
-            )
-    return CheckpointError(
-        f"{path}: no ResNet that is known; top-level keys: {top}; tensors: {prefixes or 'none'}; "
-        f"looked for {looked_for}"
-    )
-
-
-def _mappings(checkpoint: Mapping[str, Any], place: str = "", depth: int = 4) -> list[dict[str, str]]:
-    """Return, for every mapping inside, dotted place and key -> key of its tensors."""
-    found = [{f"{place}{key}": str(key) for key, value in checkpoint.items() if _is_tensor(value)}]
-    for key, value in checkpoint.items():
-        if isinstance(value, Mapping) and depth and key != "optimizer":  # an optimizer's keys are numbers
-            found += _mappings(value, f"{place}{key}: ", depth - 1)
-    return [mapping for mapping in found if mapping]
-
-
-def _tensor_prefixes(checkpoint: Mapping[str, Any]) -> str:
-    """Return `place: first two parts of the keys` with counts, the most frequent first."""
-    counts: Counter[str] = Counter()
-    for mapping in _mappings(checkpoint):
-        for placed, key in mapping.items():
-            place = placed.removesuffix(key)
-            parts = key.split(".")
-            counts[f"{place}{'.'.join(parts[:2])}.*" if len(parts) > 2 else f"{place}{key}"] += 1
-    shown = [f"{prefix} ({count})" for prefix, count in counts.most_common(_SHOWN)]
-    return ", ".join(shown) + (f" and {len(counts) - _SHOWN} more groups" if len(counts) > _SHOWN else "")
-
-
-def _account(
-    match: _Match, depth: int, path: str | os.PathLike[str]
-) -> tuple[dict[str, str], dict[str, str], list[str]]:
+def _account(match: Match, path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Sort every key into mapped, dropped and foreign."""
-    source = match.source
-    table = rename_table(source.naming, DETECTRON2, depth)
+    source, trunk = match.source, match.trunk
+    target = DETECTRON2 if trunk.naming.statistics else DETECTRON2.without_statistics()
+    table = rename_table(trunk.naming, target, trunk.depth)
     mapped, dropped, unknown = {}, {}, []
-    tensors = set(match.keys.values())
-    foreign = [str(key) for key in match.state if key not in tensors]  # numbers and the like among the tensors
-    for plain, key in match.keys.items():
-        inside = plain.startswith(source.prefix)
+    tensors = set(trunk.keys.values())
+    foreign = [str(key) for key in trunk.state if key not in tensors]  # numbers and the like among the tensors
+    for plain, key in trunk.keys.items():
+        inside = plain.startswith(trunk.prefix)
+        name = plain.removeprefix(trunk.prefix)
         # Batch counters of another network (an encoder_k) are as foreign as the rest of it.
         patterns = (COUNTERS, *source.dropped) if inside else source.dropped
         reason = next((why for pattern, why in patterns if re.search(pattern, plain)), None)
-        if inside and plain.removeprefix(source.prefix) in table:
-            mapped[key] = table[plain.removeprefix(source.prefix)]
+        if inside and name in table:
+            mapped[key] = table[name]
+        elif inside and name == "conv1.bias" and trunk.naming == TORCHVISION:
+            dropped[key] = "bias of conv1, subtracted from the mean of bn1 (the same computation)"
         elif reason is not None:
             dropped[key] = reason
-        elif inside:
+        elif inside and not _of_companion(source, plain):
             unknown.append(key)
         else:
             foreign.append(key)
     if unknown:
-        raise CheckpointError(
-            f"{path}: {len(unknown)} keys belong neither to a ResNet-{depth} nor to what is known of {source.name}: "
-            f"{_some(unknown)}; the network is another one than its other names say, or the file holds more than one"
+        raise look_alike(unknown, path) or CheckpointError(
+            f"{path}: {len(unknown)} keys belong neither to a ResNet-{trunk.depth} nor to what is known of "
+            f"{source.name}: {some(unknown)}; the network is another one than its other names say, or the file holds "
+            "more than one"
         )
     order = {name: index for index, name in enumerate(table.values())}
     return dict(sorted(mapped.items(), key=lambda item: order[item[1]])), dropped, foreign
 
 
+def _of_companion(source: CheckpointSource, plain: str) -> bool:
+    # Only where there is no prefix to tell: a network of TensorFlow's or JAX's lies beside its moving average.
+    return source.prefix == "" and source.naming.height_first and COMPANIONS.search(plain) is not None
+
+
+def _tensors(match: Match, path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the trunk's tensors under torchvision's names as its source computes with them, and what was done."""
+    trunk = match.trunk
+    tensors = {name: as_tensor(value) for name, value in trunk.tensors().items()}
+    notes = []
+    for name, tensor in tensors.items():
+        if tensor.is_quantized:
+            raise CheckpointError(
+                f"{path}: a quantised network ({name}); convert the float checkpoint it was made from"
+            )
+    if trunk.naming.height_first:
+        tensors = {
+            n: t.permute(3, 2, 0, 1)
+            if t.ndim == 4 and ".weight" in n and "bn" not in n and "downsample.1" not in n
+            else t.reshape(-1)
+            for n, t in tensors.items()
+        }
+    if trunk.naming.statistics:
+        groups = _join_split_norms(tensors)
+        if groups:
+            notes.append(
+                f"split norms: the running statistics of {groups} groups were averaged, as their evaluation does"
+            )
+    elif not trunk.group_norm:  # statistics folded into an affine layer
+        whole = TORCHVISION.names(trunk.depth)
+        ones = {
+            n: tensors[n.replace("running_mean", "weight").replace("running_var", "weight")]
+            for n in whole
+            if "running" in n
+        }
+        fill = {n: torch.full_like(w, 1 - _EPSILON if n.endswith("var") else 0.0) for n, w in ones.items()}
+        tensors = {name: tensors[name] if name in tensors else fill[name] for name in whole}
+    bias = trunk.keys.get(f"{trunk.prefix}conv1.bias")
+    if bias is not None and trunk.naming == TORCHVISION and match.trunk.naming.statistics:
+        tensors["bn1.running_mean"] = tensors["bn1.running_mean"] - as_tensor(trunk.state[bias])
+        notes.append(
+            "conv1.bias was subtracted from bn1's mean, which is the same computation; mmdetection leaves it out"
+        )
+    return tensors, notes
+
+
+def _join_split_norms(tensors: dict[str, torch.Tensor]) -> int:
+    """Average the statistics of lightly's split norms, in place; return the number of splits, 0 without any."""
+    splits = 0
+    for name, tensor in tensors.items():
+        channels = len(tensors[name.rpartition(".")[0] + ".weight"]) if "running_" in name else 0
+        if channels and tensor.ndim == 1 and len(tensor) > channels and len(tensor) % channels == 0:
+            splits = len(tensor) // channels
+            tensors[name] = tensor.view(splits, channels).mean(0)
+    return splits
+
+
+def _elsewhere(checkpoint: Mapping[str, Any], state: Mapping[Any, Any]) -> dict[str, int]:
+    """Count the tensors of a file outside of the state dict, by top-level key."""
+
+    def count(value: Any, depth: int) -> int:
+        if value is state or depth < 0:
+            return 0
+        if isinstance(value, torch.Tensor | np.ndarray):
+            return 1
+        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        return sum(count(item, depth - 1) for item in inside)
+
+    if checkpoint is state:
+        return {}
+    return {
+        str(key): count(value, 3) for key, value in checkpoint.items() if isinstance(key, str) and value is not state
+    }
+
+
 def _facts(
-    match: _Match,
+    match: Match,
     tensors: Mapping[str, torch.Tensor],
     stated: BackboneFacts | None,
     path: str | os.PathLike[str],
 ) -> BackboneFacts:
     """Read the facts off the shapes; what shapes cannot tell comes from the file's own facts or the source's record."""
     _check_stem(tensors, path)
-    source = match.source
-    variant = (words for pattern, words in source.variants if any(re.search(pattern, key) for key in match.keys))
-    told = stated or BackboneFacts(
-        pixels=source.pixels, stride_in_1x1=source.stride_in_1x1, origin=next(variant, source.origin)
-    )
+    source, keys = match.source, match.trunk.keys
+    variant = (words for pattern, words, _ in source.variants if any(re.search(pattern, key) for key in keys))
+    told = stated or BackboneFacts(**_told_beside(source, path), origin=next(variant, source.origin))
     try:
         facts = facts_from_shapes(
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
@@ -351,6 +380,21 @@ def _facts(
     return facts
 
 
+def _told_beside(source: CheckpointSource, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return pixels and stride by the config.json of Hugging Face's hub, where there is one, else by the record."""
+    config = beside(path)
+    told = {"pixels": source.pixels, "stride_in_1x1": source.stride_in_1x1}
+    if source.key.startswith("transformers") and config:
+        told["stride_in_1x1"] = bool(config.get("downsample_in_bottleneck"))
+        if config.get("hidden_act", "relu") != "relu":
+            raise CheckpointError(f"{path}: its activation is {config['hidden_act']}; Detectron2's ResNet has ReLU")
+    trained = config.get("pretrained_cfg")
+    if isinstance(trained, dict) and "mean" in trained and "std" in trained:
+        mean, std = ([255 * float(v) for v in trained[name]] for name in ("mean", "std"))
+        told["pixels"] = Pixels("RGB", tuple(round(v, 3) for v in mean), tuple(round(v, 3) for v in std))  # type: ignore[arg-type]
+    return told
+
+
 def _check_stem(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
     shape = tuple(tensors["conv1.weight"].shape)
     if len(shape) != 4 or shape[1] != 3:
@@ -372,10 +416,10 @@ def _check_shapes(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], pat
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: no ResNet has these widths ({error}): {facts}") from error
     shapes = {name: tuple(t.shape) for name, t in expected.items() if not name.endswith("num_batches_tracked")}
+    if not set(tensors) & {"bn1.running_mean"}:  # GroupNorm
+        shapes = {name: shape for name, shape in shapes.items() if "running_" not in name}
     if set(shapes) != set(tensors):  # the names come from the same depth's table
-        raise CheckpointError(
-            f"{path}: names differ from a ResNet-{facts.depth}'s: {_some(set(shapes) ^ set(tensors))}"
-        )
+        raise CheckpointError(f"{path}: names differ from a ResNet-{facts.depth}'s: {some(set(shapes) ^ set(tensors))}")
     wrong = [
         f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
         for name, shape in shapes.items()
@@ -383,7 +427,7 @@ def _check_shapes(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], pat
     ]
     if wrong:
         raise CheckpointError(
-            f"{path}: {len(wrong)} tensors have the wrong shape for a ResNet-{facts.depth}: {_some(wrong)}"
+            f"{path}: {len(wrong)} tensors have the wrong shape for a ResNet-{facts.depth}: {some(wrong)}"
         )
 
 
@@ -395,16 +439,10 @@ def _check_values(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[s
     for what, wrong in (
         ("are not floating point", [k for k, t in tensors.items() if not t.is_floating_point()]),
         ("hold NaN or infinity", [k for k, t in tensors.items() if not torch.isfinite(t).all()]),
-        ("are all zero", [k for k, t in tensors.items() if (t.ndim == 4 or k.endswith("_var")) and not t.any()]),
-        ("hold negative variances", [k for k, t in tensors.items() if k.endswith("_var") and (t < 0).any()]),
+        ("are all zero", [k for k, t in tensors.items() if (t.ndim == 4 or k.endswith(_VARIANCES)) and not t.any()]),
+        ("hold negative variances", [k for k, t in tensors.items() if k.endswith(_VARIANCES) and (t < 0).any()]),
     ):
         if wrong:
             raise CheckpointError(
-                f"{path}: {len(wrong)} tensors {what}: {_some(wrong)}; the run diverged, or the file is damaged"
+                f"{path}: {len(wrong)} tensors {what}: {some(wrong)}; the run diverged, or the file is damaged"
             )
-
-
-def _some(names: Any) -> str:
-    names = list(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -33,13 +33,121 @@ from moco_d2.facts import BackboneFacts
 
 logger = logging.getLogger(__name__)
 
+_INFLATION = 20  # weights are noise, and compress by a tenth
 _HEAD_BYTES = 512  # enough for every signature below
 _TORCH_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch.save before 1.6: its magic number
 _DOWNLOAD_AGAIN = "download it again and compare its size or checksum"
 
 
+# Modules and names that no checkpoint needs, and by which a pickle acts on the machine. A file that names one is
+# refused; every other name that is not allowed is harmless, because it becomes a stub.
+_HOSTILE_MODULES = frozenset(
+    [
+        "_io",
+        "_pickle",
+        "_posixsubprocess",
+        "_socket",
+        "_thread",
+        "_winapi",
+        "aiohttp",
+        "asyncio",
+        "bdb",
+        "cffi",
+        "code",
+        "codeop",
+        "commands",
+        "cProfile",
+        "ctypes",
+        "ftplib",
+        "http",
+        "httpx",
+        "importlib",
+        "io",
+        "linecache",
+        "marshal",
+        "mmap",
+        "msvcrt",
+        "multiprocessing",
+        "nt",
+        "ntpath",
+        "os",
+        "pdb",
+        "pickle",
+        "pip",
+        "pkgutil",
+        "popen2",
+        "posix",
+        "posixpath",
+        "profile",
+        "pty",
+        "pydoc",
+        "requests",
+        "runpy",
+        "setuptools",
+        "shelve",
+        "shlex",
+        "shutil",
+        "signal",
+        "smtplib",
+        "socket",
+        "socketserver",
+        "sqlite3",
+        "ssl",
+        "subprocess",
+        "sys",
+        "tempfile",
+        "threading",
+        "timeit",
+        "trace",
+        "urllib",
+        "uuid",
+        "venv",
+        "webbrowser",
+        "zipimport",
+    ]
+)
+_HOSTILE_BUILTINS = frozenset(
+    [
+        "__import__",
+        "breakpoint",
+        "compile",
+        "delattr",
+        "eval",
+        "exec",
+        "execfile",
+        "exit",
+        "globals",
+        "input",
+        "locals",
+        "open",
+        "quit",
+        "setattr",
+        "vars",
+    ]
+)
+_HOSTILE_NAMES = frozenset(
+    (module, name)
+    for module, names in {
+        "torch": "load hub ops classes compile",
+        "torch.serialization": "load _load",
+        "torch.hub": "load load_state_dict_from_url download_url_to_file",
+        "torch.jit": "load script",
+        "numpy": "load save fromfile memmap loadtxt genfromtxt",
+        "operator": "attrgetter methodcaller",
+        "_operator": "attrgetter methodcaller",
+        "types": "CodeType FunctionType",
+        "functools": "reduce",
+    }.items()
+    for name in names.split()
+)
+
+
 class CheckpointError(ValueError):
     """A file cannot be used; the message is one line: the path, what was found, what to do."""
+
+
+class _HostileError(CheckpointError):
+    """A file names what would act on the machine."""
 
 
 class Stub(dict[Any, Any]):
@@ -93,6 +201,23 @@ def _storage_from_bytes(raw: bytes) -> Any:
     return _restricted_torch_load(io.BytesIO(raw), mmap=False)[0]
 
 
+def _bytes(kind: Any, *arguments: Any) -> Any:
+    # A number would ask for that much memory.
+    if any(isinstance(argument, int) for argument in arguments[:1]):
+        raise pickle.UnpicklingError(f"{kind.__name__}({arguments[0]}) asks for memory")
+    return kind(*arguments)
+
+
+def _array(shape: Any, dtype: Any, buffer: Any, *rest: Any) -> Any:
+    # Without a buffer it would take as much memory as the file says.
+    return np.ndarray(shape, dtype, buffer, *rest)
+
+
+def _empty_array(*_: Any) -> Any:
+    # What numpy's pickles start from; the file's own shape here would take memory.
+    return np.ndarray((0,), "b")
+
+
 def _allowed() -> dict[tuple[str, str], Any]:
     """Return the names that the fallback resolves: containers, tensor and array rebuilders, nothing that acts."""
     plain = (
@@ -106,12 +231,13 @@ def _allowed() -> dict[tuple[str, str], Any]:
         "complex",
         "bool",
         "str",
-        "bytes",
-        "bytearray",
     )
     names: dict[tuple[str, str], Any] = {
         (module, name): getattr(builtins, name) for module in ("builtins", "__builtin__") for name in plain
     }
+    for module in ("builtins", "__builtin__"):
+        for kind in (bytes, bytearray):
+            names[module, kind.__name__] = functools.partial(_bytes, kind)
     for name in ("OrderedDict", "defaultdict"):
         names["collections", name] = getattr(collections, name)
     for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"):
@@ -119,10 +245,10 @@ def _allowed() -> dict[tuple[str, str], Any]:
     names["torch.storage", "_load_from_bytes"] = _storage_from_bytes
     names.update({("torch", name): getattr(torch, name) for name in ("Size", "device")})
     names.update({("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)})
-    names.update({("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype})
+    names.update({("numpy", "ndarray"): _array, ("numpy", "dtype"): np.dtype})
     for core in ("numpy.core", "numpy._core"):  # before and since numpy 2
         multiarray = np._core.multiarray  # type: ignore[attr-defined]
-        names[f"{core}.multiarray", "_reconstruct"] = multiarray._reconstruct
+        names[f"{core}.multiarray", "_reconstruct"] = _empty_array
         names[f"{core}.multiarray", "scalar"] = multiarray.scalar
         names[f"{core}.numeric", "_frombuffer"] = np._core.numeric._frombuffer  # type: ignore[attr-defined]
     for name in dir(np.dtypes):
@@ -133,16 +259,28 @@ def _allowed() -> dict[tuple[str, str], Any]:
     return {key: functools.partial(v) if isinstance(v, types.FunctionType) else v for key, v in names.items()}
 
 
+def _is_hostile(module: str, name: str) -> bool:
+    top = module.partition(".")[0]
+    if top in ("builtins", "__builtin__"):
+        return name.partition(".")[0] in _HOSTILE_BUILTINS
+    # A dotted name reaches through a module's attributes: torch.serialization's os.system.
+    inside = set(name.split(".")[:-1]) & _HOSTILE_MODULES if "." in name else set()
+    return top in _HOSTILE_MODULES or bool(inside) or (module, name) in _HOSTILE_NAMES
+
+
 def _restricted_unpickler() -> Any:
     """Return an ``Unpickler`` class that resolves only :func:`_allowed` names and counts the others in ``stubbed``."""
     allowed = _allowed()
 
-    class Restricted(pickle.Unpickler):
+    # Python's own unpickler, not C's: that one takes as much memory as the number of a memo's entry says.
+    class Restricted(pickle._Unpickler):
         stubbed: ClassVar[collections.Counter[str]] = collections.Counter()
 
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) in allowed:
                 return allowed[module, name]
+            if _is_hostile(module, name):
+                raise _HostileError(f"{module}.{name}")
             self.stubbed[f"{module}.{name}"] += 1
             return type(name.rpartition(".")[2], (Stub,), {"__module__": module})
 
@@ -176,14 +314,31 @@ def _load_zip(path: Path) -> tuple[Any, list[str]]:
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path}: a truncated torch file (its end is missing); {_DOWNLOAD_AGAIN}")
     with zipfile.ZipFile(path) as archive:
-        members = {name.rpartition("/")[2] for name in archive.namelist()}
+        entries = archive.infolist()
+    members = {entry.filename.rpartition("/")[2] for entry in entries}
+    if any(entry.flag_bits & 1 for entry in entries):
+        raise CheckpointError(f"{path}: an encrypted zip archive; decrypt it first")
+    if entries and all(entry.filename.endswith(".npy") for entry in entries):
+        return _load_arrays(path, sum(entry.file_size for entry in entries))
     if "constants.pkl" in members:  # reading one would run its program
         raise CheckpointError(
             f"{path}: a TorchScript program, not a checkpoint; save the module's state_dict() instead"
         )
     if "data.pkl" not in members:
         raise CheckpointError(f"{path}: a zip archive, not a checkpoint ({_listing(members)}); unpack it first")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(
+            f"{path}: a compressed torch file, which torch.save does not write; unpack and save it again"
+        )
     return _load_torch(path, mmap=True)
+
+
+def _load_arrays(path: Path, size: int) -> tuple[Any, list[str]]:
+    """Read numpy's archive of arrays; a name may hold slashes, as TensorFlow's variables do."""
+    if size > _INFLATION * path.stat().st_size:
+        raise CheckpointError(f"{path}: its arrays inflate to {size} bytes, which weights do not")
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}, []
 
 
 def _load_legacy(path: Path) -> tuple[Any, list[str]]:
@@ -194,7 +349,7 @@ def _load_legacy(path: Path) -> tuple[Any, list[str]]:
 
 def _load_pickle(path: Path) -> tuple[Any, list[str]]:
     unpickler = _restricted_unpickler()
-    with open(path, "rb") as file:
+    with io.BytesIO(path.read_bytes()) as file:  # in memory, where a read beyond the end asks for no more of it
         content = unpickler(file, encoding="latin1").load()  # latin1: as numpy asks for Python 2's pickles
     return content, sorted(unpickler.stubbed)
 
@@ -234,9 +389,17 @@ def _reader(path: Path) -> Callable[[Path], tuple[Any, list[str]]]:
         (b"BZh", "bzip2"),
         (b"\xfd7zXZ", "xz"),
         (b"\x28\xb5\x2f\xfd", "zstd"),
+        (b"7z\xbc\xaf\x27\x1c", "7z"),
+        (b"Rar!", "rar"),
     ):
         if head.startswith(signature):
             raise CheckpointError(f"{path}: a {name} archive, not a checkpoint; unpack it first")
+    if head.startswith(
+        (b"Salted__", b"age-encryption.org", b"-----BEGIN PGP", b"-----BEGIN AGE", b"LUKS", b"\x85\x02")
+    ):
+        raise CheckpointError(f"{path}: an encrypted file; decrypt it first")
+    if head.startswith(b"\x89HDF"):
+        raise CheckpointError(f"{path}: an HDF5 file (Keras); save its weights as an .npz of TensorFlow's variables")
     raise CheckpointError(
         f"{path}: not a checkpoint (it starts with {head[:12]!r}); expected a file of torch.save, safetensors or pickle"
     )
@@ -266,8 +429,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     reader = _reader(path)
     try:
         content, stubbed = reader(path)
-    except (CheckpointError, MemoryError):
+    except _HostileError as error:
+        raise CheckpointError(
+            f"{path}: refused: reading it would run {error}, which no checkpoint needs; do not open it with torch.load"
+        ) from None
+    except CheckpointError:
         raise
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: asks for more memory than there is; it is damaged, or hostile") from error
     except Exception as error:  # a damaged or hostile stream can make the unpicklers raise anything
         reason = " ".join(str(error).split())[:200] or "the data ends early"
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The proof of a conversion: one image, two networks, the same features.
+"""The proof of a conversion: two pictures, two networks, the same features.
 
 A wrong name, a wrong stride or a wrong shape of block gives other features, whatever the key counts say. The source
 network is torchvision's with the tensors that were read; the other is Detectron2's own, built from the facts, with
@@ -32,27 +32,119 @@ def can_prove() -> bool:
 
 
 def prove(
-    facts: BackboneFacts, source: Mapping[str, torch.Tensor], written: Mapping[str, torch.Tensor]
+    facts: BackboneFacts,
+    source: Mapping[str, torch.Tensor],
+    written: Mapping[str, torch.Tensor],
+    norm: str = "BN",
+    picture: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Compare the source network with Detectron2's, stage by stage, in eval mode on a seeded random image.
+    """Compare the source network with Detectron2's, stage by stage, in eval mode, on noise and on a picture.
+
+    The picture goes through both preparations: RGB in 0..1 with mean and std for the source, the config's
+    ``INPUT.FORMAT``, ``PIXEL_MEAN`` and ``PIXEL_STD`` for Detectron2.
 
     Args:
         facts: what both networks are built from.
         source: the tensors that were read, under torchvision's names.
         written: the tensors that were written, under Detectron2's names.
+        norm: ``BN``, or ``GN`` for networks with GroupNorm.
+        picture: (3, H, W), RGB, 0..255; without one, a scene is drawn.
 
     Returns:
-        Stage name -> max|a - b| / max|a| over all features of the stage.
+        Stage name -> max|a - b| / max|a| over all features of the stage, the larger of both images.
 
     Raises:
         ProofError: a difference reaches ``TOLERANCE``, a network cannot hold its tensors, or Detectron2 is missing.
     """
     if not can_prove():
         raise ProofError("the proof was not made: detectron2 is not installed")
-    image = torch.randn(_IMAGES, generator=torch.Generator().manual_seed(0))  # (N, 3, H, W)
+    noise = torch.randn(_IMAGES, generator=torch.Generator().manual_seed(0))  # (N, 3, H, W)
+    scene = drawn_scene() if picture is None else picture
     with torch.no_grad():
-        wanted = _source_features(facts, source, image)
-        got = _detectron2_features(facts, written, image)
+        original = _source_network(facts, source, norm)
+        config = _detectron2_config(facts, norm)
+        copy = _detectron2_network(config, written)
+        pairs = [
+            (_stages(original, noise), copy(noise)),
+            (
+                _stages(original, _as_the_source_prepares(scene, facts)),
+                copy(_as_detectron2_prepares(scene, config)),
+            ),
+        ]
+    differences = dict.fromkeys(STAGES, 0.0)
+    for wanted, got in pairs:
+        for stage, difference in _relative(wanted, got).items():
+            # Written so that a NaN stays.
+            differences[stage] = differences[stage] if differences[stage] > difference else difference
+    # Written as "not <" so that a NaN fails.
+    if wrong := {stage: d for stage, d in differences.items() if not d < TOLERANCE}:
+        shown = ", ".join(f"{stage} by {d:.1e}" for stage, d in wrong.items())
+        raise ProofError(f"the proof failed: features differ at {shown} (limit {TOLERANCE:.0e})")
+    return differences
+
+
+def other_padding(facts: BackboneFacts, source: Mapping[str, torch.Tensor], padding: str) -> dict[str, float]:
+    """Measure how far torchvision's padding, which Detectron2 shares, is from the source's own, on a picture.
+
+    Args:
+        facts: what the network is built from.
+        source: its tensors under torchvision's names.
+        padding: ``pool`` (SAME in the max-pooling) or ``all`` (SAME everywhere), as TensorFlow and JAX pad.
+
+    Returns:
+        Stage name -> mean|a - b| / mean|a|.
+    """
+    with torch.no_grad():
+        network = _source_network(facts, source, "BN")
+        image = _as_the_source_prepares(drawn_scene(), facts)
+        even = _stages(network, image)
+        for module in [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.MaxPool2d)]:
+            strided = module.stride in (2, (2, 2)) and module.padding not in (0, (0, 0))
+            if strided and (padding == "all" or isinstance(module, torch.nn.MaxPool2d)):
+                _pad_as_same(module)
+        own = _stages(network, image)
+    return {s: ((own[s] - even[s]).abs().mean() / own[s].abs().mean()).item() for s in STAGES}
+
+
+def _pad_as_same(module: Any) -> None:
+    """Make a strided layer pad as TensorFlow's SAME does for even sizes: the odd row and column right and below."""
+    kernel = module.kernel_size if isinstance(module.kernel_size, int) else module.kernel_size[0]
+    before, after = (kernel - 2) // 2, (kernel - 1) // 2
+    fill = float("-inf") if isinstance(module, torch.nn.MaxPool2d) else 0.0
+    module.padding = 0 if isinstance(module, torch.nn.MaxPool2d) else (0, 0)
+    module.register_forward_pre_hook(
+        lambda _, inputs: torch.nn.functional.pad(inputs[0], (before, after, before, after), value=fill)
+    )
+
+
+def drawn_scene(height: int = 128, width: int = 160) -> torch.Tensor:
+    """Draw a picture with smooth shades, edges, texture and every colour channel different: (3, H, W), RGB, 0..255."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+    sky = torch.stack([120 + 60 * y, 150 + 50 * y, 230 - 40 * y])
+    ground = torch.stack([90 + 40 * torch.sin(40 * x), 110 + 25 * torch.sin(55 * y), 50 + 20 * x])
+    picture = torch.where(y < 0.6 + 0.05 * torch.sin(9 * x), sky, ground)
+    disc = (x - 0.7) ** 2 + (y - 0.3) ** 2 < 0.03
+    house = (x - 0.3).abs().lt(0.12) & (y - 0.55).abs().lt(0.2)
+    picture = torch.where(disc, torch.tensor([250.0, 220.0, 60.0])[:, None, None], picture)
+    picture = torch.where(house, torch.tensor([170.0, 60.0, 45.0])[:, None, None], picture)
+    grain = torch.randn(3, height, width, generator=torch.Generator().manual_seed(1))
+    return (picture + 6 * grain).clamp(0, 255).round()
+
+
+def _as_the_source_prepares(picture: torch.Tensor, facts: BackboneFacts) -> torch.Tensor:
+    pixels = facts.pixels
+    image = picture if pixels.order == "RGB" else picture.flip(0)  # (3, H, W)
+    mean, std = (torch.tensor(values)[:, None, None] / 255 for values in (pixels.mean, pixels.std))
+    return ((image / 255 - mean) / std)[None]
+
+
+def _as_detectron2_prepares(picture: torch.Tensor, config: Any) -> torch.Tensor:
+    image = picture if config.INPUT.FORMAT == "RGB" else picture.flip(0)  # (3, H, W)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD))
+    return ((image - mean) / std)[None]
+
+
+def _relative(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> dict[str, float]:
     differences = {}
     for stage in STAGES:
         a, b = wanted[stage], got[stage]  # (N, C, H', W')
@@ -64,18 +156,21 @@ def prove(
                 f"the proof cannot be made: the source network's {stage} is zero or not finite ({largest})"
             )
         differences[stage] = (a - b).abs().max().item() / largest
-    # Written as "not <" so that a NaN fails.
-    if wrong := {stage: d for stage, d in differences.items() if not d < TOLERANCE}:
-        shown = ", ".join(f"{stage} by {d:.1e}" for stage, d in wrong.items())
-        raise ProofError(f"the proof failed: features differ at {shown} (limit {TOLERANCE:.0e})")
     return differences
 
 
-def _source_features(
-    facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], image: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    network = network_for(facts).eval()
+def _source_network(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], norm: str) -> Any:
+    network = network_for(facts)
+    if norm == "GN":
+        for parent in list(network.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, torch.nn.BatchNorm2d):
+                    setattr(parent, name, torch.nn.GroupNorm(32, child.num_features))
     _load(network, tensors, "the source network")
+    return network.eval()
+
+
+def _stages(network: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
     x = network.maxpool(network.relu(network.bn1(network.conv1(image))))  # (N, C, H/4, W/4)
     features = {}
     for stage, layer in zip(STAGES, (network.layer1, network.layer2, network.layer3, network.layer4), strict=True):
@@ -83,25 +178,40 @@ def _source_features(
     return features
 
 
-def _detectron2_features(
-    facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], image: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def _detectron2_config(facts: BackboneFacts, norm: str) -> Any:
     # Here and not above: conversion itself works without Detectron2.
     from detectron2.config import get_cfg
-    from detectron2.layers import ShapeSpec
-    from detectron2.modeling.backbone import build_resnet_backbone
 
     cfg: Any = get_cfg()
     settings: dict[str, Any] = {
         **facts.config(),
         "MODEL.RESNETS.OUT_FEATURES": list(STAGES),
-        "MODEL.RESNETS.NORM": "BN",
+        "MODEL.RESNETS.NORM": norm,
         "MODEL.BACKBONE.FREEZE_AT": 0,
     }
     cfg.merge_from_list([item for pair in settings.items() for item in pair])
-    network = build_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
+    return cfg
+
+
+def _detectron2_network(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone import build_resnet_backbone
+
+    network = build_resnet_backbone(config, ShapeSpec(channels=3)).eval()
     _load(network, tensors, "Detectron2's network")
-    features: dict[str, torch.Tensor] = network(image)
+    return network
+
+
+def _source_features(
+    facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], image: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    return _stages(_source_network(facts, tensors, "BN"), image)
+
+
+def _detectron2_features(
+    facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], image: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    features: dict[str, torch.Tensor] = _detectron2_network(_detectron2_config(facts, "BN"), tensors)(image)
     return features
 
 

@@ -1,8 +1,8 @@
 """Stage 5: weights and YAML -> a trained, evaluated detector. Importing it registers every name its YAML may use."""
 
-from moco_d2.detection import datasets
+from moco_d2.detection import datasets, published
 from moco_d2.detection.backbones import DilatedC5
 from moco_d2.detection.roi_heads import Res5ROIHeadsExtraNorm
 from moco_d2.detection.segmentation import FCN16sHead
 
-__all__ = ["DilatedC5", "FCN16sHead", "Res5ROIHeadsExtraNorm", "datasets"]
+__all__ = ["DilatedC5", "FCN16sHead", "Res5ROIHeadsExtraNorm", "datasets", "published"]

@@ -1,12 +1,19 @@
-"""One checkpoint per known layout, built around a given network; new sources are tested by having an entry here."""
+"""One checkpoint per known layout, built around a given network; new sources are tested by having an entry here.
+
+Keys, nesting and companions are those of the projects' own code; the renaming is spelled here a second time, by regular
+expressions, so that a mistake in the converter's tables shows.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -81,32 +88,600 @@ def _no_counters(net: nn.Module) -> State:
     return {key: value for key, value in net.state_dict().items() if "num_batches_tracked" not in key}
 
 
+def other(state: State) -> State:
+    """A second network: a moving average, a target, a student."""
+    return {key: value + 1 for key, value in state.items()}
+
+
+def tensors(**shapes: tuple[int, ...]) -> State:
+    """Small tensors; `__` stands for a dot, because the projects' keys have dots."""
+    return {key.replace("__", "."): torch.ones(shape) for key, shape in shapes.items()}
+
+
+PROJECTOR = tensors(projector__0__weight=(8, 8), projector__1__running_mean=(8,))
+PREDICTOR = tensors(predictor__0__weight=(8, 8))
+LIGHTNING = {
+    "epoch": 3,
+    "global_step": 7,
+    "pytorch-lightning_version": "1.6.4",
+    "callbacks": {argparse.ArgumentParser: {"best": 1}},
+    "hyper_parameters": {"lr": 0.1},
+}
+
+
+def renamed(state: State, *rules: tuple[str, str]) -> State:
+    """Every key by the first rule that matches the whole of it."""
+    out = {}
+    for key, value in state.items():
+        rule = next((pattern, new) for pattern, new in rules if re.fullmatch(pattern, key))
+        out[re.sub(rule[0], rule[1], key)] = value
+    return out
+
+
+def shifted(pattern: str, by: int, state: State) -> State:
+    """The number that the pattern's group 2 finds, moved."""
+    return {re.sub(pattern, lambda m: f"{m[1]}{int(m[2]) + by}{m[3]}", k): v for k, v in state.items()}
+
+
+def sequential(state: State) -> State:
+    state = renamed(state, (r"conv1\.(.*)", r"0.\1"), (r"bn1\.(.*)", r"1.\1"), (r"layer(\d)\.(.*)", r"\1.\2"))
+    return {re.sub(r"^(\d)\.(?=\d)", lambda m: f"{int(m[1]) + 3}.", key): value for key, value in state.items()}
+
+
+def hugging_face(state: State) -> State:
+    state = renamed(
+        state,
+        (r"conv1\.(.*)", r"embedder.embedder.convolution.\1"),
+        (r"bn1\.(.*)", r"embedder.embedder.normalization.\1"),
+        (r"layer(\d)\.(\d+)\.conv(\d)\.(.*)", r"encoder.stages.\1.layers.\2.layer.\3.convolution.\4"),
+        (r"layer(\d)\.(\d+)\.bn(\d)\.(.*)", r"encoder.stages.\1.layers.\2.layer.\3.normalization.\4"),
+        (r"layer(\d)\.0\.downsample\.0\.(.*)", r"encoder.stages.\1.layers.0.shortcut.convolution.\2"),
+        (r"layer(\d)\.0\.downsample\.1\.(.*)", r"encoder.stages.\1.layers.0.shortcut.normalization.\2"),
+    )
+    state = shifted(r"^(encoder\.stages\.)(\d)(.*)", -1, state)
+    return shifted(r"^(.*\.layer\.)(\d)(.*)", -1, state)
+
+
+def separius(state: State) -> State:
+    state = renamed(
+        state,
+        (r"conv1\.(.*)", r"net.0.0.\1"),
+        (r"bn1\.(.*)", r"net.0.1.0.\1"),
+        (r"layer(\d)\.(\d+)\.conv1\.(.*)", r"net.\1.blocks.\2.net.0.\3"),
+        (r"layer(\d)\.(\d+)\.bn1\.(.*)", r"net.\1.blocks.\2.net.1.0.\3"),
+        (r"layer(\d)\.(\d+)\.conv2\.(.*)", r"net.\1.blocks.\2.net.2.\3"),
+        (r"layer(\d)\.(\d+)\.bn2\.(.*)", r"net.\1.blocks.\2.net.3.0.\3"),
+        (r"layer(\d)\.(\d+)\.conv3\.(.*)", r"net.\1.blocks.\2.net.4.\3"),
+        (r"layer(\d)\.(\d+)\.bn3\.(.*)", r"net.\1.blocks.\2.net.5.0.\3"),
+        (r"layer(\d)\.0\.downsample\.0\.(.*)", r"net.\1.blocks.0.projection.shortcut.\2"),
+        (r"layer(\d)\.0\.downsample\.1\.(.*)", r"net.\1.blocks.0.projection.bn.0.\2"),
+    )
+    return state
+
+
+def classy(state: State) -> State:
+    at = {"conv1": 0, "bn1": 1, "conv2": 3, "bn2": 4, "conv3": 6}
+
+    def new(key: str) -> str:
+        key = key.replace("conv1", "initial_block._module.0", 1) if key.startswith("conv1.") else key
+        key = key.replace("bn1", "initial_block._module.1", 1) if key.startswith("bn1.") else key
+        found = re.fullmatch(r"layer(\d)\.(\d+)\.(\w+)\.(.*)", key)
+        if not found:
+            return key
+        stage, block, module, rest = int(found[1]) - 1, found[2], found[3], found[4]
+        inside = f"convolutional_block.{at[module]}" if module in at else module.replace("bn3", "bn")
+        return f"blocks.{stage}.block{stage}-{block}.{inside}.{rest}"
+
+    return {new(key): value for key, value in state.items()}
+
+
+def detectron2(state: State, prefix: str = "", last: str = "") -> State:
+    state = {key: value for key, value in state.items() if "num_batches" not in key}
+    state = renamed(
+        state,
+        (r"conv1\.(.*)", r"stem.conv1.\1"),
+        (r"bn1\.(.*)", r"stem.conv1.norm.\1"),
+        (r"layer(\d)\.(\d+)\.conv(\d)\.(.*)", r"res\1.\2.conv\3.\4"),
+        (r"layer(\d)\.(\d+)\.bn(\d)\.(.*)", r"res\1.\2.conv\3.norm.\4"),
+        (r"layer(\d)\.0\.downsample\.0\.(.*)", r"res\1.0.shortcut.\2"),
+        (r"layer(\d)\.0\.downsample\.1\.(.*)", r"res\1.0.shortcut.norm.\2"),
+    )
+    state = shifted(r"^(res)(\d)(.*)", 1, state)
+    return {(last if last and key.startswith("res5") else prefix) + key: value for key, value in state.items()}
+
+
+def caffe2(state: State, norm: tuple[str, str, str, str] = ("gamma", "beta", "running_mean", "running_var")) -> Any:
+    new = {}
+    words = dict(zip(("weight", "bias", "running_mean", "running_var"), norm, strict=True))
+    for key, value in detectron2(state).items():
+        *parts, tensor = key.split(".")
+        if parts[0] == "stem":
+            name = "conv1" if parts[-1] == "conv1" else "res_conv1_bn"
+        else:
+            branch = {"conv1": "2a", "conv2": "2b", "conv3": "2c", "shortcut": "1"}[parts[2]]
+            name = f"{parts[0]}_{parts[1]}_branch{branch}" + ("_bn" if parts[-1] == "norm" else "")
+        new[f"{name}_{words[tensor] if name.endswith('_bn') else 'w'}"] = value.numpy()
+    return new
+
+
+def modules(net: nn.Module) -> list[tuple[str, str]]:
+    """(convolution, norm) in the order in which Google's SimCLR makes them: a block's shortcut first."""
+    names = [("conv1", "bn1")]
+    for stage in range(1, 5):
+        for block in range(len(getattr(net, f"layer{stage}"))):
+            here = f"layer{stage}.{block}"
+            names += [(f"{here}.downsample.0", f"{here}.downsample.1")] if block == 0 else []
+            names += [(f"{here}.conv{c}", f"{here}.bn{c}") for c in (1, 2, 3)]
+    return names
+
+
+def kernel(state: State, name: str) -> Any:
+    return np.ascontiguousarray(state[f"{name}.weight"].permute(2, 3, 1, 0).numpy())
+
+
+def tensorflow(net: nn.Module) -> dict[str, Any]:
+    state, new = net.state_dict(), {"global_step": np.zeros((), np.int64)}
+    words = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+    for index, (conv, norm) in enumerate(modules(net)):
+        n = f"_{index}" if index else ""
+        new[f"base_model/conv2d{n}/kernel"] = kernel(state, conv)
+        new[f"base_model/conv2d{n}/kernel/Momentum"] = np.ones((2, 2), np.float32)
+        for word, tensor in words.items():
+            new[f"base_model/batch_normalization{n}/{word}"] = state[f"{norm}.{tensor}"].numpy()
+    return {**new, "head_contrastive/nl_0/dense/kernel": np.ones((8, 8), np.float32)}
+
+
+class _ByolExperimentState(tuple[Any, ...]):
+    """DeepMind's named tuple; the reader does not have its class."""
+
+    def __reduce__(self) -> Any:
+        return _ByolExperimentState, tuple(self)
+
+    def __new__(cls, *fields: Any) -> Any:
+        return super().__new__(cls, fields)
+
+
+def haiku(net: nn.Module) -> dict[str, Any]:
+    state = net.state_dict()
+    params: dict[str, Any] = {"projector/linear": {"w": np.ones((4, 4), np.float32)}}
+    statistics: dict[str, Any] = {}
+    for conv, norm in modules(net):
+        found = re.fullmatch(r"layer(\d)\.(\d+)\.(conv(\d)|downsample\.0)", conv)
+        at = f"block_group_{int(found[1]) - 1}/~/block_{found[2]}/~/" if found else ""
+        number = f"_{int(found[4]) - 1}" if found and found[4] else ""
+        kind = "initial_" if not found else "" if number else "shortcut_"
+        params[f"res_net50/~/{at}{kind}conv{number}"] = {"w": kernel(state, conv)}
+        name = f"res_net50/~/{at}{kind}batchnorm{number}"
+        wide = {
+            t: state[f"{norm}.{t}"].view(1, 1, 1, -1).numpy() for t in ("weight", "bias", "running_mean", "running_var")
+        }
+        params[name] = {"scale": wide["weight"], "offset": wide["bias"]}
+        for ema, tensor in (("mean_ema", "running_mean"), ("var_ema", "running_var")):
+            statistics[f"{name}/~/{ema}"] = {
+                "average": wide[tensor],
+                "hidden": wide[tensor],
+                "counter": np.zeros((), np.int64),
+            }
+    target = {module: {key: value + 1 for key, value in tensors.items()} for module, tensors in params.items()}
+    return {"step": 1, "rng": np.zeros(2, np.uint32), "experiment_state": (params, target, statistics, statistics, {})}
+
+
+def _lightning(state: State, **more: Any) -> dict[str, Any]:
+    return {**LIGHTNING, "state_dict": state, **more}
+
+
+def _twice(net: nn.Module, query: str, key: str, *heads: State) -> dict[str, Any]:
+    """OpenSelfSup's files: `backbone` is the query encoder, which is there under its own name too."""
+    state = trunk(net)
+    state = under("backbone.", state) | under(query, state) | under(key, other(state))
+    return {"meta": {"epoch": "3"}, "state_dict": functools.reduce(dict.__or__, heads, state), "optimizer": {}}
+
+
+def _caffe(net: nn.Module) -> State:
+    """The statistics are folded into weight and bias, as in Caffe's affine layers."""
+    state = trunk(net)
+    for key in [key for key in state if key.endswith("running_var")]:
+        norm = key.removesuffix(".running_var")
+        scale = state[f"{norm}.weight"] / (state[key] + 1e-5).sqrt()
+        state[f"{norm}.bias"] = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale
+        state |= {f"{norm}.weight": scale, f"{norm}.running_mean": torch.zeros_like(scale), key: torch.ones_like(scale)}
+    return state
+
+
+def _shortcut_first(state: State) -> State:
+    return dict(sorted(state.items(), key=lambda item: (item[0][:8], "downsample" not in item[0])))
+
+
 @dataclass(frozen=True)
 class Layout:
-    """A form in which a source's files come, and what the conversion must say of it."""
+    """A form in which a source's files come, and what the conversion must say of it.
+
+    `weights`: the tensors under torchvision's names that must come out, where they are not the network's own.
+    """
 
     source: str
     build: Callable[[nn.Module], dict[str, Any]]
-    origin: str
-    dropped: int  # beside the 53 batch counters
-    foreign: int = 0
+    origin: str = ""
+    dropped: int | None = None  # beside the 53 batch counters
+    foreign: int | None = None
+    weights: Callable[[nn.Module], State] = trunk
 
+
+def nested(place: str, prefix: str = "", *heads: State, **top: Any) -> Callable[[nn.Module], dict[str, Any]]:
+    """The network under `place` and `prefix`, and small tensors beside it."""
+
+    def build(net: nn.Module) -> dict[str, Any]:
+        state = functools.reduce(dict.__or__, heads, under(prefix, trunk(net)))
+        for key in reversed(place.split(".") if place else ()):
+            state = {key: state}
+        return {**top, **state}
+
+    return build
+
+
+def paired(place: str, prefix: str, companion: str, *heads: State, **top: Any) -> Callable[[nn.Module], dict[str, Any]]:
+    """As `nested`, with a second network."""
+    return lambda net: nested(place, prefix, under(companion, other(trunk(net))), *heads, **top)(net)
+
+
+FC = head(1)
+EXTRA = {"opt": argparse.Namespace(lr=0.1), "optimizer": {}, "epoch": 3}
 
 LAYOUTS = {
-    "own-backbone": Layout("moco_d2 backbone", _own_backbone, FACTS["origin"], 0),
-    "own-training": Layout("moco_d2 training checkpoint", _own_training, FACTS["origin"], 6, 322),
-    "moco-v1-training": Layout("MoCo", lambda net: _moco_training(net, 1), "MoCo v1", 4, 320),
-    "moco-v2-training": Layout("MoCo", lambda net: _moco_training(net, 2), "MoCo v2", 6, 322),
-    "moco-v2-no-module": Layout("MoCo", lambda net: _moco_training(net, 2, wrapper=""), "MoCo v2", 6, 322),
-    "moco-v2-arguments": Layout("MoCo", _with_arguments, "MoCo v2", 6, 322),
-    "moco-v2-released": Layout("MoCo", _moco_released, "MoCo v2", 4),
-    "moco-cleaned": Layout("MoCo", lambda n: {"state_dict": under("module.encoder_q.", trunk(n))}, "MoCo v1 or v2", 0),
-    "torchvision": Layout("torchvision ResNet", lambda net: dict(net.state_dict()), "torchvision", 2),
-    "torchvision-nested": Layout(
-        "torchvision ResNet",
-        lambda net: {"epoch": 90, "state_dict": under("module.", net.state_dict())},
-        "torchvision",
-        2,
+    "own-backbone": Layout("moco_d2", _own_backbone, FACTS["origin"], 0, 0),
+    "own-training": Layout("moco_d2-training", _own_training, FACTS["origin"], 6, 322),
+    "moco-v1-training": Layout("moco", lambda net: _moco_training(net, 1), "MoCo v1", 4, 320),
+    "moco-v2-training": Layout("moco", lambda net: _moco_training(net, 2), "MoCo v2", 6, 322),
+    "moco-v2-no-module": Layout("moco", lambda net: _moco_training(net, 2, wrapper=""), "MoCo v2", 6, 322),
+    "moco-v2-arguments": Layout("moco", _with_arguments, "MoCo v2", 6, 322),
+    "moco-v2-released": Layout("moco", _moco_released, "MoCo v2", 4, 0),
+    "moco-cleaned": Layout("moco", nested("state_dict", "module.encoder_q."), "MoCo v1 or v2", 0, 0),
+    "moco-linear-evaluation": Layout(
+        "torchvision", nested("state_dict", "module.", under("module.", FC), arch="resnet50")
     ),
-    "torchvision-old": Layout("torchvision ResNet", _no_counters, "torchvision", 2 - 53),
+    "moco-v3": Layout(
+        "moco_v3",
+        paired(
+            "state_dict",
+            "module.base_encoder.",
+            "module.momentum_encoder.",
+            under("module.base_encoder.", head(2)),
+            PREDICTOR,
+            scaler={},
+        ),
+    ),
+    "simsiam": Layout(
+        "simsiam",
+        nested(
+            "state_dict",
+            "module.encoder.",
+            tensors(module__encoder__fc__1__running_mean=(8,)),
+            under("module.", PREDICTOR),
+        ),
+    ),
+    "swav": Layout(
+        "swav",
+        nested("", "module.", tensors(module__projection_head__0__weight=(8, 8), module__prototypes__weight=(8, 8))),
+        "SwAV",
+        2,
+        0,
+    ),
+    "swav-training": Layout(
+        "swav", nested("state_dict", "module.", tensors(module__prototypes__weight=(8, 8)), lr=np.float64(1))
+    ),
+    "deepcluster-v2": Layout(
+        "deepcluster_v2", nested("", "module.", tensors(module__prototypes__prototypes0__weight=(8, 8)))
+    ),
+    "barlow-twins": Layout("torchvision", nested("")),
+    "barlow-twins-training": Layout(
+        "barlow_twins",
+        nested(
+            "model", "module.backbone.", under("module.", PROJECTOR), tensors(module__bn__running_mean=(8,)), epoch=3
+        ),
+        "Barlow Twins",
+    ),
+    "vicreg-training": Layout("vicreg", nested("model", "module.backbone.", under("module.", PROJECTOR)), "VICReg"),
+    "dino": Layout(
+        "dino",
+        lambda net: {
+            "student": under("module.backbone.", other(trunk(net))),
+            "teacher": under("module.backbone.", trunk(net)) | tensors(module__head__mlp__0__weight=(8, 8)),
+            "args": argparse.Namespace(lr=0.1),
+            "lr": np.float64(0.1),
+        },
+        "DINO",
+    ),
+    "dino-no-module": Layout("dino", nested("teacher", "backbone.")),
+    "byol-lucidrains": Layout(
+        "byol-lucidrains",
+        lambda net: (
+            under("net.", net.state_dict())
+            | under("online_encoder.net.", net.state_dict())
+            | under("target_encoder.net.", other(trunk(net)))
+            | tensors(online_predictor__0__weight=(8, 8), online_encoder__projector__0__0__weight=(8, 8))
+        ),
+    ),
+    "byol-sthalles": Layout(
+        "byol-sthalles",
+        lambda net: {
+            "online_network_state_dict": under("encoder.", sequential(trunk(net)))
+            | tensors(projetion__net__0__weight=(8, 8)),
+            "target_network_state_dict": under("encoder.", sequential(other(trunk(net)))),
+        },
+    ),
+    "byol-deepmind": Layout("byol", haiku),
+    "simclr-tensorflow": Layout("simclr", tensorflow),
+    "simclr-tonylins": Layout(
+        "simclr-tonylins", lambda net: {"state_dict": _shortcut_first(dict(net.state_dict()))}, "SimCLR v1"
+    ),
+    "simclr-separius": Layout(
+        "simclr-separius", lambda net: {"resnet": separius(trunk(net)) | FC, "head": tensors(layers__0__weight=(8, 8))}
+    ),
+    "simclr-spijkervet": Layout("simclr-spijkervet", nested("", "encoder.", PROJECTOR)),
+    "simclr-sthalles": Layout("simclr-sthalles", nested("state_dict", "backbone.", under("backbone.", head(2)))),
+    "pycontrast": Layout(
+        "pycontrast",
+        lambda net: (
+            nested("model", "module.encoder.", tensors(module__head__0__weight=(8, 8)))(net)
+            | {"model_ema": under("encoder.", other(trunk(net))), "contrast": tensors(memory_1=(8, 8))}
+        ),
+    ),
+    "cmc-single": Layout(
+        "cmc",
+        lambda net: (
+            nested("model", "encoder.module.", under("encoder.module.", FC), **EXTRA)(net)
+            | {"model_ema": under("encoder.module.", other(trunk(net)))}
+        ),
+    ),
+    "instdisc": Layout(
+        "instdisc",
+        nested("state_dict", "module.", under("module.", FC), lemniscate=argparse.Namespace(), arch="resnet50"),
+    ),
+    "densecl": Layout(
+        "densecl",
+        lambda net: _twice(
+            net, "encoder_q.0.", "encoder_k.0.", tensors(encoder_q__1__mlp2__0__weight=(8, 8, 1, 1), queue2=(8, 8))
+        ),
+    ),
+    "densecl-extracted": Layout("densecl-extracted", nested("state_dict", author="DenseCL")),
+    "detco": Layout("torchvision", nested("state_dict")),
+    "pixpro": Layout(
+        "pixpro",
+        paired(
+            "model",
+            "module.encoder.",
+            "module.encoder_k.",
+            tensors(
+                module__projector__linear1__weight=(8, 8),
+                module__projector_k__linear2__weight=(8, 8),
+                module__value_transform__weight=(8, 8),
+            ),
+            **EXTRA,
+        ),
+    ),
+    "soco": Layout(
+        "soco",
+        paired(
+            "model",
+            "module.encoder.",
+            "module.encoder_k.",
+            tensors(
+                module__neck__fpn_convs__3__conv__weight=(8, 8),
+                module__head__fc1__weight=(8, 8),
+                module__projector__linear1__weight=(8, 8),
+            ),
+            **EXTRA,
+        ),
+    ),
+    "resim": Layout(
+        "resim",
+        paired(
+            "state_dict", "module.encoder_q.", "module.encoder_k.", tensors(module__fpn_lateral3__weight=(8, 8, 1, 1))
+        ),
+    ),
+    "pcl": Layout("moco", nested("state_dict", "module.encoder_q.", under("module.encoder_q.", head(2)))),
+    "openselfsup": Layout(
+        "openselfsup",
+        lambda net: _twice(
+            net, "encoder_q.0.", "encoder_k.0.", tensors(encoder_q__1__mlp__0__weight=(8, 8), queue=(8, 8))
+        ),
+    ),
+    "openselfsup-byol": Layout(
+        "openselfsup",
+        lambda net: _twice(net, "online_net.0.", "target_net.0.", tensors(head__predictor__fc0__weight=(8, 8))),
+    ),
+    "openselfsup-no-backbone": Layout("openselfsup-moco", paired("state_dict", "encoder_q.0.", "encoder_k.0.")),
+    "openselfsup-byol-no-backbone": Layout("openselfsup-byol", paired("state_dict", "online_net.0.", "target_net.0.")),
+    "mmselfsup": Layout(
+        "mmpretrain",
+        paired(
+            "state_dict",
+            "backbone.",
+            "encoder_k.module.0.",
+            tensors(neck__mlp__0__weight=(8, 8), encoder_k__steps=(), queue=(8, 8)),
+            meta={},
+        ),
+    ),
+    "mmdet-caffe": Layout("caffe", _caffe, weights=_caffe),
+    "vissl": Layout(
+        "vissl", nested("classy_state_dict.base_model.model.trunk", "_feature_blocks.", loss=tensors(queue=(8, 8)))
+    ),
+    "vissl-converted": Layout("vissl", nested("model_state_dict", "_feature_blocks.")),
+    "vissl-base": Layout(
+        "vissl-base", nested("classy_state_dict.base_model.model.trunk", "base_model._feature_blocks.")
+    ),
+    "classy-vision": Layout(
+        "classy_vision",
+        lambda net: {"classy_state_dict": {"base_model": {"model": {"trunk": classy(trunk(net)), "heads": {}}}}},
+    ),
+    "solo": Layout(
+        "solo",
+        paired(
+            "state_dict",
+            "backbone.",
+            "momentum_backbone.",
+            PROJECTOR,
+            tensors(classifier__weight=(8, 8), queue=(2, 8, 8)),
+            **LIGHTNING,
+        ),
+    ),
+    "solo-old": Layout(
+        "solo-old",
+        paired(
+            "state_dict", "encoder.", "momentum_encoder.", PROJECTOR, tensors(classifier__weight=(8, 8)), **LIGHTNING
+        ),
+    ),
+    "lightly-byol": Layout(
+        "lightly",
+        paired(
+            "state_dict",
+            "backbone.",
+            "teacher_backbone.",
+            tensors(projection_head__layers__0__weight=(8, 8), online_classifier__classification_head__weight=(8, 8)),
+            **LIGHTNING,
+        ),
+    ),
+    "lightly-dino": Layout(
+        "lightly-dino",
+        paired(
+            "state_dict",
+            "backbone.",
+            "student_backbone.",
+            tensors(projection_head__layers__0__weight=(8, 8)),
+            **LIGHTNING,
+        ),
+    ),
+    "lightly-example": Layout(
+        "lightly-examples",
+        lambda net: {
+            "state_dict": under("backbone.", sequential(trunk(net)))
+            | under("backbone_momentum.", sequential(other(trunk(net)))),
+            "epoch": 3,
+        },
+    ),
+    "bolts-moco": Layout(
+        "bolts-moco",
+        paired(
+            "state_dict",
+            "encoder_q.",
+            "encoder_k.",
+            under("encoder_q.", FC),
+            tensors(queue=(8, 8), val_queue=(8, 8)),
+            **LIGHTNING,
+        ),
+    ),
+    "bolts-simclr": Layout(
+        "bolts-simclr",
+        nested(
+            "state_dict", "encoder.", under("encoder.", FC), tensors(projection__model__0__weight=(8, 8)), **LIGHTNING
+        ),
+    ),
+    "bolts-byol": Layout(
+        "bolts-byol",
+        paired(
+            "state_dict",
+            "online_network.encoder.",
+            "target_network.encoder.",
+            tensors(online_network__projector__model__0__weight=(8, 8)),
+            **LIGHTNING,
+        ),
+    ),
+    "bolts-swav": Layout(
+        "bolts-swav", nested("state_dict", "model.", tensors(model__prototypes__weight=(8, 8)), **LIGHTNING)
+    ),
+    "lightning-any": Layout(
+        "lightning", paired("state_dict", "my_net.", "ema.", tensors(loss__weight=(8,)), **LIGHTNING)
+    ),
+    "timm": Layout("torchvision", lambda net: dict(net.state_dict())),
+    "timm-training": Layout(
+        "timm-ema",
+        lambda net: {
+            "state_dict_ema": dict(net.state_dict()),
+            "state_dict": other(trunk(net)),
+            "arch": "resnet50",
+            "args": argparse.Namespace(model="resnet50"),
+        },
+    ),
+    "torchvision-references": Layout(
+        "model-ema", lambda net: {"model": trunk(net), "model_ema": under("module.", trunk(net))}
+    ),
+    "torchvision-compiled": Layout("torchvision", nested("model", "_orig_mod.module.")),
+    "torchvision-old": Layout("torchvision", _no_counters, "torchvision", 2 - 53, 0),
+    "hugging-face": Layout("transformers", lambda net: hugging_face(trunk(net))),
+    "hugging-face-classifier": Layout(
+        "transformers-head",
+        lambda net: under("resnet.", hugging_face(trunk(net))) | tensors(classifier__1__weight=(8, 8)),
+    ),
+    "detectron2-converted": Layout(
+        "detectron2-torchvision",
+        lambda net: {
+            "model": detectron2(trunk(net)),
+            "__author__": "moco_d2",
+            "matching_heuristics": True,
+            "facts": facts(net).as_dict(),
+        },
+        FACTS["origin"],
+    ),
+    "detectron2-fpn": Layout(
+        "detectron2-fpn-torchvision",
+        lambda net: {
+            "model": detectron2(trunk(net), "backbone.bottom_up.")
+            | tensors(backbone__fpn_lateral5__weight=(8, 8), pixel_mean=(3, 1, 1)),
+            "facts": facts(net).as_dict(),
+            "iteration": 3,
+        },
+        FACTS["origin"],
+    ),
+    "detectron2-c4": Layout(
+        "detectron2-c4-torchvision",
+        lambda net: {
+            "model": detectron2(trunk(net), "backbone.", "roi_heads.")
+            | tensors(roi_heads__box_predictor__cls_score__weight=(8, 8)),
+            "facts": facts(net).as_dict(),
+        },
+        FACTS["origin"],
+    ),
+    "msra": Layout(
+        "caffe2",
+        lambda net: caffe2(trunk(net)) | {"fc1000_w": np.ones((8, 8), np.float32), "conv1_b": np.ones(8, np.float32)},
+        "Caffe2",
+        2 - 53,
+        0,
+    ),
+    "msra-blobs": Layout("caffe2-short", lambda net: {"blobs": caffe2(trunk(net), ("s", "b", "rm", "riv"))}),
+}
+
+# what the user must say, because the file does not show it
+ASKED = {
+    "detectron2-fpn-no-facts": (
+        lambda net: {"model": detectron2(trunk(net), "backbone.bottom_up.")},
+        "--source detectron2-fpn-torchvision",
+        {"source": "detectron2-fpn-torchvision"},
+    ),
+    "detectron2-no-facts": (
+        lambda net: {"model": detectron2(trunk(net))},
+        "--source detectron2-caffe-unseen",
+        {"source": "detectron2-caffe-unseen"},
+    ),
+    "unknown-prefix": (
+        nested("", "student_of_mine.net."),
+        "--prefix student_of_mine.net.",
+        {"prefix": "student_of_mine.net."},
+    ),
+    "two-networks": (
+        lambda net: {"state_dict": under("left.", trunk(net)) | under("right.", other(trunk(net))), **LIGHTNING},
+        "--prefix left. (in state_dict), --prefix right.",
+        {"prefix": "left."},
+    ),
+    "moving-average-only": (
+        nested("state_dict", "module.encoder_k."),
+        "--prefix encoder_k.",
+        {"prefix": "module.encoder_k"},
+    ),
+    "spijkervet-without-head": (nested("", "encoder."), "--prefix encoder.", {"source": "simclr-spijkervet"}),
+    "vissl-in-backbone-and-encoder": (
+        lambda net: {"state_dict": under("backbone.", trunk(net)) | under("encoder.", other(trunk(net)))},
+        "--prefix backbone.",
+        {"prefix": "backbone."},
+    ),
 }

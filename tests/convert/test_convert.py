@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import pickle
+import random
+import re
 import runpy
 import subprocess
 import sys
@@ -10,15 +13,29 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_layouts import FACTS, LAYOUTS, State, facts, network, trunk, under
+import torchvision
+from checkpoint_layouts import (
+    ASKED,
+    FACTS,
+    LAYOUTS,
+    State,
+    _caffe,
+    caffe2,
+    detectron2,
+    facts,
+    hugging_face,
+    network,
+    trunk,
+    under,
+)
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
-from moco_d2.convert import SOURCES, CheckpointError, convert_checkpoint, convert_state, read_facts
+from moco_d2.convert import SOURCES, CheckpointError, Choice, convert_checkpoint, convert_state, read_facts
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
-from moco_d2.facts import CAFFE_BGR, BackboneFacts
+from moco_d2.facts import CAFFE_BGR, IMAGENET_RGB, BackboneFacts
 from moco_d2.layers.resnet import DEPTHS, network_for
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -34,31 +51,197 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return runpy.run_path(str(TOOL))["main"]()
 
 
+# Nothing beside the network tells these from a record that comes before them, or they are for --source only.
+WITHOUT_LAYOUT = {
+    "pcl",
+    "pycontrast-ema",
+    "simclr-ema",
+    "byol-lucidrains-net",
+    "backbone",
+    "encoder",
+    "resnet",
+    "model",
+}
+# One for each family of names; the others differ in place and prefix only.
+PROVEN = (
+    *("own-training", "moco-v2-arguments", "byol-sthalles", "byol-deepmind", "simclr-tensorflow", "simclr-separius"),
+    *("classy-vision", "hugging-face", "detectron2-c4", "mmdet-caffe", "msra", "torchvision-old"),
+)
+
+
+def own_tensors(state: State) -> State:
+    return {key: tensor for key, tensor in state.items() if "num_batches" not in key}
+
+
 def test_every_source_has_a_layout() -> None:
-    assert {source.name for source in SOURCES} == {layout.source for layout in LAYOUTS.values()}
+    keys = {source.key for source in SOURCES if not source.key.startswith("detectron2")}
+    tested = {layout.source for layout in LAYOUTS.values() if not layout.source.startswith("detectron2")}
+    assert keys - tested == WITHOUT_LAYOUT | {"caffe2-affine"} and tested <= keys
+    assert len({source.key for source in SOURCES}) == len(SOURCES)
+
+
+@pytest.fixture(scope="module")
+def full() -> nn.Module:
+    return network(width=1)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_converts_whole_and_proves_itself(name: str, net: nn.Module, tmp_path: Path) -> None:
+def test_every_layout_converts_whole(name: str, full: nn.Module) -> None:
+    layout = LAYOUTS[name]
+    conversion = convert_state(layout.build(full), "x.pth")
+    assert conversion.source.key == layout.source
+    assert conversion.facts.origin.startswith(layout.origin)
+    assert len(conversion.mapped) == 265
+    assert layout.dropped is None or len(conversion.dropped) == 53 + layout.dropped
+    assert layout.foreign is None or len(conversion.foreign) == layout.foreign
+    wanted = own_tensors(layout.weights(full))
+    assert set(conversion.source_tensors) == set(wanted)
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in conversion.source_tensors.items())
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_files_of_every_naming_are_converted_and_proven(name: str, net: nn.Module, tmp_path: Path) -> None:
     layout = LAYOUTS[name]
     checkpoint = layout.build(net)
     torch.save(checkpoint, tmp_path / "in.pth.tar")
     conversion, differences = convert_checkpoint(tmp_path / "in.pth.tar", tmp_path / "new" / "out.pth")
-
-    assert conversion.source.name == layout.source
-    assert conversion.facts.origin.startswith(layout.origin)
-    assert len(conversion.mapped) == 265
-    assert len(conversion.dropped) == 53 + layout.dropped
-    assert len(conversion.foreign) == layout.foreign
+    assert conversion.source.key == layout.source
     assert set(differences) == {"res2", "res3", "res4", "res5"} and max(differences.values()) < 1e-5
 
     written = torch.load(tmp_path / "new" / "out.pth", weights_only=True)
     assert written["__author__"] == "moco_d2" and written["matching_heuristics"] is True
     assert BackboneFacts.from_dict(written["facts"]) == conversion.facts == read_facts(tmp_path / "new" / "out.pth")
-    back = rename_table(DETECTRON2, TORCHVISION, 50)
-    assert {back[key] for key in written["model"]} == {key for key in trunk(net) if "num_batches" not in key}
-    assert all(torch.equal(tensor, net.state_dict()[back[key]]) for key, tensor in written["model"].items())
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.pth"]  # no temporary file stays
+    back, wanted = rename_table(DETECTRON2, TORCHVISION, 50), own_tensors(layout.weights(net))
+    assert {back[key] for key in written["model"]} == set(wanted)
+    assert all(torch.equal(tensor, wanted[back[key]]) for key, tensor in written["model"].items())
+    # no temporary file stays
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out.pth", "out.yaml"]
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_a_file_does_not_show_is_asked_for(name: str, net: nn.Module) -> None:
+    build, flag, answer = ASKED[name]
+    with pytest.raises(CheckpointError, match=re.escape(flag)):
+        convert_state(build(net), "x.pth")
+    assert len(convert_state(build(net), "x.pth", Choice(**answer)).mapped) == 265
+
+
+def test_choices_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"unknown source 'moko'.*did you mean 'moco'"):
+        Choice(source="moko")
+    with pytest.raises(ValueError, match="norm is 'LN'"):
+        Choice(norm="LN")
+
+
+def test_on_request_the_moving_average_is_taken(net: nn.Module) -> None:
+    conversion = convert_state(LAYOUTS["pycontrast"].build(net), "x.pth", Choice(source="pycontrast-ema"))
+    assert torch.equal(conversion.source_tensors["conv1.weight"], net.conv1.weight + 1)
+
+
+def test_the_weights_show_that_the_input_was_not_divided(net: nn.Module) -> None:
+    """As in shared/msra: mean and variance are there, and only their size tells Caffe's input."""
+    state = {key: t * 4000 if key == "bn1.running_var" else t for key, t in own_tensors(net.state_dict()).items()}
+    conversion = convert_state(state, "x.pth")
+    assert conversion.source.key == "caffe" and conversion.facts.pixels == CAFFE_BGR and conversion.facts.stride_in_1x1
+    with pytest.raises(CheckpointError, match=r"not divided.*--source caffe.*--source moco"):
+        convert_state(under("encoder_q.", state), "x.pth")
+    assert convert_state(under("encoder_q.", state), "x.pth", Choice(source="moco")).facts.pixels == IMAGENET_RGB
+    conversion = convert_state({"model": detectron2(without(state, "fc."))}, "x.pth")
+    assert conversion.source.key == "detectron2-caffe" and conversion.facts.stride_in_1x1
+
+
+def test_a_bias_of_conv1_moves_into_the_norm(net: nn.Module) -> None:
+    bias = torch.randn(16)
+    state = {**trunk(net), "bn1.running_mean": torch.zeros(16), "bn1.running_var": torch.ones(16), "conv1.bias": bias}
+    conversion = convert_state(state, "x.pth")
+    assert conversion.source.key == "caffe" and "subtracted" in conversion.dropped["conv1.bias"]
+    x = torch.randn(2, 3, 32, 32)
+    new = conversion.source_tensors
+    wanted = torch.conv2d(x, state["conv1.weight"], bias, 2, 3) / (1 + 1e-5) ** 0.5
+    got = (torch.conv2d(x, new["conv1.weight"], None, 2, 3) - new["bn1.running_mean"].view(-1, 1, 1)) / (
+        1 + 1e-5
+    ) ** 0.5
+    assert torch.allclose(wanted, got, atol=1e-6)
+
+
+def test_split_norms_are_averaged(net: nn.Module) -> None:
+    state = trunk(net)
+    split = {k: torch.cat([t - 0.1, t + 0.1]) if "running_" in k else t for k, t in state.items()}
+    conversion = convert_state(split, "x.pth")
+    assert all(torch.allclose(conversion.source_tensors[k], t) for k, t in own_tensors(state).items())
+    assert any("split norms" in note for note in conversion.notes)
+
+
+def test_affine_layers_get_their_statistics_back(net: nn.Module) -> None:
+    state = {
+        key: value
+        for key, value in caffe2(_caffe(net), ("s", "b", "rm", "riv")).items()
+        if key[-3:] not in ("_rm", "riv")
+    }
+    conversion = convert_state(state, "x.pkl")
+    x, tensors = torch.randn(1, 16, 4, 4), conversion.source_tensors
+    names = ("running_mean", "running_var", "weight", "bias")
+    got = torch.nn.functional.batch_norm(x, *(tensors[f"bn1.{name}"] for name in names))
+    wanted = x * torch.tensor(state["res_conv1_bn_s"]).view(-1, 1, 1) + torch.tensor(state["res_conv1_bn_b"]).view(
+        -1, 1, 1
+    )
+    assert conversion.source.key == "caffe2-affine" and torch.allclose(got, wanted, atol=1e-6)
+
+
+def test_group_norm_if_asked(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = torchvision.models.resnet18(norm_layer=lambda channels: nn.GroupNorm(32, channels)).state_dict()
+    torch.save(state, tmp_path / "in.pth")
+    with pytest.raises(CheckpointError, match=r"GroupNorm.*--norm GN"):
+        convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth")
+    conversion, differences = convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth", choice=Choice(norm="GN"))
+    assert conversion.config()["MODEL.RESNETS.NORM"] == "GN" and max(differences.values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["resnetaa50.pth", "resnet50.pth"])
+def test_names_that_tell_antialiased_twins(name: str, net: nn.Module, tmp_path: Path) -> None:
+    torch.save({"state_dict": trunk(net), "arch": name[:-4].replace("50", "blur50")[:12]}, tmp_path / name)
+    with pytest.raises(CheckpointError, match="anti-aliased"):
+        convert_checkpoint(tmp_path / name, tmp_path / "out.pth")
+
+
+def test_config_json_beside_the_file_is_heeded(net: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_text(json.dumps({"downsample_in_bottleneck": True}))
+    assert convert_state(hugging_face(trunk(net)), path).facts.stride_in_1x1
+    half = {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
+    (tmp_path / "config.json").write_text(json.dumps(half))
+    assert convert_state(trunk(net), path).facts.pixels.mean == (127.5, 127.5, 127.5)
+
+
+def renamings(keys: list[str], random: random.Random) -> dict[str, str]:
+    """A renaming that no project uses: words replaced, numbers moved, parts added, removed or changed in order."""
+    words = sorted({part for key in keys for part in key.split(".") if not part.isdigit()} - {"weight", "bias"})
+    kind = random.randrange(5)
+    word = random.choice(words)
+    new = "".join(random.choices("abcdefgh", k=5))
+    changes: list[Callable[[str], str]] = [
+        lambda key: ".".join(new if part == word else part for part in key.split(".")),
+        lambda key: re.sub(r"layer(\d)\.(\d+)", lambda m: f"layer{m[1]}.{int(m[2]) + 1}", key),
+        lambda key: f"{new}.{key}",
+        lambda key: key.replace(".", "_"),
+        lambda key: ".".join(reversed(key.split("."))),
+    ]
+    return {key: changes[kind](key) for key in keys}
+
+
+def test_random_renamings_never_convert_silently(net: nn.Module) -> None:
+    chance = random.Random(0)
+    state = own_tensors(net.state_dict())
+    for _ in range(150):
+        table = renamings(list(state), chance)
+        if chance.random() < 0.3:  # or a few tensors only
+            some = set(chance.sample(list(state), chance.randrange(1, 4)))
+            table = {key: new if key in some and not key.startswith("fc") else key for key, new in table.items()}
+        if table == dict.fromkeys(state) or all(key == new for key, new in table.items() if not key.startswith("fc.")):
+            continue
+        with pytest.raises(CheckpointError):
+            convert_state({table[key]: tensor for key, tensor in state.items()}, "x.pth")
 
 
 def test_official_resnet50_through_the_tool(
@@ -155,15 +338,16 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
     "empty-state-dict": (lambda s: {"state_dict": {}, "epoch": 3}, ["state_dict, epoch", "encoder_q.*"]),
     "key-encoder-only": (
         lambda s: {"state_dict": under("module.encoder_k.", s)},
-        ["module.encoder_k.* (", "looked for", "encoder_q.*"],
+        ["a complete ResNet-50 under `encoder_k.`", "moving average", "--prefix encoder_k."],
     ),
     "optimizer-only": (lambda s: {"optimizer": {"state": {}}}, ["top-level keys: optimizer", "tensors: none"]),
     "partial": (
         lambda s: {"state_dict": under("module.encoder_q.", without(s, "layer3.4.conv2", "layer4.0.bn1.bias"))},
         ["incomplete MoCo", "2 of the 265", "encoder_q.layer3.4.conv2.weight", "encoder_q.layer4.0.bn1.bias"],
     ),
-    "group-norm": (lambda s: without(s, "running_"), ["106 of the 265", "bn1.running_mean"]),
-    "unknown-keys": (lambda s: {**s, "layer4.0.se.weight": torch.ones(3)}, ["1 keys", "layer4.0.se.weight"]),
+    "group-norm": (lambda s: without(s, "running_"), ["GroupNorm", "--norm GN"]),
+    "unknown-keys": (lambda s: {**s, "layer4.0.se.weight": torch.ones(3)}, ["channel attention", "layer4.0.se.weight"]),
+    "unknown-keys-2": (lambda s: {**s, "layer4.0.x.weight": torch.ones(3)}, ["1 keys", "layer4.0.x.weight"]),
     "both-wrapped-and-not": (lambda s: {**s, **under("module.", s)}, ["same tensor's name"]),
     "cifar-stem": (cifar, ["CIFAR stem", "(16, 3, 3, 3)"]),
     "two-channels": (lambda s: with_value(s, "conv1.weight", torch.randn(16, 2, 7, 7)), ["3-channel", "(16, 2, 7, 7)"]),
@@ -181,13 +365,42 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
         lambda s: {"state_dict": {"module.patch_embed.proj.weight": torch.ones(8, 3, 16, 16)}},
         ["vision transformer", "only ResNets"],
     ),
-    "detectron2": (
-        lambda s: {"model": {n: torch.ones(1) for n in DETECTRON2.names(50)}, "__author__": "x"},
-        ["already converted", "MODEL.WEIGHTS"],
+    "no-trunk-in-detectron2": (
+        lambda s: {"model": {n: torch.ones(1) for n in DETECTRON2.names(50) if "res4" not in n}},
+        ["incomplete Detectron2", "res4.0.conv1.weight"],
     ),
     "deep-stem": (lambda s: {**without(s, "conv1"), "conv1.0.weight": torch.ones(8, 3, 3, 3)}, ["three 3x3"]),
-    "simsiam": (lambda s: {"state_dict": under("module.encoder.", s)}, ["SimSiam", "module.encoder.conv1.weight"]),
-    "moco-v3": (lambda s: {"state_dict": under("module.base_encoder.", s)}, ["MoCo v3"]),
+    "pooled-shortcut": (
+        lambda s: {**without(s, "layer2.0.downsample"), "layer2.0.downsample.2.weight": torch.ones(3)},
+        ["pools in its shortcuts", "layer2.0.downsample.2.weight"],
+    ),
+    "clip": (lambda s: {"visual.attnpool.positional_embedding": torch.ones(3, 3)}, ["CLIP"]),
+    "cmc": (lambda s: {"model": under("encoder.module.l_to_ab.", s)}, ["CMC's two half-width", "l_to_ab"]),
+    "cmc-pycontrast": (
+        lambda s: {"model": under("module.encoder1.", s) | under("module.encoder2.", s)},
+        ["CMC's two half-width", "encoder1"],
+    ),
+    "selective-kernels": (
+        lambda s: {
+            "resnet": {"net.0.0.weight": torch.ones(3), "net.1.blocks.0.net.2.main_conv.0.weight": torch.ones(3)}
+        },
+        ["selective kernels", "sk0"],
+    ),
+    "bit": (lambda s: {"block1.unit01.gn1.weight": torch.ones(3)}, ["BiT"]),
+    "quantised": (lambda s: {"conv1.weight": torch.ones(3), "conv1.zero_point": torch.ones(1)}, ["quantised"]),
+    "lightly-cli": (
+        lambda s: {
+            "state_dict": {
+                "model.backbone.1.weight": torch.ones(8, 3, 3, 3),
+                "model.backbone.4.0.shortcut.0.weight": torch.ones(3),
+            }
+        },
+        ["CIFAR stem", "shortcut.0"],
+    ),
+    "moco-v3-vit": (
+        lambda s: {"state_dict": {"module.base_encoder.patch_embed.proj.weight": torch.ones(3)}},
+        ["vision transformer"],
+    ),
     "facts-of-another-run": (
         lambda s: {"state_dict": s, "facts": BackboneFacts().as_dict()},
         ["contradict", "stem_channels is 16 by the tensors, 64 by the facts"],

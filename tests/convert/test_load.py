@@ -2,11 +2,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import io
 import logging
 import os
 import pickle
+import random
+import resource
+import runpy
+import shutil
+import subprocess
+import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,27 +65,135 @@ def test_the_content_tells_the_format(write: Callable[[Any, Path], None], name: 
     assert torch.equal(read["a"], WEIGHT) and read["b"].dtype == torch.float16
 
 
+HOSTILE: dict[str, Callable[[Path], Any]] = {
+    "posix.system": lambda mark: Attack(os.system, f"touch {mark}"),
+    "io.open": lambda mark: Attack(open, str(mark), "w"),
+    "eval": lambda mark: Attack(eval, f"open({str(mark)!r}, 'w')"),
+    "__import__": lambda mark: Attack(getattr, Attack(__import__, "os"), "system"),
+    "torch.serialization.load": lambda mark: Attack(torch.load, str(mark)),
+    "subprocess.Popen": lambda mark: Attack(subprocess.Popen, ["touch", str(mark)]),
+    "shutil.rmtree": lambda mark: Attack(shutil.rmtree, str(mark.parent)),
+    "runpy._run_code": lambda mark: Attack(runpy._run_code, "", {}),
+    "importlib.import_module": lambda mark: Attack(importlib.import_module, "os"),
+    "numpy.memmap": lambda mark: Attack(np.memmap, str(mark), "b", "w+", 0, (9,)),
+}
+
+
 @pytest.mark.parametrize("write", [to_zip, to_legacy, to_pickle])
-def test_hostile_files_run_nothing(
-    write: Callable[[Any, Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_by_name_and_run_nothing(
+    name: str, write: Callable[[Any, Path], None], tmp_path: Path
 ) -> None:
     mark = tmp_path / "mark"
-    hostile = {
-        "state_dict": {"weight": WEIGHT},
-        "system": Attack(os.system, f"touch {mark}"),
-        "open": Attack(open, str(mark), "w"),
-        "eval": Attack(eval, f"open({str(mark)!r}, 'w')"),
-        "getattr": Attack(getattr, Attack(__import__, "os"), "system"),
-        "load": Attack(torch.load, str(mark)),
-    }
-    write(hostile, tmp_path / "x.pth")
+    write({"state_dict": {"weight": WEIGHT}, "attack": HOSTILE[name](mark)}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=f"refused: reading it would run .*{name.rpartition('.')[2]}"):
+        read_checkpoint(tmp_path / "x.pth")
+    assert not mark.exists()
+
+
+def test_other_names_become_stubs_and_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    to_zip(
+        {"state_dict": {"weight": WEIGHT}, "handler": Attack(logging.FileHandler, str(tmp_path / "mark"))},
+        tmp_path / "x.pth",
+    )
     with caplog.at_level(logging.WARNING):
         read = read_checkpoint(tmp_path / "x.pth")
-    assert torch.equal(read["state_dict"]["weight"], WEIGHT)
-    assert not mark.exists()
-    assert isinstance(read["system"], Stub)
-    for name in ("posix.system", "eval", "getattr", "io.open", "torch.serialization.load"):
-        assert name in caplog.text
+    assert torch.equal(read["state_dict"]["weight"], WEIGHT) and isinstance(read["handler"], Stub)
+    assert "logging.FileHandler" in caplog.text and not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        pickle.dumps({"w": Attack(bytearray, 1 << 40)}),
+        pickle.dumps({"w": Attack(np.ndarray, (1 << 20, 1 << 20))}),
+        pickle.dumps({"w": Attack(np.ndarray, (1 << 20, 1 << 20), "f4", b"")}),
+        b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"abc",  # BINBYTES8 of a terabyte
+        b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\x04\x8e" + (1 << 40).to_bytes(8, "little"),
+    ],
+)
+def test_what_asks_for_a_terabyte_gets_none(bomb: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(bomb)
+    with pytest.raises(CheckpointError):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_compressed_torch_files_are_not_inflated(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(1 << 20))
+    with pytest.raises(CheckpointError, match="compressed"):
+        read_checkpoint(tmp_path / "x.pth")
+    np.savez_compressed(tmp_path / "x.npz", w=np.zeros(1 << 20))
+    with pytest.raises(CheckpointError, match="inflate"):
+        read_checkpoint(tmp_path / "x.npz")
+
+
+def test_archives_of_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", **{"base_model/conv2d/kernel": WEIGHT.numpy()})
+    assert read_checkpoint(tmp_path / "x.npz")["base_model/conv2d/kernel"].tolist() == WEIGHT.tolist()
+
+
+def mutated(raw: bytes, chance: random.Random) -> bytes:
+    """A file with some bytes changed, cut out, doubled or moved."""
+    data = bytearray(raw)
+    for _ in range(chance.randrange(1, 6)):
+        at, size = chance.randrange(len(data)), chance.randrange(1, 40)
+        kind = chance.randrange(5)
+        if kind == 0:
+            data[at] = chance.randrange(256)
+        elif kind == 1:
+            del data[at : at + size]
+        elif kind == 2:
+            data[at:at] = data[at : at + size]
+        elif kind == 3:
+            data[at : at + size] = chance.randbytes(size)
+        else:
+            data = data[: max(at, 2)]
+        data = data or bytearray(b"x")
+    return bytes(data)
+
+
+def test_thousands_of_damaged_files_raise_clear_errors_and_touch_nothing(tmp_path: Path) -> None:
+    content = {"state_dict": {"a": WEIGHT, "b": WEIGHT.half()}, "args": argparse.Namespace(lr=0.1), "lr": np.float64(1)}
+    arrays = {"a": np.arange(6, dtype=np.float32), "attack": Attack(os.system, f"touch {tmp_path / 'mark'}")}
+    seeds = [
+        torch_bytes(content),
+        torch_bytes(content, legacy=True),
+        pickle.dumps(arrays),
+        pickle.dumps({"a": arrays["a"]}, protocol=2),
+        safetensors.torch.save({"a": WEIGHT}),
+    ]
+    chance, outcomes = random.Random(0), Counter[str]()
+    actions: list[str] = []
+    sys.addaudithook(lambda event, _: actions.append(event) if watching and event in ACTIONS else None)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    path = tmp_path / "x.pth"
+    watching = True
+    for index in range(2000):
+        path.write_bytes(mutated(seeds[index % len(seeds)], chance))
+        try:
+            read_checkpoint(path)
+            outcomes["read"] += 1
+        except CheckpointError as error:
+            clear = str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            outcomes["refused" if clear else str(error)] += 1
+    watching = False
+    assert set(outcomes) == {"read", "refused"} and outcomes["refused"] > 1000 and outcomes["read"] > 20
+    assert not actions and [file.name for file in tmp_path.iterdir()] == ["x.pth"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KiB
+
+
+# Not "exec", which every import raises.
+ACTIONS = {
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.remove",
+    "os.rename",
+    "socket.connect",
+}
 
 
 def test_pickles_within_pickles_run_nothing(tmp_path: Path) -> None:
@@ -160,8 +276,13 @@ UNREADABLE: dict[str, tuple[bytes, str]] = {
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
     "text": (b"hello, this is not a checkpoint", "not a checkpoint"),
     "gzip": (b"\x1f\x8b\x08\x00", "a gzip archive"),
-    "other-zip": (zipped("weights/arr_0.npy"), "a zip archive"),
+    "other-zip": (zipped("weights/readme.txt"), "a zip archive"),
     "script": (zipped("x/constants.pkl"), "TorchScript"),
+    "encrypted": (b"Salted__abcdefgh12345", "an encrypted file"),
+    "encrypted-zip": (
+        zipped("x/data.pkl").replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"),
+        "encrypted",
+    ),
     "cut-zip": (torch_bytes(BIG)[:9000], "truncated torch file"),
     "cut-legacy": (torch_bytes(BIG, legacy=True)[:9000], "damaged or truncated"),
     "cut-pickle": (pickle.dumps({"w": np.ones(5000)})[:9000], "damaged or truncated"),

@@ -1,0 +1,329 @@
+"""Published weights by name: fetched once, checked, converted once, kept.
+
+``MODEL.WEIGHTS moco-d2://NAME`` ends here (:func:`fetch`). The list is ``catalog.yaml`` beside this file; the variable
+``MOCO_D2_CATALOG`` names another of the same form, whose entries come first (a mirror's addresses, a group's weights).
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import http.client
+import json
+import logging
+import os
+import re
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import filelock
+import torch
+import yaml
+
+from moco_d2.atomic import atomic_write
+from moco_d2.convert.convert import convert_checkpoint
+from moco_d2.convert.load import CheckpointError, facts_in
+from moco_d2.convert.prove import can_prove
+from moco_d2.convert.recognise import Choice
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "moco-d2://"
+CATALOG = Path(__file__).with_suffix(".yaml")
+
+_BLOCK = 1 << 20
+_TIMEOUT = 30  # seconds without a byte
+_STALLED = 3  # attempts in a row that brought nothing
+_SAY_EVERY = 5.0  # seconds between lines of progress
+_BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+_BY_HAND = "fetch the file elsewhere, and run tools/convert_checkpoint.py FILE OUTPUT"
+
+
+class CatalogError(ValueError):
+    """Published weights cannot be had; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One published file; the fields are explained at the top of ``catalog.yaml``."""
+
+    name: str
+    url: str
+    title: str
+    recipe: str
+    source: str = ""
+    checksum: str = ""
+    published: str = ""
+    stated_in: str = ""
+
+    def __post_init__(self) -> None:
+        if self.checksum and not re.fullmatch(r"(md5|sha256):[0-9a-f]{6,64}", self.checksum):
+            raise CatalogError(f"{self.name}: checksum is {self.checksum!r}; it must be like md5:a04e12f8")
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise CatalogError(f"{self.name!r}: the name must be letters, digits, '_', '-' and '.'")
+
+
+def list_entries() -> dict[str, Entry]:
+    """Return all entries by name.
+
+    Raises:
+        CatalogError: a list that cannot be read.
+    """
+    own = os.environ.get("MOCO_D2_CATALOG")
+    entries: dict[str, Entry] = {}
+    for path in (*([Path(own)] if own else []), CATALOG):
+        entries = {**_read(path), **entries}
+    return entries
+
+
+def get_entry(name: str) -> Entry:
+    """Return an entry by name, ``moco-d2://`` before it or not.
+
+    Raises:
+        CatalogError: there is none; the message lists the nearest.
+    """
+    entries, bare = list_entries(), name.removeprefix(PREFIX).strip("/")
+    if bare not in entries:
+        near = difflib.get_close_matches(bare, entries, n=3, cutoff=0.4) or list(entries)[:3]
+        raise CatalogError(
+            f"no published weights {bare!r}; nearest: {', '.join(near)} (tools/convert_checkpoint.py --list shows all)"
+        )
+    return entries[bare]
+
+
+def cache_folder() -> Path:
+    """Return where fetched weights are kept: ``MOCO_D2_CACHE``, or a folder in Detectron2's download cache."""
+    own = os.environ.get("MOCO_D2_CACHE")
+    theirs = os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache")
+    return Path(own or os.path.join(theirs, "moco_d2")).expanduser()
+
+
+def fetch(name: str) -> Path:
+    """Return published weights as a file that Detectron2 loads; fetch, check and convert them where they are not kept.
+
+    Any number of processes may ask at the same time: one fetches and the others wait. Beside the file, ``NAME.json``
+    says what was fetched, from where and when. The file as published is not kept.
+
+    Raises:
+        CatalogError: an unknown name, or it cannot be fetched, has another checksum, or cannot be converted.
+    """
+    entry, folder = get_entry(name), cache_folder()
+    converted = folder / f"{entry.name}.pth"
+    if converted.is_file():
+        return converted
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_one(folder / f".{entry.name}.lock", entry):
+            if not converted.is_file():  # another process may have finished meanwhile
+                raw = folder / f"{entry.name}.download"
+                record = download(entry, raw)
+                _convert(entry, raw, converted)
+                with atomic_write(converted.with_suffix(".json")) as file:
+                    file.write(json.dumps(record, indent=1).encode())
+                raw.unlink()
+    except OSError as error:  # the disk: the network's errors are CatalogErrors by now
+        raise CatalogError(
+            f"{entry.name} cannot be kept in {folder} ({error}); MOCO_D2_CACHE names another folder"
+        ) from error
+    return converted
+
+
+def download(entry: Entry, target: Path) -> dict[str, Any]:
+    """Fetch an entry's file; what a broken transfer left beside it (``.part``) is continued, not repeated.
+
+    Args:
+        entry: of the catalogue.
+        target: the file to write; it appears when it is whole and its checksum is right.
+
+    Returns:
+        What was fetched: address, size, SHA-256, time.
+
+    Raises:
+        CatalogError: it cannot be fetched, or is another file than was published.
+    """
+    part = target.with_name(target.name + ".part")
+    stalled = 0
+    logger.info("fetching %s from %s", entry.name, entry.url)
+    while True:
+        before = _size(part)
+        try:
+            _transfer(entry, part)
+            break
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                raise CatalogError(
+                    f"{entry.name}: {entry.url} answers {error.code} ({error.reason}); it may have moved: {_BY_HAND}"
+                ) from error
+            problem: Exception = error
+        except _BROKEN as error:
+            problem = error
+        stalled = 0 if _size(part) > before else stalled + 1
+        if stalled == _STALLED or (stalled and not before):  # the first contact failed: waiting does not help
+            reason = getattr(problem, "reason", None) or problem
+            kept = f"; {_megabytes(before)} MB are kept, and the next attempt goes on from there" if before else ""
+            raise CatalogError(
+                f"{entry.name}: {entry.url} cannot be fetched ({reason}){kept}. Without a network, {_BY_HAND}"
+            ) from problem
+        logger.warning("%s: the transfer broke off at %s MB (%s)", entry.name, _megabytes(_size(part)), problem)
+        time.sleep(stalled)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    record = {"url": entry.url, "bytes": _size(part), "sha256": _verify(entry, part), "fetched": now}
+    _validator(part).unlink(missing_ok=True)
+    os.replace(part, target)
+    return record
+
+
+def listing() -> str:
+    """Return all entries as text: name, what it is, published result, checksum, whether it is kept here, address."""
+    entries, folder = list_entries().values(), cache_folder()
+    rows = [("name", "weights", "published", "checksum", "kept")]
+    for e in entries:
+        kept = "yes" if (folder / f"{e.name}.pth").is_file() else "no"
+        rows.append((e.name, e.title, e.published or "-", e.checksum or "none published", kept))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    addresses = [line for e in entries for line in (f"{e.name}", f"    {e.url}", f"    stated in: {e.stated_in}")]
+    return "\n".join([
+        *lines, "", "published: ImageNet linear classification, top-1, unless it says otherwise", "",
+        "Addresses, as published; none was opened when the list was made:", *addresses, "",
+        f"Use: MODEL.WEIGHTS {PREFIX}NAME (kept in {folder})",
+    ])  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Entry]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CatalogError(f"{path}: not a list of weights ({' '.join(str(error).split())})") from error
+    known = {field.name for field in fields(Entry)} - {"name"}
+    if not isinstance(content, Mapping):
+        raise CatalogError(f"{path}: not a list of weights; it must be like {CATALOG}")
+    for name, values in content.items():
+        unknown = sorted(set(values) - known) if isinstance(values, Mapping) else [str(values)]
+        missing = sorted({"url", "title", "recipe"} - set(values)) if not unknown else []
+        if unknown or missing:
+            raise CatalogError(f"{path}: {name}: unknown {unknown}, missing {missing}; known are {sorted(known)}")
+    return {str(name): Entry(str(name), **{k: str(v) for k, v in values.items()}) for name, values in content.items()}
+
+
+@contextmanager
+def _only_one(path: Path, entry: Entry) -> Iterator[None]:
+    """Hold the lock of an entry; the system frees it when a process dies."""
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        logger.info("%s is being fetched by another process: waiting for it", entry.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _transfer(entry: Entry, part: Path) -> None:
+    """Fetch what is missing of a file, as far as the connection lasts."""
+    validator = _validator(part)
+    if not (entry.checksum or validator.exists()):  # nothing would tell a rest of another version
+        part.unlink(missing_ok=True)
+    start = _size(part)
+    headers = {"User-Agent": "moco_d2", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+        if validator.exists():  # the rest of another file is of no use: then the server sends the whole
+            headers["If-Range"] = validator.read_text()
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(entry.url, headers=headers), timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        with error:
+            if error.code != 416 or not start:
+                raise
+            if error.headers.get("Content-Range", "") == f"bytes */{start}":  # whole, and not renamed any more
+                return
+        part.unlink()
+        return _transfer(entry, part)
+    with response:
+        held = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range") or "")
+        resumed = response.status == 206 and held is not None and int(held[1]) == start
+        total = int(held[2]) if resumed and held else int(response.headers.get("Content-Length") or 0)
+        marks = (response.headers.get(name, "") for name in ("ETag", "Last-Modified"))
+        if mark := next((mark for mark in marks if mark and not mark.startswith("W/")), ""):  # weak ones do not do
+            validator.write_text(mark)
+        with open(part, "ab" if resumed else "wb") as file:
+            _copy(entry, response, file, total)
+    if _size(part) < total:
+        raise ConnectionError(f"the connection ended after {_size(part)} of {total} bytes")
+
+
+def _copy(entry: Entry, response: Any, file: Any, total: int) -> None:
+    begun = said = time.monotonic()
+    first = file.tell()
+    while block := response.read(_BLOCK):
+        file.write(block)
+        if (now := time.monotonic()) - said > _SAY_EVERY:
+            said, done = now, file.tell()
+            share = f" of {_megabytes(total)} MB ({100 * done // total} %)" if total else " MB"
+            rate = (done - first) / (now - begun) / 1e6
+            logger.info("%s: %s%s, %.1f MB/s", entry.name, _megabytes(done), share, rate)
+
+
+def _verify(entry: Entry, path: Path) -> str:
+    """Compare with the published checksum and return the SHA-256; a wrong file is removed."""
+    digests = {kind: hashlib.new(kind, usedforsecurity=False) for kind in ("md5", "sha256")}
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            for digest in digests.values():
+                digest.update(block)
+    kind, _, wanted = entry.checksum.partition(":")
+    if wanted and not digests[kind].hexdigest().startswith(wanted):
+        size, got = _size(path), digests[kind].hexdigest()
+        path.unlink()
+        raise CatalogError(
+            f"{entry.name}: what {entry.url} sent ({size} bytes) has {kind} {got[: len(wanted)]}, published is "
+            f"{wanted}; the transfer was damaged, or the file was replaced. It was removed; try again, or {_BY_HAND}"
+        )
+    if not wanted:
+        logger.info("%s: no checksum was published; SHA-256 %s", entry.name, digests["sha256"].hexdigest())
+    return digests["sha256"].hexdigest()
+
+
+def _convert(entry: Entry, raw: Path, converted: Path) -> None:
+    """Convert the published file, with the facts that only the catalogue knows: which weights, by which recipe."""
+    try:
+        with tempfile.TemporaryDirectory(dir=converted.parent, prefix=".") as scratch:
+            path = Path(scratch) / converted.name
+            convert_checkpoint(raw, path, can_prove(), Choice(source=entry.source))
+            content = torch.load(path, weights_only=True)
+        facts = facts_in(content, converted)
+        if facts is None:
+            raise CheckpointError(f"{converted}: the conversion wrote no facts")
+        content["facts"] = replace(facts, origin=f"{entry.title}, from {entry.url}", protocol=entry.recipe).as_dict()
+        with atomic_write(converted) as file:
+            torch.save(content, file)
+    except ValueError as error:  # the file, the proof, or the catalogue's `source`
+        raw.unlink()
+        raise CatalogError(
+            f"{entry.name}: {entry.url} was fetched but cannot be converted: {error}. It was removed; to look at it, "
+            f"{_BY_HAND}"
+        ) from error
+
+
+def _validator(part: Path) -> Path:
+    """Return the file that keeps the server's mark of the version that a partial file is of."""
+    return part.with_name(part.name + ".version")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f}"

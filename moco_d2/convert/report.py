@@ -1,0 +1,108 @@
+"""The account of a conversion: for people as lines, for programs as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from moco_d2.atomic import atomic_write
+from moco_d2.convert.convert import Conversion, config_path
+from moco_d2.convert.prove import TOLERANCE, other_padding
+from moco_d2.provenance import provenance, sha256
+
+_GROUPS = 8  # of foreign keys that the summary lists
+
+
+def report(
+    conversion: Conversion,
+    differences: Mapping[str, float],
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+) -> dict[str, Any]:
+    """Return everything that is known of a conversion, as plain values.
+
+    Args:
+        conversion: what was converted.
+        differences: largest relative difference per stage, empty without a proof.
+        source: the checkpoint.
+        output: the file that was written.
+    """
+    record = conversion.source
+    return {
+        "source": {
+            "name": record.name,
+            "key": record.key,
+            "arxiv": conversion.arxiv,
+            "place": conversion.place,
+            "prefix": record.prefix,
+            "encoder": record.encoder,
+            "also": list(conversion.also),
+        },
+        "counts": {what: len(getattr(conversion, what)) for what in ("mapped", "dropped", "foreign")},
+        "mapped": conversion.mapped,
+        "dropped": conversion.dropped,
+        "foreign": conversion.foreign,
+        "elsewhere": dict(conversion.elsewhere),
+        "facts": conversion.facts.as_dict(),
+        "norm": conversion.norm,
+        "notes": list(conversion.notes),
+        "proof": {"made": bool(differences), "tolerance": TOLERANCE, "differences": dict(differences)},
+        "source_padding": other_padding(conversion.facts, conversion.source_tensors, record.padding)
+        if record.padding
+        else {},
+        "input": {"path": str(source), "sha256": sha256(os.fspath(source))},
+        "output": {"path": str(output), "sha256": sha256(os.fspath(output)), "config": str(config_path(output))},
+        "config": conversion.config(),
+        **provenance(),
+    }
+
+
+def write_report(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a report as JSON."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
+
+
+def summary(content: Mapping[str, Any]) -> list[str]:
+    """Return a report's main points as lines."""
+    facts, source, proof = content["facts"], content["source"], content["proof"]["differences"]
+    paper = f", arXiv {source['arxiv']}" if source["arxiv"] else ""
+    protocol = f" ({facts['protocol']})" if facts["protocol"] else ""
+    lines = [f"source   {source['name']}: {facts['origin']}{protocol}{paper}"]
+    lines += [f"         its files look like those of {', '.join(source['also'])}"] if source["also"] else []
+    where = " in ".join(
+        f"`{part}`" for part in (source["prefix"] + "*" if source["prefix"] else "", source["place"]) if part
+    )
+    lines += (
+        [f"encoder  {'; '.join(part for part in (where, source['encoder']) if part)}"]
+        if where or source["encoder"]
+        else []
+    )
+    groups = f", {facts['groups']} groups of {facts['width_per_group']}" if facts["groups"] > 1 else ""
+    lines.append(
+        f"network  ResNet-{facts['depth']}, {facts['stem_channels']} channels in the stem, {facts['res2_channels']} in "
+        f"res2{groups}" + (", GroupNorm" if content["norm"] == "GN" else "")
+    )
+    lines.append("keys     " + ", ".join(f"{count} {what}" for what, count in content["counts"].items()))
+    lines += [f"         dropped {n}: {reason}" for reason, n in Counter(content["dropped"].values()).items()]
+    foreign = Counter(key.removeprefix("module.").partition(".")[0] for key in content["foreign"]).most_common()
+    lines += [f"         foreign {n}: {group}" for group, n in foreign[:_GROUPS]]
+    lines += [f"         and {len(foreign) - _GROUPS} more groups of foreign keys"] if len(foreign) > _GROUPS else []
+    beside = ", ".join(f"{key} ({n} tensors)" if n else key for key, n in content["elsewhere"].items())
+    lines += [f"beside   {beside}"] if beside else []
+    lines += [f"note     {note}" for note in content["notes"]]
+    if content["source_padding"]:
+        lines.append(f"padding  mean relative difference to the source's own: {_stages(content['source_padding'])}")
+    lines.append(f"proof    largest relative difference: {_stages(proof)}" if proof else "proof    not made")
+    lines += [f"sha256   {content[end]['sha256']}  {content[end]['path']}" for end in ("input", "output")]
+    lines.append(f"written  {content['output']['path']}; use it with _BASE_: {content['output']['config']}, or with")
+    lines.append(f"    MODEL.WEIGHTS {content['output']['path']}")
+    lines += [f"    {k} " + (f'"{v}"' if isinstance(v, list) else str(v)) for k, v in content["config"].items()]
+    return lines
+
+
+def _stages(differences: Mapping[str, float]) -> str:
+    return ", ".join(f"{stage} {difference:.1e}" for stage, difference in differences.items())

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from moco_d2.convert import read_facts
+from moco_d2.provenance import sha256
 
 DEMO = Path(__file__).parents[1] / "tools" / "demo.py"
 
@@ -45,8 +46,9 @@ def test_the_detectors_started_from_what_was_pretrained(output: Path) -> None:
         results = {
             init: json.loads((output / f"{name}_{init}" / "results.json").read_text()) for init in ("MoCo", "random")
         }
-        assert results["MoCo"]["weights"] == {"path": str(output / "moco.pth"), "facts": facts.as_dict()}
-        assert results["random"]["weights"]["path"] == ""
+        moco = output / "moco.pth"
+        assert results["MoCo"]["weights"] == {"path": str(moco), "sha256": sha256(moco), "facts": facts.as_dict()}
+        assert results["random"]["weights"]["path"] == results["random"]["weights"]["sha256"] == ""
         assert results["MoCo"]["schedule"] == results["random"]["schedule"], "the same budget"
     assert "res5" in (output / "logs" / "convert_and_prove.log").read_text(), "the proof was made"
 

@@ -8,7 +8,7 @@ the tensors that were written.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from moco_d2.facts import BackboneFacts
 from moco_d2.layers.resnet import network_for
 
 STAGES = ("res2", "res3", "res4", "res5")
-# Two frameworks' orders of summation differ in the last bits of float32 (1e-7); any mistake differs by percents.
+# Both networks compute in float64: in float32 the last bits of two ways to prepare a picture can grow beyond this in a
+# network whose norms have small variances, as early in training. Any mistake differs by percents.
 TOLERANCE = 1e-5
 _IMAGES = (2, 3, 64, 96)  # not square, so that a swap of height and width shows
 
@@ -58,7 +59,7 @@ def prove(
     """
     if not can_prove():
         raise ProofError("the proof was not made: detectron2 is not installed")
-    noise = torch.randn(_IMAGES, generator=torch.Generator().manual_seed(0))  # (N, 3, H, W)
+    noise = torch.randn(_IMAGES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # (N, 3, H, W)
     scene = drawn_scene() if picture is None else picture
     with torch.no_grad():
         original = _source_network(facts, source, norm)
@@ -133,15 +134,19 @@ def drawn_scene(height: int = 128, width: int = 160) -> torch.Tensor:
 
 def _as_the_source_prepares(picture: torch.Tensor, facts: BackboneFacts) -> torch.Tensor:
     pixels = facts.pixels
-    image = picture if pixels.order == "RGB" else picture.flip(0)  # (3, H, W)
-    mean, std = (torch.tensor(values)[:, None, None] / 255 for values in (pixels.mean, pixels.std))
+    image = (picture if pixels.order == "RGB" else picture.flip(0)).double()  # (3, H, W)
+    mean, std = (_column(values) / 255 for values in (pixels.mean, pixels.std))
     return ((image / 255 - mean) / std)[None]
 
 
 def _as_detectron2_prepares(picture: torch.Tensor, config: Any) -> torch.Tensor:
-    image = picture if config.INPUT.FORMAT == "RGB" else picture.flip(0)  # (3, H, W)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD))
+    image = (picture if config.INPUT.FORMAT == "RGB" else picture.flip(0)).double()  # (3, H, W)
+    mean, std = (_column(values) for values in (config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD))
     return ((image - mean) / std)[None]
+
+
+def _column(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)[:, None, None]
 
 
 def _relative(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -167,7 +172,7 @@ def _source_network(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], n
                 if isinstance(child, torch.nn.BatchNorm2d):
                     setattr(parent, name, torch.nn.GroupNorm(32, child.num_features))
     _load(network, tensors, "the source network")
-    return network.eval()
+    return network.eval().double()
 
 
 def _stages(network: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -199,20 +204,7 @@ def _detectron2_network(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any
 
     network = build_resnet_backbone(config, ShapeSpec(channels=3)).eval()
     _load(network, tensors, "Detectron2's network")
-    return network
-
-
-def _source_features(
-    facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], image: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    return _stages(_source_network(facts, tensors, "BN"), image)
-
-
-def _detectron2_features(
-    facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], image: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    features: dict[str, torch.Tensor] = _detectron2_network(_detectron2_config(facts, "BN"), tensors)(image)
-    return features
+    return network.double()
 
 
 def _load(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], which: str) -> None:

@@ -6,7 +6,6 @@ Nothing heavy is imported at the top, so that ``--help`` is quick.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import subprocess
@@ -15,8 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-logger = logging.getLogger("moco_d2.tools")
 
 # What of a training's log is worth a line on the screen: progress, and the files it leaves.
 PROGRESS = re.compile(r"\beta:? \d.*?(?=  time:|$)|wrote \S+(?:results\.json|backbone\.pth)|error: .*")

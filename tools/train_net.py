@@ -44,10 +44,12 @@ def dry_run(args: argparse.Namespace) -> None:
     from moco_d2.config import load_cfg
     from moco_d2.detection.dry_run import rehearse
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own:
+        folder = comm.all_gather(own)[0]  # one for all processes: what the first one writes, the others read
         for subject, finding in rehearse(load_cfg(args.config_file, [*args.opts, "OUTPUT_DIR", folder])):
             if comm.is_main_process():
                 print(f"{subject:<11} {finding}", flush=True)
+        comm.synchronize()
     if comm.is_main_process():
         print("dry run     passed")
 

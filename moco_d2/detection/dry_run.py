@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import io
+import math
 import os
 import resource
 import sys
@@ -189,8 +190,8 @@ def _parameters(model: nn.Module) -> str:
 
 
 def _training(trainer: Rehearsal, step: float, fraction: float) -> str:
-    losses = trainer.storage.latest()["total_loss"][0]
-    text = f"{STEPS} steps, loss {losses:.3f}, {step:.2f} s a step"
+    loss, _ = trainer.storage.latest().get("total_loss", (math.nan, 0))  # recorded in the main process only
+    text = f"{STEPS} steps, loss {loss:.3f}, {step:.2f} s a step"
     return text if fraction == 1 else f"{text} (reckoned from {fraction:.0%} of a batch)"
 
 

@@ -9,7 +9,6 @@ else than what is asked for now is refused, so that a mean is never taken over d
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import tempfile
@@ -32,6 +31,7 @@ from moco_d2.detection.preflight import check_run, check_weights, scale_to_proce
 from moco_d2.detection.subsets import check_percent
 from moco_d2.detection.weights import check_source
 from moco_d2.model_zoo import get_config, get_protocol
+from moco_d2.provenance import sha256
 
 RECORD = "trial.json"
 ENVIRONMENT = "environment.txt"
@@ -208,15 +208,6 @@ def prepare(trial: Trial) -> None:
     for name, text in ((RECORD, json.dumps(trial.record(), indent=1)), (ENVIRONMENT, collect_env_info())):
         with atomic_write(trial.folder / name) as file:
             file.write(text.encode() + b"\n")
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Return a file's SHA-256 in hexadecimal digits."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _inits(words: Sequence[str], protocol: str) -> list[Init]:

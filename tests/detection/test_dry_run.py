@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_detector import QUARTER, SHORT, VOC_C4, small_cfg
+from small_detector import COCO_FPN, QUARTER, SHORT, VOC_C4, small_cfg
 
 from moco_d2.detection.dry_run import rehearse
 
@@ -51,6 +51,17 @@ def test_a_run_that_will_work_is_told_what_to_expect(tool, converted_file, tmp_p
     assert "reckoned from 50% of a batch" in said["training"]
     assert said["checkpoint"].endswith("read back bit for bit")
     assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+def test_two_processes_rehearse_together_and_speak_once(tool, tmp_path):
+    done = tool(COCO_FPN + "_random", "--num-gpus", 2, *QUARTER, *SHORT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith(("training", "checkpoint"))] == [
+        line for line in lines if " 2 steps, loss " in line or "bit for bit" in line
+    ]
+    assert sum("2 steps, loss" in line for line in lines) == sum("dry run     passed" in line for line in lines) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_all_problems_are_told_at_once_a_line_each_with_its_remedy(tool, backbone_file):

@@ -1,0 +1,129 @@
+"""Names that are a framework's own: VISSL, Classy Vision, TensorFlow, JAX and Caffe2."""
+
+from __future__ import annotations
+
+from moco_d2.convert.names import CAFFE2, CAFFE2_AFFINE, CAFFE2_SHORT, CLASSY_VISION, HAIKU, SEPARIUS, TENSORFLOW
+from moco_d2.convert.sources.record import CLASSIFIER, ONLINE, UNIT_RGB, CheckpointSource, without_fc
+from moco_d2.facts import CAFFE_BGR
+
+_SAME_POOLING = (
+    "the source pads its max-pooling on the right and below only (TensorFlow's SAME); Detectron2 pads on all sides, so "
+    "its features lie half a stem pixel beside the source's"
+)
+_SAME_PADDING = (
+    "the source pads the stem, the max-pooling and the strided 3x3 convolutions more on the right and below "
+    "(JAX's SAME); Detectron2 pads evenly, so its features lie up to a pixel beside the source's"
+)
+
+FACEBOOK = (
+    CheckpointSource(
+        name="VISSL",
+        key="vissl",
+        origin="VISSL",
+        nest=("classy_state_dict.base_model.model.trunk", "model_state_dict"),
+        prefix="_feature_blocks.",
+        dropped=(without_fc("_feature_blocks.", "classifier"),),
+        encoder="the trunk; a momentum encoder, if any, lies in the file's `loss`",
+    ),
+    CheckpointSource(
+        name="VISSL, trunk in a base model",
+        key="vissl-base",
+        origin="VISSL",
+        nest=("classy_state_dict.base_model.model.trunk", "model_state_dict", ""),
+        prefix="base_model._feature_blocks.",
+        dropped=(without_fc("base_model._feature_blocks.", "classifier"),),
+        encoder="the trunk; a momentum encoder, if any, lies in the file's `loss`",
+    ),
+    CheckpointSource(
+        name="Classy Vision",
+        key="classy_vision",
+        origin="Classy Vision",
+        nest=("classy_state_dict.base_model.model.trunk", "model_state_dict", ""),
+        naming=CLASSY_VISION,
+        dropped=((r"^(_heads|heads|head)\.", "head"),),
+    ),
+)
+
+
+OTHER_NAMES = (
+    CheckpointSource(
+        name="Separius' SimCLRv2",
+        key="simclr-separius",
+        origin="SimCLR v2 of Separius",
+        arxiv="2006.10029",
+        nest=("resnet",),
+        naming=SEPARIUS,
+        dropped=(CLASSIFIER,),
+        pixels=UNIT_RGB,
+    ),
+    CheckpointSource(
+        name="Google's SimCLR",
+        key="simclr",
+        origin="SimCLR v1 or v2",
+        arxiv="2002.05709, 2006.10029",
+        nest=("",),
+        prefix="base_model/",
+        naming=TENSORFLOW,
+        dropped=(
+            (r"/(Momentum|Adam|Adam_1)$", "optimizer"),
+            (r"^head_(contrastive|supervised)", "head"),
+            (r"^global_step$", "step counter"),
+        ),
+        pixels=UNIT_RGB,
+        padding="pool",
+        encoder="base_model; for the moving average, ema_model/base_model, use --source simclr-ema",
+        notes=(_SAME_POOLING,),
+    ),
+    CheckpointSource(
+        name="Google's SimCLR, moving average",
+        key="simclr-ema",
+        origin="SimCLR v2, moving average",
+        arxiv="2006.10029",
+        nest=("",),
+        prefix="ema_model/base_model/",
+        naming=TENSORFLOW,
+        pixels=UNIT_RGB,
+        padding="pool",
+        notes=(_SAME_POOLING,),
+        on_request=True,
+    ),
+    CheckpointSource(
+        name="DeepMind's BYOL",
+        key="byol",
+        origin="BYOL",
+        arxiv="2006.07733",
+        nest=("experiment_state.online",),
+        naming=HAIKU,
+        dropped=(
+            (r"^(projector|predictor|classifier)\b", "head"),
+            (r"_ema\|(hidden|counter)$", "state of the moving averages in norms"),
+        ),
+        padding="all",
+        encoder=ONLINE,
+        notes=(_SAME_PADDING,),
+    ),
+    *(
+        CheckpointSource(
+            name="Caffe2 ResNet (MSRA)",
+            key=key,
+            origin="Caffe2 names (MSRA)",
+            arxiv="1512.03385",
+            nest=("", "blobs"),
+            naming=naming,
+            dropped=(
+                (r"^(fc1000|pred|cls_score)_[wb]$", "classifier"),
+                (r"^conv1_b$", "bias of conv1, which Caffe2's ResNet and Detectron2 do not apply"),
+                (r"_momentum$", "optimizer"),
+                (r"^(lr|weight_order)$", "solver"),
+                (
+                    r"^(fpn|rpn|conv_rpn|bbox_pred|fc6|fc7|mask|conv_fcn|kps|head_conv|retnet|conv5_mask|_\[)",
+                    "detector's parts",
+                ),
+            ),
+            pixels=CAFFE_BGR,
+            stride_in_1x1=True,
+            notes=("order, mean and stride are those of every published Caffe2 ResNet; weights do not show them",),
+        )
+        for key, naming in (("caffe2", CAFFE2), ("caffe2-short", CAFFE2_SHORT), ("caffe2-affine", CAFFE2_AFFINE))
+    ),
+)

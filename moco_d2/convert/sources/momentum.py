@@ -1,0 +1,81 @@
+"""Pairs of a query encoder and its moving average."""
+
+from __future__ import annotations
+
+from moco_d2.convert.sources.record import LIGHTNING, QUERY, QUEUE, CheckpointSource, without_fc
+
+MOMENTUM = (
+    CheckpointSource(
+        name="moco_d2 backbone",
+        key="moco_d2",
+        origin="moco_d2",
+        nest=("state_dict",),
+        beside=("facts",),
+        marks=(r"^conv1\.weight$",),
+    ),
+    CheckpointSource(
+        name="moco_d2 training checkpoint",
+        key="moco_d2-training",
+        origin="moco_d2",
+        nest=("model",),
+        prefix="encoder_q.",
+        dropped=(without_fc("encoder_q."), (r"^queue\.", "queue of keys")),
+        encoder=QUERY,
+    ),
+    CheckpointSource(
+        name="ReSim",
+        key="resim",
+        origin="ReSim",
+        arxiv="2103.12902",
+        nest=("state_dict", ""),
+        prefix="encoder_q.",
+        marks=(r"^(encoder_q\.)?fpn_(lateral|output)\d",),
+        dropped=(without_fc("encoder_q."), QUEUE, (r"^encoder_q\.fpn_(lateral|output)\d", "ReSim's FPN")),
+        encoder=QUERY,
+    ),
+    CheckpointSource(
+        name="lightning-bolts MoCo",
+        key="bolts-moco",
+        origin="MoCo v2 of lightning-bolts",
+        arxiv="2003.04297",
+        nest=("state_dict",),
+        prefix="encoder_q.",
+        beside=(LIGHTNING,),
+        dropped=(without_fc("encoder_q."), QUEUE),
+        encoder=QUERY,
+    ),
+    CheckpointSource(
+        name="MoCo",
+        key="moco",
+        origin="MoCo v1 or v2 (no head in the file to tell)",
+        arxiv="1911.05722, 2003.04297",
+        nest=("state_dict", ""),
+        prefix="encoder_q.",
+        dropped=(without_fc("encoder_q."), QUEUE),
+        variants=(
+            (r"^encoder_q\.fc\.weight$", "MoCo v1 (one linear layer as head)", "1911.05722"),
+            (r"^encoder_q\.fc\.0\.weight$", "MoCo v2 (two layers as head)", "2003.04297"),
+        ),
+        encoder=QUERY,
+    ),
+    CheckpointSource(
+        name="PCL",
+        key="pcl",
+        origin="PCL v1 or v2",
+        arxiv="2005.04966",
+        nest=("state_dict",),
+        prefix="encoder_q.",
+        dropped=(without_fc("encoder_q."), QUEUE),
+        encoder=QUERY,
+    ),
+    CheckpointSource(
+        name="MoCo v3",
+        key="moco_v3",
+        origin="MoCo v3",
+        arxiv="2104.02057",
+        nest=("state_dict",),
+        prefix="base_encoder.",
+        dropped=(without_fc("base_encoder.", "projector"), (r"^predictor\.", "predictor")),
+        encoder="base_encoder is what MoCo v3 transfers; momentum_encoder is its moving average",
+    ),
+)

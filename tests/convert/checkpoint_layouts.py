@@ -45,11 +45,24 @@ def under(prefix: str, state: State) -> State:
     return {prefix + key: value for key, value in state.items()}
 
 
+def tensors(prefix: str = "", /, **shapes: tuple[int, ...]) -> State:
+    """What lies beside the network, of the projects' shapes cut to a few values; `__` stands for their keys' dots."""
+    return {prefix + key.replace("__", "."): torch.ones([min(n, 4) for n in shape]) for key, shape in shapes.items()}
+
+
+def array(*shape: int) -> Any:
+    return np.ones([min(n, 4) for n in shape], np.float32)
+
+
 def head(layers: int) -> State:
-    shapes = {"fc.weight": (16, 64), "fc.bias": (16,)}
-    if layers == 2:
-        shapes = {"fc.0.weight": (64, 64), "fc.0.bias": (64,), "fc.2.weight": (16, 64), "fc.2.bias": (16,)}
-    return {key: torch.randn(shape) for key, shape in shapes.items()}
+    if layers == 1:
+        return tensors(fc__weight=(128, 2048), fc__bias=(128,))
+    return tensors(fc__0__weight=(2048, 2048), fc__0__bias=(2048,), fc__2__weight=(128, 2048), fc__2__bias=(128,))
+
+
+def other(state: State) -> State:
+    """A second network: a moving average, a target, a student."""
+    return {key: value + 1 for key, value in state.items()}
 
 
 def facts(net: nn.Module) -> BackboneFacts:
@@ -61,16 +74,16 @@ def _own_backbone(net: nn.Module) -> dict[str, Any]:
 
 
 def _own_training(net: nn.Module) -> dict[str, Any]:
-    query, key = trunk(net) | head(2), trunk(network(seed=1)) | head(2)
-    queue = {"queue.features": torch.randn(32, 16), "queue.pointer": torch.zeros(1, dtype=torch.long)}
+    query, key = trunk(net) | head(2), other(trunk(net)) | head(2)
+    queue = tensors("queue.", features=(65536, 128), pointer=(1,))
     model = under("encoder_q.", query) | under("encoder_k.", key) | queue
     return {"model": model, "trainer": {"iteration": 7}, "iteration": 7, "facts": facts(net).as_dict()}
 
 
 def _moco_training(net: nn.Module, head_layers: int, wrapper: str = "module.") -> dict[str, Any]:
-    query, key = trunk(net) | head(head_layers), trunk(network(seed=1)) | head(head_layers)
+    query, key = trunk(net) | head(head_layers), other(trunk(net)) | head(head_layers)
     state = under(f"{wrapper}encoder_q.", query) | under(f"{wrapper}encoder_k.", key)
-    state |= {f"{wrapper}queue": torch.randn(16, 32), f"{wrapper}queue_ptr": torch.zeros(1, dtype=torch.long)}
+    state |= tensors(wrapper, queue=(128, 65536), queue_ptr=(1,))
     optimizer = {"state": {0: {"momentum_buffer": torch.randn(3)}}, "param_groups": [{"lr": 0.03, "params": [0]}]}
     return {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": optimizer}
 
@@ -88,25 +101,17 @@ def _no_counters(net: nn.Module) -> State:
     return {key: value for key, value in net.state_dict().items() if "num_batches_tracked" not in key}
 
 
-def other(state: State) -> State:
-    """A second network: a moving average, a target, a student."""
-    return {key: value + 1 for key, value in state.items()}
-
-
-def tensors(**shapes: tuple[int, ...]) -> State:
-    """Small tensors; `__` stands for a dot, because the projects' keys have dots."""
-    return {key.replace("__", "."): torch.ones(shape) for key, shape in shapes.items()}
-
-
-PROJECTOR = tensors(projector__0__weight=(8, 8), projector__1__running_mean=(8,))
-PREDICTOR = tensors(predictor__0__weight=(8, 8))
-LIGHTNING = {
+TRAINING: dict[str, Any] = {"epoch": 3, "arch": "resnet50", "optimizer": {}}
+SOLO: dict[str, Any] = {
     "epoch": 3,
     "global_step": 7,
     "pytorch-lightning_version": "1.6.4",
+    "loops": {},
     "callbacks": {argparse.ArgumentParser: {"best": 1}},
-    "hyper_parameters": {"lr": 0.1},
+    "optimizer_states": [],
+    "lr_schedulers": [],
 }
+LIGHTNING = SOLO | {"hyper_parameters": {"lr": 0.1}}
 
 
 def renamed(state: State, *rules: tuple[str, str]) -> State:
@@ -225,10 +230,14 @@ def tensorflow(net: nn.Module) -> dict[str, Any]:
     for index, (conv, norm) in enumerate(modules(net)):
         n = f"_{index}" if index else ""
         new[f"base_model/conv2d{n}/kernel"] = kernel(state, conv)
-        new[f"base_model/conv2d{n}/kernel/Momentum"] = np.ones((2, 2), np.float32)
+        new[f"base_model/conv2d{n}/kernel/Momentum"] = np.ones_like(new[f"base_model/conv2d{n}/kernel"])
         for word, tensor in words.items():
             new[f"base_model/batch_normalization{n}/{word}"] = state[f"{norm}.{tensor}"].numpy()
-    return {**new, "head_contrastive/nl_0/dense/kernel": np.ones((8, 8), np.float32)}
+    return {
+        **new,
+        "head_contrastive/nl_0/dense/kernel": array(2048, 2048),
+        "head_supervised/linear_layer/dense/kernel": array(2048, 1000),
+    }
 
 
 class _ByolExperimentState(tuple[Any, ...]):
@@ -243,7 +252,11 @@ class _ByolExperimentState(tuple[Any, ...]):
 
 def haiku(net: nn.Module) -> dict[str, Any]:
     state = net.state_dict()
-    params: dict[str, Any] = {"projector/linear": {"w": np.ones((4, 4), np.float32)}}
+    params: dict[str, Any] = {
+        "projector/linear": {"w": array(2048, 4096)},
+        "predictor/linear_1": {"w": array(4096, 256)},
+        "classifier": {"w": array(2048, 1000)},
+    }
     statistics: dict[str, Any] = {}
     for conv, norm in modules(net):
         found = re.fullmatch(r"layer(\d)\.(\d+)\.(conv(\d)|downsample\.0)", conv)
@@ -266,15 +279,43 @@ def haiku(net: nn.Module) -> dict[str, Any]:
     return {"step": 1, "rng": np.zeros(2, np.uint32), "experiment_state": (params, target, statistics, statistics, {})}
 
 
-def _lightning(state: State, **more: Any) -> dict[str, Any]:
-    return {**LIGHTNING, "state_dict": state, **more}
-
-
 def _twice(net: nn.Module, query: str, key: str, *heads: State) -> dict[str, Any]:
     """OpenSelfSup's files: `backbone` is the query encoder, which is there under its own name too."""
     state = trunk(net)
     state = under("backbone.", state) | under(query, state) | under(key, other(state))
     return {"meta": {"epoch": "3"}, "state_dict": functools.reduce(dict.__or__, heads, state), "optimizer": {}}
+
+
+def exclude_bias_and_norm(parameter: Any) -> bool:
+    """Barlow Twins' and VICReg's optimizers hold their script's function."""
+    return bool(parameter.ndim == 1)
+
+
+class NCEAverage(nn.Module):
+    """InstDisc's files hold a whole module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.ones(8, 128))
+
+
+FILTERS = {"weight_decay_filter": exclude_bias_and_norm, "lars_adaptation_filter": exclude_bias_and_norm}
+LARS = {"epoch": 3, "optimizer": {"state": {}, "param_groups": [FILTERS]}}
+
+
+def _vissl(net: nn.Module, prefix: str = "_feature_blocks.") -> dict[str, Any]:
+    model = {"trunk": under(prefix, trunk(net)), "heads": tensors("0.clf.0.", weight=(2048, 2048))}
+    beside: dict[str, Any] = {"optimizer": {}, "meters": [], "losses": [], "hooks": {}}
+    momentum = under("moco_encoder.trunk._feature_blocks.", other(trunk(net)))
+    return {
+        "classy_state_dict": {"base_model": {"model": model, "meta": {}}, **beside},
+        "loss": tensors(queue=(128, 65536)) | momentum,
+        "phase_idx": 1,
+        "iteration": 7,
+        "iteration_num": 7,
+        "train_phase_idx": 1,
+        "type": "consolidated",
+    }
 
 
 def _caffe(net: nn.Module) -> State:
@@ -305,6 +346,7 @@ class Layout:
     dropped: int | None = None  # beside the 53 batch counters
     foreign: int | None = None
     weights: Callable[[nn.Module], State] = trunk
+    width: float = 1
 
 
 def nested(place: str, prefix: str = "", *heads: State, **top: Any) -> Callable[[nn.Module], dict[str, Any]]:
@@ -324,8 +366,27 @@ def paired(place: str, prefix: str, companion: str, *heads: State, **top: Any) -
     return lambda net: nested(place, prefix, under(companion, other(trunk(net))), *heads, **top)(net)
 
 
-FC = head(1)
-EXTRA = {"opt": argparse.Namespace(lr=0.1), "optimizer": {}, "epoch": 3}
+CLASSIFIER = tensors(fc__weight=(1000, 2048), fc__bias=(1000,))
+ARGUMENTS = argparse.Namespace(lr=0.1)
+EXTRA: dict[str, Any] = {"opt": ARGUMENTS, "optimizer": {}, "scheduler": {}, "epoch": 3, "amp": {}}
+SWAV_HEAD = tensors(
+    "module.projection_head.", **{"0__weight": (2048, 2048), "1__running_mean": (2048,), "3__weight": (128, 2048)}
+)
+
+
+def _dino(net: nn.Module) -> dict[str, Any]:
+    heads = tensors("module.head.", mlp__0__weight=(4096, 2048), mlp__2__weight=(256, 4096))
+    heads |= tensors("module.head.last_layer.", weight=(60000, 256))
+    return {
+        "student": under("module.backbone.", other(trunk(net))) | heads,
+        "teacher": under("module.backbone.", trunk(net)) | heads,
+        "optimizer": {"param_groups": [{"lr": np.float64(0.1)}]},
+        "epoch": 3,
+        "args": ARGUMENTS,
+        "dino_loss": tensors(center=(1, 60000)),
+        "fp16_scaler": {},
+    }
+
 
 LAYOUTS = {
     "own-backbone": Layout("moco_d2", _own_backbone, FACTS["origin"], 0, 0),
@@ -337,7 +398,7 @@ LAYOUTS = {
     "moco-v2-released": Layout("moco", _moco_released, "MoCo v2", 4, 0),
     "moco-cleaned": Layout("moco", nested("state_dict", "module.encoder_q."), "MoCo v1 or v2", 0, 0),
     "moco-linear-evaluation": Layout(
-        "torchvision", nested("state_dict", "module.", under("module.", FC), arch="resnet50")
+        "torchvision", nested("state_dict", "module.", under("module.", CLASSIFIER), **TRAINING)
     ),
     "moco-v3": Layout(
         "moco_v3",
@@ -345,9 +406,18 @@ LAYOUTS = {
             "state_dict",
             "module.base_encoder.",
             "module.momentum_encoder.",
-            under("module.base_encoder.", head(2)),
-            PREDICTOR,
+            tensors(
+                "module.base_encoder.fc.",
+                **{
+                    "0__weight": (4096, 2048),
+                    "1__weight": (4096,),
+                    "3__weight": (256, 4096),
+                    "4__running_mean": (256,),
+                },
+            ),
+            tensors("module.predictor.0.", weight=(4096, 256)),
             scaler={},
+            **TRAINING,
         ),
     ),
     "simsiam": Layout(
@@ -355,42 +425,56 @@ LAYOUTS = {
         nested(
             "state_dict",
             "module.encoder.",
-            tensors(module__encoder__fc__1__running_mean=(8,)),
-            under("module.", PREDICTOR),
+            tensors("module.encoder.fc.0.", weight=(2048, 2048)),
+            tensors("module.encoder.fc.1.", running_mean=(2048,)),
+            tensors("module.encoder.fc.6.", weight=(2048, 2048), bias=(2048,)),
+            tensors("module.encoder.fc.7.", running_mean=(2048,)),
+            tensors("module.predictor.0.", weight=(512, 2048)),
+            **TRAINING,
         ),
     ),
     "swav": Layout(
-        "swav",
-        nested("", "module.", tensors(module__projection_head__0__weight=(8, 8), module__prototypes__weight=(8, 8))),
-        "SwAV",
-        2,
-        0,
+        "swav", nested("", "module.", SWAV_HEAD, tensors("module.", prototypes__weight=(3000, 128))), "SwAV"
     ),
     "swav-training": Layout(
-        "swav", nested("state_dict", "module.", tensors(module__prototypes__weight=(8, 8)), lr=np.float64(1))
+        "swav",
+        nested(
+            "state_dict", "module.", SWAV_HEAD, tensors("module.", prototypes__weight=(3000, 128)), lr=np.float64(1)
+        ),
+    ),
+    "swav-w2": Layout(
+        "swav", nested("", "module.", SWAV_HEAD, tensors("module.", prototypes__weight=(3000, 128))), "SwAV", width=2
     ),
     "deepcluster-v2": Layout(
-        "deepcluster_v2", nested("", "module.", tensors(module__prototypes__prototypes0__weight=(8, 8)))
+        "deepcluster_v2",
+        nested(
+            "",
+            "module.",
+            SWAV_HEAD,
+            *(tensors(f"module.prototypes.prototypes{n}.", weight=(3000, 128)) for n in range(3)),
+        ),
     ),
-    "barlow-twins": Layout("torchvision", nested("")),
+    # Barlow Twins', VICReg's and DINO's backbones are files of one form.
+    "backbone-alone": Layout("torchvision", nested("")),
     "barlow-twins-training": Layout(
         "barlow_twins",
         nested(
-            "model", "module.backbone.", under("module.", PROJECTOR), tensors(module__bn__running_mean=(8,)), epoch=3
+            "model",
+            "module.backbone.",
+            tensors("module.projector.0.", weight=(8192, 2048)),
+            tensors("module.projector.1.", weight=(8192,)),
+            tensors("module.projector.6.", weight=(8192, 8192)),
+            tensors("module.bn.", running_mean=(8192,)),
+            **LARS,
         ),
         "Barlow Twins",
     ),
-    "vicreg-training": Layout("vicreg", nested("model", "module.backbone.", under("module.", PROJECTOR)), "VICReg"),
-    "dino": Layout(
-        "dino",
-        lambda net: {
-            "student": under("module.backbone.", other(trunk(net))),
-            "teacher": under("module.backbone.", trunk(net)) | tensors(module__head__mlp__0__weight=(8, 8)),
-            "args": argparse.Namespace(lr=0.1),
-            "lr": np.float64(0.1),
-        },
-        "DINO",
+    "vicreg-training": Layout(
+        "vicreg",
+        nested("model", "module.backbone.", tensors("module.projector.0.", weight=(8192, 2048)), **LARS),
+        "VICReg",
     ),
+    "dino": Layout("dino", _dino, "DINO"),
     "dino-no-module": Layout("dino", nested("teacher", "backbone.")),
     "byol-lucidrains": Layout(
         "byol-lucidrains",
@@ -398,16 +482,20 @@ LAYOUTS = {
             under("net.", net.state_dict())
             | under("online_encoder.net.", net.state_dict())
             | under("target_encoder.net.", other(trunk(net)))
-            | tensors(online_predictor__0__weight=(8, 8), online_encoder__projector__0__0__weight=(8, 8))
+            | tensors("online_predictor.0.", weight=(4096, 256))
+            | tensors("online_encoder.projector.0.0.", weight=(256, 2048))
         ),
     ),
     "byol-sthalles": Layout(
         "byol-sthalles",
-        lambda net: {
-            "online_network_state_dict": under("encoder.", sequential(trunk(net)))
-            | tensors(projetion__net__0__weight=(8, 8)),
-            "target_network_state_dict": under("encoder.", sequential(other(trunk(net)))),
-        },
+        lambda net: (
+            {
+                f"{name}_network_state_dict": under("encoder.", sequential(state))
+                | tensors("projetion.net.0.", weight=(512, 2048))
+                for name, state in (("online", trunk(net)), ("target", other(trunk(net))))
+            }
+            | {"optimizer_state_dict": {}}
+        ),
     ),
     "byol-deepmind": Layout("byol", haiku),
     "simclr-tensorflow": Layout("simclr", tensorflow),
@@ -415,32 +503,67 @@ LAYOUTS = {
         "simclr-tonylins", lambda net: {"state_dict": _shortcut_first(dict(net.state_dict()))}, "SimCLR v1"
     ),
     "simclr-separius": Layout(
-        "simclr-separius", lambda net: {"resnet": separius(trunk(net)) | FC, "head": tensors(layers__0__weight=(8, 8))}
+        "simclr-separius",
+        lambda net: {
+            "resnet": separius(trunk(net)) | CLASSIFIER,
+            "head": {f"layers.{n}.weight": torch.ones(8) for n in (0, 1, 3, 4, 6, 7)},
+        },
     ),
-    "simclr-spijkervet": Layout("simclr-spijkervet", nested("", "encoder.", PROJECTOR)),
+    "simclr-spijkervet": Layout(
+        "simclr-spijkervet",
+        nested("", "encoder.", tensors("projector.", **{"0__weight": (2048, 2048), "2__weight": (64, 2048)})),
+    ),
     "simclr-sthalles": Layout("simclr-sthalles", nested("state_dict", "backbone.", under("backbone.", head(2)))),
     "pycontrast": Layout(
         "pycontrast",
         lambda net: (
-            nested("model", "module.encoder.", tensors(module__head__0__weight=(8, 8)))(net)
-            | {"model_ema": under("encoder.", other(trunk(net))), "contrast": tensors(memory_1=(8, 8))}
+            nested(
+                "model",
+                "module.encoder.",
+                tensors("module.head.", **{"0__weight": (2048, 2048), "2__weight": (128, 2048)}),
+                contrast=tensors(memory_1=(8, 128)),
+                optimizer={},
+                epoch=3,
+                amp={},
+            )(net)
+            | {"model_ema": under("encoder.", other(trunk(net)))}
         ),
     ),
     "cmc-single": Layout(
         "cmc",
         lambda net: (
-            nested("model", "encoder.module.", under("encoder.module.", FC), **EXTRA)(net)
+            nested(
+                "model",
+                "encoder.module.",
+                under("encoder.module.", tensors(fc__weight=(128, 2048))),
+                opt=ARGUMENTS,
+                contrast=tensors(memory_1=(8, 128)),
+                optimizer={},
+                epoch=3,
+            )(net)
             | {"model_ema": under("encoder.module.", other(trunk(net)))}
         ),
     ),
+    # Older than batch counters, and than torch's zip files.
     "instdisc": Layout(
         "instdisc",
-        nested("state_dict", "module.", under("module.", FC), lemniscate=argparse.Namespace(), arch="resnet50"),
+        lambda net: {
+            "state_dict": under("module.", {k: t for k, t in trunk(net).items() if "num_batches" not in k} | head(1)),
+            "lemniscate": NCEAverage(),
+            "best_prec1": 54.0,
+            **TRAINING,
+        },
+        dropped=2 - 53,
     ),
     "densecl": Layout(
         "densecl",
         lambda net: _twice(
-            net, "encoder_q.0.", "encoder_k.0.", tensors(encoder_q__1__mlp2__0__weight=(8, 8, 1, 1), queue2=(8, 8))
+            net,
+            "encoder_q.0.",
+            "encoder_k.0.",
+            tensors("encoder_q.1.mlp.0.", weight=(2048, 2048)),
+            tensors("encoder_q.1.mlp2.", **{"0__weight": (2048, 2048, 1, 1), "2__weight": (128, 2048, 1, 1)}),
+            tensors(queue=(128, 65536), queue_ptr=(1,), queue2=(128, 65536), queue2_ptr=(1,)),
         ),
     ),
     "densecl-extracted": Layout("densecl-extracted", nested("state_dict", author="DenseCL")),
@@ -451,11 +574,9 @@ LAYOUTS = {
             "model",
             "module.encoder.",
             "module.encoder_k.",
-            tensors(
-                module__projector__linear1__weight=(8, 8),
-                module__projector_k__linear2__weight=(8, 8),
-                module__value_transform__weight=(8, 8),
-            ),
+            tensors("module.projector.", linear1__weight=(4096, 2048, 1, 1), bn1__weight=(4096,)),
+            tensors("module.projector_k.", linear2__weight=(256, 4096, 1, 1)),
+            tensors("module.value_transform.", weight=(256, 256, 1, 1)),
             **EXTRA,
         ),
     ),
@@ -465,25 +586,33 @@ LAYOUTS = {
             "model",
             "module.encoder.",
             "module.encoder_k.",
-            tensors(
-                module__neck__fpn_convs__3__conv__weight=(8, 8),
-                module__head__fc1__weight=(8, 8),
-                module__projector__linear1__weight=(8, 8),
-            ),
+            tensors("module.neck.lateral_convs.0.", conv__weight=(256, 256, 1, 1), bn__weight=(256,)),
+            tensors("module.neck.fpn_convs.3.", conv__weight=(256, 256, 3, 3)),
+            tensors("module.head.", conv1__weight=(256, 256, 3, 3), bn1__weight=(256,), fc1__weight=(1024, 12544)),
+            tensors("module.projector.", linear1__weight=(4096, 1024)),
+            sampler={},
             **EXTRA,
         ),
     ),
     "resim": Layout(
         "resim",
         paired(
-            "state_dict", "module.encoder_q.", "module.encoder_k.", tensors(module__fpn_lateral3__weight=(8, 8, 1, 1))
+            "state_dict",
+            "module.encoder_q.",
+            "module.encoder_k.",
+            tensors("module.", fpn_lateral3__weight=(256, 512, 1, 1)),
+            **TRAINING,
         ),
     ),
-    "pcl": Layout("moco", nested("state_dict", "module.encoder_q.", under("module.encoder_q.", head(2)))),
+    "pcl": Layout("moco", nested("state_dict", "module.encoder_q.", under("module.encoder_q.", head(2)), **TRAINING)),
     "openselfsup": Layout(
         "openselfsup",
         lambda net: _twice(
-            net, "encoder_q.0.", "encoder_k.0.", tensors(encoder_q__1__mlp__0__weight=(8, 8), queue=(8, 8))
+            net,
+            "encoder_q.0.",
+            "encoder_k.0.",
+            tensors("encoder_q.1.mlp.0.", weight=(2048, 2048)),
+            tensors(queue=(128, 65536), queue_ptr=(1,)),
         ),
     ),
     "openselfsup-byol": Layout(
@@ -498,18 +627,19 @@ LAYOUTS = {
             "state_dict",
             "backbone.",
             "encoder_k.module.0.",
-            tensors(neck__mlp__0__weight=(8, 8), encoder_k__steps=(), queue=(8, 8)),
+            tensors("neck.mlp.", **{"0__weight": (2048, 2048), "2__weight": (128, 2048)}),
+            tensors("encoder_k.", steps=(), module__1__mlp__0__weight=(2048, 2048)),
+            tensors(queue=(128, 65536)),
             meta={},
+            message_hub={"loss": ARGUMENTS},
+            optimizer={},
+            param_schedulers=[],
         ),
     ),
     "mmdet-caffe": Layout("caffe", _caffe, weights=_caffe),
-    "vissl": Layout(
-        "vissl", nested("classy_state_dict.base_model.model.trunk", "_feature_blocks.", loss=tensors(queue=(8, 8)))
-    ),
+    "vissl": Layout("vissl", _vissl),
     "vissl-converted": Layout("vissl", nested("model_state_dict", "_feature_blocks.")),
-    "vissl-base": Layout(
-        "vissl-base", nested("classy_state_dict.base_model.model.trunk", "base_model._feature_blocks.")
-    ),
+    "vissl-base": Layout("vissl-base", lambda net: _vissl(net, "base_model._feature_blocks.")),
     "classy-vision": Layout(
         "classy_vision",
         lambda net: {"classy_state_dict": {"base_model": {"model": {"trunk": classy(trunk(net)), "heads": {}}}}},
@@ -520,15 +650,19 @@ LAYOUTS = {
             "state_dict",
             "backbone.",
             "momentum_backbone.",
-            PROJECTOR,
-            tensors(classifier__weight=(8, 8), queue=(2, 8, 8)),
-            **LIGHTNING,
+            tensors(projector__0__weight=(2048, 2048), momentum_projector__0__weight=(2048, 2048)),
+            tensors(classifier__weight=(1000, 2048), queue=(2, 256, 65536)),
+            **SOLO,
         ),
     ),
     "solo-old": Layout(
         "solo-old",
         paired(
-            "state_dict", "encoder.", "momentum_encoder.", PROJECTOR, tensors(classifier__weight=(8, 8)), **LIGHTNING
+            "state_dict",
+            "encoder.",
+            "momentum_encoder.",
+            tensors(projector__0__weight=(2048, 2048), classifier__weight=(1000, 2048)),
+            **SOLO,
         ),
     ),
     "lightly-byol": Layout(
@@ -537,7 +671,9 @@ LAYOUTS = {
             "state_dict",
             "backbone.",
             "teacher_backbone.",
-            tensors(projection_head__layers__0__weight=(8, 8), online_classifier__classification_head__weight=(8, 8)),
+            tensors("projection_head.layers.0.", weight=(4096, 2048)),
+            tensors("prediction_head.layers.0.", weight=(4096, 256)),
+            tensors("online_classifier.classification_head.", weight=(1000, 2048)),
             **LIGHTNING,
         ),
     ),
@@ -547,7 +683,8 @@ LAYOUTS = {
             "state_dict",
             "backbone.",
             "student_backbone.",
-            tensors(projection_head__layers__0__weight=(8, 8)),
+            tensors("projection_head.layers.0.", weight=(2048, 2048)),
+            tensors("student_projection_head.layers.0.", weight=(2048, 2048)),
             **LIGHTNING,
         ),
     ),
@@ -555,7 +692,8 @@ LAYOUTS = {
         "lightly-examples",
         lambda net: {
             "state_dict": under("backbone.", sequential(trunk(net)))
-            | under("backbone_momentum.", sequential(other(trunk(net)))),
+            | under("backbone_momentum.", sequential(other(trunk(net))))
+            | tensors("projection_head.layers.0.", weight=(2048, 2048)),
             "epoch": 3,
         },
     ),
@@ -565,15 +703,19 @@ LAYOUTS = {
             "state_dict",
             "encoder_q.",
             "encoder_k.",
-            under("encoder_q.", FC),
-            tensors(queue=(8, 8), val_queue=(8, 8)),
+            under("encoder_q.", head(1)),
+            tensors(queue=(128, 65536), val_queue=(128, 65536)),
             **LIGHTNING,
         ),
     ),
     "bolts-simclr": Layout(
         "bolts-simclr",
         nested(
-            "state_dict", "encoder.", under("encoder.", FC), tensors(projection__model__0__weight=(8, 8)), **LIGHTNING
+            "state_dict",
+            "encoder.",
+            under("encoder.", CLASSIFIER),
+            tensors("projection.model.0.", weight=(2048, 2048)),
+            **LIGHTNING,
         ),
     ),
     "bolts-byol": Layout(
@@ -582,24 +724,28 @@ LAYOUTS = {
             "state_dict",
             "online_network.encoder.",
             "target_network.encoder.",
-            tensors(online_network__projector__model__0__weight=(8, 8)),
+            tensors("online_network.projector.model.0.", weight=(4096, 2048)),
+            tensors("predictor.model.0.", weight=(4096, 256)),
             **LIGHTNING,
         ),
     ),
     "bolts-swav": Layout(
-        "bolts-swav", nested("state_dict", "model.", tensors(model__prototypes__weight=(8, 8)), **LIGHTNING)
+        "bolts-swav", nested("state_dict", "model.", tensors("model.", prototypes__weight=(3000, 128)), **LIGHTNING)
     ),
     "lightning-any": Layout(
         "lightning", paired("state_dict", "my_net.", "ema.", tensors(loss__weight=(8,)), **LIGHTNING)
     ),
-    "timm": Layout("torchvision", lambda net: dict(net.state_dict())),
+    # timm's and torchvision's own: the same keys.
+    "torchvision": Layout("torchvision", lambda net: dict(net.state_dict()), "torchvision"),
     "timm-training": Layout(
         "timm-ema",
         lambda net: {
-            "state_dict_ema": dict(net.state_dict()),
-            "state_dict": other(trunk(net)),
-            "arch": "resnet50",
+            "state_dict_ema": trunk(net) | CLASSIFIER,
+            "state_dict": other(trunk(net)) | CLASSIFIER,
             "args": argparse.Namespace(model="resnet50"),
+            "version": 2,
+            "metric": 76.0,
+            **TRAINING,
         },
     ),
     "torchvision-references": Layout(
@@ -610,7 +756,7 @@ LAYOUTS = {
     "hugging-face": Layout("transformers", lambda net: hugging_face(trunk(net))),
     "hugging-face-classifier": Layout(
         "transformers-head",
-        lambda net: under("resnet.", hugging_face(trunk(net))) | tensors(classifier__1__weight=(8, 8)),
+        lambda net: under("resnet.", hugging_face(trunk(net))) | tensors(classifier__1__weight=(1000, 2048)),
     ),
     "detectron2-converted": Layout(
         "detectron2-torchvision",
@@ -626,8 +772,10 @@ LAYOUTS = {
         "detectron2-fpn-torchvision",
         lambda net: {
             "model": detectron2(trunk(net), "backbone.bottom_up.")
-            | tensors(backbone__fpn_lateral5__weight=(8, 8), pixel_mean=(3, 1, 1)),
+            | tensors(backbone__fpn_lateral5__weight=(256, 2048, 1, 1), pixel_mean=(3, 1, 1)),
             "facts": facts(net).as_dict(),
+            "optimizer": {},
+            "scheduler": {},
             "iteration": 3,
         },
         FACTS["origin"],
@@ -636,16 +784,18 @@ LAYOUTS = {
         "detectron2-c4-torchvision",
         lambda net: {
             "model": detectron2(trunk(net), "backbone.", "roi_heads.")
-            | tensors(roi_heads__box_predictor__cls_score__weight=(8, 8)),
+            | tensors(roi_heads__box_predictor__cls_score__weight=(21, 2048)),
             "facts": facts(net).as_dict(),
         },
         FACTS["origin"],
     ),
     "msra": Layout(
         "caffe2",
-        lambda net: caffe2(trunk(net)) | {"fc1000_w": np.ones((8, 8), np.float32), "conv1_b": np.ones(8, np.float32)},
+        lambda net: (
+            caffe2(trunk(net)) | {"fc1000_w": array(1000, 2048), "fc1000_b": array(1000)} | {"conv1_b": array(64)}
+        ),
         "Caffe2",
-        2 - 53,
+        3 - 53,
         0,
     ),
     "msra-blobs": Layout("caffe2-short", lambda net: {"blobs": caffe2(trunk(net), ("s", "b", "rm", "riv"))}),

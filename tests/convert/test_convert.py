@@ -62,11 +62,6 @@ WITHOUT_LAYOUT = {
     "resnet",
     "model",
 }
-# One for each family of names; the others differ in place and prefix only.
-PROVEN = (
-    *("own-training", "moco-v2-arguments", "byol-sthalles", "byol-deepmind", "simclr-tensorflow", "simclr-separius"),
-    *("classy-vision", "hugging-face", "detectron2-c4", "mmdet-caffe", "msra", "torchvision-old"),
-)
 
 
 def own_tensors(state: State) -> State:
@@ -88,22 +83,23 @@ def full() -> nn.Module:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_converts_whole(name: str, full: nn.Module) -> None:
     layout = LAYOUTS[name]
-    conversion = convert_state(layout.build(full), "x.pth")
+    net = full if layout.width == 1 else network(width=layout.width)
+    conversion = convert_state(layout.build(net), "x.pth")
     assert conversion.source.key == layout.source
     assert conversion.facts.origin.startswith(layout.origin)
     assert len(conversion.mapped) == 265
     assert layout.dropped is None or len(conversion.dropped) == 53 + layout.dropped
     assert layout.foreign is None or len(conversion.foreign) == layout.foreign
-    wanted = own_tensors(layout.weights(full))
+    wanted = own_tensors(layout.weights(net))
     assert set(conversion.source_tensors) == set(wanted)
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in conversion.source_tensors.items())
 
 
-@pytest.mark.parametrize("name", PROVEN)
-def test_files_of_every_naming_are_converted_and_proven(name: str, net: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_files_of_every_layout_are_converted_and_proven(name: str, net: nn.Module, tmp_path: Path) -> None:
     layout = LAYOUTS[name]
     checkpoint = layout.build(net)
-    torch.save(checkpoint, tmp_path / "in.pth.tar")
+    torch.save(checkpoint, tmp_path / "in.pth.tar", _use_new_zipfile_serialization=name != "instdisc")
     conversion, differences = convert_checkpoint(tmp_path / "in.pth.tar", tmp_path / "new" / "out.pth")
     assert conversion.source.key == layout.source
     assert set(differences) == {"res2", "res3", "res4", "res5"} and max(differences.values()) < 1e-5
@@ -369,20 +365,54 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
         lambda s: {"model": {n: torch.ones(1) for n in DETECTRON2.names(50) if "res4" not in n}},
         ["incomplete Detectron2", "res4.0.conv1.weight"],
     ),
-    "deep-stem": (lambda s: {**without(s, "conv1"), "conv1.0.weight": torch.ones(8, 3, 3, 3)}, ["three 3x3"]),
+    "deep-stem": (
+        lambda s: {
+            **without(s, "conv1", "downsample"),
+            **{f"conv1.{n}.weight": torch.ones(32, 3, 3, 3) for n in (0, 3, 6)},
+            **{f"conv1.{n}.weight": torch.ones(32) for n in (1, 4)},
+            **{f"layer{n}.0.downsample.1.weight": torch.ones(8, 8, 1, 1) for n in (1, 2, 3, 4)},
+            "layer1.0.downsample.2.weight": torch.ones(256),
+        },
+        ["three 3x3", "conv1.0.weight"],
+    ),
     "pooled-shortcut": (
         lambda s: {**without(s, "layer2.0.downsample"), "layer2.0.downsample.2.weight": torch.ones(3)},
         ["pools in its shortcuts", "layer2.0.downsample.2.weight"],
     ),
     "clip": (lambda s: {"visual.attnpool.positional_embedding": torch.ones(3, 3)}, ["CLIP"]),
-    "cmc": (lambda s: {"model": under("encoder.module.l_to_ab.", s)}, ["CMC's two half-width", "l_to_ab"]),
+    "cmc": (
+        lambda s: {
+            "model": {
+                f"encoder.module.{half}.{key}": tensor
+                for half, channels in (("l_to_ab", 1), ("ab_to_l", 2))
+                for key, tensor in with_value(s, "conv1.weight", lambda t, n=channels: t[:, :n]).items()
+            }
+        },
+        ["CMC's two half-width", "l_to_ab"],
+    ),
     "cmc-pycontrast": (
-        lambda s: {"model": under("module.encoder1.", s) | under("module.encoder2.", s)},
+        lambda s: {
+            "model": {
+                f"module.encoder{n}.{key}": tensor
+                for n in (1, 2)
+                for key, tensor in with_value(s, "conv1.weight", lambda t, n=n: t[:, :n]).items()
+            }
+            | {"module.head1.0.weight": torch.ones(128, 1024)}
+        },
         ["CMC's two half-width", "encoder1"],
     ),
     "selective-kernels": (
         lambda s: {
-            "resnet": {"net.0.0.weight": torch.ones(3), "net.1.blocks.0.net.2.main_conv.0.weight": torch.ones(3)}
+            "resnet": {
+                "net.0.0.weight": torch.ones(32, 3, 3, 3),
+                "net.0.1.0.weight": torch.ones(32),
+                "net.0.2.weight": torch.ones(32, 32, 3, 3),
+                "net.0.4.weight": torch.ones(64, 32, 3, 3),
+                "net.0.5.0.weight": torch.ones(64),
+                "net.1.blocks.0.projection.shortcut.2.weight": torch.ones(256, 64, 1, 1),
+                "net.1.blocks.0.net.2.main_conv.0.weight": torch.ones(128, 64, 3, 3),
+                "net.1.blocks.0.net.2.mixing_conv.0.weight": torch.ones(32, 64, 1, 1),
+            }
         },
         ["selective kernels", "sk0"],
     ),
@@ -391,16 +421,31 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
     "lightly-cli": (
         lambda s: {
             "state_dict": {
-                "model.backbone.1.weight": torch.ones(8, 3, 3, 3),
-                "model.backbone.4.0.shortcut.0.weight": torch.ones(3),
+                "model.backbone.0.weight": torch.ones(3),
+                "model.backbone.0.running_mean": torch.ones(3),
+                "model.backbone.1.weight": torch.ones(64, 3, 3, 3),
+                "model.backbone.2.weight": torch.ones(64),
+                "model.backbone.3.0.conv1.weight": torch.ones(64, 64, 3, 3),
+                "model.backbone.4.0.shortcut.0.weight": torch.ones(128, 64, 1, 1),
+                "model.backbone.7.weight": torch.ones(32, 512, 1, 1),
+                "model.projection_head.layers.0.weight": torch.ones(32, 32),
             }
         },
         ["CIFAR stem", "shortcut.0"],
     ),
     "moco-v3-vit": (
-        lambda s: {"state_dict": {"module.base_encoder.patch_embed.proj.weight": torch.ones(3)}},
+        lambda s: {
+            "state_dict": {
+                f"module.base_encoder.{key}": torch.ones(3)
+                for key in (
+                    *("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"),
+                    "head.0.weight",
+                )
+            }
+        },
         ["vision transformer"],
     ),
+    "solo-cifar": (lambda s: {"state_dict": under("backbone.", cifar(s))}, ["CIFAR stem", "(16, 3, 3, 3)"]),
     "facts-of-another-run": (
         lambda s: {"state_dict": s, "facts": BackboneFacts().as_dict()},
         ["contradict", "stem_channels is 16 by the tensors, 64 by the facts"],

@@ -1,25 +1,28 @@
 """Reading anyone's checkpoint without running code from it.
 
-A pickle is a program: it may name any function and call it. Files are therefore read with ``weights_only=True``, and
-where that refuses (training scripts store their command line, numpy numbers, whole objects), by an unpickler that
-knows a short list of harmless names and replaces every other one by an inert :class:`Stub`.
+A pickle is a program: it may name any function and call it. Files are therefore read by an unpickler of our own, which
+knows a short list of harmless names and replaces every other one (training scripts store their command line, whole
+objects) by an inert :class:`Stub`. ``torch.load(weights_only=True)`` refuses such files, runs code from some before
+torch 2.6, and lets others ask for any amount of memory.
+
+Tensors are views of the mapped file: what nobody looks at is never read.
 """
 
 from __future__ import annotations
 
 import _codecs
-import builtins
 import collections
-import functools
 import io
 import logging
+import math
+import mmap
 import os
 import pickle
-import tarfile
-import types
-import warnings
+import struct
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,13 +30,14 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-import torch._utils
 
 from moco_d2.facts import BackboneFacts
 
 logger = logging.getLogger(__name__)
 
 _INFLATION = 20  # weights are noise, and compress by a tenth
+_EXPANDED = 1 << 20  # values of a tensor that has fewer in the file; bytes that may be copied beside the file's own
+_NESTED = 1 << 14  # tuples within tuples
 _HEAD_BYTES = 512  # enough for every signature below
 _TORCH_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch.save before 1.6: its magic number
 _DOWNLOAD_AGAIN = "download it again and compare its size or checksum"
@@ -191,72 +195,192 @@ class Stub(dict[Any, Any]):
         """Ignore an item of what was a set."""
 
 
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    # numpy pickles its bytes as text for Python 2's sake. Only its own encoding: codecs are looked up by import.
-    return _codecs.encode(text, "utf-8" if encoding.replace("_", "-").lower() == "utf-8" else "latin1")
+class _DType:
+    """Stands for ``numpy.dtype``: a pickle may set the state of a real one, which all arrays of the process share."""
+
+    def __init__(self, kind: Any, *_: Any) -> None:
+        self.kind, self.order = np.dtype(kind), "="
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.order, subarray, names, *_ = state
+        if subarray is not None or names is not None:
+            raise pickle.UnpicklingError("arrays of records")
+
+    @property
+    def real(self) -> np.dtype[Any]:
+        real: np.dtype[Any] = self.kind if self.order == "|" else self.kind.newbyteorder(self.order)
+        return real
 
 
-def _storage_from_bytes(raw: bytes) -> Any:
-    # torch's own function of this purpose unpickles without restriction.
-    return _restricted_torch_load(io.BytesIO(raw), mmap=False)[0]
+class _Array(np.ndarray[Any, Any]):
+    """An array that a pickle fills; numpy's own takes the memory that the file states before it looks for the data."""
 
-
-def _bytes(kind: Any, *arguments: Any) -> Any:
-    # A number would ask for that much memory.
-    if any(isinstance(argument, int) for argument in arguments[:1]):
-        raise pickle.UnpicklingError(f"{kind.__name__}({arguments[0]}) asks for memory")
-    return kind(*arguments)
-
-
-def _array(shape: Any, dtype: Any, buffer: Any, *rest: Any) -> Any:
-    # Without a buffer it would take as much memory as the file says.
-    return np.ndarray(shape, dtype, buffer, *rest)
+    def __setstate__(self, state: Any) -> None:
+        *version, shape, dtype, fortran, raw = state
+        held = len(raw) if dtype.real.hasobject else len(raw) // max(dtype.real.itemsize, 1)
+        if math.prod(shape) > held:
+            raise pickle.UnpicklingError(f"an array of shape {shape} with {held} values")
+        super().__setstate__((*version, shape, dtype.real, fortran, raw))
 
 
 def _empty_array(*_: Any) -> Any:
     # What numpy's pickles start from; the file's own shape here would take memory.
-    return np.ndarray((0,), "b")
+    return np.ndarray((0,), "b").view(_Array)
 
 
-def _allowed() -> dict[tuple[str, str], Any]:
-    """Return the names that the fallback resolves: containers, tensor and array rebuilders, nothing that acts."""
-    plain = (
-        "set",
-        "frozenset",
-        "list",
-        "dict",
-        "tuple",
-        "int",
-        "float",
-        "complex",
-        "bool",
-        "str",
-    )
-    names: dict[tuple[str, str], Any] = {
-        (module, name): getattr(builtins, name) for module in ("builtins", "__builtin__") for name in plain
-    }
+def _array(shape: Any, dtype: Any, buffer: Any, *_: Any) -> Any:
+    # Without a buffer, or with strides, it would be as large as the file says.
+    return np.ndarray(shape, dtype.real if isinstance(dtype, _DType) else np.dtype(dtype), _raw(buffer))
+
+
+def _from_buffer(buffer: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> Any:
+    return np.frombuffer(_raw(buffer), dtype.real).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _raw(buffer: Any) -> Any:
+    if not isinstance(buffer, bytes | bytearray):
+        raise pickle.UnpicklingError(f"a {type(buffer).__name__} in place of an array's data")
+    return buffer
+
+
+def _scalar(dtype: Any, raw: Any) -> Any:
+    # By numpy's own, a dtype of a gigabyte would take one. As text: Python 2's pickles.
+    if dtype.real.hasobject:
+        return raw
+    return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else _raw(raw), dtype.real, 1)[0]
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Bytes of the file, and what they are; torch's own typed storage is deprecated."""
+
+    raw: torch.UntypedStorage
+    dtype: torch.dtype
+
+
+def _tensor(storage: _Storage, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
+    # An expanded tensor is as large as the file says, once something is computed from it.
+    held = storage.raw.nbytes() // storage.dtype.itemsize
+    if math.prod(size) > max(held, _EXPANDED):
+        raise pickle.UnpicklingError(f"a tensor of size {tuple(size)} with {held} values")
+    empty = torch.empty(0, dtype=storage.dtype, device=storage.raw.device)
+    return empty.set_(storage.raw, offset, tuple(size), tuple(stride))
+
+
+def _tensor_of_dtype(
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> Any:
+    return _tensor(_Storage(storage.raw, dtype), offset, size, stride)
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _of_type(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+    return function(*arguments)  # a tensor with attributes, which nobody needs
+
+
+def _quantised(*_: Any) -> torch.Tensor:
+    return torch._empty_affine_quantized([0], scale=1.0, zero_point=0, dtype=torch.quint8)  # to be refused by its name
+
+
+class _Copies:
+    """Calls that copy what they are given, within a budget: a file can ask for copies of copies."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size + _EXPANDED
+
+    def spend(self, argument: Any) -> None:
+        self.left -= len(argument)
+        if self.left < 0:
+            raise pickle.UnpicklingError("copies of copies ask for memory")
+
+    def container(self, kind: Any) -> Callable[..., Any]:
+        def make(*arguments: Any) -> Any:
+            for argument in arguments:
+                if isinstance(argument, bytes | bytearray | list | tuple | dict | set | frozenset):
+                    self.spend(argument)
+                    if kind is tuple and any(isinstance(item, tuple) for item in argument):
+                        raise pickle.UnpicklingError("a tuple of tuples by another way than theirs")
+                elif kind is not collections.defaultdict or argument is not arguments[0]:
+                    raise pickle.UnpicklingError(f"{kind.__name__} of a {type(argument).__name__}")
+            return kind(*arguments)
+
+        return make
+
+    def plain(self, kind: Any) -> Callable[..., Any]:
+        """Bytes, text and numbers; of a number, bytes would ask for that much memory."""
+
+        def make(*arguments: Any) -> Any:
+            numbers = () if kind in (bytes, bytearray) else (int, float, complex, np.generic)
+            for argument in arguments[:1]:
+                if not isinstance(argument, (str, bytes, bytearray, *numbers)):
+                    raise pickle.UnpicklingError(f"{kind.__name__} of a {type(argument).__name__}")
+                if not isinstance(argument, numbers):
+                    self.spend(argument)
+            return kind(*arguments)
+
+        return make
+
+    def encode(self, text: str, encoding: str = "latin1") -> bytes:
+        # numpy pickles its bytes as text for Python 2's sake. Only its own encoding: codecs are looked up by import.
+        self.spend(text)
+        return _codecs.encode(text, "utf-8" if encoding.replace("_", "-").lower() == "utf-8" else "latin1")
+
+    def storage(self, raw: bytes) -> Any:
+        # torch's own function of this purpose unpickles without restriction.
+        self.spend(raw)
+        whole = torch.frombuffer(bytearray(raw), dtype=torch.uint8).untyped_storage()
+        return _legacy_content(io.BytesIO(raw), whole, set())
+
+
+def _allowed(size: int) -> dict[tuple[str, str], Any]:
+    """Return the names that are resolved: containers, tensor and array rebuilders, nothing that acts.
+
+    Args:
+        size: of the file; what is copied from it stays below that.
+    """
+    copies = _Copies(size)
+    names: dict[tuple[str, str], Any] = {}
     for module in ("builtins", "__builtin__"):
-        for kind in (bytes, bytearray):
-            names[module, kind.__name__] = functools.partial(_bytes, kind)
-    for name in ("OrderedDict", "defaultdict"):
-        names["collections", name] = getattr(collections, name)
-    for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"):
-        names["torch._utils", name] = getattr(torch._utils, name)
-    names["torch.storage", "_load_from_bytes"] = _storage_from_bytes
-    names.update({("torch", name): getattr(torch, name) for name in ("Size", "device")})
-    names.update({("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)})
-    names.update({("numpy", "ndarray"): _array, ("numpy", "dtype"): np.dtype})
+        names |= {(module, kind.__name__): copies.container(kind) for kind in (set, frozenset, list, dict, tuple)}
+        names |= {
+            (module, kind.__name__): copies.plain(kind) for kind in (int, float, complex, bool, str, bytes, bytearray)
+        }
+        names |= {(module, "unicode"): names[module, "str"], (module, "long"): names[module, "int"]}  # Python 2's
+    for kind in (collections.OrderedDict, collections.defaultdict, collections.Counter):
+        names["collections", kind.__name__] = copies.container(kind)
+    names |= {
+        ("torch", "Size"): copies.container(torch.Size),
+        ("torch", "device"): copies.plain(str),
+        ("torch._utils", "_rebuild_tensor"): _tensor,
+        ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+        ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_dtype,
+        ("torch._utils", "_rebuild_qtensor"): _quantised,
+        ("torch._utils", "_rebuild_parameter"): _parameter,
+        ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+        ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
+        ("torch.storage", "_load_from_bytes"): copies.storage,
+        ("numpy", "ndarray"): _array,
+        ("numpy", "dtype"): _DType,
+        ("_codecs", "encode"): copies.encode,
+    }
+    names |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
     for core in ("numpy.core", "numpy._core"):  # before and since numpy 2
-        multiarray = np._core.multiarray  # type: ignore[attr-defined]
         names[f"{core}.multiarray", "_reconstruct"] = _empty_array
-        names[f"{core}.multiarray", "scalar"] = multiarray.scalar
-        names[f"{core}.numeric", "_frombuffer"] = np._core.numeric._frombuffer  # type: ignore[attr-defined]
-    for name in dir(np.dtypes):
-        if name.endswith("DType"):
-            names["numpy.dtypes", name] = getattr(np.dtypes, name)
-    names["_codecs", "encode"] = _encode
-    # A pickle may set attributes of what it names; of Python's functions, those would last beyond this file.
-    return {key: functools.partial(v) if isinstance(v, types.FunctionType) else v for key, v in names.items()}
+        names[f"{core}.multiarray", "scalar"] = _scalar
+        names[f"{core}.numeric", "_frombuffer"] = _from_buffer
+    return names
+
+
+# Whose dtype the name of a storage's class tells.
+_STORAGES = {f"{name}Storage": dtype for name, dtype in {
+    "Double": torch.double, "Float": torch.float, "Half": torch.half, "BFloat16": torch.bfloat16,
+    "Long": torch.long, "Int": torch.int, "Short": torch.short, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "ComplexDouble": torch.cdouble, "ComplexFloat": torch.cfloat, "Untyped": torch.uint8,
+    "QUInt8": torch.uint8, "QInt8": torch.int8, "QInt32": torch.int32,
+}.items()}  # fmt: skip
 
 
 def _is_hostile(module: str, name: str) -> bool:
@@ -268,49 +392,120 @@ def _is_hostile(module: str, name: str) -> bool:
     return top in _HOSTILE_MODULES or bool(inside) or (module, name) in _HOSTILE_NAMES
 
 
-def _restricted_unpickler() -> Any:
-    """Return an ``Unpickler`` class that resolves only :func:`_allowed` names and counts the others in ``stubbed``."""
-    allowed = _allowed()
-
-    # Python's own unpickler, not C's: that one takes as much memory as the number of a memo's entry says.
-    class Restricted(pickle._Unpickler):
-        stubbed: ClassVar[collections.Counter[str]] = collections.Counter()
-
-        def find_class(self, module: str, name: str) -> Any:
-            if (module, name) in allowed:
-                return allowed[module, name]
-            if _is_hostile(module, name):
-                raise _HostileError(f"{module}.{name}")
-            self.stubbed[f"{module}.{name}"] += 1
-            return type(name.rpartition(".")[2], (Stub,), {"__module__": module})
-
-    return Restricted
+_SET_STATE = (Stub, _DType, _Array)
+# Opcodes that change an object -> where it lies on the stack (None: before the last mark), and what it may be.
+_CHANGES: dict[str, tuple[int | None, tuple[type, ...]]] = {
+    "load_setitem": (-3, (dict,)),
+    "load_setitems": (None, (dict,)),
+    "load_append": (-2, (list, Stub)),
+    "load_appends": (None, (list, Stub)),
+    "load_additems": (None, (set, Stub)),
+}
 
 
-def _restricted_torch_load(file: str | io.BytesIO, mmap: bool) -> tuple[Any, list[str]]:
-    """Read a ``torch.save`` file through the restricted unpickler; also return the names that were stubbed."""
-    unpickler = _restricted_unpickler()
+# Python's own unpickler, not C's: that one takes as much memory as the number of a memo's entry says.
+class _Unpickler(pickle._Unpickler):
+    """Resolves only :func:`_allowed` names and notes the others in ``stubbed``.
 
-    def load(stream: Any, **options: Any) -> Any:
-        return unpickler(stream, **options).load()
+    Args:
+        file: what is read.
+        allowed: of :func:`_allowed`.
+        stubbed: the names that became stubs, added to.
+        storage: how an entry's data are found, by its key, dtype and number of values.
+    """
 
-    module = types.SimpleNamespace(Unpickler=unpickler, load=load, __name__="restricted_pickle")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about source code of pickled modules, which are stubs here
-        content = torch.load(
-            file, map_location="cpu", pickle_module=module, weights_only=False, mmap=mmap, encoding="latin1"
-        )
-    return content, sorted(unpickler.stubbed)
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(
+        self,
+        file: Any,
+        allowed: dict[tuple[str, str], Any],
+        stubbed: set[str],
+        storage: Callable[[str, torch.dtype, int], Any] | None = None,
+    ) -> None:
+        super().__init__(file, encoding="latin1")  # as numpy asks for Python 2's pickles
+        self.allowed, self.stubbed, self.storage = allowed, stubbed, storage
+        self.stubs: dict[tuple[str, str], type[Stub]] = {}
+        self.storages: dict[str, Any] = {}
+        self.sizes: dict[int, tuple[int, Any]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.allowed:
+            return self.allowed[module, name]
+        if module.partition(".")[0] == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if _is_hostile(module, name):
+            raise _HostileError(f"{module}.{name}")
+        self.stubbed.add(f"{module}.{name}")
+        if (module, name) not in self.stubs:
+            self.stubs[module, name] = type(name.rpartition(".")[2], (Stub,), {"__module__": module})
+        return self.stubs[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, *rest = pid
+        if kind == "module":  # torch.save before 1.6 kept the source of pickled modules
+            return rest[0]
+        dtype, key, _, count, *view = rest
+        if self.storage is None or kind != "storage" or any(part is not None for part in view):
+            raise pickle.UnpicklingError(f"unknown reference {str(pid)[:80]}")
+        if key not in self.storages:
+            self.storages[key] = _Storage(self.storage(key, dtype, count), dtype)
+        return self.storages[key]
+
+    def load_build(self) -> None:
+        # Nothing else has a state that matters, and what a file names may be shared with the whole process.
+        state = self.stack.pop()  # type: ignore[attr-defined]
+        if isinstance(self.stack[-1], _SET_STATE):  # type: ignore[attr-defined]
+            self.stack[-1].__setstate__(state)  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def tuple_made(self) -> None:
+        """Refuse a tuple of tuples that is too large to be hashed: that follows each of them, on the C stack."""
+        made = self.stack[-1]  # type: ignore[attr-defined]
+        size = sum(self.sizes.get(id(item), (1, None))[0] for item in made if isinstance(item, tuple))
+        if size >= _NESTED:
+            raise pickle.UnpicklingError(f"tuples within tuples, {size} of them")
+        if size:
+            self.sizes[id(made)] = size + 1, made  # kept, so that no other gets its id
 
 
-def _load_torch(path: Path, mmap: bool) -> tuple[Any, list[str]]:
-    try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap), []
-    except pickle.UnpicklingError:  # a name that torch does not allow, or a damaged file; the fallback tells which
-        return _restricted_torch_load(str(path), mmap)
+def _guarded(change: str, place: int | None, kinds: tuple[type, ...]) -> Callable[[Any], None]:
+    def load(self: Any) -> None:
+        target = self.metastack[-1][-1] if place is None else self.stack[place]
+        if not isinstance(target, kinds):  # a tensor's item or sum can take any memory
+            raise pickle.UnpicklingError(f"{change} on a {type(target).__name__}")
+        getattr(pickle._Unpickler, change)(self)
+
+    return load
 
 
-def _load_zip(path: Path) -> tuple[Any, list[str]]:
+def _counted(opcode: str) -> Callable[[Any], None]:
+    def load(self: Any) -> None:
+        getattr(pickle._Unpickler, f"load_{opcode}")(self)
+        self.tuple_made()
+
+    return load
+
+
+for _name in ("tuple", "tuple1", "tuple2", "tuple3"):
+    _Unpickler.dispatch[getattr(pickle, _name.upper())[0]] = _counted(_name)
+for _change, _target in _CHANGES.items():
+    _opcode = getattr(pickle, _change.removeprefix("load_").upper())
+    _Unpickler.dispatch[_opcode[0]] = _guarded(_change, *_target)
+
+
+def _part(whole: Any, start: int, size: int) -> Any:
+    if start < 0 or size < 0 or start + size > whole.nbytes():
+        raise pickle.UnpicklingError(f"{size} bytes at {start} are asked for, of {whole.nbytes()}")
+    return whole[start : start + size]
+
+
+def _mapped(path: Path) -> Any:
+    return torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+
+
+def _load_zip(path: Path) -> tuple[Any, set[str]]:
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path}: a truncated torch file (its end is missing); {_DOWNLOAD_AGAIN}")
     with zipfile.ZipFile(path) as archive:
@@ -330,35 +525,93 @@ def _load_zip(path: Path) -> tuple[Any, list[str]]:
         raise CheckpointError(
             f"{path}: a compressed torch file, which torch.save does not write; unpack and save it again"
         )
-    return _load_torch(path, mmap=True)
+    return _load_archive(path)
 
 
-def _load_arrays(path: Path, size: int) -> tuple[Any, list[str]]:
+def _load_archive(path: Path) -> tuple[Any, set[str]]:
+    """Read what ``torch.save`` writes since 1.6: a pickle, and each storage in a file of its own."""
+    whole, stubbed = _mapped(path), set[str]()
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        root = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl").removesuffix(
+            "data.pkl"
+        )
+        order = archive.read(f"{root}byteorder") if f"{root}byteorder" in archive.namelist() else b"little"
+
+        def storage(key: str, dtype: torch.dtype, count: int) -> Any:
+            entry = archive.getinfo(f"{root}data/{key}")
+            file.seek(entry.header_offset + 26)
+            name, extra = struct.unpack("<HH", file.read(4))
+            size = count * dtype.itemsize
+            if size > entry.file_size:
+                raise pickle.UnpicklingError(f"data/{key} has {entry.file_size} bytes of {size}")
+            part = _part(whole, entry.header_offset + 30 + name + extra, size)
+            if order.decode() != sys.byteorder and dtype.itemsize > 1:
+                part.byteswap(dtype)
+            return part
+
+        data = archive.read(f"{root}data.pkl")
+        return _Unpickler(io.BytesIO(data), _allowed(len(data)), stubbed, storage).load(), stubbed
+
+
+def _load_arrays(path: Path, size: int) -> tuple[Any, set[str]]:
     """Read numpy's archive of arrays; a name may hold slashes, as TensorFlow's variables do."""
     if size > _INFLATION * path.stat().st_size:
         raise CheckpointError(f"{path}: its arrays inflate to {size} bytes, which weights do not")
     with np.load(path, allow_pickle=False) as archive:
-        return {name: archive[name] for name in archive.files}, []
+        return {name: archive[name] for name in archive.files}, set()
 
 
-def _load_legacy(path: Path) -> tuple[Any, list[str]]:
-    if tarfile.is_tarfile(path):  # torch would look into it as its oldest format
-        raise CheckpointError(f"{path}: a tar archive, not a checkpoint; unpack it first")
-    return _load_torch(path, mmap=False)
+def _load_legacy(path: Path) -> tuple[Any, set[str]]:
+    stubbed = set[str]()
+    with _bytes_of(path) as stream:
+        return _legacy_content(stream, _mapped(path), stubbed), stubbed
 
 
-def _load_pickle(path: Path) -> tuple[Any, list[str]]:
-    unpickler = _restricted_unpickler()
-    with io.BytesIO(path.read_bytes()) as file:  # in memory, where a read beyond the end asks for no more of it
-        content = unpickler(file, encoding="latin1").load()  # latin1: as numpy asks for Python 2's pickles
-    return content, sorted(unpickler.stubbed)
+def _legacy_content(stream: Any, whole: torch.UntypedStorage, stubbed: set[str]) -> Any:
+    """Read what ``torch.save`` wrote before 1.6: pickles, and behind them the storages one after the other.
+
+    The pickle has to be read twice: where a storage lies depends on the dtypes of those before it.
+    """
+    allowed = _allowed(whole.nbytes())
+    for _ in range(3):  # magic number, version, sizes of the machine's numbers
+        _Unpickler(stream, allowed, stubbed).load()
+    start, dtypes = stream.tell(), dict[str, torch.dtype]()
+
+    def unread(key: str, dtype: torch.dtype, count: int) -> Any:
+        dtypes[key] = dtype
+        return torch.UntypedStorage(count * dtype.itemsize, device="meta")
+
+    _Unpickler(stream, allowed, stubbed, unread).load()
+    found = {}
+    for key in _Unpickler(stream, allowed, stubbed).load():
+        (count,) = struct.unpack("<q", stream.read(8))
+        found[key] = _part(whole, stream.tell(), count * dtypes[key].itemsize)
+        stream.seek(found[key].nbytes(), os.SEEK_CUR)
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> Any:
+        return _part(found[key], 0, count * dtype.itemsize)
+
+    stream.seek(start)
+    return _Unpickler(stream, allowed, stubbed, storage).load()
 
 
-def _load_safetensors(path: Path) -> tuple[Any, list[str]]:
-    return safetensors.torch.load_file(path), []
+def _bytes_of(path: Path) -> mmap.mmap:
+    # Mapped: a read beyond the end then asks for no more memory than the file has.
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _reader(path: Path) -> Callable[[Path], tuple[Any, list[str]]]:
+def _load_pickle(path: Path) -> tuple[Any, set[str]]:
+    stubbed = set[str]()
+    with _bytes_of(path) as stream:
+        return _Unpickler(stream, _allowed(path.stat().st_size), stubbed).load(), stubbed
+
+
+def _load_safetensors(path: Path) -> tuple[Any, set[str]]:
+    return safetensors.torch.load_file(path), set()
+
+
+def _reader(path: Path) -> Callable[[Path], tuple[Any, set[str]]]:
     """Choose the reader by the first bytes: names lie (``.pkl`` is often a torch file, ``.pth`` sometimes a pickle)."""
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES)
@@ -408,8 +661,8 @@ def _reader(path: Path) -> Callable[[Path], tuple[Any, list[str]]]:
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a ``.pth``, ``.pth.tar``, ``.pt``, ``.safetensors`` or ``.pkl`` file without running code from it.
 
-    The format is told from the content. Tensors come to the CPU; those of present-day torch files are mapped from the
-    file and cost memory only when read. Objects of classes that are not on the allow-list become :class:`Stub`, and a
+    The format is told from the content. Tensors come to the CPU, mapped from the file: they cost memory only when
+    read. Objects of classes that are not on the allow-list become :class:`Stub`, and a
     warning names them.
 
     Args:

@@ -118,6 +118,104 @@ def test_what_asks_for_a_terabyte_gets_none(bomb: bytes, tmp_path: Path) -> None
         read_checkpoint(tmp_path / "x.pth")
 
 
+class Changed:
+    """An object that is rebuilt and then changed: a state is set (``state``), or items are (``items``)."""
+
+    def __init__(self, function: Callable[..., Any], arguments: Any, state: Any = None, items: Any = None) -> None:
+        self.parts = function, arguments, state, None, items
+
+    def __reduce__(self) -> Any:
+        *parts, items = self.parts
+        return *parts, items and iter(items)
+
+
+def laughs() -> list[Any]:
+    joke: list[Any] = ["ha"]
+    for _ in range(30):
+        joke = [joke] * 9
+    return joke
+
+
+megabyte, many = bytes(range(256)) * 4096, [None] * 200_000
+scalar = np.float64(1).__reduce__()[0]
+reconstruct = np.zeros(1).__reduce__()[0]
+vast = torch.zeros(1).expand(1 << 40)
+parameter = torch._utils._rebuild_parameter
+
+BOMBS: dict[str, tuple[Any, str]] = {
+    "expanded tensor": (vast, "a tensor of size"),
+    "list of a tensor": (Attack(list, WEIGHT), "list of a Tensor"),
+    "bytes of a tensor": (Attack(bytes, torch.tensor(1 << 40)), "bytes of a Tensor"),
+    "bytes of a numpy number": (Attack(bytearray, np.int64(1 << 40)), "bytearray of a int64"),
+    "copies": ([Attack(bytearray, megabyte) for _ in range(9)], "copies of copies"),
+    "copied lists": ([Attack(list, many) for _ in range(9)], "copies of copies"),
+    "text of nested lists": (Attack(str, laughs()), "str of a list"),
+    "wide number": (Attack(scalar, np.dtype("V2000000000"), b""), "buffer is smaller"),
+    "array of objects": (
+        Changed(reconstruct, (np.ndarray, (0,), b"b"), (1, (1 << 31,), np.dtype("O"), False, [])),
+        "an array of shape",
+    ),
+    "array without its data": (
+        Changed(reconstruct, (np.ndarray, (0,), b"b"), (1, (1 << 31,), np.dtype("f4"), False, b"")),
+        "an array of shape",
+    ),
+    "array with strides": (Attack(np.ndarray, (1 << 33,), "f4", bytes(4), 0, (0,)), "buffer is too small"),
+    "item of a tensor": (Changed(parameter, (WEIGHT, False, {}), None, [((0, 0), 1.0)]), "load_setitem on a Tensor"),
+}
+
+
+@pytest.mark.parametrize("write", [to_zip, to_legacy, to_pickle])
+@pytest.mark.parametrize("name", BOMBS)
+def test_memory_bombs_are_refused_before_they_take_any(
+    name: str, write: Callable[[Any, Path], None], tmp_path: Path
+) -> None:
+    bomb, words = BOMBS[name]
+    write({"w": bomb}, tmp_path / "x.pth")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=words):
+        read_checkpoint(tmp_path / "x.pth")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024  # KiB
+
+
+def test_storages_end_where_they_end(tmp_path: Path) -> None:
+    lie = {b"K\x06tq": b"M\x00\x03tq", b"K\x06\x85": b"M\x00\x03\x85"}  # 6 values -> 768
+    with (
+        zipfile.ZipFile(io.BytesIO(torch_bytes({"w": torch.arange(6, dtype=torch.uint8)}))) as honest,
+        zipfile.ZipFile(tmp_path / "x.pth", "w") as archive,
+    ):
+        for name in honest.namelist():
+            data = honest.read(name)
+            for old, new in lie.items():
+                data = data.replace(old, new) if name.endswith("data.pkl") else data
+            archive.writestr(name, data)
+    with pytest.raises(CheckpointError, match="data/0 has 6 bytes of 768"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_keys_that_would_overflow_the_stack_are_refused(tmp_path: Path) -> None:
+    # {((((...)))): None}: the hash of a tuple follows those within, and Python does not count.
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"Ns.")
+    with pytest.raises(CheckpointError, match="tuples within tuples"):
+        read_checkpoint(tmp_path / "x.pkl")
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({(1, (2, (3,))): ((4,), 5)}))
+    assert read_checkpoint(tmp_path / "x.pkl") == {(1, (2, (3,))): ((4,), 5)}
+
+
+def test_files_of_big_endian_machines_and_tensors_with_attributes(tmp_path: Path) -> None:
+    tensor = WEIGHT.clone()
+    tensor.tag = "x"  # type: ignore[attr-defined]
+    with (
+        zipfile.ZipFile(io.BytesIO(torch_bytes({"w": tensor, "p": torch.nn.Parameter(WEIGHT)}))) as little,
+        zipfile.ZipFile(tmp_path / "x.pth", "w") as archive,
+    ):
+        for name in little.namelist():
+            data = little.read(name)
+            data = np.frombuffer(data, "<f4").astype(">f4").tobytes() if "/data/" in name else data
+            archive.writestr(name, b"big" if name.endswith("/byteorder") else data)
+    read = read_checkpoint(tmp_path / "x.pth")
+    assert torch.equal(read["w"], WEIGHT) and torch.equal(read["p"], WEIGHT)
+
+
 def test_compressed_torch_files_are_not_inflated(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", bytes(1 << 20))

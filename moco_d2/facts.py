@@ -64,6 +64,8 @@ class BackboneFacts:
         pixels: the input the weights were trained with.
         origin: where the weights come from, in words.
         protocol: the pretraining recipe's name (``moco_v2_R50_200ep``), empty when unknown.
+        parts: what of a detector is pretrained beside the backbone: ``fpn``, ``box_head``, ... Fine-tuning from such
+            weights is another protocol.
     """
 
     depth: int = 50
@@ -75,11 +77,13 @@ class BackboneFacts:
     pixels: Pixels = field(default_factory=Pixels)
     origin: str = "unknown"
     protocol: str = ""
+    parts: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers, strings and lists, fit for any file format."""
         facts = asdict(self)
         facts["pixels"] = {k: list(v) if isinstance(v, tuple) else v for k, v in facts["pixels"].items()}
+        facts["parts"] = list(self.parts)
         return facts
 
     @classmethod
@@ -93,7 +97,7 @@ class BackboneFacts:
         unknown = sorted(set(facts) - set(known))
         if unknown:
             raise ValueError(f"unknown backbone facts {unknown}; known are {sorted(known)}")
-        values = dict(facts)
+        values = dict(facts) | {"parts": tuple(facts.get("parts", ()))}
         if "pixels" in values:
             pixels = values["pixels"]
             values["pixels"] = Pixels(pixels["order"], tuple(pixels["mean"]), tuple(pixels["std"]))

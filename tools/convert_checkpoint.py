@@ -21,6 +21,8 @@ def parser() -> argparse.ArgumentParser:
     built.add_argument("output", nargs="?", help="file to write: .pth (tensors only) or .pkl (numpy arrays)")
     built.add_argument("--source", default="", metavar="KEY", help="whose file it is, where the file does not show it")
     built.add_argument("--prefix", help="what the keys of the wanted network start with, where there are several")
+    built.add_argument("--with", dest="parts", default="", metavar="PARTS", help="keep what SoCo and ReSim pretrain "
+                       "beside the ResNet: fpn, or fpn,box_head")  # fmt: skip
     built.add_argument("--norm", default="", choices=("GN",), help="GN: accept a network with GroupNorm")
     built.add_argument("--report", type=Path, metavar="FILE", help="write the whole account as JSON")
     built.add_argument("--no-proof", action="store_true", help="do not compare with Detectron2's network")
@@ -36,11 +38,13 @@ def main() -> int:
     args = parser().parse_args()
     if not args.list and args.output is None:
         parser().error("the following arguments are required: input, output")
+    if args.parts and (args.list or args.to):
+        parser().error(f"--with goes with a conversion, not with {'--list' if args.list else '--to'}")
 
     # After the arguments, so that --help answers at once.
     from moco_d2.convert import Choice, can_prove, convert_checkpoint
     from moco_d2.convert.bake import convert_baked
-    from moco_d2.convert.report import report, summary, write_report
+    from moco_d2.convert.report import convert_and_report, summary, write_report
 
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
     if args.list or args.to:
@@ -53,10 +57,10 @@ def main() -> int:
         )
         return 2
     try:
-        choice = Choice(source=args.source, prefix=args.prefix, norm=args.norm)
+        parts = tuple(filter(None, args.parts.split(",")))
+        choice = Choice(source=args.source, prefix=args.prefix, norm=args.norm, parts=parts)
         convert = convert_baked if args.bake else convert_checkpoint
-        conversion, differences = convert(args.input, args.output, not args.no_proof, choice)
-        content = report(conversion, differences, args.input, args.output)
+        content = convert_and_report(args.input, args.output, not args.no_proof, choice, convert)
         if args.report:
             write_report(content, args.report)
     except (ValueError, OSError) as error:

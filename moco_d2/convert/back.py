@@ -103,7 +103,8 @@ def take_back(content: Mapping[str, Any], path: str | os.PathLike[str]) -> Backb
     with torch.device("meta"):  # shapes only
         expected = network_for(facts).state_dict()
     _check(tensors, {name: tensor.shape for name, tensor in expected.items()}, path)
-    notes: list[str] = []
+    notes = [f"the pretrained {', '.join(facts.parts)} has no place in a ResNet and is left out"] if facts.parts else []
+    facts = replace(facts, parts=())
     if home.what.endswith("detector"):
         facts, notes = _after_fine_tuning(facts, state)
     tensors, facts, more = _fit_input(tensors, facts)

@@ -30,6 +30,7 @@ from moco_d2.convert.prove import (
     _source_network,
     _stages,
     drawn_scene,
+    prove_parts,
 )
 from moco_d2.convert.recognise import Choice
 from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
@@ -106,7 +107,9 @@ def convert_baked(
         differences: dict[str, float] = {}
         if proof:
             written = {name: torch.as_tensor(tensor) for name, tensor in read_checkpoint(part)["model"].items()}
-            differences = prove_baked(conversion, baked.facts, written)
+            trunk = {name: tensor for name, tensor in written.items() if name in baked.tensors}
+            differences = prove_baked(conversion, baked.facts, trunk)
+            differences |= prove_parts(baked.facts, baked.source_tensors, baked.parts, written, baked.norm)
         os.replace(part, output)
     with atomic_write(config_path(output)) as file:
         file.write(config_yaml(baked, output).encode())

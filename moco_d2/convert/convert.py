@@ -7,25 +7,39 @@ ResNet that the facts describe.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from torch.overrides import TorchFunctionMode
 
 from moco_d2.atomic import atomic_write
 from moco_d2.convert.load import CheckpointError, facts_in, read_checkpoint
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, Naming, rename_table
-from moco_d2.convert.prove import prove
-from moco_d2.convert.recognise import Choice, Match, as_tensor, beside, input_scale, look_alike, recognise, some, unwrap
-from moco_d2.convert.sources import COMPANIONS, COUNTERS, UNSEEN, CheckpointSource
+from moco_d2.convert.parts import Carried, Part, check_shapes, choose, needs
+from moco_d2.convert.prove import prove, prove_parts
+from moco_d2.convert.recognise import (
+    Choice,
+    Match,
+    Trunk,
+    as_tensor,
+    beside,
+    input_scale,
+    look_alike,
+    recognise,
+    some,
+    unwrap,
+)
+from moco_d2.convert.sources import COMPANIONS, COUNTERS, SOURCES, UNSEEN, CheckpointSource
 from moco_d2.facts import BackboneFacts, Pixels
 from moco_d2.layers.resnet import facts_from_shapes, network_for
 
@@ -52,6 +66,7 @@ class Conversion:
         norm: ``BN``, or ``GN`` for GroupNorm.
         also: other sources whose files look the same.
         notes: what the weights do not show, and what was assumed or done about it.
+        parts: what of a detector was converted beside the trunk.
     """
 
     source: CheckpointSource
@@ -66,10 +81,18 @@ class Conversion:
     norm: str = "BN"
     also: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    parts: tuple[Carried, ...] = ()
 
     def config(self) -> dict[str, Any]:
         """Return the Detectron2 keys, with values, under which the weights mean what they meant at their source."""
-        return self.facts.config() | ({"MODEL.RESNETS.NORM": self.norm} if self.norm != "BN" else {})
+        norm = {"MODEL.RESNETS.NORM": self.norm} if self.norm != "BN" else {}
+        wanted = needs({name: tuple(tensor.shape) for name, tensor in self.content().items()})
+        # No norm is Detectron2's default, and not what detectors are fine-tuned with: left to the protocol.
+        return self.facts.config() | norm | {key: value for key, value in wanted.items() if value != ""}
+
+    def content(self) -> dict[str, torch.Tensor]:
+        """Return everything that is written: the trunk and the parts."""
+        return {**self.tensors, **{name: tensor for part in self.parts for name, tensor in part.tensors.items()}}
 
     @property
     def arxiv(self) -> str:
@@ -114,7 +137,11 @@ def convert_checkpoint(
         save(conversion, part)
         if proof:
             written = {name: as_tensor(t) for name, t in read_checkpoint(part)["model"].items()}
-            differences = prove(conversion.facts, conversion.source_tensors, written, conversion.norm)
+            trunk = {name: tensor for name, tensor in written.items() if name in conversion.tensors}
+            differences = prove(conversion.facts, conversion.source_tensors, trunk, conversion.norm)
+            differences |= prove_parts(
+                conversion.facts, conversion.source_tensors, conversion.parts, written, conversion.norm
+            )
         os.replace(part, output)
     finally:
         part.unlink(missing_ok=True)
@@ -149,10 +176,11 @@ def convert_state(
     Raises:
         CheckpointError: no known source, an incomplete network, unknown keys, or unusable tensors.
     """
-    stated = facts_in(checkpoint, path)
-    match = recognise(checkpoint, path, choice or Choice(), stated)
+    stated, choice = facts_in(checkpoint, path), choice or Choice()
+    match = recognise(checkpoint, path, choice, stated)
     trunk = match.trunk
-    mapped, dropped, foreign = _account(match, path)
+    parts = [_part(match, name, path) for name in choice.parts]
+    mapped, dropped, foreign = _account(match, parts, path)
     tensors, notes = _tensors(match, path)
     statistics = "bn1.running_mean" in tensors
     to_detectron2 = rename_table(*_pair(statistics), trunk.depth)
@@ -161,6 +189,9 @@ def convert_state(
     _check_shapes(facts, tensors, path)
     _check_values({key_of.get(to_detectron2[name], name): tensor for name, tensor in tensors.items()}, path)
     tensors = {name: t.to(torch.float32).contiguous() for name, t in tensors.items()}
+    carried = tuple(_carried(part, trunk, facts, path) for part in parts)
+    facts = replace(facts, parts=choice.parts)
+    notes += [part.note for part in parts if part.note]
     if not stated:
         notes += [*match.source.notes, UNSEEN]
         scale = input_scale(trunk)
@@ -178,7 +209,31 @@ def convert_state(
         norm="GN" if trunk.group_norm else "BN",
         also=match.also,
         notes=tuple(notes),
+        parts=carried,
     )
+
+
+def _part(match: Match, name: str, path: str | os.PathLike[str]) -> Part:
+    try:
+        return choose(match.source.parts, name, match.trunk.keys)
+    except ValueError as error:
+        known = "; ".join(f"{s.name}: {', '.join(dict.fromkeys(p.name for p in s.parts))}" for s in SOURCES if s.parts)
+        raise CheckpointError(
+            f"{path}: recognised as {match.source.name}; {error} (sources with parts: {known})"
+        ) from error
+
+
+def _carried(part: Part, trunk: Trunk, facts: BackboneFacts, path: str | os.PathLike[str]) -> Carried:
+    """Take a part's tensors out of the file, in the order of its table."""
+    held = {trunk.keys[key]: as_tensor(trunk.state[trunk.keys[key]]) for key in part.table()}
+    _check_values(held, path)
+    tensors = [tensor.to(torch.float32).contiguous() for tensor in held.values()]
+    carried = Carried(part, dict(zip(part.table().values(), tensors, strict=True)))
+    try:
+        check_shapes(carried, facts)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return carried
 
 
 def _pair(statistics: bool) -> tuple[Naming, Naming]:
@@ -196,7 +251,7 @@ def save(conversion: Conversion, output: str | os.PathLike[str]) -> None:
     output = Path(output)
     _check_suffix(output)
     content: dict[str, Any] = {
-        "model": conversion.tensors,
+        "model": conversion.content(),
         "__author__": AUTHOR,
         # One file must fit backbone.res4 and roi_heads.res5 (C4) as well as backbone.bottom_up.res4 (FPN).
         "matching_heuristics": True,
@@ -204,7 +259,7 @@ def save(conversion: Conversion, output: str | os.PathLike[str]) -> None:
     }
     with open(output, "wb") as file:
         if output.suffix == ".pkl":
-            content["model"] = {name: tensor.numpy() for name, tensor in conversion.tensors.items()}
+            content["model"] = {name: tensor.numpy() for name, tensor in content["model"].items()}
             _ArrayPickler(file, protocol=5).dump(content)
         else:
             torch.save(content, file)
@@ -236,11 +291,16 @@ def _check_suffix(output: Path) -> None:
         )
 
 
-def _account(match: Match, path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+def _account(
+    match: Match, parts: Sequence[Part], path: str | os.PathLike[str]
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """Sort every key into mapped, dropped and foreign."""
     source, trunk = match.source, match.trunk
     target = DETECTRON2 if trunk.naming.statistics else DETECTRON2.without_statistics()
     table = rename_table(trunk.naming, target, trunk.depth)
+    beside = {key: name for part in parts for key, name in part.table().items()}
+    taken = [part.name for part in parts]
+    left = [(p.keys, COUNTERS[1] if p.name in taken else f"{p.what} (--with {p.name} keeps it)") for p in source.parts]
     mapped, dropped, unknown = {}, {}, []
     tensors = set(trunk.keys.values())
     foreign = [str(key) for key in trunk.state if key not in tensors]  # numbers and the like among the tensors
@@ -248,10 +308,12 @@ def _account(match: Match, path: str | os.PathLike[str]) -> tuple[dict[str, str]
         inside = plain.startswith(trunk.prefix)
         name = plain.removeprefix(trunk.prefix)
         # Batch counters of another network (an encoder_k) are as foreign as the rest of it.
-        patterns = (COUNTERS, *source.dropped) if inside else source.dropped
+        patterns = (*([COUNTERS] if inside else []), *source.dropped, *left)
         reason = next((why for pattern, why in patterns if re.search(pattern, plain)), None)
         if inside and name in table:
             mapped[key] = table[name]
+        elif plain in beside:
+            mapped[key] = beside[plain]
         elif inside and name == "conv1.bias" and trunk.naming == TORCHVISION:
             dropped[key] = "bias of conv1, subtracted from the mean of bn1 (the same computation)"
         elif reason is not None:
@@ -266,7 +328,7 @@ def _account(match: Match, path: str | os.PathLike[str]) -> tuple[dict[str, str]
             f"{source.name}: {some(unknown)}; the network is another one than its other names say, or the file holds "
             "more than one"
         )
-    order = {name: index for index, name in enumerate(table.values())}
+    order = {name: index for index, name in enumerate((*table.values(), *beside.values()))}
     return dict(sorted(mapped.items(), key=lambda item: order[item[1]])), dropped, foreign
 
 
@@ -366,7 +428,7 @@ def _facts(
         )
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: its shapes are not a ResNet's ({error})") from error
-    if stated is not None and facts != stated:
+    if stated is not None and facts != (stated := replace(stated, parts=())):  # parts are taken on request only
         seen, said = facts.as_dict(), stated.as_dict()
         wrong = ", ".join(
             f"{k} is {seen[k]} by the tensors, {said[k]} by the facts" for k in seen if seen[k] != said[k]
@@ -411,7 +473,7 @@ def _check_stem(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str
 def _check_shapes(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
     """Compare with the network that the facts describe; its tensors, no more and no less, are expected."""
     try:
-        with torch.device("meta"):  # shapes only
+        with torch.device("meta"), _NoFilling():  # shapes only
             expected = network_for(facts).state_dict()
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: no ResNet has these widths ({error}): {facts}") from error
@@ -431,16 +493,28 @@ def _check_shapes(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], pat
         )
 
 
+class _NoFilling(TorchFunctionMode):
+    """Skips the initialisation of parameters, which on the meta device takes longer than all else."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if function in (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_):
+            return arguments[0]
+        return function(*arguments, **(named or {}))
+
+
 def _check_values(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
     """Refuse tensors that cannot come from a sound run or download.
 
     A normalisation's weight, bias and mean may be all zero: they are, before the first step.
     """
+    # One pass over the weights: a NaN shows in both ends of the range.
+    ranges = {k: [end.item() for end in t.float().aminmax()] for k, t in tensors.items() if t.is_floating_point()}
+    nonzero = [key for key in ranges if tensors[key].ndim == 4 or key.endswith(_VARIANCES)]
     for what, wrong in (
-        ("are not floating point", [k for k, t in tensors.items() if not t.is_floating_point()]),
-        ("hold NaN or infinity", [k for k, t in tensors.items() if not torch.isfinite(t).all()]),
-        ("are all zero", [k for k, t in tensors.items() if (t.ndim == 4 or k.endswith(_VARIANCES)) and not t.any()]),
-        ("hold negative variances", [k for k, t in tensors.items() if k.endswith(_VARIANCES) and (t < 0).any()]),
+        ("are not floating point", [key for key in tensors if key not in ranges]),
+        ("hold NaN or infinity", [key for key, ends in ranges.items() if not all(map(math.isfinite, ends))]),
+        ("are all zero", [key for key in nonzero if ranges[key] == [0, 0]]),
+        ("hold negative variances", [key for key in ranges if key.endswith(_VARIANCES) and ranges[key][0] < 0]),
     ):
         if wrong:
             raise CheckpointError(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moco_d2.convert.parts import HOMES, LEVELS, Carried, as_torchvision, needs, part_of, rebuild
 from moco_d2.facts import BackboneFacts
 from moco_d2.layers.resnet import network_for
 
@@ -77,11 +78,114 @@ def prove(
         for stage, difference in _relative(wanted, got).items():
             # Written so that a NaN stays.
             differences[stage] = differences[stage] if differences[stage] > difference else difference
+    _check(differences)
+    return differences
+
+
+def prove_parts(
+    facts: BackboneFacts,
+    source: Mapping[str, torch.Tensor],
+    parts: Sequence[Carried],
+    written: Mapping[str, torch.Tensor],
+    norm: str = "BN",
+) -> dict[str, float]:
+    """Compare a pyramid and a box head, rebuilt by torchvision, with Detectron2's, in eval mode, on noise.
+
+    The pyramid stands on its own ResNet on both sides, so that a swap of levels shows.
+
+    Args:
+        facts: what both networks are built from.
+        source: the trunk that was read, under torchvision's names.
+        parts: those that were read.
+        written: everything that was written, under Detectron2's names.
+        norm: of the trunk, as in :func:`prove`.
+
+    Returns:
+        Level (``p2``, ..., as far as the source trains what it is made of) or ``box_head`` -> largest relative
+        difference, as in :func:`prove`.
+
+    Raises:
+        ProofError: as in :func:`prove`.
+    """
+    differences: dict[str, float] = {}
+    with torch.no_grad():
+        for carried in parts:
+            if carried.part.name == "fpn":
+                trunk = _source_network(facts, source, norm)
+                differences |= _relative(*_pyramids(carried, facts, trunk, written, norm))
+            else:
+                differences |= _relative(*_box_heads(carried, facts, written))
+    _check(differences)
+    return differences
+
+
+def _pyramids(
+    carried: Carried, facts: BackboneFacts, trunk: Any, written: Mapping[str, torch.Tensor], norm: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling import build_backbone
+
+    noise = torch.randn(_IMAGES, generator=torch.Generator().manual_seed(2), dtype=torch.float64)  # (N, 3, H, W)
+    original = _source_part(carried, facts)
+    wanted = {f"p{stage[-1]}": feature for stage, feature in original(_stages(trunk, noise)).items()}
+    config = _detectron2_config(facts, norm)
+    config.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    config.MODEL.FPN.IN_FEATURES = list(STAGES)
+    _set_needs(config, carried)
+    copy = build_backbone(config, ShapeSpec(channels=3)).eval()
+    tensors = {
+        name.removeprefix("backbone.") if part_of(name) == "fpn" else f"bottom_up.{name}": tensor
+        for name, tensor in written.items()
+        if part_of(name) != "box_head"
+    }
+    roles = [layer.role for layer in carried.part.layers]
+    fresh = [
+        f"fpn_{kind}{level}." for kind in ("lateral", "output") for level in LEVELS if f"{kind}{level}" not in roles
+    ]
+    _load(copy, tensors, "Detectron2's pyramid", fresh)
+    got = copy.double()(noise)
+    # A level is made of its own output and of the laterals from the top down to it.
+    whole = [f"p{n}" for n in LEVELS if {f"output{n}", *(f"lateral{m}" for m in LEVELS if m >= n)} <= set(roles)]
+    return {level: wanted[level] for level in whole}, {level: got[level] for level in whole}
+
+
+def _box_heads(
+    carried: Carried, facts: BackboneFacts, written: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
+
+    config: Any = get_cfg()
+    _set_needs(config, carried)
+    channels, side = config.MODEL.ROI_BOX_HEAD.CONV_DIM, config.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+    regions = torch.randn(4, channels, side, side, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    copy = FastRCNNConvFCHead(config, ShapeSpec(channels=channels, height=side, width=side)).eval()
+    home = HOMES["box_head"]
+    _load(copy, {n.removeprefix(home): t for n, t in written.items() if n.startswith(home)}, "Detectron2's box head")
+    return {"box_head": _source_part(carried, facts)(regions)}, {"box_head": copy.double()(regions)}
+
+
+def _source_part(carried: Carried, facts: BackboneFacts) -> Any:
+    network, tensors = rebuild(carried, facts), as_torchvision(carried)
+    held = {name.rpartition(".")[0] for name in tensors}
+    fresh = [name for name in network.state_dict() if name.rpartition(".")[0] not in held]
+    _load(network, tensors, "the source's part", fresh)
+    return network.eval().double()
+
+
+def _set_needs(config: Any, carried: Carried) -> None:
+    wanted = needs({name: tuple(tensor.shape) for name, tensor in carried.tensors.items()})
+    # In one process SyncBN is BN, which also runs where there is no GPU.
+    wanted = {key: "BN" if value == "SyncBN" else value for key, value in wanted.items()}
+    config.merge_from_list([item for pair in wanted.items() for item in pair])
+
+
+def _check(differences: Mapping[str, float]) -> None:
     # Written as "not <" so that a NaN fails.
     if wrong := {stage: d for stage, d in differences.items() if not d < TOLERANCE}:
         shown = ", ".join(f"{stage} by {d:.1e}" for stage, d in wrong.items())
         raise ProofError(f"the proof failed: features differ at {shown} (limit {TOLERANCE:.0e})")
-    return differences
 
 
 def other_padding(facts: BackboneFacts, source: Mapping[str, torch.Tensor], padding: str) -> dict[str, float]:
@@ -151,8 +255,8 @@ def _column(values: Sequence[float]) -> torch.Tensor:
 
 def _relative(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> dict[str, float]:
     differences = {}
-    for stage in STAGES:
-        a, b = wanted[stage], got[stage]  # (N, C, H', W')
+    for stage, a in wanted.items():  # (N, C, H', W')
+        b = got[stage]
         if a.shape != b.shape:
             raise ProofError(f"the proof failed: {stage} is {tuple(b.shape)}, in the source {tuple(a.shape)}")
         largest = a.abs().max().item()
@@ -207,8 +311,8 @@ def _detectron2_network(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any
     return network.double()
 
 
-def _load(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], which: str) -> None:
-    """Load strictly, but for the batch counters, which were dropped on purpose."""
+def _load(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], which: str, fresh: Sequence[str] = ()) -> None:
+    """Load strictly, but for the batch counters, which were dropped on purpose, and what starts as ``fresh`` says."""
     try:
         keys = network.load_state_dict(dict(tensors), strict=False)
     except RuntimeError as error:  # a shape
@@ -216,5 +320,6 @@ def _load(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], which: 
             f"the proof failed: {which} cannot hold the tensors: {' '.join(str(error).split())}"
         ) from error
     missing = [key for key in keys.missing_keys if not key.endswith("num_batches_tracked")]
+    missing = [key for key in missing if not key.startswith(tuple(fresh))]
     if missing or keys.unexpected_keys:
         raise ProofError(f"the proof failed: {which} misses {missing} and does not know {keys.unexpected_keys}")

@@ -21,6 +21,7 @@ import torch
 
 from moco_d2.convert.load import CheckpointError
 from moco_d2.convert.names import NAMINGS, TORCHVISION, Naming
+from moco_d2.convert.parts import check_names
 from moco_d2.convert.sources import ANY, COMPANIONS, LOOKALIKES, SOURCES, WRAPPERS, CheckpointSource
 from moco_d2.convert.variables import byol_variables
 from moco_d2.facts import CAFFE_BGR, BackboneFacts
@@ -38,11 +39,13 @@ class Choice:
         source: the key of a record of ``SOURCES``.
         prefix: what the keys of the wanted network start with; None: whatever the source says.
         norm: ``GN`` for a network with GroupNorm.
+        parts: of a detector, ``fpn`` or ``box_head``, to convert too, where the source pretrains them.
     """
 
     source: str = ""
     prefix: str | None = None
     norm: str = ""
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the names."""
@@ -53,6 +56,7 @@ class Choice:
             raise ValueError(f"unknown source {self.source!r}{hint}; choose one of {', '.join(keys)}")
         if self.norm not in _NORMS:
             raise ValueError(f"norm is {self.norm!r}; it must be 'GN' or empty")
+        check_names(self.parts)
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,32 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from moco_d2.atomic import atomic_write
-from moco_d2.convert.convert import Conversion, config_path
+from moco_d2.convert.convert import Conversion, config_path, convert_checkpoint
+from moco_d2.convert.parts import part_of
 from moco_d2.convert.prove import TOLERANCE, other_padding
+from moco_d2.convert.recognise import Choice
 from moco_d2.provenance import provenance, sha256
 
 _GROUPS = 8  # of foreign keys that the summary lists
+
+
+def convert_and_report(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    proof: bool = True,
+    choice: Choice | None = None,
+    convert: Callable[..., tuple[Conversion, dict[str, float]]] = convert_checkpoint,
+) -> dict[str, Any]:
+    """Convert a checkpoint by ``convert`` and return the account; see :func:`convert_checkpoint` and :func:`report`."""
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(sha256, os.fspath(source))  # on another core: hashlib lets other threads run
+        conversion, differences = convert(source, output, proof, choice)
+    return report(conversion, differences, source, output, digest.result())
 
 
 def report(
@@ -21,6 +38,7 @@ def report(
     differences: Mapping[str, float],
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
+    digest: str = "",
 ) -> dict[str, Any]:
     """Return everything that is known of a conversion, as plain values.
 
@@ -29,6 +47,7 @@ def report(
         differences: largest relative difference per stage, empty without a proof.
         source: the checkpoint.
         output: the file that was written.
+        digest: SHA-256 of the checkpoint, if it is known.
     """
     record = conversion.source
     return {
@@ -53,7 +72,7 @@ def report(
         "source_padding": other_padding(conversion.facts, conversion.source_tensors, record.padding)
         if record.padding
         else {},
-        "input": {"path": str(source), "sha256": sha256(os.fspath(source))},
+        "input": {"path": str(source), "sha256": digest or sha256(os.fspath(source))},
         "output": {"path": str(output), "sha256": sha256(os.fspath(output)), "config": str(config_path(output))},
         "config": conversion.config(),
         **provenance(),
@@ -81,6 +100,10 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         if where or source["encoder"]
         else []
     )
+    if facts["parts"]:
+        counts = Counter(part_of(name) for name in content["mapped"].values())
+        carried = ", ".join(f"{part} ({counts[part]} tensors)" for part in facts["parts"])
+        lines.append(f"parts    {carried}; fine-tuning from them is another protocol than from a backbone alone")
     groups = f", {facts['groups']} groups of {facts['width_per_group']}" if facts["groups"] > 1 else ""
     lines.append(
         f"network  ResNet-{facts['depth']}, {facts['stem_channels']} channels in the stem, {facts['res2_channels']} in "

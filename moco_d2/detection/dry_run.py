@@ -181,7 +181,8 @@ def _schedule(full: CfgNode, cfg: CfgNode) -> str:
 
 def _weights(trainer: TransferTrainer) -> str:
     path, facts = trainer.weights.path, trainer.weights.facts
-    return f"{path}: {facts.origin}, {facts.pixels.order}; fills the whole backbone" if path else "none: random values"
+    filled = ", ".join(("the whole backbone", *facts.parts))
+    return f"{path}: {facts.origin}, {facts.pixels.order}; fills {filled}" if path else "none: random values"
 
 
 def _parameters(model: nn.Module) -> str:

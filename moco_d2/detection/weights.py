@@ -24,6 +24,7 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from moco_d2.convert.load import facts_in, read_checkpoint
+from moco_d2.convert.parts import HOMES, needs, part_of
 from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
 from moco_d2.provenance import sha256
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 REQUIRED = "REQUIRED"
 
 _SHOWN = 10  # keys listed in an error
+_COUNTER = "num_batches_tracked"
 
 
 @dataclass
@@ -81,7 +83,7 @@ def pretrained_names(model: nn.Module) -> list[str]:
 
 def all_names(model: nn.Module) -> list[str]:
     """Name the tensors that a trained detector must fill to be evaluated or resumed."""
-    return [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
+    return [name for name in model.state_dict() if not name.endswith(_COUNTER)]
 
 
 def check_source(path: str) -> None:
@@ -140,13 +142,21 @@ def load_weights(
     if missing:
         raise ValueError(_explain_missing(path, content, model, missing, len(wanted)))
     state = model.state_dict()
-    broken = [name for name in wanted if not torch.isfinite(state[name]).all()]
+    beside = [name for name in all_names(model) if name in filled and name not in wanted]
+    broken = [name for name in (*wanted, *beside) if not torch.isfinite(state[name]).all()]
     if broken:
         raise ValueError(
             f"{path}: {len(broken)} tensors hold NaN or infinity, so the run that wrote them had diverged:\n"
             + _listed(broken)
         )
     logger.info("%s fills all of the %d tensors wanted from it", path, len(wanted))
+    if names is pretrained_names:
+        _check_parts(path, content, cfg, model, filled)
+        # Known by what was filled: files that say nothing of themselves, as a trained detector's, have parts too.
+        parts = tuple(dict.fromkeys(part_of(name) for name in beside))
+        record.facts = replace(record.facts, parts=parts)
+        if parts:
+            logger.info("%s also fills %s: another protocol than a pretrained backbone", path, ", ".join(parts))
     return record
 
 
@@ -188,6 +198,50 @@ def _check_facts(content: Mapping[str, Any], cfg: CfgNode, path: str) -> Weights
             f"{path} contradicts the config ({why}):\n" + _listed(lines) + f"\n  Pass {remedy}, or other weights"
         )
     return WeightsRecord(path, facts)
+
+
+def _check_parts(path: str, content: Mapping[str, Any], cfg: CfgNode, model: nn.Module, filled: set[str]) -> None:
+    """Refuse a detector without a place for every tensor of the parts that a converted file says to hold."""
+    facts = facts_in(content, path)
+    # A trained detector may be taken in part, as for other classes; it has no heuristics, by which only ours are known.
+    parts = facts.parts if facts and content.get("matching_heuristics") else ()
+    state, shapes = content.get("model", content), {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    held = {name: tuple(t.shape) for name, t in state.items() if part_of(name) in parts and _COUNTER not in name}
+    # What the detector does not have reaches load_state_dict too.
+    homeless = [name for name in held if name not in filled & shapes.keys()]
+    biases = [name for name in homeless if name.endswith(".bias") and _normed(model, name.removesuffix(".bias"))]
+    if biases:
+        logger.info("%d biases of %s are left out: the batch norms behind them subtract them", len(biases), path)
+    lines = [
+        f"{name} is {shapes[name]} in the detector, {held[name]} in the file"
+        if name in shapes
+        else f"{name} is not in the detector"
+        for name in homeless
+        if name not in biases
+    ]
+    if not lines:
+        return
+    wanted = {key: value for key, value in needs(held).items() if not _agrees(cfg, key, value)}
+    remedy = ", or pass " + " ".join(f'{key} "{value}"' for key, value in wanted.items()) if wanted else ""
+    if not any(name.startswith(HOMES["fpn"]) for name in shapes):
+        remedy = ", or take a detector with an FPN (configs that have FPN in their names)"
+    raise ValueError(
+        f"{path} holds more than a backbone ({', '.join(parts)}), and {len(lines)} of its tensors have no place in "
+        "this detector:\n" + _listed(lines) + f"\n  Convert the original again without --with{remedy}"
+    )
+
+
+def _normed(model: nn.Module, layer: str) -> bool:
+    """Whether a layer has a norm that subtracts its batch's mean, and with it any bias."""
+    norm = getattr(dict(model.named_modules()).get(layer), "norm", None)
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm)
+
+
+def _agrees(cfg: CfgNode, key: str, value: Any) -> bool:
+    for part in key.split("."):
+        cfg = cfg[part]
+    # Which batch norm it is, is the protocol's.
+    return bool(cfg) == bool(value) if key.endswith(".NORM") else bool(cfg == value)
 
 
 def _is_msra(content: Mapping[str, Any], path: str) -> bool:

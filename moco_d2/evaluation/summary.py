@@ -94,6 +94,11 @@ class Run:
             return None
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """What of its detector was pretrained beside the backbone."""
+        return tuple((self.weights.get("facts") or {}).get("parts", ()))
+
+    @property
     def scaled(self) -> str:
         """In words, what was fitted to the number of processes; empty when nothing was."""
         changed = self.result.get("scaled") or {}
@@ -303,7 +308,8 @@ def _variant(run: Run) -> str:
         said = "config not recorded"
     else:
         said = f"modified: {' '.join(run.changes)}" if run.changes else ""
-    return "; ".join(filter(None, (said, run.scaled)))
+    parts = f"pretrained beside the backbone: {', '.join(run.parts)}" if run.parts else ""
+    return "; ".join(filter(None, (said, parts, run.scaled)))
 
 
 def _table(name: str, variant: str, test_set: str, runs: Sequence[Run]) -> Table:
@@ -322,7 +328,7 @@ def _table(name: str, variant: str, test_set: str, runs: Sequence[Run]) -> Table
     columns = [m for m in metrics if m in printed or m.partition("/")[2] in MAIN]
     return Table(
         protocol, name, test_set, variant,
-        comparable=not runs[0].changes and runs[0].changes is not None,
+        comparable=not runs[0].changes and runs[0].changes is not None and not runs[0].parts,
         columns=tuple(sorted(columns, key=_order)),
         rows=rows,
         notes=tuple(_notes(rows)),

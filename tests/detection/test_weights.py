@@ -11,9 +11,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from small_detector import COCO_C4, COCO_FPN, VOC_C4, small_cfg
 
+from moco_d2.convert import Choice, convert_checkpoint
 from moco_d2.convert.load import read_checkpoint
 from moco_d2.detection.preflight import check_weights, starting_point
-from moco_d2.detection.weights import all_names, facts_of, load_weights, pretrained_names
+from moco_d2.detection.weights import WeightsRecord, all_names, facts_of, load_weights, pretrained_names
+
+COCO_FPN_4CONV = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_4conv1fc_1x"
 
 
 def load(cfg, path, names=pretrained_names):
@@ -55,6 +58,90 @@ def test_pickled_numpy_form_passes(converted_file, tmp_path):
 def test_missing_counters_are_fine(altered):
     path = altered(lambda c: [c["model"].pop(k) for k in list(c["model"]) if k.endswith("num_batches_tracked")])
     load(small_cfg(VOC_C4), path)
+
+
+@pytest.fixture(scope="module")
+def with_parts(backbone_file, tmp_path_factory):
+    """Convert a SoCo file whose FPN, and perhaps box head, are kept: ``with_parts("fpn", ...)``."""
+    folder = tmp_path_factory.mktemp("parts")
+    state = {f"module.encoder.{k}": v for k, v in torch.load(backbone_file)["state_dict"].items()}
+    norm = {"weight": torch.rand, "bias": torch.randn, "running_mean": torch.randn, "running_var": torch.rand}
+    layers = [(f"neck.lateral_convs.{i}.conv", f"neck.lateral_convs.{i}.bn", (256, 64 * 2**i, 1, 1)) for i in range(4)]
+    layers += [(f"neck.fpn_convs.{i}.conv", f"neck.fpn_convs.{i}.bn", (256, 256, 3, 3)) for i in range(4)]
+    layers += [(f"head.conv{i}", f"head.bn{i}", (256, 256, 3, 3)) for i in range(1, 5)]
+    for conv, bn, shape in layers:
+        state[f"module.{conv}.weight"] = torch.randn(shape)
+        state |= {f"module.{bn}.{tensor}": make(256) for tensor, make in norm.items()}
+    state |= {"module.head.fc1.weight": torch.randn(1024, 12544), "module.head.fc1.bias": torch.randn(1024)}
+    torch.save({"model": state}, folder / "soco.pth")
+
+    def convert(*parts):
+        path = folder / f"{'_'.join(parts)}.pth"
+        convert_checkpoint(folder / "soco.pth", path, proof=False, choice=Choice(parts=parts))
+        return path
+
+    return convert
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "count"), [(COCO_FPN, ("fpn",), 40), (COCO_FPN_4CONV, ("fpn", "box_head"), 62)]
+)
+def test_a_detector_holds_the_parts_that_a_file_carries(name, parts, count, with_parts, caplog):
+    path = with_parts(*parts)
+    with caplog.at_level("INFO", logger="moco_d2"):
+        model, record = load(small_cfg(name), path)
+    assert record.facts.parts == parts and "another protocol than a pretrained backbone" in caplog.text
+    source, state = torch.load(path)["model"], model.state_dict()
+    held = [key for key in source if key.startswith(("backbone.fpn_", "roi_heads.box_head."))]
+    assert len(held) == count and all(torch.equal(state[key], source[key]) for key in held)
+    # It is saved with the detector, whose further fine-tuning is another protocol too.
+    again = WeightsRecord("", facts_of(small_cfg(name)))
+    again.load_state_dict(record.state_dict())
+    assert again.facts.parts == parts
+
+
+@pytest.mark.parametrize(
+    ("name", "opts", "parts", "words"),
+    [
+        (VOC_C4, (), ("fpn",), ["fpn_lateral2.weight is not in the detector", "without --with, or take a detector"]),
+        (COCO_FPN, ("MODEL.FPN.NORM", ""), ("fpn",), ["lateral2.norm.weight is not", 'pass MODEL.FPN.NORM "SyncBN"']),
+        (COCO_FPN, (), ("fpn", "box_head"), ["roi_heads.box_head.conv1.weight is not", 'ROI_BOX_HEAD.NUM_CONV "4"',
+                                             'ROI_BOX_HEAD.NUM_FC "1"', 'ROI_BOX_HEAD.NORM "SyncBN"']),
+        (COCO_FPN, ("MODEL.FPN.OUT_CHANNELS", 128), ("fpn",),
+         ["lateral2.weight is (128, 64, 1, 1) in the detector, (256, 64, 1, 1) in", 'MODEL.FPN.OUT_CHANNELS "256"']),
+    ],
+)  # fmt: skip
+def test_a_detector_without_a_place_for_them_is_refused_with_the_remedy(name, opts, parts, words, with_parts):
+    message = refusal(small_cfg(name, *opts), with_parts(*parts))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("norm", ["SyncBN", ""])
+def test_biases_have_a_place_where_a_batch_norm_subtracts_them(norm, altered, caplog):
+    """As ReSim's: no norm in pretraining, SyncBN in its authors' fine-tuning."""
+    layers = {f"backbone.fpn_lateral{level}": (256, 16 * 2**level, 1, 1) for level in (3, 4, 5)}
+    tensors = {f"{name}.weight": torch.randn(shape) for name, shape in layers.items()}
+    tensors |= {f"{name}.bias": torch.randn(256) for name in layers}
+    path = altered(lambda c: (c["model"].update(tensors), c["facts"].update(parts=["fpn"])))
+    with caplog.at_level("INFO", logger="moco_d2"):
+        model, record = load(small_cfg(COCO_FPN, "MODEL.FPN.NORM", norm), path)
+    state = model.state_dict()
+    assert record.facts.parts == ("fpn",) and ("3 biases of" in caplog.text) is bool(norm)
+    assert all(torch.equal(state[key], tensors[key]) for key in tensors if key in state)
+    if norm:
+        assert 'pass MODEL.FPN.NORM ""' in refusal(small_cfg(COCO_FPN, "MODEL.FPN.NORM", "GN"), path)
+
+
+def test_parts_are_known_by_what_was_filled(converted_file, tmp_path):
+    """A trained detector's file says nothing of parts, and fills them all."""
+    cfg = small_cfg(COCO_FPN)
+    model, record = load(cfg, converted_file)
+    assert record.facts.parts == ()
+    DetectionCheckpointer(model, str(tmp_path), facts=record).save("model_final")
+    _, record = load(cfg, tmp_path / "model_final.pth")
+    assert set(record.facts.parts) == {"fpn", "proposal_generator", "box_head", "box_predictor", "mask_head"}
+    _, record = load(cfg, tmp_path / "model_final.pth", all_names)  # evaluated, not started from
+    assert record.facts.parts == ()
 
 
 def test_a_partial_file_is_refused_with_the_keys(altered):

@@ -92,15 +92,18 @@ def test_other_experiments_have_tables_of_their_own_and_no_published_row(tmp_pat
     record(tmp_path / "short", "moco_v2", 0, _voc(40.0), changes=["SOLVER.MAX_ITER=9000"])
     record(tmp_path / "coco", "moco_v2", 0, _voc(39.0), protocol="coco_mask_rcnn_R_50_C4_1x", test_set="coco_2017_val")
     record(tmp_path / "mine", "moco_v2", 0, _voc(20.0), protocol="my_own")
+    more = {"path": "/w/soco.pth", "sha256": "12" * 32, "facts": {"protocol": "", "parts": ["fpn", "box_head"]}}
+    record(tmp_path / "more", "moco_v2", 0, _voc(58.0), weights=more)
     older = record(tmp_path / "older", "moco_v2", 0, _voc(50.0))
     result = json.loads((older / "results.json").read_text())
     (older / "results.json").write_text(json.dumps({key: result[key] for key in ("protocol", "weights", "metrics")}))
     tables = summary.build_tables(summary.find_runs([tmp_path]))
     said = {(table.name, table.variant): table for table in tables}
-    assert len(tables) == len(said) == 5 and all(len(table.rows) == 1 for table in tables)
+    assert len(tables) == len(said) == 6 and all(len(table.rows) == 1 for table in tables)
     voc = "voc0712_faster_rcnn_R_50_C4_24k"
     assert said[voc, ""].comparable and said[voc, ""].differences
-    for variant in ("modified: SOLVER.MAX_ITER=9000", "config not recorded"):
+    beyond = "pretrained beside the backbone: fpn, box_head"
+    for variant in ("modified: SOLVER.MAX_ITER=9000", "config not recorded", beyond):
         assert not (said[voc, variant].comparable or said[voc, variant].differences or said[voc, variant].published)
     assert said["my_own", ""].protocol is None
     # A run of before config_changes were written is compared through its config.yaml.

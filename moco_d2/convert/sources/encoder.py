@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 from moco_d2.convert.names import HUGGING_FACE
+from moco_d2.convert.parts import LEVELS, Layer, Part
 from moco_d2.convert.sources.record import HEADS, LIGHTNING, QUEUE, UNIT_RGB, CheckpointSource, without_fc
+
+# hologerry/SoCo contrast/models/fpn.py with the options of tools/SoCo_FPN_*.sh: four levels from conv2 to conv5, and
+# mmcv's ConvModule, whose convolution has no bias where a norm follows. Same epsilon as Detectron2's BN.
+_SOCO_FPN = Part(
+    name="fpn",
+    what="SoCo's FPN",
+    keys=r"^neck\.",
+    layers=tuple(
+        Layer(f"{role}{level}", f"neck.{module}.{index}.conv", f"neck.{module}.{index}.bn")
+        for role, module in (("lateral", "lateral_convs"), ("output", "fpn_convs"))
+        for index, level in enumerate(LEVELS)
+    ),
+)
+# contrast/models/fast_rcnn_conv_fc_head.py: four convolutions with norm and one linear layer on 7x7, as in Detectron2.
+_SOCO_BOX_HEAD = Part(
+    name="box_head",
+    what="SoCo's box head",
+    keys=r"^head\.",
+    layers=(*(Layer(f"conv{n}", f"head.conv{n}", f"head.bn{n}") for n in range(1, 5)), Layer("fc1", "head.fc1")),
+)
 
 ENCODER = (
     CheckpointSource(
@@ -64,12 +85,8 @@ ENCODER = (
         prefix="encoder.",
         marks=(r"^(neck\.(lateral|fpn)_convs|head\.(conv|fc)\d|projector\.linear1)",),
         never=r"^value_transform\.",
-        dropped=(
-            (r"^neck\.", "SoCo's FPN"),
-            (r"^head\.", "SoCo's box head"),
-            (r"^(projector|predictor)\.", "head of pretraining"),
-            QUEUE,
-        ),
+        dropped=((r"^(projector|predictor)\.", "head of pretraining"), QUEUE),
+        parts=(_SOCO_FPN, _SOCO_BOX_HEAD),
         encoder="encoder is what SoCo transfers; encoder_k is its moving average",
     ),
     CheckpointSource(

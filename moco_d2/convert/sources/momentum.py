@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
+from moco_d2.convert.parts import Layer, Part
 from moco_d2.convert.sources.record import LIGHTNING, QUERY, QUEUE, CheckpointSource, without_fc
+
+# Tete-Xiao/ReSim moco/models.py: laterals of conv3 to conv5, outputs on conv3 and conv4 only. The published files were
+# trained without --fpn-bn; with it, a convolution and its norm are an nn.Sequential.
+_RESIM_FPN = tuple(
+    Part(
+        name="fpn",
+        what="ReSim's FPN",
+        keys=r"^encoder_q\.fpn_(lateral|output)\d",
+        layers=tuple(
+            Layer(role, f"encoder_q.fpn_{role}{conv}", f"encoder_q.fpn_{role}{norm}" if norm else "")
+            for role in ("lateral3", "lateral4", "lateral5", "output3", "output4")
+        ),
+        note=note,
+    )
+    for conv, norm, note in (
+        (
+            "",
+            "",
+            "ReSim's FPN has biases and no norm. Its authors fine-tuned with MODEL.FPN.NORM SyncBN, which subtracts "
+            'what a bias adds: there the biases are left out. With MODEL.FPN.NORM "" the pyramid is the pretrained one',
+        ),
+        (".0", ".1", ""),
+    )
+)
 
 MOMENTUM = (
     CheckpointSource(
@@ -30,7 +55,8 @@ MOMENTUM = (
         nest=("state_dict", ""),
         prefix="encoder_q.",
         marks=(r"^(encoder_q\.)?fpn_(lateral|output)\d",),
-        dropped=(without_fc("encoder_q."), QUEUE, (r"^encoder_q\.fpn_(lateral|output)\d", "ReSim's FPN")),
+        dropped=(without_fc("encoder_q."), QUEUE),
+        parts=_RESIM_FPN,
         encoder=QUERY,
     ),
     CheckpointSource(

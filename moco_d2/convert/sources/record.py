@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from moco_d2.convert.names import TORCHVISION, Naming
+from moco_d2.convert.parts import Part
 from moco_d2.facts import IMAGENET_RGB, Pixels
 
 # Parts of a key that wrappers insert anywhere (DataParallel and DDP, torch.compile, FSDP); removed before matching.
@@ -45,6 +46,8 @@ class CheckpointSource:
         trait: a property of the tensors that must show: ``caffe`` (the input was not divided by a std) or
             ``shortcut first`` (order of the keys).
         dropped: (pattern, reason) of keys left out on purpose.
+        parts: what of a detector it pretrains beside the ResNet, left out unless asked for; two of one name are two
+            spellings.
         variants: (pattern, origin, arXiv number); the first pattern that some key shows gives both.
         pixels: the input it was trained with.
         stride_in_1x1: where its bottlenecks stride.
@@ -67,6 +70,7 @@ class CheckpointSource:
     never: str = ""
     trait: str = ""
     dropped: tuple[tuple[str, str], ...] = ()
+    parts: tuple[Part, ...] = ()
     variants: tuple[tuple[str, str, str], ...] = ()
     pixels: Pixels = field(default=IMAGENET_RGB)
     stride_in_1x1: bool = False

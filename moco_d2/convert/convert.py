@@ -450,6 +450,8 @@ def _told_beside(source: CheckpointSource, path: str | os.PathLike[str]) -> dict
         told["stride_in_1x1"] = bool(config.get("downsample_in_bottleneck"))
         if config.get("hidden_act", "relu") != "relu":
             raise CheckpointError(f"{path}: its activation is {config['hidden_act']}; Detectron2's ResNet has ReLU")
+        if config.get("downsample_in_first_stage"):
+            raise CheckpointError(f"{path}: strides in the first stage (its config.json); Detectron2's ResNet cannot")
     trained = config.get("pretrained_cfg")
     if isinstance(trained, dict) and "mean" in trained and "std" in trained:
         mean, std = ([255 * float(v) for v in trained[name]] for name in ("mean", "std"))

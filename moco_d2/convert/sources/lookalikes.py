@@ -24,6 +24,12 @@ _ONLY = "only ResNets as torchvision and Detectron2 build them can be converted"
 _STEM = "Detectron2's ResNet has one 7x7 convolution there; it cannot hold these weights"
 
 LOOKALIKES: tuple[Lookalike, ...] = (
+    # Before the transformers, whose blocks have a norm1 too.
+    Lookalike(
+        r"(^|\.)(block\d\.unit\d+\.|stages\.\d\.blocks\.\d+\.(conv1|norm1)\.weight$)",
+        "BiT (pre-activation, weight-standardised convolutions)",
+        _ONLY,
+    ),
     Lookalike(
         r"(^|\.)(patch_embed\.|cls_token$|blocks\.\d+\.(attn|norm1|mlp)\.)",
         "a vision transformer (patch_embed, blocks)",
@@ -43,11 +49,6 @@ LOOKALIKES: tuple[Lookalike, ...] = (
     Lookalike(
         r"(^|\.)layer\d\.\d+\.(se|se_module|conv2\.fc1|conv2\.se)\.",
         "a ResNet with channel attention (SE, ResNeSt)",
-        _ONLY,
-    ),
-    Lookalike(
-        r"(^|\.)(block\d\.unit\d+\.|stages\.\d\.blocks\.\d+\.(conv1|norm1)\.weight$)",
-        "BiT (pre-activation, weight-standardised convolutions)",
         _ONLY,
     ),
     Lookalike(

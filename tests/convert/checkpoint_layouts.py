@@ -600,9 +600,31 @@ LAYOUTS = {
             "state_dict",
             "module.encoder_q.",
             "module.encoder_k.",
-            tensors("module.", fpn_lateral3__weight=(256, 512, 1, 1)),
+            tensors("module.encoder_q.", fpn_lateral3__weight=(256, 512, 1, 1)),
             **TRAINING,
         ),
+    ),
+    "soco-detectron2": Layout(
+        "soco-detectron2",
+        lambda net: {
+            "model": detectron2(trunk(net))
+            | tensors("fpn_lateral2.", weight=(256, 256, 1, 1), norm__weight=(256,))
+            | tensors("box_head.conv1.", weight=(256, 256, 3, 3), norm__weight=(256,)),
+            "__author__": "Yue",
+            "matching_heuristics": True,
+        },
+        "SoCo",
+    ),
+    "resim-detectron2": Layout(
+        "resim-detectron2",
+        lambda net: {
+            "model": detectron2(trunk(net))
+            | tensors("backbone.fpn_lateral3.", weight=(256, 512, 1, 1), bias=(256,))
+            | tensors("stem.fc.0.", weight=(2048, 2048), bias=(2048,)),
+            "__author__": "MOCO",
+            "matching_heuristics": True,
+        },
+        "ReSim",
     ),
     "pcl": Layout("moco", nested("state_dict", "module.encoder_q.", under("module.encoder_q.", head(2)), **TRAINING)),
     "openselfsup": Layout(

@@ -180,6 +180,42 @@ def test_resims_fpn_has_the_levels_that_it_was_trained_on(norm: Any, net: nn.Mod
     assert set(read_checkpoint(tmp_path / "out.pkl")["model"]) == set(conversion.content())
 
 
+def as_its_authors_convert(model: State, *, resim: bool) -> dict[str, Any]:
+    """The query encoder as the projects' own converters leave it: arrays, with the counters and ReSim's head."""
+    converted: dict[str, Any] = {}
+    for key, tensor in model.items():
+        if not key.startswith("module.encoder_q." if resim else ("module.encoder.", "module.neck.", "module.head.")):
+            continue
+        name = re.sub(r"^module\.(encoder_q|encoder|neck)\.", "", key).replace("module.head.", "box_head.")
+        if resim and "fpn" in name:
+            name = f"backbone.{name}"
+        elif key.startswith("module.encoder") and "layer" not in name:
+            name = f"stem.{name}"
+        name = re.sub(r"layer(\d)", lambda m: f"res{int(m[1]) + 1}", name)
+        name = re.sub(r"(lateral|fpn)_convs\.(\d)\.(conv|bn)", _level, name)
+        name = re.sub(r"\bbn(\d)", r"conv\1.norm", name)
+        converted[name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")] = tensor.numpy()
+    return {"model": converted, "__author__": "MOCO" if resim else "Yue", "matching_heuristics": True}
+
+
+def _level(found: re.Match[str]) -> str:
+    kind, norm = "lateral" if found[1] == "lateral" else "output", ".norm" if found[3] == "bn" else ""
+    return f"fpn_{kind}{int(found[2]) + 2}{norm}"
+
+
+@pytest.mark.parametrize("key", ["soco-detectron2", "resim-detectron2"])
+def test_what_the_authors_converted_is_the_same(key: str, net: nn.Module, file: dict[str, Any]) -> None:
+    resims = resim(net, pyramid(0.25, 16, None))
+    is_resim = key == "resim-detectron2"
+    original, choice = (resims, FPN) if is_resim else (file, BOTH)
+    theirs = as_its_authors_convert(original["state_dict" if is_resim else "model"], resim=is_resim)
+    one, two = convert_state(original, "x.pth", choice), convert_state(theirs, "x.pkl", choice)
+    assert two.source.key == key and two.facts == one.facts and two.foreign == []
+    assert set(one.content()) == set(two.content())
+    assert all(torch.equal(tensor, two.content()[name]) for name, tensor in one.content().items())
+    assert len(convert_state(theirs, "x.pkl").mapped) == 265
+
+
 def test_the_proof_sees_swapped_levels_and_layers(file: dict[str, Any]) -> None:
     conversion = convert_state(file, "x.pth", BOTH)
     arguments = conversion.facts, conversion.source_tensors, conversion.parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moco_d2.convert.parts import Layer, Part
-from moco_d2.convert.sources.record import LIGHTNING, QUERY, QUEUE, CheckpointSource, without_fc
+from moco_d2.convert.sources.record import LIGHTNING, QUERY, QUEUE, RESIM_BIASES, CheckpointSource, without_fc
 
 # Tete-Xiao/ReSim moco/models.py: laterals of conv3 to conv5, outputs on conv3 and conv4 only. The published files were
 # trained without --fpn-bn; with it, a convolution and its norm are an nn.Sequential.
@@ -18,15 +18,7 @@ _RESIM_FPN = tuple(
         ),
         note=note,
     )
-    for conv, norm, note in (
-        (
-            "",
-            "",
-            "ReSim's FPN has biases and no norm. Its authors fine-tuned with MODEL.FPN.NORM SyncBN, which subtracts "
-            'what a bias adds: there the biases are left out. With MODEL.FPN.NORM "" the pyramid is the pretrained one',
-        ),
-        (".0", ".1", ""),
-    )
+    for conv, norm, note in (("", "", RESIM_BIASES), (".0", ".1", ""))
 )
 
 MOMENTUM = (

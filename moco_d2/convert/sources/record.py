@@ -41,6 +41,7 @@ class CheckpointSource:
             the file has, if it has one network only.
         naming: how the network is spelled behind the prefix.
         beside: patterns of top-level keys that must be there too.
+        without: a pattern of top-level keys; none may be there with content.
         marks: patterns of keys; each must show.
         never: a pattern of keys; none may show.
         trait: a property of the tensors that must show: ``caffe`` (the input was not divided by a std) or
@@ -66,6 +67,7 @@ class CheckpointSource:
     prefix: str = ""
     naming: Naming = TORCHVISION
     beside: tuple[str, ...] = ()
+    without: str = ""
     marks: tuple[str, ...] = ()
     never: str = ""
     trait: str = ""
@@ -112,4 +114,8 @@ QUERY = "the query encoder (encoder_q) is what MoCo transfers; encoder_k is its 
 ONLINE = "the online network is what BYOL transfers; the target network is its moving average"
 CAFFE_ASSUMED = (
     "the order BGR and the stride in the 1x1 convolution are taken from the lineage; weights do not show them"
+)
+RESIM_BIASES = (
+    "ReSim's FPN has biases and no norm. Its authors fine-tuned with MODEL.FPN.NORM SyncBN, which subtracts what a "
+    'bias adds: there the biases are left out. With MODEL.FPN.NORM "" the pyramid is the pretrained one'
 )

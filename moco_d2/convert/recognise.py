@@ -274,10 +274,17 @@ def _fits(source: CheckpointSource, trunk: Trunk, checkpoint: Mapping[Any, Any],
             any(re.fullmatch(pattern, str(key)) for key in checkpoint if isinstance(key, str))
             for pattern in source.beside
         )
+        and not (
+            source.without and any(re.fullmatch(source.without, str(k)) and _filled(v) for k, v in checkpoint.items())
+        )
         and all(any(re.search(mark, key) for key in trunk.keys) for mark in source.marks)
         and not (source.never and any(re.search(source.never, key) for key in trunk.keys))
         and (not source.trait or _TRAITS[source.trait](trunk))
     )
+
+
+def _filled(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value)
 
 
 def _shortcut_first(trunk: Trunk) -> bool:

@@ -240,6 +240,40 @@ def test_random_renamings_never_convert_silently(net: nn.Module) -> None:
             convert_state({table[key]: tensor for key, tensor in state.items()}, "x.pth")
 
 
+def _with_renamed(content: Any, place: list[str], table: dict[str, str]) -> Any:
+    if not place:
+        return {table.get(str(key), key): value for key, value in content.items()}
+    return {**content, place[0]: _with_renamed(content[place[0]], place[1:], table)}
+
+
+def test_a_damaged_moving_average_is_not_passed_over(net: nn.Module) -> None:
+    content = LAYOUTS["timm-training"].build(net)
+    del content["state_dict_ema"]["layer3.0.conv2.weight"]
+    with pytest.raises(CheckpointError, match=r"--prefix ''"):
+        convert_state(content, "x.pth")
+    assert len(convert_state(content, "x.pth", Choice(source="torchvision")).mapped) == 265
+    assert convert_state({**content, "state_dict_ema": None}, "x.pth").source.key == "torchvision"
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("byol-deepmind", "simclr-tensorflow")])
+def test_no_sources_file_converts_wrongly_once_keys_are_renamed(name: str, net: nn.Module) -> None:
+    """An error, or the very same network: some files hold it a second time, and any prefix will do for Lightning."""
+    chance, content = random.Random(name), LAYOUTS[name].build(net)
+    whole = convert_state(content, "x.pth")
+    keys, refused = list(whole.mapped), 0
+    for some in (1, 2, 9, len(keys), len(keys)):
+        table = {key: new for key, new in renamings(keys, chance).items() if new not in keys}
+        table = {key: table[key] for key in chance.sample(list(table), min(some, len(table)))}
+        try:
+            other = convert_state(_with_renamed(content, whole.place.split(".") if whole.place else [], table), "x.pth")
+        except CheckpointError:
+            refused += 1
+            continue
+        assert not table or set(other.mapped) != set(keys)
+        assert all(torch.equal(tensor, whole.tensors[key]) for key, tensor in other.tensors.items())
+    assert refused or name in ("densecl", "openselfsup", "openselfsup-byol", "byol-lucidrains", "lightning-any")
+
+
 def test_official_resnet50_through_the_tool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,6 +104,7 @@ BARE = (
         origin="torchvision names, no method's mark",
         arxiv="1512.03385",
         nest=("", "state_dict", "model"),
+        without="state_dict_ema|model_ema",  # incomplete, or another network: not to be passed over in silence
         dropped=(CLASSIFIER,),
         variants=((r"^fc\.weight$", "torchvision ResNet with a classifier", "1512.03385"),),
         notes=(

@@ -31,3 +31,20 @@ def test_a_size_of_nothing_is_refused() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "--images is 0; it must be at least 1" in done.stderr
+
+
+def test_convert_compares_with_torch_load(tmp_path: Path) -> None:
+    command = [str(ROOT / "tools/benchmark.py"), "convert", "--width", "0.25", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, *command, "-o", str(tmp_path / "rows.json")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert (content["width"], content["repeats"]) == (0.25, 1)
+    works = ("torch.load", "conversion", "conversion, both SHA-256, report", "proof alone")
+    assert tuple(row["work"] for row in content["rows"]) == 2 * works
+    for row in content["rows"]:
+        assert row["seconds"] > 0 and (row["ratio"] == 1) == (row["work"] == "torch.load")
+        assert row["work"] in done.stdout and row["problem"] in done.stdout
+        # What is dropped is never read, in either format.
+        assert row["work"] != "conversion" or row["private"] < 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,15 +50,23 @@ def largest_difference(values: Any, reference: Any) -> float:
     return float(np.abs(values - reference)[~equal].max(initial=0))
 
 
-def report(rows: list[Row], settings: dict[str, Any], output: Path | None) -> None:
-    """Print the rows, and write them with what they depend on."""
+HEADERS = ("problem", "by", "seconds", "CPU s", "ratio", "difference")
+FORMATS = ("", "", ".2f", ".2f", ".1f", ".1e")
+
+
+def report(
+    rows: Sequence[Any],
+    settings: dict[str, Any],
+    output: Path | None,
+    headers: Sequence[str] = HEADERS,
+    formats: Sequence[str] = FORMATS,
+) -> None:
+    """Print the rows, dataclasses, and write them with what they depend on."""
     from tabulate import tabulate
 
     from moco_d2.atomic import atomic_write
     from moco_d2.provenance import provenance
 
-    headers = ("problem", "by", "seconds", "CPU s", "ratio", "difference")
-    formats = ("", "", ".2f", ".2f", ".1f", ".1e")
     print(tabulate([tuple(asdict(row).values()) for row in rows], headers, tablefmt="pipe", floatfmt=formats))
     if output:
         content = {**settings, "rows": [asdict(row) for row in rows], "machine": platform.machine(), **provenance()}

@@ -121,8 +121,12 @@ def markdown(tables: Sequence[Table], runs: Sequence[Run], labels: Sequence[str]
             parts.append(f"<details><summary>{heading(metric)} by class</summary>\n\n{_markdown_table(head, body)}")
             parts[-1] += "\n\n</details>"
     records = [provenance(run) for run in runs]
-    shown = [key for key in records[0] if key != "command"]
-    parts += ["## Where the figures come from", _markdown_table(shown, [[r[key] for key in shown] for r in records])]
+    # What all runs share is said once; it is most of it, and long.
+    own = [key for key in records[0] if key != "command" and (key == "folder" or len({r[key] for r in records}) > 1)]
+    shared = [key for key in records[0] if key not in (*own, "command") and records[0][key]]
+    parts += ["## Where the figures come from", _markdown_table(own, [[r[key] for key in own] for r in records])]
+    if shared:
+        parts += ["All runs:", "\n".join(f"* {key}: {records[0][key]}" for key in shared)]
     parts += ["Commands:", "\n".join(f"    {record['command']}" for record in records)]
     return "\n\n".join(parts) + "\n"
 

@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
                        "beside the ResNet: fpn, or fpn,box_head")  # fmt: skip
     built.add_argument("--norm", default="", choices=("GN",), help="GN: accept a network with GroupNorm")
     built.add_argument("--report", type=Path, metavar="FILE", help="write the whole account as JSON")
+    built.add_argument("--picture", type=Path, metavar="FILE", help="compare the networks on it, not on a drawn scene")
     built.add_argument("--no-proof", action="store_true", help="do not compare with Detectron2's network")
     instead = built.add_mutually_exclusive_group()
     instead.add_argument("--bake", action="store_true", help="make the weights take Detectron2's default input")
@@ -40,6 +41,9 @@ def main() -> int:
         parser().error("the following arguments are required: input, output")
     if args.parts and (args.list or args.to):
         parser().error(f"--with goes with a conversion, not with {'--list' if args.list else '--to'}")
+
+    if args.picture and (args.list or args.to or args.no_proof):
+        parser().error("--picture goes with a conversion that is proven")
 
     # After the arguments, so that --help answers at once.
     from moco_d2.convert import Choice, can_prove, convert_checkpoint
@@ -60,7 +64,7 @@ def main() -> int:
         parts = tuple(filter(None, args.parts.split(",")))
         choice = Choice(source=args.source, prefix=args.prefix, norm=args.norm, parts=parts)
         convert = convert_baked if args.bake else convert_checkpoint
-        content = convert_and_report(args.input, args.output, not args.no_proof, choice, convert)
+        content = convert_and_report(args.input, args.output, not args.no_proof, choice, convert, args.picture)
         if args.report:
             write_report(content, args.report)
     except (ValueError, OSError) as error:

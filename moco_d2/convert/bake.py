@@ -16,22 +16,10 @@ from pathlib import Path
 import torch
 
 from moco_d2.atomic import atomic_write
-from moco_d2.convert.convert import Conversion, _check_output, config_path, config_yaml, convert_checkpoint, save
+from moco_d2.convert.convert import Conversion, check_output, config_path, config_yaml, convert_checkpoint, save
 from moco_d2.convert.load import CheckpointError, read_checkpoint
 from moco_d2.convert.names import DETECTRON2, TORCHVISION
-from moco_d2.convert.prove import (
-    TOLERANCE,
-    ProofError,
-    _as_detectron2_prepares,
-    _as_the_source_prepares,
-    _detectron2_config,
-    _detectron2_network,
-    _relative,
-    _source_network,
-    _stages,
-    drawn_scene,
-    prove_parts,
-)
+from moco_d2.convert.prove import prove, prove_parts
 from moco_d2.convert.recognise import Choice
 from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
 
@@ -86,7 +74,11 @@ def bake(
 
 
 def convert_baked(
-    source: str | os.PathLike[str], output: str | os.PathLike[str], proof: bool = True, choice: Choice | None = None
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    proof: bool = True,
+    choice: Choice | None = None,
+    picture: torch.Tensor | None = None,
 ) -> tuple[Conversion, dict[str, float]]:
     """Convert a checkpoint as :func:`moco_d2.convert.convert.convert_checkpoint` does, baked for Detectron2's input.
 
@@ -97,18 +89,18 @@ def convert_baked(
         ValueError: the output's name is unusable, or a proof failed.
     """
     output = Path(output)
-    _check_output(Path(source), output)
+    check_output(Path(source), output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as scratch:
         part = Path(scratch) / output.name
-        conversion, _ = convert_checkpoint(source, part, proof, choice)
+        conversion, _ = convert_checkpoint(source, part, proof, choice, picture)
         baked = bake_conversion(conversion, source)
         save(baked, part)
         differences: dict[str, float] = {}
         if proof:
             written = {name: torch.as_tensor(tensor) for name, tensor in read_checkpoint(part)["model"].items()}
             trunk = {name: tensor for name, tensor in written.items() if name in baked.tensors}
-            differences = prove_baked(conversion, baked.facts, trunk)
+            differences = prove_baked(conversion, baked.facts, trunk, picture)
             differences |= prove_parts(baked.facts, baked.source_tensors, baked.parts, written, baked.norm)
         os.replace(part, output)
     with atomic_write(config_path(output)) as file:
@@ -138,13 +130,19 @@ def bake_conversion(conversion: Conversion, path: str | os.PathLike[str]) -> Con
     )
 
 
-def prove_baked(conversion: Conversion, facts: BackboneFacts, baked: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def prove_baked(
+    conversion: Conversion,
+    facts: BackboneFacts,
+    baked: Mapping[str, torch.Tensor],
+    picture: torch.Tensor | None = None,
+) -> dict[str, float]:
     """Compare the source network under its own input with Detectron2's under the new one, on one picture.
 
     Args:
         conversion: with the weights as they were.
         facts: of the baked weights.
         baked: those, under Detectron2's names.
+        picture: as in :func:`moco_d2.convert.prove.prove`.
 
     Returns:
         Stage name -> largest relative difference, as in :func:`moco_d2.convert.prove.prove`.
@@ -152,16 +150,7 @@ def prove_baked(conversion: Conversion, facts: BackboneFacts, baked: Mapping[str
     Raises:
         ProofError: the features differ, or Detectron2 is missing.
     """
-    scene = drawn_scene()
-    with torch.no_grad():
-        original = _source_network(conversion.facts, conversion.source_tensors, conversion.norm)
-        config = _detectron2_config(facts, conversion.norm)
-        wanted = _stages(original, _as_the_source_prepares(scene, conversion.facts))
-        got = _detectron2_network(config, baked)(_as_detectron2_prepares(scene, config))
-    differences = _relative(wanted, got)
-    if wrong := {stage: d for stage, d in differences.items() if not d < TOLERANCE}:  # "not <": a NaN fails
-        raise ProofError(f"the proof of the baked input failed: {wrong} (limit {TOLERANCE:.0e})")
-    return differences
+    return prove(conversion.facts, conversion.source_tensors, baked, conversion.norm, picture, facts)
 
 
 def _in_order(values: tuple[float, float, float], order: str, wanted: str) -> tuple[float, ...]:

@@ -106,7 +106,11 @@ class Conversion:
 
 
 def convert_checkpoint(
-    source: str | os.PathLike[str], output: str | os.PathLike[str], proof: bool = True, choice: Choice | None = None
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    proof: bool = True,
+    choice: Choice | None = None,
+    picture: torch.Tensor | None = None,
 ) -> tuple[Conversion, dict[str, float]]:
     """Convert a checkpoint to Detectron2's names, prove it, and write it and its config.
 
@@ -118,6 +122,7 @@ def convert_checkpoint(
         output: the file to write; ``.pth``, or ``.pkl`` with numpy arrays.
         proof: whether to compare the features of both networks (needs Detectron2).
         choice: what the user says where the file does not.
+        picture: what the features are compared on, beside noise (:func:`moco_d2.convert.prove.read_picture`).
 
     Returns:
         The conversion, and the largest relative difference per stage (empty without proof).
@@ -127,7 +132,7 @@ def convert_checkpoint(
         ValueError: the output's name is unusable, or the proof failed (:class:`moco_d2.convert.prove.ProofError`).
     """
     source, output = Path(source), Path(output)
-    _check_output(source, output)
+    check_output(source, output)
     conversion = convert_state(read_checkpoint(source), source, choice)
     output.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only within a file system.
@@ -138,7 +143,7 @@ def convert_checkpoint(
         if proof:
             written = {name: as_tensor(t) for name, t in read_checkpoint(part)["model"].items()}
             trunk = {name: tensor for name, tensor in written.items() if name in conversion.tensors}
-            differences = prove(conversion.facts, conversion.source_tensors, trunk, conversion.norm)
+            differences = prove(conversion.facts, conversion.source_tensors, trunk, conversion.norm, picture)
             differences |= prove_parts(
                 conversion.facts, conversion.source_tensors, conversion.parts, written, conversion.norm
             )
@@ -276,7 +281,8 @@ class _ArrayPickler(pickle.Pickler):
         return NotImplemented
 
 
-def _check_output(source: Path, output: Path) -> None:
+def check_output(source: Path, output: Path) -> None:
+    """Refuse an output of an unknown suffix, a folder, or the input itself."""
     _check_suffix(output)
     if output.is_dir():
         raise ValueError(f"{output}: a folder; name the file to write")

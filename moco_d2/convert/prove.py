@@ -8,10 +8,13 @@ the tensors that were written.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from moco_d2.convert.parts import HOMES, LEVELS, Carried, as_torchvision, needs, part_of, rebuild
 from moco_d2.facts import BackboneFacts
@@ -21,6 +24,7 @@ STAGES = ("res2", "res3", "res4", "res5")
 # Both networks compute in float64: in float32 the last bits of two ways to prepare a picture can grow beyond this in a
 # network whose norms have small variances, as early in training. Any mistake differs by percents.
 TOLERANCE = 1e-5
+_SIDE, _SMALLEST = 512, 32  # pixels of a user's picture
 _IMAGES = (2, 3, 64, 96)  # not square, so that a swap of height and width shows
 
 
@@ -39,6 +43,7 @@ def prove(
     written: Mapping[str, torch.Tensor],
     norm: str = "BN",
     picture: torch.Tensor | None = None,
+    baked: BackboneFacts | None = None,
 ) -> dict[str, float]:
     """Compare the source network with Detectron2's, stage by stage, in eval mode, on noise and on a picture.
 
@@ -51,6 +56,7 @@ def prove(
         written: the tensors that were written, under Detectron2's names.
         norm: ``BN``, or ``GN`` for networks with GroupNorm.
         picture: (3, H, W), RGB, 0..255; without one, a scene is drawn.
+        baked: facts of what was written, where it takes another input; noise, which is no picture, is then left out.
 
     Returns:
         Stage name -> max|a - b| / max|a| over all features of the stage, the larger of both images.
@@ -64,15 +70,11 @@ def prove(
     scene = drawn_scene() if picture is None else picture
     with torch.no_grad():
         original = _source_network(facts, source, norm)
-        config = _detectron2_config(facts, norm)
+        config = _detectron2_config(baked or facts, norm)
         copy = _detectron2_network(config, written)
-        pairs = [
-            (_stages(original, noise), copy(noise)),
-            (
-                _stages(original, _as_the_source_prepares(scene, facts)),
-                copy(_as_detectron2_prepares(scene, config)),
-            ),
-        ]
+        inputs = [(_as_the_source_prepares(scene, facts), _as_detectron2_prepares(scene, config))]
+        inputs += [] if baked else [(noise, noise)]
+        pairs = [(_stages(original, one), copy(other)) for one, other in inputs]
     differences = dict.fromkeys(STAGES, 0.0)
     for wanted, got in pairs:
         for stage, difference in _relative(wanted, got).items():
@@ -220,6 +222,24 @@ def _pad_as_same(module: Any) -> None:
     module.register_forward_pre_hook(
         lambda _, inputs: torch.nn.functional.pad(inputs[0], (before, after, before, after), value=fill)
     )
+
+
+def read_picture(path: str | os.PathLike[str]) -> torch.Tensor:
+    """Read a picture for :func:`prove`: (3, H, W), RGB, 0..255, shrunk to at most 512 pixels a side.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (_SIDE, _SIDE))  # a large JPEG is not decoded whole
+            picture = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error}); name a JPEG or PNG file") from error
+    picture.thumbnail((_SIDE, _SIDE))
+    if min(picture.size) < _SMALLEST:
+        raise ValueError(f"{path}: {picture.width}x{picture.height} pixels; a proof needs at least {_SMALLEST} a side")
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
 
 
 def drawn_scene(height: int = 128, width: int = 160) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from moco_d2.atomic import atomic_write
 from moco_d2.convert.convert import Conversion, config_path, convert_checkpoint
 from moco_d2.convert.parts import part_of
-from moco_d2.convert.prove import TOLERANCE, other_padding
+from moco_d2.convert.prove import TOLERANCE, other_padding, read_picture
 from moco_d2.convert.recognise import Choice
 from moco_d2.provenance import provenance, sha256
 
@@ -25,12 +25,17 @@ def convert_and_report(
     proof: bool = True,
     choice: Choice | None = None,
     convert: Callable[..., tuple[Conversion, dict[str, float]]] = convert_checkpoint,
+    picture: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint by ``convert`` and return the account; see :func:`convert_checkpoint` and :func:`report`."""
+    image = None if picture is None else read_picture(picture)
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(sha256, os.fspath(source))  # on another core: hashlib lets other threads run
-        conversion, differences = convert(source, output, proof, choice)
-    return report(conversion, differences, source, output, digest.result())
+        conversion, differences = convert(source, output, proof, choice, image)
+    content = report(conversion, differences, source, output, digest.result())
+    if picture is not None and proof:
+        content["proof"]["picture"] = {"path": str(picture), "sha256": sha256(os.fspath(picture))}
+    return content
 
 
 def report(
@@ -120,6 +125,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     if content["source_padding"]:
         lines.append(f"padding  mean relative difference to the source's own: {_stages(content['source_padding'])}")
     lines.append(f"proof    largest relative difference: {_stages(proof)}" if proof else "proof    not made")
+    picture = content["proof"].get("picture")
+    lines += [f"         on {picture['path']}, sha256 {picture['sha256']}"] if picture else []
     lines += [f"sha256   {content[end]['sha256']}  {content[end]['path']}" for end in ("input", "output")]
     lines.append(f"written  {content['output']['path']}; use it with _BASE_: {content['output']['config']}, or with")
     lines.append(f"    MODEL.WEIGHTS {content['output']['path']}")

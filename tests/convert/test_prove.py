@@ -1,18 +1,30 @@
 from __future__ import annotations
 
+import hashlib
+import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_layouts import network
+from checkpoint_layouts import LAYOUTS, network
+from PIL import Image
 
 from moco_d2.convert import Conversion, ProofError, convert, convert_checkpoint, convert_state, prove
+from moco_d2.convert.prove import read_picture
 
 
 @pytest.fixture(scope="module")
 def conversion() -> Conversion:
     return convert_state(network().state_dict(), "x.pth")
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    tool = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+    monkeypatch.setattr(sys, "argv", [str(tool), *arguments])
+    return runpy.run_path(str(tool))["main"]()
 
 
 def swapped(tensors: dict[str, torch.Tensor], one: str, other: str) -> dict[str, torch.Tensor]:
@@ -74,3 +86,41 @@ def test_the_written_file_is_what_is_proven(tmp_path: Path, monkeypatch: pytest.
         convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.pth"]
     assert (tmp_path / "out.pth").read_bytes() == b"an earlier result"
+
+
+@pytest.mark.parametrize("bake", [(), ("--bake",)])
+def test_the_users_picture_is_what_the_networks_are_compared_on(
+    bake: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(LAYOUTS["moco-v2-released"].build(network()), tmp_path / "in.pth")
+    Image.effect_mandelbrot((900, 300), (-2, -1, 1, 1), 60).save(tmp_path / "mine.png")
+    reports = {}
+    for name in ("drawn", "mine"):
+        chosen = ("--picture", str(tmp_path / "mine.png")) if name == "mine" else ()
+        report = tmp_path / f"{name}.json"
+        files = [str(tmp_path / "in.pth"), str(tmp_path / f"{name}.pth")]
+        assert run_tool(monkeypatch, *files, "--report", str(report), *chosen, *bake) == 0
+        reports[name] = json.loads(report.read_text())["proof"]
+    digest = hashlib.sha256((tmp_path / "mine.png").read_bytes()).hexdigest()
+    assert (
+        reports["mine"]["picture"] == {"path": str(tmp_path / "mine.png"), "sha256": digest}
+        and digest in capsys.readouterr().out
+    )
+    assert "picture" not in reports["drawn"]
+    assert 0 < max(reports["mine"]["differences"].values()) < 1e-5
+    # Noise alone would give the same numbers for any picture.
+    assert not bake or reports["mine"]["differences"] != reports["drawn"]["differences"]
+
+
+def test_a_picture_that_is_none_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.jpg").write_text("no picture")
+    Image.new("RGB", (400, 20)).save(tmp_path / "low.png")
+    for name, words in (("text.jpg", "cannot be read as a picture"), ("none.jpg", "cannot be read"), ("low.png", "32")):
+        with pytest.raises(ValueError, match=words) as refusal:
+            read_picture(tmp_path / name)
+        assert str(refusal.value).startswith(f"{tmp_path / name}: ")
+    files = [str(tmp_path / "no.pth"), str(tmp_path / "out.pth")]
+    assert run_tool(monkeypatch, *files, "--picture", str(tmp_path / "text.jpg")) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'text.jpg'}: cannot be read")

@@ -3,7 +3,7 @@
 
     tools/benchmark.py eval                                      # COCO's and VOC's metrics: about two minutes
     tools/benchmark.py eval --images 5000 --detections 100       # the size of the real test sets: about ten minutes
-    tools/benchmark.py convert                                   # a training checkpoint: about five minutes
+    tools/benchmark.py convert                                   # a training checkpoint: about a minute
 
 Prints a table and, with --output, writes it as JSON together with commit, command and versions.
 """

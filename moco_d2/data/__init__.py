@@ -1,12 +1,15 @@
 """Images to views: sources, augmentation recipes, the loader. Importing it registers ``imagenet_train``."""
 
 from moco_d2.data.augment import RECIPES, Recipe, build_recipe
-from moco_d2.data.loader import EpochSampler, ViewDataset, ViewLoader, read_image, stream_seed
-from moco_d2.data.sources import list_folder, list_images
+from moco_d2.data.decode import read_image
+from moco_d2.data.loader import ViewDataset, ViewLoader
+from moco_d2.data.sampler import EpochSampler, stream_seed
+from moco_d2.data.sources import FileSource, list_folder, list_images
 
 __all__ = [
     "RECIPES",
     "EpochSampler",
+    "FileSource",
     "Recipe",
     "ViewDataset",
     "ViewLoader",

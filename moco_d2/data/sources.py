@@ -6,10 +6,47 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetFromList, MetadataCatalog
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class Source(Protocol):
+    """Encoded image files by number."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+
+    def name(self, index: int) -> str:
+        """Return what a person calls the image: its path."""
+
+    def read(self, index: int) -> bytes:
+        """Return the file's bytes.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+
+
+class FileSource:
+    """Image files, by their paths."""
+
+    def __init__(self, files: Sequence[str]) -> None:
+        # Detectron2's list holds one serialised buffer, which worker processes share without copying.
+        self.files = DatasetFromList(list(files), copy=False)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        """Return the path."""
+        return str(self.files[index])
+
+    def read(self, index: int) -> bytes:
+        """Return the file's bytes."""
+        return Path(self.files[index]).read_bytes()
 
 
 def list_images(sources: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, Trainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 
-from moco_d2.data import EpochSampler, ViewDataset, ViewLoader, build_recipe, list_images
+from moco_d2.data import EpochSampler, FileSource, ViewDataset, ViewLoader, build_recipe, list_images
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter, StepSeed
 from moco_d2.engine.optim import build_schedule, build_sgd, total_steps
@@ -87,7 +87,7 @@ class PretrainTrainer(DefaultTrainer):
                 f"{', '.join(cfg.DATASETS.TRAIN)} has {len(files)} images, fewer than a batch of {batch} "
                 f"(SOLVER.IMS_PER_BATCH)"
             )
-        dataset = ViewDataset(files, build_recipe(cfg.DATA.RECIPE, cfg.DATA.CROP_SIZE), cfg.SEED)
+        dataset = ViewDataset(FileSource(files), build_recipe(cfg.DATA.RECIPE, cfg.DATA.CROP_SIZE), cfg.SEED)
         sampler = EpochSampler(len(files), batch, cfg.SEED, comm.get_rank(), comm.get_world_size())
         return ViewLoader(dataset, sampler, cfg.DATALOADER.NUM_WORKERS, torch.device(cfg.MODEL.DEVICE))
 

@@ -23,7 +23,7 @@ from matplotlib.colors import hsv_to_rgb
 
 from moco_d2.atomic import atomic_write
 from moco_d2.config import load_cfg, use_device_there_is
-from moco_d2.data import ViewDataset, build_recipe, list_images
+from moco_d2.data import FileSource, ViewDataset, build_recipe, list_images
 from moco_d2.detection.weights import all_names, load_weights
 
 FolderLike = str | os.PathLike[str]
@@ -67,7 +67,7 @@ def draw_view_pairs(cfg: CfgNode, path: FolderLike, count: int = 8) -> None:
     """
     recipe = build_recipe(cfg.DATA.RECIPE, cfg.DATA.CROP_SIZE)
     files = list_images(cfg.DATASETS.TRAIN)
-    dataset = ViewDataset(files[:: max(1, len(files) // count)][:count], recipe, max(cfg.SEED, 0))
+    dataset = ViewDataset(FileSource(files[:: max(1, len(files) // count)][:count]), recipe, max(cfg.SEED, 0))
     mean, std = (np.array(values).reshape(3, 1, 1) for values in (recipe.pixels.mean, recipe.pixels.std))
     figure, axes = _figure(len(recipe.views), len(dataset), (1.5 * len(dataset), 1.6 * len(recipe.views)))
     for column in range(len(dataset)):

@@ -9,7 +9,16 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from moco_d2.data import RECIPES, EpochSampler, ViewDataset, ViewLoader, build_recipe, list_images, read_image
+from moco_d2.data import (
+    RECIPES,
+    EpochSampler,
+    FileSource,
+    ViewDataset,
+    ViewLoader,
+    build_recipe,
+    list_images,
+    read_image,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -101,7 +110,7 @@ def test_every_kind_of_file_reads_as_upright_rgb(kind: str, suffix: str, tmp_pat
 def test_unreadable_images_are_replaced_logged_once_and_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken = folder / "class0" / "0.JPEG"
     broken.write_bytes(broken.read_bytes()[:200])
-    dataset = ViewDataset(list_images([str(folder)]), build_recipe("moco_v2", 16), seed=0)
+    dataset = ViewDataset(FileSource(list_images([str(folder)])), build_recipe("moco_v2", 16), seed=0)
     loader = ViewLoader(dataset, EpochSampler(10, 5, seed=0), workers=0, device=torch.device("cpu"))
     batches = iter(loader)
     with caplog.at_level(logging.WARNING):
@@ -117,7 +126,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(folder: Path) -> None:
 
     def batches(workers: int, start: int, count: int, seed: int = 3) -> list[torch.Tensor]:
         sampler = EpochSampler(len(files), 4, seed=seed, start=start)
-        stream = iter(ViewLoader(ViewDataset(files, recipe, seed), sampler, workers, torch.device("cpu")))
+        stream = iter(ViewLoader(ViewDataset(FileSource(files), recipe, seed), sampler, workers, torch.device("cpu")))
         return [torch.stack(next(stream)) for _ in range(count)]
 
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from moco_d2.data import EpochSampler, FileSource, ViewDataset, ViewLoader, buil
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter, StepSeed
 from moco_d2.engine.optim import build_schedule, build_sgd, total_steps
+from moco_d2.engine.preflight import check_config
 from moco_d2.facts import BackboneFacts
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.resnet import build_resnet, describe
@@ -46,7 +47,7 @@ class PretrainTrainer(DefaultTrainer):
             ValueError: the config or the data cannot be trained on; raised before any long work.
         """
         TrainerBase.__init__(self)
-        check_config(cfg)
+        check_config(cfg, comm.get_world_size())
         self.cfg, self.seed = cfg, cfg.SEED
         loader = self.build_train_loader(cfg)
         self.steps_per_epoch = loader.sampler.steps_per_epoch
@@ -183,25 +184,3 @@ class PretrainTrainer(DefaultTrainer):
             self.cfg.SSL.METHOD, self.cfg.SSL.ENCODER.NAME, self.cfg.SSL.ENCODER.WIDTH, images, length, self.max_iter,
             self.cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE,
         )  # fmt: skip
-
-
-def check_config(cfg: CfgNode) -> None:
-    """Check what the constructors below do not, so that every mistake shows before long work.
-
-    Raises:
-        ValueError: names all problems at once.
-    """
-    solver, world = cfg.SOLVER, comm.get_world_size()
-    rules = [
-        (solver.IMS_PER_BATCH > 0 and solver.IMS_PER_BATCH % world == 0,
-         f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}; it must be a multiple of the {world} processes"),
-        (solver.SCHEDULE in ("step", "cosine"), f"SOLVER.SCHEDULE is {solver.SCHEDULE!r}; it must be step or cosine"),
-        (solver.EPOCHS > 0 or solver.MAX_ITER > 0, "set SOLVER.EPOCHS or SOLVER.MAX_ITER to a positive length"),
-        (solver.BASE_LR > 0, f"SOLVER.BASE_LR is {solver.BASE_LR}; it must be positive"),
-        (solver.REFERENCE_BATCH >= 0, f"SOLVER.REFERENCE_BATCH is {solver.REFERENCE_BATCH}; 0 turns scaling off"),
-        (solver.CHECKPOINT_PERIOD > 0, f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; it must be positive"),
-        (cfg.SEED >= 0, f"SEED is {cfg.SEED}; it must be 0 or more by now (tools draw one for -1)"),
-    ]  # fmt: skip
-    problems = [message for holds, message in rules if not holds]
-    if problems:
-        raise ValueError("\n".join(problems))

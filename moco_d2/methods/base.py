@@ -43,6 +43,9 @@ class SSLMethod(nn.Module, ABC):
     def backbone(self) -> nn.Module:
         """Return the network that is transferred, under torchvision's names, without head; it shares the weights."""
 
+    def check_batch(self, size: int) -> None:
+        """Raise ValueError if the method cannot take ``size`` images per process in training (default: any)."""
+
     def before_step(self, progress: float) -> None:
         """Run before a step's forward, with the fraction of training done in [0, 1) (schedules)."""
 

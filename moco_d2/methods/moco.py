@@ -65,12 +65,16 @@ class MoCo(SSLMethod):
             ValueError: a value out of range, or an encoder without a Linear ``fc``.
         """
         super().__init__()
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum is {momentum}; it must be in [0, 1] (the paper's is 0.999)")
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; it must be positive (v1: 0.07, v2: 0.2)")
-        if bn_groups < 0:
-            raise ValueError(f"bn_groups is {bn_groups}; it must be 0 (the paper's 8 in all) or positive")
+        rules = [
+            (dim >= 1, f"dim is {dim}; a feature needs at least one component (the paper's have 128)"),
+            (queue_size >= 1, f"queue_size is {queue_size}; it must be at least 1 (the paper's is 65536)"),
+            (0 <= momentum <= 1, f"momentum is {momentum}; it must be in [0, 1] (the paper's is 0.999)"),
+            (temperature > 0, f"temperature is {temperature}; it must be positive (v1: 0.07, v2: 0.2)"),
+            (bn_groups >= 0, f"bn_groups is {bn_groups}; it must be 0 (the paper's 8 in all) or positive"),
+        ]
+        problems = [f"SSL.ARGS.{message}" for holds, message in rules if not holds]
+        if problems:
+            raise ValueError("\n".join(problems))
         self.momentum = momentum
         self.temperature = temperature
         self.symmetric = symmetric
@@ -93,8 +97,8 @@ class MoCo(SSLMethod):
     def forward(self, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Algorithm 1 of the paper: the loss of two views (N, 3, H, W) of each image."""
         x1, x2 = views
-        self._check_groups(len(x1))
         if self.training:
+            self.check_batch(len(x1))
             ema_update_(self.encoder_k, self.encoder_q, self.momentum)
         if self.symmetric:
             loss_12, keys_2 = self._contrast(x1, x2)
@@ -145,10 +149,11 @@ class MoCo(SSLMethod):
             "feature_std": q.std(dim=0).mean(),
         }
 
-    def _check_groups(self, n: int) -> None:
-        if self.training and n % self.bn_groups:
+    def check_batch(self, size: int) -> None:
+        """Raise ValueError if a process's images cannot be split into the BN groups."""
+        if size % self.bn_groups:
             raise ValueError(
-                f"{n} images per process cannot be split into {self.bn_groups} BN groups; "
+                f"{size} images per process cannot be split into {self.bn_groups} BN groups; "
                 f"make the batch a multiple of it, or set SSL.ARGS.bn_groups"
             )
 

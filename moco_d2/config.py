@@ -87,8 +87,11 @@ def get_cfg() -> CN:
     # BN sees the small batches.
     cfg.SOLVER.ACCUMULATE = 1
 
-    # Pretraining keeps this many periodic checkpoints, the newest; 0 keeps all (330 MB each for MoCo's ResNet-50).
+    # This many periodic checkpoints are kept, the newest; 0 keeps all (330 MB each for MoCo's ResNet-50). With 1 there is
+    # none to fall back on should the last one be damaged.
     cfg.SOLVER.CHECKPOINT_KEEP = 5
+    # Besides, those after every so many iterations, a multiple of SOLVER.CHECKPOINT_PERIOD; 0 for none.
+    cfg.SOLVER.CHECKPOINT_KEEP_EVERY = 0
 
     # Semantic segmentation: training pictures are scaled by a factor drawn from this range before INPUT.CROP; () for
     # Detectron2's resizing to INPUT.MIN_SIZE_TRAIN.
@@ -128,7 +131,7 @@ def load_cfg(config_file: str | os.PathLike[str] = "", opts: Sequence[str] = ())
     cfg.SSL.ARGS = ssl_args
     if len(opts) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, but {len(opts)} words were given: {' '.join(opts)}")
-    _merge(cfg, lambda: cfg.merge_from_list(list(opts)), "the command line")
+    _merge(cfg, lambda: cfg.merge_from_list(_whole_floats(cfg, opts)), "the command line")
     return cfg
 
 
@@ -201,6 +204,16 @@ def _merge(cfg: CN, merge: Any, source: str) -> None:
         raise ValueError(f"{source}: no config key {key}{hint}") from error
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _whole_floats(cfg: CN, opts: Sequence[str]) -> list[str]:
+    """Return overrides in which a whole number for a key of type float (``WEIGHT_DECAY 0``) is one, too."""
+    values = flat(cfg)
+    words = list(opts)
+    for i in range(0, len(words), 2):
+        if isinstance(values.get(words[i]), float) and str(words[i + 1]).removeprefix("-").isdecimal():
+            words[i + 1] = f"{words[i + 1]}.0"
+    return words
 
 
 def _keys(cfg: CN, prefix: str = "") -> Iterator[str]:

@@ -8,7 +8,7 @@ import io
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -23,6 +23,13 @@ def quiet() -> Iterator[None]:
         contextlib.redirect_stderr(io.StringIO()),
     ):
         yield
+
+
+def recipe(name: str, changes: Sequence[str] | None) -> str:
+    """Return a recipe's or protocol's name and what was changed in it; None for a name that is not shipped."""
+    if changes is None:
+        return f"{name or 'none'}, which is not a shipped one: no published figures belong to it"
+    return name + (", as shipped" if not changes else f", modified: {' '.join(changes)}")
 
 
 def parameters(model: nn.Module) -> str:

@@ -21,7 +21,7 @@ from moco_d2.detection.preflight import check_weights, fit_to_machine, run_probl
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.detection.weights import all_names, load_weights
 from moco_d2.model_zoo import config_changes
-from moco_d2.rehearsal import duration, parameters, peak_memory, quiet
+from moco_d2.rehearsal import duration, parameters, peak_memory, quiet, recipe
 
 STEPS = 2
 IMAGES = 4  # evaluated, of each test set
@@ -92,7 +92,7 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     """
     world_size = comm.get_world_size()
     full = scale_to_processes(fit_to_machine(cfg, world_size), world_size)
-    yield "protocol", _protocol(cfg)
+    yield "protocol", recipe(cfg.PROTOCOL, config_changes(cfg))
     yield "schedule", _schedule(full, cfg)
     counts = _check_all(cfg, full)
     for name, count in counts.items():
@@ -154,13 +154,6 @@ def _shorten(full: CfgNode, world_size: int) -> CfgNode:
     cfg.TEST.PRECISE_BN.NUM_ITER = 1
     cfg.freeze()
     return cfg
-
-
-def _protocol(cfg: CfgNode) -> str:
-    changes = config_changes(cfg)
-    if changes is None:
-        return f"{cfg.PROTOCOL or 'none'}, which is not a shipped protocol: no published figures belong to it"
-    return cfg.PROTOCOL + (", as shipped" if not changes else f", modified: {' '.join(changes)}")
 
 
 def _schedule(full: CfgNode, cfg: CfgNode) -> str:

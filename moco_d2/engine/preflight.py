@@ -15,11 +15,11 @@ from detectron2.config import CfgNode
 from moco_d2.config import flat, get_cfg
 from moco_d2.data import RECIPES
 from moco_d2.layers.resnet import ARCHITECTURES, build_resnet
-from moco_d2.methods import METHODS, build_method, default_args, method_class
+from moco_d2.methods import METHODS, SSLMethod, build_method, default_args, method_class
 
 # What pretraining reads of SOLVER. Detectron2 has more, for detectors: set, they would be ignored without a word.
 _SOLVER = (
-    "AMP.ENABLED", "BASE_LR", "CHECKPOINT_KEEP", "CHECKPOINT_PERIOD", "EPOCHS", "FIRST_EPOCH", "GAMMA", "IMS_PER_BATCH",
+    "AMP.ENABLED", "BASE_LR", "CHECKPOINT_KEEP", "CHECKPOINT_KEEP_EVERY", "CHECKPOINT_PERIOD", "EPOCHS", "FIRST_EPOCH", "GAMMA", "IMS_PER_BATCH",
     "MAX_ITER", "MOMENTUM", "NESTEROV", "REFERENCE_BATCH", "SCHEDULE", "STEPS", "WEIGHT_DECAY",
 )  # fmt: skip
 
@@ -52,14 +52,20 @@ def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
     yield from problems
     if problems:
         return
-    encoder = functools.partial(build_resnet, ssl.ENCODER.NAME, width=ssl.ENCODER.WIDTH, stem=ssl.ENCODER.STEM)
-    try:  # The constructors know the ranges; on the meta device they cost no memory.
-        with torch.device("meta"):
-            method = build_method(ssl.METHOD, encoder, dict(ssl.ARGS))
+    try:  # The constructors know the ranges.
+        method = outline(cfg)
         if cfg.SOLVER.IMS_PER_BATCH > 0 and cfg.SOLVER.IMS_PER_BATCH % world_size == 0:
             method.check_batch(cfg.SOLVER.IMS_PER_BATCH // world_size)
     except ValueError as error:
         yield str(error)
+
+
+def outline(cfg: CfgNode) -> SSLMethod:
+    """Return the method on the meta device, where it costs no memory and holds no values."""
+    ssl = cfg.SSL
+    encoder = functools.partial(build_resnet, ssl.ENCODER.NAME, width=ssl.ENCODER.WIDTH, stem=ssl.ENCODER.STEM)
+    with torch.device("meta"):
+        return build_method(ssl.METHOD, encoder, dict(ssl.ARGS))
 
 
 def _argument_problems(ssl: CfgNode) -> Iterator[str]:
@@ -98,6 +104,11 @@ def _solver_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
         ("REFERENCE_BATCH", solver.REFERENCE_BATCH >= 0, "positive, or 0 to turn scaling off"),
         ("CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD > 0, "positive"),
         ("CHECKPOINT_KEEP", solver.CHECKPOINT_KEEP >= 0, "positive, or 0 to keep all"),
+        (
+            "CHECKPOINT_KEEP_EVERY",
+            solver.CHECKPOINT_KEEP_EVERY >= 0 and not solver.CHECKPOINT_KEEP_EVERY % max(1, solver.CHECKPOINT_PERIOD),
+            "a multiple of SOLVER.CHECKPOINT_PERIOD, or 0",
+        ),
         ("EPOCHS", solver.EPOCHS >= 0, "positive, or 0 to count iterations"),
         ("FIRST_EPOCH", 0 <= solver.FIRST_EPOCH <= 1, "0 (MoCo on ImageNet) or 1 (its CIFAR demo)"),
     ]

@@ -81,3 +81,9 @@ def test_all_mistakes_show_at_once() -> None:
 def test_batch_and_processes_must_agree() -> None:
     (complaint,) = complaints(world_size=7)
     assert "multiple of the 7 processes" in complaint
+
+
+def test_a_whole_number_is_a_float_on_the_command_line() -> None:
+    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", ["SOLVER.WEIGHT_DECAY", "0", "SSL.ARGS.temperature", "1"])
+    assert (cfg.SOLVER.WEIGHT_DECAY, cfg.SSL.ARGS.temperature) == (0.0, 1.0)
+    assert all(isinstance(value, float) for value in (cfg.SOLVER.WEIGHT_DECAY, cfg.SSL.ARGS.temperature))

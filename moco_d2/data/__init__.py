@@ -4,18 +4,25 @@ from moco_d2.data.augment import RECIPES, Recipe, build_recipe
 from moco_d2.data.decode import read_image
 from moco_d2.data.loader import ViewDataset, ViewLoader
 from moco_d2.data.sampler import EpochSampler, stream_seed
-from moco_d2.data.sources import FileSource, list_folder, list_images
+from moco_d2.data.shards import ShardCache
+from moco_d2.data.skipped import Skip, SkipLog
+from moco_d2.data.sources import FileSource, Source, list_folder, list_images, open_source
 
 __all__ = [
     "RECIPES",
     "EpochSampler",
     "FileSource",
     "Recipe",
+    "ShardCache",
+    "Skip",
+    "SkipLog",
+    "Source",
     "ViewDataset",
     "ViewLoader",
     "build_recipe",
     "list_folder",
     "list_images",
+    "open_source",
     "read_image",
     "stream_seed",
 ]

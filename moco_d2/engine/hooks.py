@@ -1,4 +1,4 @@
-"""What pretraining does around a step: seeds, the method's own schedules, metrics."""
+"""What pretraining does around a step: the method's own schedules, metrics."""
 
 from __future__ import annotations
 
@@ -9,22 +9,9 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import CommonMetricPrinter, get_event_storage
 
-from moco_d2.data import stream_seed
 from moco_d2.methods import SSLMethod
 
 logger = logging.getLogger(__name__)
-
-
-class StepSeed(HookBase):
-    """Seed torch before every step from (seed, iteration).
-
-    So a step's randomness (the shuffling permutation) does not depend on the past, and resuming needs no saved RNG
-    state. All processes draw alike, which is what a shared permutation wants.
-    """
-
-    def before_step(self) -> None:
-        """Seed the step."""
-        torch.manual_seed(stream_seed(self.trainer.seed, self.trainer.iter))
 
 
 class MethodSchedule(HookBase):
@@ -70,7 +57,7 @@ class PretrainPrinter(CommonMetricPrinter):
     def write(self) -> None:
         """Log the line."""
         storage = get_event_storage()
-        if storage.iter == self._max_iter:
+        if storage.iter == self._max_iter or "total_loss" not in storage.histories():  # at the end; or none was begun
             return
         values = {name: history.latest() for name, history in storage.histories().items()}
         eta = self._get_eta(storage) or str(datetime.timedelta(0))

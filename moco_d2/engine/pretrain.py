@@ -16,7 +16,7 @@ from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 
 from moco_d2.data import EpochSampler, FileSource, ViewDataset, ViewLoader, build_recipe, list_images
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
-from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter, StepSeed
+from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
 from moco_d2.engine.optim import build_schedule, build_sgd, total_steps
 from moco_d2.engine.preflight import check_config
 from moco_d2.facts import BackboneFacts
@@ -24,6 +24,9 @@ from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.resnet import build_resnet, describe
 from moco_d2.methods import SSLMethod, build_method
 from moco_d2.model_zoo import pretraining_changes
+from moco_d2.running.checkpoints import PeriodicCheckpoint, last_whole
+from moco_d2.running.preemption import StopWhenAsked
+from moco_d2.running.seeds import StepSeed
 
 logger = logging.getLogger(__name__)
 
@@ -105,18 +108,19 @@ class PretrainTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
         """Return the hooks in the order they run."""
-        main = comm.is_main_process()
-        keep = self.cfg.SOLVER.CHECKPOINT_KEEP or None
+        solver = self.cfg.SOLVER
+        checkpoint = PeriodicCheckpoint(
+            self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP, solver.CHECKPOINT_KEEP_EVERY
+        )
         return [
-            StepSeed(),
+            StepSeed(self.seed),  # the same in all processes, which is what a shared permutation wants
             MethodSchedule(self.method),
             hooks.IterationTimer(),
             hooks.LRScheduler(self._trainer.optimizer, self.scheduler),
-            PretrainMetrics(self.method, self.cfg.SOLVER.IMS_PER_BATCH, self.steps_per_epoch, LOG_PERIOD),
-            hooks.PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=keep)
-            if main
-            else None,
-            hooks.PeriodicWriter(self.build_writers(), period=LOG_PERIOD) if main else None,
+            PretrainMetrics(self.method, solver.IMS_PER_BATCH, self.steps_per_epoch, LOG_PERIOD),
+            checkpoint,
+            hooks.PeriodicWriter(self.build_writers(), period=LOG_PERIOD) if comm.is_main_process() else None,
+            StopWhenAsked(checkpoint),
         ]
 
     def build_writers(self) -> list[EventWriter]:
@@ -130,8 +134,9 @@ class PretrainTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue the run in ``OUTPUT_DIR`` (``resume``), or start from ``MODEL.WEIGHTS`` or from scratch."""
-        if resume and self.checkpointer.has_checkpoint():
-            self.checkpointer.load(self.checkpointer.get_checkpoint_file())
+        path = last_whole(self.cfg.OUTPUT_DIR) if resume else ""
+        if path:
+            self.checkpointer.load(path)
             self.start_iter = self.iter + 1
             self._trainer.data_loader.sampler.start = self.start_iter
             logger.info("resuming at iteration %d of %d", self.start_iter, self.max_iter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import time
@@ -39,6 +40,18 @@ def timed(work: Callable[[], Result]) -> tuple[Result, float, float]:
     clock, cpu = time.perf_counter(), time.process_time()
     result = work()
     return result, time.perf_counter() - clock, time.process_time() - cpu
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Return the most memory that ``work()`` holds on the CPU at a time, beyond what was held before."""
+    import torch
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        work()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    changes = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
 
 
 def largest_difference(values: Any, reference: Any) -> float:

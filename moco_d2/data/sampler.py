@@ -70,6 +70,12 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         """Number of whole batches in an epoch."""
         return self.size // self.batch
 
+    def settings(self) -> dict[str, int]:
+        """Return what the order depends on besides seed, batch and images; a plain permutation on nothing."""
+        if len(self.spans) == self.lanes == 1:
+            return {}
+        return {"DATA.LANES": self.lanes, "DATA.SHUFFLE_SHARDS": self.window}
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch // self.lanes
         lanes = range(self.part.start // share, -(-self.part.stop // share))  # those this process has a part of

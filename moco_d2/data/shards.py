@@ -170,13 +170,13 @@ class ShardSource:
 
     Attributes:
         spans: number of images in each shard.
-        streamed: whether shards come over the network.
+        stream_sizes: bytes of each shard that comes over the network (0: unknown).
     """
 
     def __init__(self, shards: Sequence[Shard], cache: ShardCache) -> None:
         self.shards, self.cache = list(shards), cache
         self.spans = np.array([shard.samples for shard in shards], np.int64)
-        self.streamed = any(is_url(shard.location) for shard in shards)
+        self.stream_sizes = [shard.bytes for shard in shards if is_url(shard.location)]
         self.unreadable: list[tuple[str, str]] = []
         self._ends = np.cumsum(self.spans)
         self._forget()
@@ -248,7 +248,7 @@ class ShardSource:
 
     def prepare(self, now: list[int], ahead: list[int]) -> None:
         """Fetch streamed shards in the background: those of the window that begins, then those of the next."""
-        if not self.streamed:
+        if not self.stream_sizes:
             return
         wanted = [shard for number in (*now, *ahead) if is_url((shard := self.shards[number]).location)]
         for shard in wanted:
@@ -261,7 +261,7 @@ class ShardSource:
             self._wanted.put(shard)
 
 
-_TRAVELS = ("shards", "cache", "spans", "streamed", "unreadable", "_ends")
+_TRAVELS = ("shards", "cache", "spans", "stream_sizes", "unreadable", "_ends")
 
 
 class _Open:

@@ -27,12 +27,12 @@ class Source(Protocol):
 
     Attributes:
         spans: number of images in each part that lies together (a shard); a set of files is one part.
-        streamed: whether reading may wait for a network.
+        stream_sizes: bytes of each part that comes over a network; empty for what lies on a disk.
         unreadable: (path, error) of what was found unreadable when the images were listed.
     """
 
     spans: npt.NDArray[np.int64]
-    streamed: bool
+    stream_sizes: list[int]
     unreadable: list[tuple[str, str]]
 
     def __len__(self) -> int:
@@ -55,11 +55,9 @@ class Source(Protocol):
 class FileSource:
     """Image files, by their paths."""
 
-    streamed = False
-
     def __init__(self, files: Sequence[str], unreadable: Sequence[tuple[str, str]] = ()) -> None:
         self.files, self.unreadable = Paths(files), list(unreadable)
-        self.spans = np.array([len(files)], np.int64)
+        self.spans, self.stream_sizes = np.array([len(files)], np.int64), list[int]()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -88,7 +86,7 @@ class JoinedSource:
         self.parts = list(parts)
         spans = [_in_spans(part) if isinstance(part, FileSource) else part.spans for part in parts]
         self.spans = np.concatenate(spans)
-        self.streamed = any(part.streamed for part in parts)
+        self.stream_sizes = [size for part in parts for size in part.stream_sizes]
         self.unreadable = [problem for part in parts for problem in part.unreadable]
         self._ends = np.cumsum([len(part) for part in parts])
         self._span_ends = np.cumsum([len(part) for part in spans])
@@ -114,7 +112,7 @@ class JoinedSource:
         """Tell the streamed parts."""
         begin = 0
         for part, end in zip(self.parts, self._span_ends.tolist(), strict=True):
-            if part.streamed:
+            if part.stream_sizes:
                 part.prepare(*([span - begin for span in spans if begin <= span < end] for spans in (now, ahead)))
             begin = end
 

@@ -15,12 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from moco_d2.atomic import atomic_write
-from moco_d2.data.shards import MANIFEST, Shard, members, write_manifest
+from moco_d2.data.shards import MANIFEST, PLAN, Shard, members, write_manifest
 
 logger = logging.getLogger(__name__)
-
-# Says whose the shards in an unfinished folder are.
-PLAN = ".making.json"
 
 
 @dataclass(frozen=True)

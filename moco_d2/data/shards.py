@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "shards.json"
 FORMAT = "moco_d2 shards 1"
+# Beside shards that are still being made; it says of what.
+PLAN = ".making.json"
 
 _OPEN = 64  # shards a process keeps open
 _KNOWN = 4096  # shards whose members a process remembers: 16 bytes an image
@@ -384,6 +386,8 @@ def _manifest(folder: str, cache: ShardCache) -> dict[str, Shard]:
     """Return ``{location: shard}`` of the ``shards.json`` in a folder or at an address; empty if there is none."""
     if not is_url(folder):
         path = Path(folder) / MANIFEST
+        if path.with_name(PLAN).exists():
+            raise ValueError(f"the set in {folder or '.'} is half made: run tools/make_shards.py again as it was begun")
         return _read_manifest(path, folder) if path.is_file() else {}
     cache.folder.mkdir(parents=True, exist_ok=True)
     path = cache.folder / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}-{MANIFEST}"

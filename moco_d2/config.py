@@ -101,14 +101,19 @@ def get_cfg() -> CN:
     # or "pycocotools"; "auto" takes the fastest that is installed. The numbers are the same (docs/evaluation.md).
     cfg.TEST.COCO_BACKEND = "auto"
 
-    # Switches that make a detector's training faster and leave the protocol's mathematics alone; results record them.
+    # Switches that make training faster and leave a recipe's or protocol's mathematics alone, up to rounding
+    # (docs/performance.md); results and weights record them.
     cfg.ENGINE = CN()
-    # "" or "bfloat16": forward and loss of training under autocast (evaluation stays in float32).
+    # "" or "bfloat16": the networks of training under autocast (evaluation, and MoCo's loss, stay in float32).
+    # Pretraining also takes "float16", with loss scaling, and "auto": bfloat16, on GPUs that lack it float16, on the
+    # CPU none. For detectors float16 is Detectron2's SOLVER.AMP.ENABLED.
     cfg.ENGINE.AUTOCAST = ""
-    # Keep the backbone's tensors in channels_last order.
+    # Keep the networks' tensors (detectors: the backbone's) in channels_last order.
     cfg.ENGINE.CHANNELS_LAST = False
-    # torch.compile the backbone; the first iterations then take minutes.
+    # torch.compile the networks (detectors: the backbone); the first iterations then take minutes.
     cfg.ENGINE.COMPILE = False
+    # Pretraining: SGD as one operation over all weights instead of several for each.
+    cfg.ENGINE.FUSED_SGD = True
     return cfg
 
 

@@ -38,9 +38,14 @@ class PretrainMetrics(HookBase):
     def __init__(self, method: SSLMethod, batch: int, steps_per_epoch: int, period: int) -> None:
         self.method, self.batch, self.steps_per_epoch, self.period = method, batch, steps_per_epoch, period
 
+    def before_step(self) -> None:
+        """Let the method take its diagnostics where they are written: they cost, and nobody sees the others."""
+        step = self.trainer.iter + 1
+        self.method.recording = step % self.period == 0 or step == self.trainer.max_iter
+
     def after_step(self) -> None:
         """Write the scalars of this step."""
-        if (self.trainer.iter + 1) % self.period and self.trainer.iter + 1 != self.trainer.max_iter:
+        if not self.method.recording:
             return
         storage = get_event_storage()
         scalars = {name: value.item() for name, value in self.method.metrics.items()}

@@ -14,13 +14,14 @@ from detectron2.config import CfgNode
 
 from moco_d2.config import flat, get_cfg
 from moco_d2.data import RECIPES
+from moco_d2.engine.step import AUTOCAST
 from moco_d2.layers.resnet import ARCHITECTURES, build_resnet
 from moco_d2.methods import METHODS, SSLMethod, build_method, default_args, method_class
 
 # What pretraining reads of SOLVER. Detectron2 has more, for detectors: set, they would be ignored without a word.
 _SOLVER = (
-    "AMP.ENABLED", "BASE_LR", "CHECKPOINT_KEEP", "CHECKPOINT_KEEP_EVERY", "CHECKPOINT_PERIOD", "EPOCHS", "FIRST_EPOCH", "GAMMA", "IMS_PER_BATCH",
-    "MAX_ITER", "MOMENTUM", "NESTEROV", "REFERENCE_BATCH", "SCHEDULE", "STEPS", "WEIGHT_DECAY",
+    "BASE_LR", "CHECKPOINT_KEEP", "CHECKPOINT_KEEP_EVERY", "CHECKPOINT_PERIOD", "EPOCHS", "FIRST_EPOCH", "GAMMA",
+    "IMS_PER_BATCH", "MAX_ITER", "MOMENTUM", "NESTEROV", "REFERENCE_BATCH", "SCHEDULE", "STEPS", "WEIGHT_DECAY",
 )  # fmt: skip
 
 
@@ -35,6 +36,7 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
         ValueError: names all problems at once.
     """
     problems = [*_ssl_problems(cfg, world_size), *_data_problems(cfg), *_solver_problems(cfg, world_size)]
+    problems += _engine_problems(cfg)
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -119,6 +121,15 @@ def _solver_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
     yield from _ignored(solver)
 
 
+def _engine_problems(cfg: CfgNode) -> Iterator[str]:
+    yield from _unknown("ENGINE.AUTOCAST", cfg.ENGINE.AUTOCAST, ("", "auto", *AUTOCAST))
+    cuda = cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()
+    if cuda and cfg.ENGINE.AUTOCAST == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield "ENGINE.AUTOCAST is 'bfloat16', which this GPU lacks: take float16, or auto"
+    if cfg.SOLVER.AMP.ENABLED:
+        yield "SOLVER.AMP.ENABLED is True: pretraining says it as ENGINE.AUTOCAST float16 (with loss scaling)"
+
+
 def _length_problems(solver: CfgNode) -> Iterator[str]:
     unit, length = ("epochs", solver.EPOCHS) if solver.EPOCHS else ("iterations", solver.MAX_ITER)
     if solver.EPOCHS == 0 and solver.MAX_ITER <= 0:
@@ -138,7 +149,7 @@ def _ignored(solver: CfgNode) -> Iterator[str]:
     """Yield the keys that were set and that only detectors use."""
     default = flat(get_cfg().SOLVER)
     for key, value in flat(solver).items():
-        if key not in _SOLVER and value != default.get(key):
+        if key not in _SOLVER and key != "AMP.ENABLED" and value != default.get(key):
             yield f"SOLVER.{key} is {value!r}, but pretraining does not use it (nor anything but {', '.join(_SOLVER)})"
 
 

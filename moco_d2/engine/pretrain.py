@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase, hooks
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 
@@ -19,6 +19,7 @@ from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
 from moco_d2.engine.optim import build_schedule, build_sgd, total_steps
 from moco_d2.engine.preflight import check_config
+from moco_d2.engine.step import PretrainStep, apply_switches, chosen_autocast, describe_switches
 from moco_d2.facts import BackboneFacts
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.resnet import build_resnet, describe
@@ -59,8 +60,9 @@ class PretrainTrainer(DefaultTrainer):
         self.method = self.build_model(cfg)
         optimizer = build_sgd(cfg, self.method)
         self.scheduler = build_schedule(cfg, optimizer, self.steps_per_epoch)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer(wrap_ddp(self.method), loader, optimizer)
+        self._trainer = PretrainStep(
+            wrap_ddp(self.method), loader, optimizer, chosen_autocast(cfg), LOG_PERIOD, self.max_iter
+        )
         me = weakref.proxy(self)
         self.checkpointer = PretrainCheckpointer(self.method, cfg.OUTPUT_DIR, lambda: me.facts(), trainer=me)
         self.register_hooks(self.build_hooks())
@@ -68,14 +70,14 @@ class PretrainTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> SSLMethod:
-        """Build the method on its device, from ``SEED`` alone."""
+        """Build the method on its device, from ``SEED`` alone, with the switches of ``ENGINE``."""
         encoder = functools.partial(
             build_resnet, cfg.SSL.ENCODER.NAME, width=cfg.SSL.ENCODER.WIDTH, stem=cfg.SSL.ENCODER.STEM
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.SEED)
             method = build_method(cfg.SSL.METHOD, encoder, dict(cfg.SSL.ARGS))
-        return method.to(cfg.MODEL.DEVICE)
+        return apply_switches(method.to(cfg.MODEL.DEVICE), cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ViewLoader:
@@ -101,6 +103,7 @@ class PretrainTrainer(DefaultTrainer):
         images = ", ".join(self.cfg.DATASETS.TRAIN)
         done = self.iter + 1
         origin = f"moco_d2 {self.cfg.SSL.METHOD} on {images}, {done} of {self.max_iter} iterations"
+        origin += f" ({switches})" if (switches := describe_switches(self.cfg)) else ""
         # Results are compared with published ones by this name; only the whole recipe, unchanged, may bear it.
         notes = ["unfinished"] * (done < self.max_iter) + ["modified"] * bool(pretraining_changes(self.cfg))
         protocol = self.cfg.PROTOCOL + (f" ({', '.join(notes)})" if notes else "")
@@ -151,7 +154,7 @@ class PretrainTrainer(DefaultTrainer):
             kept = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else "none yet"
             raise FloatingPointError(
                 f"{error}\nThe last good checkpoint is kept: {kept}. Try a lower SOLVER.BASE_LR, a higher "
-                "SSL.ARGS.temperature, or SOLVER.AMP.ENABLED False, and --resume"
+                "SSL.ARGS.temperature, or ENGINE.AUTOCAST '', and --resume"
             ) from error
 
     def state_dict(self) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def test_pretraining_configs_state_the_published_recipes() -> None:
     cifar = load_cfg("Pretrain/moco_cifar10_R18_200ep")
     assert dict(cifar.SSL.ARGS) == {
         "dim": 128, "queue_size": 4096, "momentum": 0.99, "temperature": 0.1, "mlp": False, "symmetric": False,
-        "shuffle": True, "bn_groups": 8,
+        "shuffle": True, "bn_groups": 8, "queue_dtype": "float32",
     }  # fmt: skip
     assert (cifar.SOLVER.BASE_LR, cifar.SOLVER.WEIGHT_DECAY, cifar.SOLVER.IMS_PER_BATCH) == (0.06, 5e-4, 512)
 

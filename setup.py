@@ -71,6 +71,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
+            "webdataset>=1.0",
             "wheel",
         ],
     },

@@ -66,5 +66,5 @@ def check_cache(source: Source, cfg: CfgNode, lanes: int) -> None:
         hint = f", or set DATA.SHUFFLE_SHARDS {fits}" if fits else ""
         raise ValueError(
             f"DATA.CACHE_GB is {data.CACHE_GB:g}, but two windows of {window} shards (DATA.SHUFFLE_SHARDS) of up to "
-            f"{largest / 1e6:.0f} MB in {here} lane(s) on this machine take {wanted / 1e9:.1f}: raise it{hint}"
+            f"{largest / 1e6:.0f} MB in {here} lane(s) on this machine take {wanted / 1e9:.3g}: raise it{hint}"
         )

@@ -70,6 +70,26 @@ def get_cfg() -> CN:
     cfg.DATA.RECIPE = "moco_v2"
     # Side of a view in pixels.
     cfg.DATA.CROP_SIZE = 224
+    # What executes the recipe; the views are the same up to rounding (docs/data_path.md). "pil": the authors' operations;
+    # "cv2": the same through OpenCV, the fastest without a GPU; "device": workers decode and crop, MODEL.DEVICE does the
+    # rest a batch at a time; "auto": "device" on a GPU, else "cv2".
+    cfg.DATA.BACKEND = "auto"
+    # Part of the images seen by a process that may be unreadable, in [0, 1]; above it the run stops. Each is replaced
+    # by one near it and named in OUTPUT_DIR/skipped.jsonl.
+    cfg.DATA.MAX_SKIPPED = 0.05
+    # Pixels (width times height, from the header) above which an image is refused before it is decoded. PIL itself
+    # warns above 89 478 485 and refuses twice as many.
+    cfg.DATA.MAX_PIXELS = 89_000_000
+    # Shards (docs/scale.md): the images of so many are shuffled together, after the order of all shards is; 0: of all.
+    cfg.DATA.SHUFFLE_SHARDS = 16
+    # Parts of an epoch that run side by side, each batch taking its share of all. The order of the images depends on
+    # it, and not on the number of processes. A process fetches the shards of its own parts only. 0: the number of
+    # processes for streamed shards, else 1.
+    cfg.DATA.LANES = 0
+    # Folder for streamed shards, on a disk of each machine; "": shards/ in $MOCO_D2_CACHE or ~/.cache/moco_d2.
+    cfg.DATA.CACHE_FOLDER = ""
+    # Its size in GB (1e9 bytes), for all processes of a machine.
+    cfg.DATA.CACHE_GB = 100.0
 
     # Pretraining length in epochs; 0 means SOLVER.MAX_ITER iterations. With epochs, SOLVER.STEPS counts epochs too and
     # the lr changes once an epoch, as the MoCo authors do; with iterations both count iterations.

@@ -28,7 +28,7 @@ _FREE = (
 # Keys that make a pretraining what it is, and exceptions: bookkeeping, limits, and the order of a shuffled set.
 _PRETRAINING = ("SSL.", "DATA.", "DATASETS.TRAIN=", "SOLVER.", "MODEL.WEIGHTS=")
 _PRETRAINING_FREE = (
-    "SOLVER.CHECKPOINT_", "DATA.MAX_", "DATA.SHUFFLE_SHARDS=", "DATA.LANES=", "DATA.CACHE_",
+    "SOLVER.CHECKPOINT_", "DATA.BACKEND=", "DATA.MAX_", "DATA.SHUFFLE_SHARDS=", "DATA.LANES=", "DATA.CACHE_",
 )  # fmt: skip
 _LABELS = {
     "random": "random",

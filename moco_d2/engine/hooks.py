@@ -50,7 +50,7 @@ class PretrainMetrics(HookBase):
         storage = get_event_storage()
         scalars = {name: value.item() for name, value in self.method.metrics.items()}
         scalars["epoch"] = (self.trainer.iter + 1) / self.steps_per_epoch
-        scalars["unreadable_images"] = len(self.trainer.data_loader.unreadable)
+        scalars["unreadable_images"] = len(self.trainer.data_loader.skips.paths)
         if "time" in storage.histories():
             scalars["images_per_second"] = self.batch / storage.history("time").avg(self.period)
         storage.put_scalars(**scalars, smoothing_hint=False)

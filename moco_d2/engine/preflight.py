@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 
 from moco_d2.config import flat, get_cfg
-from moco_d2.data import RECIPES
+from moco_d2.data import BACKENDS, RECIPES
 from moco_d2.engine.step import AUTOCAST
 from moco_d2.layers.resnet import ARCHITECTURES, build_resnet
 from moco_d2.methods import METHODS, SSLMethod, build_method, default_args, method_class
@@ -86,10 +86,20 @@ def _argument_problems(ssl: CfgNode) -> Iterator[str]:
 
 def _data_problems(cfg: CfgNode) -> Iterator[str]:
     yield from _unknown("DATA.RECIPE", cfg.DATA.RECIPE, RECIPES)
+    yield from _unknown("DATA.BACKEND", cfg.DATA.BACKEND, ("auto", *BACKENDS))
     if cfg.DATA.CROP_SIZE < 1:
         yield f"DATA.CROP_SIZE is {cfg.DATA.CROP_SIZE}; a view needs at least one pixel"
     if cfg.DATALOADER.NUM_WORKERS < 0:
         yield f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; it must be 0 (no worker processes) or more"
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    rules = [
+        ("MAX_SKIPPED", 0 <= cfg.DATA.MAX_SKIPPED <= 1, "a part of the images, in [0, 1]"),
+        ("MAX_PIXELS", cfg.DATA.MAX_PIXELS > 0, "positive"),
+        ("SHUFFLE_SHARDS", cfg.DATA.SHUFFLE_SHARDS >= 0, "positive, or 0 for all"),
+        ("LANES", cfg.DATA.LANES >= 0 and not batch % max(1, cfg.DATA.LANES), f"0, or a divisor of the batch {batch}"),
+        ("CACHE_GB", cfg.DATA.CACHE_GB > 0, "positive"),
+    ]
+    yield from (f"DATA.{key} is {cfg.DATA[key]}; it must be {rule}" for key, holds, rule in rules if not holds)
 
 
 def _solver_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:

@@ -14,9 +14,10 @@ from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 
-from moco_d2.data import EpochSampler, FileSource, ViewDataset, ViewLoader, build_recipe, list_images
+from moco_d2.data import ViewLoader, build_recipe
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
+from moco_d2.engine.loader import build_loader
 from moco_d2.engine.optim import build_schedule, build_sgd, total_steps
 from moco_d2.engine.preflight import check_config
 from moco_d2.engine.step import PretrainStep, apply_switches, chosen_autocast, describe_switches
@@ -81,21 +82,8 @@ class PretrainTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ViewLoader:
-        """List the images and build this process's loader.
-
-        Raises:
-            ValueError: fewer images than a batch.
-        """
-        files = list_images(cfg.DATASETS.TRAIN)
-        batch = cfg.SOLVER.IMS_PER_BATCH
-        if len(files) < batch:
-            raise ValueError(
-                f"{', '.join(cfg.DATASETS.TRAIN)} has {len(files)} images, fewer than a batch of {batch} "
-                f"(SOLVER.IMS_PER_BATCH)"
-            )
-        dataset = ViewDataset(FileSource(files), build_recipe(cfg.DATA.RECIPE, cfg.DATA.CROP_SIZE), cfg.SEED)
-        sampler = EpochSampler(len(files), batch, cfg.SEED, comm.get_rank(), comm.get_world_size())
-        return ViewLoader(dataset, sampler, cfg.DATALOADER.NUM_WORKERS, torch.device(cfg.MODEL.DEVICE))
+        """Build this process's loader."""
+        return build_loader(cfg)
 
     def facts(self) -> BackboneFacts:
         """Return what the exported backbone says about itself."""
@@ -183,6 +171,7 @@ class PretrainTrainer(DefaultTrainer):
             "SOLVER.IMS_PER_BATCH": self.cfg.SOLVER.IMS_PER_BATCH,
             "number of images": len(loader.dataset),
             "number of iterations": self.max_iter,
+            **loader.sampler.settings(),
         }
 
     def _announce(self, images: int) -> None:

@@ -16,7 +16,7 @@ PIP := "$(BIN)/python" -m pip --disable-pip-version-check
 STAMP := $(VENV)/.moco_d2-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-full test lint format doctor clean
+.PHONY: help install demo demo-full test test-slow lint format doctor clean
 
 help: ## Show this list
 	@echo "usage: make TARGET [VENV=.venv] [PYTHON=python3] [CONSTRAINTS=constraints.txt]"
@@ -32,6 +32,10 @@ demo-full: $(STAMP) ## The same with a full-width ResNet-50 (much longer; a GPU 
 test: $(STAMP) ## The tests (PYTEST_ARGS="tests/layers -n 0 -x" passes words on to pytest)
 	OMP_NUM_THREADS=1 CONSTRAINTS="$(CONSTRAINTS)" \
 	    "$(BIN)/python" -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
+
+# A second -m takes the place of pyproject.toml's.
+test-slow: $(STAMP) ## The tests that take minutes each: twenty kills, elastic restart, long loops
+	OMP_NUM_THREADS=1 CONSTRAINTS="$(CONSTRAINTS)" "$(BIN)/python" -m pytest -q -m slow $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff, mypy, import-linter and codespell
 	"$(BIN)/ruff" check .

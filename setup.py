@@ -75,6 +75,7 @@ setup(
             "ruff>=0.6",
             "timm>=1.0.20",
             "transformers>=4.57",
+            "webdataset>=1.0",
             "wheel",
         ],
     },

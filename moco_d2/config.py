@@ -70,6 +70,26 @@ def get_cfg() -> CN:
     cfg.DATA.RECIPE = "moco_v2"
     # Side of a view in pixels.
     cfg.DATA.CROP_SIZE = 224
+    # What executes the recipe; the views are the same up to rounding (docs/data_path.md). "pil": the authors' operations;
+    # "cv2": the same through OpenCV, the fastest without a GPU; "device": workers decode and crop, MODEL.DEVICE does the
+    # rest a batch at a time; "auto": "device" on a GPU, else "cv2".
+    cfg.DATA.BACKEND = "auto"
+    # Part of the images seen by a process that may be unreadable, in [0, 1]; above it the run stops. Each is replaced
+    # by one near it and named in OUTPUT_DIR/skipped.jsonl.
+    cfg.DATA.MAX_SKIPPED = 0.05
+    # Pixels (width times height, from the header) above which an image is refused before it is decoded. PIL itself
+    # warns above 89 478 485 and refuses twice as many.
+    cfg.DATA.MAX_PIXELS = 89_000_000
+    # Shards (docs/scale.md): the images of so many are shuffled together, after the order of all shards is; 0: of all.
+    cfg.DATA.SHUFFLE_SHARDS = 16
+    # Parts of an epoch that run side by side, each batch taking its share of all. The order of the images depends on
+    # it, and not on the number of processes. A process fetches the shards of its own parts only. 0: the number of
+    # processes for streamed shards, else 1.
+    cfg.DATA.LANES = 0
+    # Folder for streamed shards, on a disk of each machine; "": shards/ in $MOCO_D2_CACHE or ~/.cache/moco_d2.
+    cfg.DATA.CACHE_FOLDER = ""
+    # Its size in GB (1e9 bytes), for all processes of a machine.
+    cfg.DATA.CACHE_GB = 100.0
 
     # Pretraining length in epochs; 0 means SOLVER.MAX_ITER iterations. With epochs, SOLVER.STEPS counts epochs too and
     # the lr changes once an epoch, as the MoCo authors do; with iterations both count iterations.
@@ -87,8 +107,11 @@ def get_cfg() -> CN:
     # BN sees the small batches.
     cfg.SOLVER.ACCUMULATE = 1
 
-    # Pretraining keeps this many periodic checkpoints, the newest; 0 keeps all (330 MB each for MoCo's ResNet-50).
+    # This many periodic checkpoints are kept, the newest; 0 keeps all (330 MB each for MoCo's ResNet-50). With 1 there is
+    # none to fall back on should the last one be damaged.
     cfg.SOLVER.CHECKPOINT_KEEP = 5
+    # Besides, those after every so many iterations, a multiple of SOLVER.CHECKPOINT_PERIOD; 0 for none.
+    cfg.SOLVER.CHECKPOINT_KEEP_EVERY = 0
 
     # Semantic segmentation: training pictures are scaled by a factor drawn from this range before INPUT.CROP; () for
     # Detectron2's resizing to INPUT.MIN_SIZE_TRAIN.
@@ -98,14 +121,19 @@ def get_cfg() -> CN:
     # or "pycocotools"; "auto" takes the fastest that is installed. The numbers are the same (docs/evaluation.md).
     cfg.TEST.COCO_BACKEND = "auto"
 
-    # Switches that make a detector's training faster and leave the protocol's mathematics alone; results record them.
+    # Switches that make training faster and leave a recipe's or protocol's mathematics alone, up to rounding
+    # (docs/performance.md); results and weights record them.
     cfg.ENGINE = CN()
-    # "" or "bfloat16": forward and loss of training under autocast (evaluation stays in float32).
+    # "" or "bfloat16": the networks of training under autocast (evaluation, and MoCo's loss, stay in float32).
+    # Pretraining also takes "float16", with loss scaling, and "auto": bfloat16, on GPUs that lack it float16, on the
+    # CPU none. For detectors float16 is Detectron2's SOLVER.AMP.ENABLED.
     cfg.ENGINE.AUTOCAST = ""
-    # Keep the backbone's tensors in channels_last order.
+    # Keep the networks' tensors (detectors: the backbone's) in channels_last order.
     cfg.ENGINE.CHANNELS_LAST = False
-    # torch.compile the backbone; the first iterations then take minutes.
+    # torch.compile the networks (detectors: the backbone); the first iterations then take minutes.
     cfg.ENGINE.COMPILE = False
+    # Pretraining: SGD as one operation over all weights instead of several for each.
+    cfg.ENGINE.FUSED_SGD = True
     return cfg
 
 
@@ -128,7 +156,7 @@ def load_cfg(config_file: str | os.PathLike[str] = "", opts: Sequence[str] = ())
     cfg.SSL.ARGS = ssl_args
     if len(opts) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, but {len(opts)} words were given: {' '.join(opts)}")
-    _merge(cfg, lambda: cfg.merge_from_list(list(opts)), "the command line")
+    _merge(cfg, lambda: cfg.merge_from_list(_whole_floats(cfg, opts)), "the command line")
     return cfg
 
 
@@ -201,6 +229,16 @@ def _merge(cfg: CN, merge: Any, source: str) -> None:
         raise ValueError(f"{source}: no config key {key}{hint}") from error
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _whole_floats(cfg: CN, opts: Sequence[str]) -> list[str]:
+    """Return overrides in which a whole number for a key of type float (``WEIGHT_DECAY 0``) is one, too."""
+    values = flat(cfg)
+    words = list(opts)
+    for i in range(0, len(words), 2):
+        if isinstance(values.get(words[i]), float) and str(words[i + 1]).removeprefix("-").isdecimal():
+            words[i + 1] = f"{words[i + 1]}.0"
+    return words
 
 
 def _keys(cfg: CN, prefix: str = "") -> Iterator[str]:

@@ -22,11 +22,14 @@ from moco_d2.config import INITS, flat, list_configs, load_cfg
 # that leave the mathematics alone.
 _FREE = (
     "MODEL.WEIGHTS", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1", "INPUT.FORMAT",
-    "MODEL.DEVICE", "OUTPUT_DIR", "SEED", "VERSION", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD",
+    "MODEL.DEVICE", "OUTPUT_DIR", "SEED", "VERSION", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_",
     "TEST.EVAL_PERIOD", "CUDNN_BENCHMARK", "VIS_PERIOD", "ENGINE.", "SSL.", "DATA.",
 )  # fmt: skip
-# Keys that make a pretraining what it is.
+# Keys that make a pretraining what it is, and exceptions: bookkeeping, limits, and the order of a shuffled set.
 _PRETRAINING = ("SSL.", "DATA.", "DATASETS.TRAIN=", "SOLVER.", "MODEL.WEIGHTS=")
+_PRETRAINING_FREE = (
+    "SOLVER.CHECKPOINT_", "DATA.BACKEND=", "DATA.MAX_", "DATA.SHUFFLE_SHARDS=", "DATA.LANES=", "DATA.CACHE_",
+)  # fmt: skip
 _LABELS = {
     "random": "random",
     "supervised": "supervised",
@@ -131,7 +134,7 @@ def pretraining_changes(cfg: CfgNode) -> list[str] | None:
     if cfg.PROTOCOL not in _recipes():
         return None
     changes = _changes(load_cfg(_recipes()[cfg.PROTOCOL]), cfg)
-    return [c for c in changes if c.startswith(_PRETRAINING) and not c.startswith("SOLVER.CHECKPOINT_")]
+    return [c for c in changes if c.startswith(_PRETRAINING) and not c.startswith(_PRETRAINING_FREE)]
 
 
 def _changes(shipped: CfgNode, used: CfgNode) -> list[str]:

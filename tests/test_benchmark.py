@@ -48,3 +48,18 @@ def test_convert_compares_with_torch_load(tmp_path: Path) -> None:
         assert row["work"] in done.stdout and row["problem"] in done.stdout
         # What is dropped is never read, in either format.
         assert row["work"] != "conversion" or row["private"] < 0.5
+
+
+def test_step_compares_with_its_encoders_the_authors_form_and_plain_ddp(tmp_path: Path) -> None:
+    small = ["--batch", "16", "--size", "32", "--encoder", "resnet18", "--repeats", "2"]
+    words = [*small, "-o", str(tmp_path / "step.json"), "SSL.ENCODER.WIDTH", "0.125", "SSL.ARGS.queue_size", "40000"]
+    command = [sys.executable, str(ROOT / "tools/benchmark.py"), "step", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "step.json").read_text())
+    names = {title: [row["what"] for row in content[title]] for title in ("step", "two processes")}
+    assert names["step"] == ["its encoders alone", "ours", "the authors' form"]
+    assert names["two processes"] == ["encoders, plain DDP", "ours"]
+    textbook, ours = (row["copies"] for row in content["memory"])
+    assert textbook > 2.5 > ours
+    assert "bottleneck: the encoders" in done.stdout and content["machine"]

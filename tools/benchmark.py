@@ -4,6 +4,10 @@
     tools/benchmark.py eval                                      # COCO's and VOC's metrics: about two minutes
     tools/benchmark.py eval --images 5000 --detections 100       # the size of the real test sets: about ten minutes
     tools/benchmark.py convert                                   # a training checkpoint: about a minute
+    tools/benchmark.py step                                      # a step of pretraining: some ten minutes
+    tools/benchmark.py step --device cuda --batch 256 --size 224 --autocast bfloat16 --channels-last --compile
+    tools/benchmark.py data                                      # from JPEG files to views: about a minute
+    tools/benchmark.py startup                                   # --help of every tool
 
 Prints a table and, with --output, writes it as JSON together with commit, command and versions.
 """
@@ -11,7 +15,9 @@ Prints a table and, with --output, writes it as JSON together with commit, comma
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
+from typing import Any
 
 import cli
 
@@ -42,6 +48,60 @@ def conversion(args: argparse.Namespace) -> None:
     )
 
 
+def step(args: argparse.Namespace) -> None:
+    """Time a step of pretraining against its encoders alone, the authors' form of it, and plain DDP."""
+    if args.repeats < 2:
+        raise ValueError(f"--repeats is {args.repeats}; the spread needs at least 2")
+    import logging
+
+    from moco_d2.config import load_cfg
+
+    opts = {
+        "MODEL.DEVICE": args.device, "SOLVER.IMS_PER_BATCH": args.batch, "DATA.CROP_SIZE": args.size,
+        "SSL.ENCODER.NAME": args.encoder, "ENGINE.AUTOCAST": args.autocast, "SEED": 0,
+        "ENGINE.CHANNELS_LAST": args.channels_last, "ENGINE.COMPILE": args.compile,
+    }  # fmt: skip
+    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", [*map(str, itertools.chain(*opts.items())), *args.opts])
+    from benchmark_step import ddp_rows, memory_rows, part_rows, step_rows
+    from measure import machine, tables
+    from moco_d2.engine.preflight import check_config
+
+    check_config(cfg, world_size=1)
+    logging.disable(logging.INFO)
+    found: dict[str, Any] = {
+        "step": step_rows(cfg, args.repeats),
+        "parts": part_rows(cfg, args.repeats),
+        "memory": memory_rows(cfg),
+    }
+    if args.device == "cpu":
+        found["two processes"] = ddp_rows(cfg, args.repeats)
+    over = next(row["ratio"] for row in found["step"] if row["what"] == "ours")
+    slowest = max(found["parts"][:-1], key=lambda row: row["seconds"])["what"]
+    found["bottleneck"] = f"the encoders, {min(1, 1 / over):.0%} of a step; of the rest, the {slowest}"
+    tables(found, {**opts, "machine": machine(args.device)}, args.output)
+
+
+def data(args: argparse.Namespace) -> None:
+    """Time every backend of the loader against the authors' loader."""
+    for name in ("images", "size", "repeats"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+
+    from benchmark_data import RECIPE, measure
+    from measure import machine, tables
+
+    found = measure(args.folder, args.images, args.size, args.repeats)
+    settings = {"folder": args.folder, "images": args.images, "size": args.size, "recipe": RECIPE}
+    tables(found, {**settings, "machine": machine("cpu")}, args.output)
+
+
+def startup(args: argparse.Namespace) -> None:
+    """Time --help of every tool against ``import torch``."""
+    from measure import tables, tools_help
+
+    tables({"startup": tools_help(args.repeats)}, {}, args.output)
+
+
 def main() -> None:
     """Read the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,6 +114,26 @@ def main() -> None:
     command.set_defaults(run=conversion)
     command.add_argument("--width", type=float, default=1.0, help="of the ResNet-50 (default: %(default)s)")
     command.add_argument("--repeats", type=int, default=5, help="runs of each, alternated (default: %(default)s)")
+    command = commands.add_parser("step", help="a step of pretraining; KEY VALUE pairs of the config come last")
+    command.set_defaults(run=step)
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    command.add_argument("--encoder", default="resnet50", metavar="NAME", help="(default: %(default)s)")
+    command.add_argument("--batch", type=int, default=32, help="images of a step (default: %(default)s)")
+    command.add_argument("--size", type=int, default=64, help="side of a view in pixels (default: %(default)s)")
+    command.add_argument("--autocast", default="", metavar="TYPE", help="bfloat16 or float16 (default: none)")
+    command.add_argument("--channels-last", action="store_true", help="ENGINE.CHANNELS_LAST")
+    command.add_argument("--compile", action="store_true", help="ENGINE.COMPILE")
+    command.add_argument("--repeats", type=int, default=7, help="steps of each kind (default: %(default)s)")
+    command.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    command = commands.add_parser("data", help="from image files to batches of views")
+    command.set_defaults(run=data)
+    command.add_argument("--folder", default="", help="of images (default: 500 x 375 JPEGs are drawn)")
+    command.add_argument("--images", type=int, default=64, help="number of them (default: %(default)s)")
+    command.add_argument("--size", type=int, default=224, help="side of a view in pixels (default: %(default)s)")
+    command.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
+    command = commands.add_parser("startup", help="--help of every tool")
+    command.set_defaults(run=startup)
+    command.add_argument("--repeats", type=int, default=5, help="runs of each (default: %(default)s)")
     for command in commands.choices.values():
         command.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the numbers as JSON")
     args = parser.parse_args()

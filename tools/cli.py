@@ -11,9 +11,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # What of a training's log is worth a line on the screen: progress, and the files it leaves.
 PROGRESS = re.compile(r"\beta:? \d.*?(?=  time:|$)|wrote \S+(?:results\.json|backbone\.pth)|error: .*")
@@ -27,7 +27,11 @@ def launch_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--num-machines", type=int, default=1, help="total number of machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of the first machine")
-    parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR")
+    parser.add_argument(
+        "--timeout", type=float, default=1800, metavar="SECONDS",
+        help="a process waits no longer for another (default: 1800)",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR, if there is one")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     return parser
 
@@ -39,6 +43,7 @@ def setup(args: argparse.Namespace) -> Any:
     from detectron2.utils.logger import setup_logger
 
     from moco_d2.config import config_files, load_cfg, refuse_to_overwrite, use_device_there_is
+    from moco_d2.running.checkpoints import recorded_seed
 
     cfg = load_cfg(args.config_file, args.opts)
     if not (args.resume or getattr(args, "eval_only", False)):
@@ -46,28 +51,52 @@ def setup(args: argparse.Namespace) -> Any:
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
     use_device_there_is(cfg)
     if cfg.SEED < 0:  # Drawn here, so that the run's config.yaml records it.
-        cfg.SEED = comm.shared_random_seed() % 2**31
+        drawn = recorded_seed(cfg.OUTPUT_DIR) if args.resume else None
+        cfg.SEED = comm.shared_random_seed() % 2**31 if drawn is None else drawn
     cfg.freeze()
     args.config_file = str(config_files(args.config_file)[0])  # which default_setup writes into the log
     default_setup(cfg, args)
     return cfg
 
 
+def dry_run(args: argparse.Namespace, rehearse: Callable[[Any], Iterator[tuple[str, str]]]) -> None:
+    """Rehearse a run in a folder of its own and print what was found, ``(subject, finding)`` a line."""
+    import tempfile
+
+    from detectron2.utils import comm
+
+    from moco_d2.config import load_cfg
+
+    with tempfile.TemporaryDirectory() as own:
+        folder = comm.all_gather(own)[0]  # one for all processes: what the first one writes, the others read
+        for subject, finding in rehearse(load_cfg(args.config_file, [*args.opts, "OUTPUT_DIR", folder])):
+            if comm.is_main_process():
+                print(f"{subject:<11} {finding}", flush=True)
+        comm.synchronize()
+    if comm.is_main_process():
+        print("dry run     passed")
+
+
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Launch ``main(args)`` in every process; a mistake of the user's ends in one clear line and exit code 2."""
-    from torch.multiprocessing import ProcessRaisedException
+    """Launch ``main(args)`` in every process, and end with the exit codes of docs/reliability.md.
 
-    from moco_d2.engine.launch import launch
+    A mistake of the user's, and a disk that is full, end in one clear line.
+    """
+    from moco_d2.engine.launch import RankFailedError, launch
+    from moco_d2.running.checkpoints import EXIT_NOT_WRITTEN, NotWrittenError
+    from moco_d2.running.preemption import EXIT_PREEMPTED, requested
 
+    codes = {"ValueError": 2, "FloatingPointError": 2, NotWrittenError.__name__: EXIT_NOT_WRITTEN}
     try:
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args)
-    except (ValueError, FloatingPointError) as error:
-        fail(str(error))
-    except ProcessRaisedException as error:
-        for kind in ("ValueError: ", "FloatingPointError: "):
-            if f"\n{kind}" in str(error):
-                fail(str(error).rpartition(f"\n{kind}")[2].strip())
-        raise
+        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args, args.timeout)
+    except Exception as error:
+        kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
+        if kind in codes:
+            fail(error.message if isinstance(error, RankFailedError) else str(error), codes[kind])
+        if not isinstance(error, RankFailedError) and not requested():
+            raise
+        # A cluster that asks a job to stop may kill parts of it before they can save.
+        fail(str(error), EXIT_PREEMPTED if requested() else 1)
 
 
 def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options: Any) -> int:
@@ -103,7 +132,7 @@ def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options:
     return process.returncode
 
 
-def fail(message: str) -> None:
-    """Print an error and exit with code 2."""
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print an error and exit."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

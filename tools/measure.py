@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import platform
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -41,6 +46,18 @@ def timed(work: Callable[[], Result]) -> tuple[Result, float, float]:
     return result, time.perf_counter() - clock, time.process_time() - cpu
 
 
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Return the most memory that ``work()`` holds on the CPU at a time, beyond what was held before."""
+    import torch
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        work()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    changes = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(changes)), default=0)
+
+
 def largest_difference(values: Any, reference: Any) -> float:
     """Return the largest difference between two arrays; where both are nan there is none."""
     import numpy as np
@@ -48,6 +65,58 @@ def largest_difference(values: Any, reference: Any) -> float:
     values, reference = np.asarray(values, float), np.asarray(reference, float)
     equal = (values == reference) | (np.isnan(values) & np.isnan(reference))
     return float(np.abs(values - reference)[~equal].max(initial=0))
+
+
+def tools_help(repeats: int) -> list[dict[str, Any]]:
+    """Return CPU seconds of each command's ``--help``, medians, and their ratio to ``python -c "import torch"``."""
+    commands = {"import torch": ["-c", "import torch"]}
+    commands |= {path.name: [str(path), "--help"] for path in sorted(Path(__file__).parent.glob("*.py")) if _runs(path)}
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, words in commands.items():
+            before = os.times()
+            subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+            after = os.times()
+            times[name].append(sum(after[2:4]) - sum(before[2:4]))  # of children
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    return [{"what": n, "seconds": m, "ratio": m / medians["import torch"]} for n, m in medians.items()]
+
+
+def _runs(path: Path) -> bool:
+    """Whether a file is a command, not a part of one."""
+    return "\nif __name__" in path.read_text()
+
+
+def machine(device: str) -> str:
+    """Return the kind of processor or GPU that measured, without its owner's name."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, 1 thread"
+
+
+def tables(found: dict[str, Any], settings: dict[str, Any], output: Path | None) -> None:
+    """Print each list of rows as a table and each sentence as a line, and write all with what they depend on."""
+    from tabulate import tabulate
+
+    from moco_d2.atomic import atomic_write
+    from moco_d2.provenance import provenance
+
+    for title, content in found.items():
+        if isinstance(content, str):
+            print(f"\n{title}: {content}")
+            continue
+        shown = [
+            {key: [f"{v:.3f}" for v in value] if isinstance(value, list) else value for key, value in row.items()}
+            for row in content
+        ]
+        print(f"\n{title}", tabulate(shown, "keys", tablefmt="pipe", floatfmt=".3f"), sep="\n")
+    if output:
+        with atomic_write(output) as file:
+            file.write(json.dumps({**settings, **found, **provenance()}, indent=2).encode())
 
 
 HEADERS = ("problem", "by", "seconds", "CPU s", "ratio", "difference")

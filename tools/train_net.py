@@ -18,11 +18,12 @@ import cli
 def main(args: argparse.Namespace) -> None:
     """Train, or with ``--eval-only`` evaluate, in this process."""
     from moco_d2.detection.datasets import register_custom
+    from moco_d2.detection.dry_run import rehearse
     from moco_d2.detection.preflight import check_weights
     from moco_d2.detection.trainer import TransferTrainer, evaluate
 
     if args.dry_run:
-        dry_run(args)
+        cli.dry_run(args, rehearse)
         return
     cfg = cli.setup(args)
     register_custom(cfg, train=not args.eval_only)
@@ -33,25 +34,6 @@ def main(args: argparse.Namespace) -> None:
     trainer = TransferTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
-
-
-def dry_run(args: argparse.Namespace) -> None:
-    """Rehearse the run in a folder of its own and print what was found."""
-    import tempfile
-
-    from detectron2.utils import comm
-
-    from moco_d2.config import load_cfg
-    from moco_d2.detection.dry_run import rehearse
-
-    with tempfile.TemporaryDirectory() as own:
-        folder = comm.all_gather(own)[0]  # one for all processes: what the first one writes, the others read
-        for subject, finding in rehearse(load_cfg(args.config_file, [*args.opts, "OUTPUT_DIR", folder])):
-            if comm.is_main_process():
-                print(f"{subject:<11} {finding}", flush=True)
-        comm.synchronize()
-    if comm.is_main_process():
-        print("dry run     passed")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import http.client
 import json
 import logging
 import os
 import re
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -33,6 +29,7 @@ from moco_d2.convert.convert import convert_checkpoint
 from moco_d2.convert.load import CheckpointError, facts_in
 from moco_d2.convert.prove import can_prove
 from moco_d2.convert.recognise import Choice
+from moco_d2.transfer import TransferError, megabytes, size_of, transfer
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +37,6 @@ PREFIX = "moco-d2://"
 CATALOG = Path(__file__).with_suffix(".yaml")
 
 _BLOCK = 1 << 20
-_TIMEOUT = 30  # seconds without a byte
-_STALLED = 3  # attempts in a row that brought nothing
-_SAY_EVERY = 5.0  # seconds between lines of progress
-_BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 _BY_HAND = "fetch the file elsewhere, and run tools/convert_checkpoint.py FILE OUTPUT"
 
 
@@ -150,33 +143,21 @@ def download(entry: Entry, target: Path) -> dict[str, Any]:
         CatalogError: it cannot be fetched, or is another file than was published.
     """
     part = target.with_name(target.name + ".part")
-    stalled = 0
     logger.info("fetching %s from %s", entry.name, entry.url)
-    while True:
-        before = _size(part)
-        try:
-            _transfer(entry, part)
-            break
-        except urllib.error.HTTPError as error:
-            if error.code < 500:
-                raise CatalogError(
-                    f"{entry.name}: {entry.url} answers {error.code} ({error.reason}); it may have moved: {_BY_HAND}"
-                ) from error
-            problem: Exception = error
-        except _BROKEN as error:
-            problem = error
-        stalled = 0 if _size(part) > before else stalled + 1
-        if stalled == _STALLED or (stalled and not before):  # the first contact failed: waiting does not help
-            reason = getattr(problem, "reason", None) or problem
-            kept = f"; {_megabytes(before)} MB are kept, and the next attempt goes on from there" if before else ""
+    try:
+        transfer(entry.url, part, entry.name, bool(entry.checksum), impatient=True)
+    except TransferError as error:
+        if error.status:
             raise CatalogError(
-                f"{entry.name}: {entry.url} cannot be fetched ({reason}){kept}. Without a network, {_BY_HAND}"
-            ) from problem
-        logger.warning("%s: the transfer broke off at %s MB (%s)", entry.name, _megabytes(_size(part)), problem)
-        time.sleep(stalled)
+                f"{entry.name}: {entry.url} answers {error.status} ({error}); it may have moved: {_BY_HAND}"
+            ) from error
+        there = size_of(part)
+        kept = f"; {megabytes(there)} MB are kept, and the next attempt goes on from there" if there else ""
+        raise CatalogError(
+            f"{entry.name}: {entry.url} cannot be fetched ({error}){kept}. Without a network, {_BY_HAND}"
+        ) from error
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    record = {"url": entry.url, "bytes": _size(part), "sha256": _verify(entry, part), "fetched": now}
-    _validator(part).unlink(missing_ok=True)
+    record = {"url": entry.url, "bytes": size_of(part), "sha256": _verify(entry, part), "fetched": now}
     os.replace(part, target)
     return record
 
@@ -229,52 +210,6 @@ def _only_one(path: Path, entry: Entry) -> Iterator[None]:
         lock.release()
 
 
-def _transfer(entry: Entry, part: Path) -> None:
-    """Fetch what is missing of a file, as far as the connection lasts."""
-    validator = _validator(part)
-    if not (entry.checksum or validator.exists()):  # nothing would tell a rest of another version
-        part.unlink(missing_ok=True)
-    start = _size(part)
-    headers = {"User-Agent": "moco_d2", "Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-        if validator.exists():  # the rest of another file is of no use: then the server sends the whole
-            headers["If-Range"] = validator.read_text()
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(entry.url, headers=headers), timeout=_TIMEOUT)
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code != 416 or not start:
-                raise
-            if error.headers.get("Content-Range", "") == f"bytes */{start}":  # whole, and not renamed any more
-                return
-        part.unlink()
-        return _transfer(entry, part)
-    with response:
-        held = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range") or "")
-        resumed = response.status == 206 and held is not None and int(held[1]) == start
-        total = int(held[2]) if resumed and held else int(response.headers.get("Content-Length") or 0)
-        marks = (response.headers.get(name, "") for name in ("ETag", "Last-Modified"))
-        if mark := next((mark for mark in marks if mark and not mark.startswith("W/")), ""):  # weak ones do not do
-            validator.write_text(mark)
-        with open(part, "ab" if resumed else "wb") as file:
-            _copy(entry, response, file, total)
-    if _size(part) < total:
-        raise ConnectionError(f"the connection ended after {_size(part)} of {total} bytes")
-
-
-def _copy(entry: Entry, response: Any, file: Any, total: int) -> None:
-    begun = said = time.monotonic()
-    first = file.tell()
-    while block := response.read(_BLOCK):
-        file.write(block)
-        if (now := time.monotonic()) - said > _SAY_EVERY:
-            said, done = now, file.tell()
-            share = f" of {_megabytes(total)} MB ({100 * done // total} %)" if total else " MB"
-            rate = (done - first) / (now - begun) / 1e6
-            logger.info("%s: %s%s, %.1f MB/s", entry.name, _megabytes(done), share, rate)
-
-
 def _verify(entry: Entry, path: Path) -> str:
     """Compare with the published checksum and return the SHA-256; a wrong file is removed."""
     digests = {kind: hashlib.new(kind, usedforsecurity=False) for kind in ("md5", "sha256")}
@@ -284,7 +219,7 @@ def _verify(entry: Entry, path: Path) -> str:
                 digest.update(block)
     kind, _, wanted = entry.checksum.partition(":")
     if wanted and not digests[kind].hexdigest().startswith(wanted):
-        size, got = _size(path), digests[kind].hexdigest()
+        size, got = size_of(path), digests[kind].hexdigest()
         path.unlink()
         raise CatalogError(
             f"{entry.name}: what {entry.url} sent ({size} bytes) has {kind} {got[: len(wanted)]}, published is "
@@ -314,16 +249,3 @@ def _convert(entry: Entry, raw: Path, converted: Path) -> None:
             f"{entry.name}: {entry.url} was fetched but cannot be converted: {error}. It was removed; to look at it, "
             f"{_BY_HAND}"
         ) from error
-
-
-def _validator(part: Path) -> Path:
-    """Return the file that keeps the server's mark of the version that a partial file is of."""
-    return part.with_name(part.name + ".version")
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.0f}"

@@ -1,18 +1,32 @@
 """Images to views: sources, augmentation recipes, the loader. Importing it registers ``imagenet_train``."""
 
 from moco_d2.data.augment import RECIPES, Recipe, build_recipe
-from moco_d2.data.loader import EpochSampler, ViewDataset, ViewLoader, read_image, stream_seed
-from moco_d2.data.sources import list_folder, list_images
+from moco_d2.data.backends import BACKENDS, Backend, build_backend
+from moco_d2.data.decode import read_image
+from moco_d2.data.loader import ViewDataset, ViewLoader
+from moco_d2.data.sampler import EpochSampler, stream_seed
+from moco_d2.data.shards import ShardCache
+from moco_d2.data.skipped import Skip, SkipLog
+from moco_d2.data.sources import FileSource, Source, list_folder, list_images, open_source
 
 __all__ = [
+    "BACKENDS",
     "RECIPES",
+    "Backend",
     "EpochSampler",
+    "FileSource",
     "Recipe",
+    "ShardCache",
+    "Skip",
+    "SkipLog",
+    "Source",
     "ViewDataset",
     "ViewLoader",
+    "build_backend",
     "build_recipe",
     "list_folder",
     "list_images",
+    "open_source",
     "read_image",
     "stream_seed",
 ]

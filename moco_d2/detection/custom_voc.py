@@ -15,7 +15,7 @@ from xml.parsers import expat
 
 from detectron2.structures import BoxMode
 
-from moco_d2.data.sources import EXTENSIONS
+from moco_d2.data.listing import EXTENSIONS
 from moco_d2.detection.custom import Entry, Needs, Report, box_problem, listed, nearest, picture_size, size_problem
 
 

@@ -23,7 +23,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 
 from moco_d2.atomic import atomic_write
-from moco_d2.data.sources import EXTENSIONS
+from moco_d2.data.listing import EXTENSIONS
 from moco_d2.detection.custom import Entry, Needs, Report, parse_entries
 from moco_d2.detection.custom_coco import JsonFile, keypoint_metadata, read_coco
 from moco_d2.detection.custom_voc import VocFolder, read_voc, walk

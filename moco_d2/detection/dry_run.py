@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import io
 import math
-import os
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +14,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from torch import nn
 
 from moco_d2.detection.datasets import custom_problems
 from moco_d2.detection.evaluators import describe_backend
@@ -28,6 +21,7 @@ from moco_d2.detection.preflight import check_weights, fit_to_machine, run_probl
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.detection.weights import all_names, load_weights
 from moco_d2.model_zoo import config_changes
+from moco_d2.rehearsal import duration, parameters, peak_memory, quiet, recipe
 
 STEPS = 2
 IMAGES = 4  # evaluated, of each test set
@@ -98,7 +92,7 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     """
     world_size = comm.get_world_size()
     full = scale_to_processes(fit_to_machine(cfg, world_size), world_size)
-    yield "protocol", _protocol(cfg)
+    yield "protocol", recipe(cfg.PROTOCOL, config_changes(cfg))
     yield "schedule", _schedule(full, cfg)
     counts = _check_all(cfg, full)
     for name, count in counts.items():
@@ -106,12 +100,12 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     for name, library in describe_backend(full).items():
         yield "evaluator", f"{name}: {MetadataCatalog.get(name).evaluator_type}, {library}"
     small = _shorten(full, world_size)
-    with _quiet():
+    with quiet():
         trainer = Rehearsal(small)
         trainer.resume_or_load(resume=False)
     yield "weights", _weights(trainer)
-    yield "model", _parameters(trainer.model)
-    with _quiet():
+    yield "model", parameters(trainer.model)
+    with quiet():
         trainer.train()
     fraction = small.SOLVER.IMS_PER_BATCH / full.SOLVER.IMS_PER_BATCH
     step = trainer.step_seconds[-1] / fraction
@@ -119,7 +113,7 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     shown = sum(min(IMAGES, counts[name]) for name in full.DATASETS.TEST)
     yield "evaluation", f"{shown} pictures, {trainer.evaluation_seconds:.1f} s" + _fewer_regions(small, full)
     yield "checkpoint", _reload(trainer)
-    yield "memory", _memory()
+    yield "memory", peak_memory()
     evaluation = sum(counts[name] for name in full.DATASETS.TEST) * trainer.evaluation_seconds / max(1, shown)
     yield "ETA", _eta(full, step, evaluation)
 
@@ -131,14 +125,14 @@ def _check_all(cfg: CfgNode, full: CfgNode) -> dict[str, int]:
         ValueError: names every problem.
     """
     problems = [*custom_problems(cfg), *run_problems(full, comm.get_world_size())]
-    with _quiet():
+    with quiet():
         try:
             check_weights(full)
         except ValueError as error:
             problems.append(str(error))
     counts = {}
     for name in () if problems else (*full.DATASETS.TRAIN, *full.DATASETS.TEST):
-        with _quiet():
+        with quiet():
             counts[name] = len(DatasetCatalog.get(name))
     if problems:
         raise ValueError("\n".join(" ".join(problem.split()) for problem in problems))
@@ -162,13 +156,6 @@ def _shorten(full: CfgNode, world_size: int) -> CfgNode:
     return cfg
 
 
-def _protocol(cfg: CfgNode) -> str:
-    changes = config_changes(cfg)
-    if changes is None:
-        return f"{cfg.PROTOCOL or 'none'}, which is not a shipped protocol: no published figures belong to it"
-    return cfg.PROTOCOL + (", as shipped" if not changes else f", modified: {' '.join(changes)}")
-
-
 def _schedule(full: CfgNode, cfg: CfgNode) -> str:
     solver = full.SOLVER
     text = f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, lr {solver.BASE_LR:g}, steps {solver.STEPS}"
@@ -183,11 +170,6 @@ def _weights(trainer: TransferTrainer) -> str:
     path, facts = trainer.weights.path, trainer.weights.facts
     filled = ", ".join(("the whole backbone", *facts.parts))
     return f"{path}: {facts.origin}, {facts.pixels.order}; fills {filled}" if path else "none: random values"
-
-
-def _parameters(model: nn.Module) -> str:
-    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or not trained) for trained in (False, True)]
-    return f"{counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.1f} M trained"
 
 
 def _training(trainer: Rehearsal, step: float, fraction: float) -> str:
@@ -211,7 +193,7 @@ def _reload(trainer: TransferTrainer) -> str:
     comm.synchronize()
     if not comm.is_main_process():
         return ""
-    with _quiet():
+    with quiet():
         fresh = trainer.build_model(trainer.cfg)
         load_weights(DetectionCheckpointer(fresh), trainer.cfg, str(path), all_names)
     model = trainer.checkpointer.model
@@ -222,26 +204,5 @@ def _reload(trainer: TransferTrainer) -> str:
     return f"{path.stat().st_size / 2**20:.0f} MiB, saved and read back bit for bit"
 
 
-def _memory() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most on {torch.cuda.get_device_name()}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
-    return f"{peak:.1f} GiB at most in this process"
-
-
 def _eta(full: CfgNode, step: float, evaluation: float) -> str:
-    training, evaluating = (
-        str(datetime.timedelta(seconds=round(s))) for s in (step * full.SOLVER.MAX_ITER, evaluation)
-    )
-    return f"training {training}, each evaluation {evaluating}, at this speed"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what libraries print, such as COCO's evaluation, off the screen."""
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        yield
+    return f"training {duration(step * full.SOLVER.MAX_ITER)}, each evaluation {duration(evaluation)}, at this speed"

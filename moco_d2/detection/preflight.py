@@ -16,11 +16,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
-from torch import nn
 
 from moco_d2.config import flat, refuse_to_overwrite, use_device_there_is
 from moco_d2.detection.evaluators import evaluator_type
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
+from moco_d2.running.checkpoints import last_whole
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +122,11 @@ def starting_point(cfg: CfgNode, resume: bool) -> tuple[str, bool]:
     Raises:
         ValueError: a fresh start was asked for, but ``OUTPUT_DIR`` holds a run, which would be overwritten.
     """
-    keeper = DetectionCheckpointer(nn.Identity(), cfg.OUTPUT_DIR)
-    if not keeper.has_checkpoint():
-        return cfg.MODEL.WEIGHTS, False
     if not resume:
         refuse_to_overwrite(cfg.OUTPUT_DIR)
-    return keeper.get_checkpoint_file(), True
+        return cfg.MODEL.WEIGHTS, False
+    path = last_whole(cfg.OUTPUT_DIR)
+    return path or cfg.MODEL.WEIGHTS, bool(path)
 
 
 def check_weights(cfg: CfgNode, resume: bool = False) -> None:

@@ -14,15 +14,18 @@ import detectron2
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
+from torch.utils.data import DataLoader
 
 import moco_d2
 from moco_d2.atomic import atomic_write
+from moco_d2.data import stream_seed
 from moco_d2.detection.evaluators import build_evaluator, describe_backend
+from moco_d2.detection.loader import build_loader
 from moco_d2.detection.preflight import changes, check_run, fit_to_machine, scale_to_processes, starting_point
 from moco_d2.detection.segmentation import build_segmentation_mapper
 from moco_d2.detection.step import build_step
@@ -31,14 +34,37 @@ from moco_d2.detection.weights import WeightsRecord, all_names, facts_of, load_w
 from moco_d2.layers.distributed import broadcast_module, wrap_ddp
 from moco_d2.model_zoo import config_changes
 from moco_d2.provenance import provenance
+from moco_d2.running.checkpoints import PeriodicCheckpoint, point_to, save_run
+from moco_d2.running.preemption import StopWhenAsked
+from moco_d2.running.seeds import StepSeed
 
 logger = logging.getLogger(__name__)
+
+
+class TransferCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, writing files that are whole or not there."""
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<name>.pth``, then the pointer to it."""
+        if self.save_dir and self.save_to_disk:
+            save_run(self, name, **kwargs)
+            point_to(self, name)
+
+
+class RepeatablePreciseBN(hooks.PreciseBN):
+    """Detectron2's precise-BN, from the same pictures each time: a resumed run does not know how many were used."""
+
+    def update_stats(self) -> None:
+        """Update the statistics."""
+        self._data_iter = None
+        super().update_stats()
 
 
 class TransferTrainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` for fine-tuning: on GPUs, one CPU process, or several.
 
     Attributes:
+        seed: what is random in training follows from it, the step, and the process.
         weights: what the detector was started from; set by :meth:`resume_or_load`.
         scaled: the keys that ``SOLVER.REFERENCE_WORLD_SIZE`` changed, as ``{key: (config's value, value used)}``.
     """
@@ -56,6 +82,7 @@ class TransferTrainer(DefaultTrainer):
         cfg = scale_to_processes(fit_to_machine(cfg, world_size), world_size)
         check_run(cfg, world_size)
         self.asked, self.cfg, self.scaled = asked, cfg, changes(asked, cfg)
+        self.seed = run_seed(cfg)
         for key, (before, after) in self.scaled.items():
             logger.info("for %d process(es) here, %s: %s -> %s", world_size, key, before, after)
 
@@ -64,7 +91,7 @@ class TransferTrainer(DefaultTrainer):
         self._trainer = build_step(cfg, wrap_ddp(model), self.build_train_loader(cfg), optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.weights = WeightsRecord(cfg.MODEL.WEIGHTS, facts_of(cfg))
-        self.checkpointer = DetectionCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = TransferCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
 
@@ -79,13 +106,48 @@ class TransferTrainer(DefaultTrainer):
         return model
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Build the loader of training batches: each holds ``1 / SOLVER.ACCUMULATE`` of a step's images."""
+    def build_train_loader(cls, cfg: CfgNode, purpose: int = 0) -> DataLoader:
+        """Build the loader of training batches: each holds ``1 / SOLVER.ACCUMULATE`` of a step's images.
+
+        Args:
+            cfg: config of the detector.
+            purpose: loaders of different numbers take other pictures in another order.
+        """
         mapper = build_segmentation_mapper(cfg) if cfg.INPUT.RANDOM_SCALE else None
         loader_cfg = cfg.clone()
         loader_cfg.defrost()
         loader_cfg.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE
-        return build_detection_train_loader(loader_cfg, mapper=mapper, dataset=training_set(cfg))
+        return build_loader(loader_cfg, stream_seed(run_seed(cfg), purpose), training_set(cfg), mapper)
+
+    def build_hooks(self) -> list[hooks.HookBase | None]:
+        """Return Detectron2's hooks in its order, with seeds, and with our checkpoints."""
+        cfg, solver, main = self.cfg, self.cfg.SOLVER, comm.is_main_process()
+        checkpoint = PeriodicCheckpoint(
+            self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP, solver.CHECKPOINT_KEEP_EVERY
+        )
+        return [
+            StepSeed(self.seed, comm.get_rank()),
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            self._build_precise_bn(),
+            checkpoint,  # after precise-BN, which changes the model; before the evaluation, which may fail
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            hooks.PeriodicWriter(self.build_writers(), period=20) if main else None,
+            StopWhenAsked(checkpoint),
+        ]
+
+    def _build_precise_bn(self) -> hooks.HookBase | None:
+        if not self.cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
+            return None
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0  # as Detectron2 does, for memory
+        loader = self.build_train_loader(cfg, purpose=1)
+        return RepeatablePreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+
+    def _evaluate(self) -> dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -116,11 +178,33 @@ class TransferTrainer(DefaultTrainer):
             self.checkpointer.add_checkpointable("facts", self.weights)
             load_weights(self.checkpointer, self.cfg, path, all_names, checkpointables=None)
             self.start_iter = self.iter + 1
+            self.data_loader.batch_sampler.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE
             logger.info("resuming at iteration %d of %d", self.start_iter, self.max_iter)
         else:
             self.weights = load_weights(self.checkpointer, self.cfg, path)
             # Saved in every checkpoint, so that the finished detector, too, says how it must be fed.
             self.checkpointer.add_checkpointable("facts", self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loop's state: iteration, optimizer, scheduler, and what the order of pictures follows from."""
+        return {**super().state_dict(), "run": self._run()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; warn if the run cannot go on exactly as it would have."""
+        then, now = state.get("run", {}), self._run()
+        changed = [f"{key} was {then.get(key)} and is {now[key]}" for key in now if then.get(key) != now[key]]
+        if changed:
+            logger.warning("the run goes on, but with other pictures than it would have had: %s", "; ".join(changed))
+        super().load_state_dict(state)
+
+    def _run(self) -> dict[str, int]:
+        return {
+            "SEED": self.seed,
+            "SOLVER.IMS_PER_BATCH": self.cfg.SOLVER.IMS_PER_BATCH,
+            "SOLVER.ACCUMULATE": self.cfg.SOLVER.ACCUMULATE,
+            "number of images": len(self.data_loader.dataset),
+            "number of processes": comm.get_world_size(),
+        }
 
     def train(self) -> None:
         """Train to the end, evaluate, and write ``results.json``."""
@@ -133,6 +217,11 @@ class TransferTrainer(DefaultTrainer):
                 "config_changes": config_changes(self.asked),
             }
             write_json(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), result)
+
+
+def run_seed(cfg: CfgNode) -> int:
+    """Return ``SEED``, or 0 where it is left open: tools have drawn one by now."""
+    return max(0, int(cfg.SEED))
 
 
 def evaluate(cfg: CfgNode) -> None:

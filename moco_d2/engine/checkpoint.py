@@ -7,15 +7,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
-from moco_d2.atomic import atomic_write
 from moco_d2.convert.load import read_checkpoint
 from moco_d2.facts import BackboneFacts
 from moco_d2.methods import SSLMethod
+from moco_d2.running.checkpoints import point_to, save_run, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +38,10 @@ class PretrainCheckpointer(Checkpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         facts = self.facts().as_dict()
-        state = {key: item.state_dict() for key, item in self.checkpointables.items()}
-        self._write({"model": self.model.state_dict(), "facts": facts, **state, **kwargs}, f"{name}.pth")
-        self._write({"state_dict": self.model.backbone().state_dict(), "facts": facts}, "backbone.pth")
-        with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
-            file.write(f"{name}.pth".encode())
+        save_run(self, name, facts=facts, **kwargs)
+        backbone = {"state_dict": self.model.backbone().state_dict(), "facts": facts}
+        write_tensors(backbone, os.path.join(self.save_dir, "backbone.pth"))
+        point_to(self, name)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         """Load strictly: fvcore's own only warns of what does not fit."""
@@ -51,12 +49,6 @@ class PretrainCheckpointer(Checkpointer):
             self.model.load_state_dict(checkpoint.pop("model"))
         except RuntimeError as error:
             raise ValueError(f"the checkpoint is of another model (was SSL changed?): {error}") from error
-
-    def _write(self, data: dict[str, Any], basename: str) -> None:
-        path = os.path.join(self.save_dir, basename)
-        with atomic_write(path) as file:
-            torch.save(data, file)
-        logger.info("wrote %s", path)
 
 
 def load_method(method: SSLMethod, path: str) -> None:

@@ -1,4 +1,4 @@
-"""What pretraining does around a step: seeds, the method's own schedules, metrics."""
+"""What pretraining does around a step: the method's own schedules, metrics."""
 
 from __future__ import annotations
 
@@ -9,22 +9,9 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import CommonMetricPrinter, get_event_storage
 
-from moco_d2.data import stream_seed
 from moco_d2.methods import SSLMethod
 
 logger = logging.getLogger(__name__)
-
-
-class StepSeed(HookBase):
-    """Seed torch before every step from (seed, iteration).
-
-    So a step's randomness (the shuffling permutation) does not depend on the past, and resuming needs no saved RNG
-    state. All processes draw alike, which is what a shared permutation wants.
-    """
-
-    def before_step(self) -> None:
-        """Seed the step."""
-        torch.manual_seed(stream_seed(self.trainer.seed, self.trainer.iter))
 
 
 class MethodSchedule(HookBase):
@@ -51,14 +38,19 @@ class PretrainMetrics(HookBase):
     def __init__(self, method: SSLMethod, batch: int, steps_per_epoch: int, period: int) -> None:
         self.method, self.batch, self.steps_per_epoch, self.period = method, batch, steps_per_epoch, period
 
+    def before_step(self) -> None:
+        """Let the method take its diagnostics where they are written: they cost, and nobody sees the others."""
+        step = self.trainer.iter + 1
+        self.method.recording = step % self.period == 0 or step == self.trainer.max_iter
+
     def after_step(self) -> None:
         """Write the scalars of this step."""
-        if (self.trainer.iter + 1) % self.period and self.trainer.iter + 1 != self.trainer.max_iter:
+        if not self.method.recording:
             return
         storage = get_event_storage()
         scalars = {name: value.item() for name, value in self.method.metrics.items()}
         scalars["epoch"] = (self.trainer.iter + 1) / self.steps_per_epoch
-        scalars["unreadable_images"] = len(self.trainer.data_loader.unreadable)
+        scalars["unreadable_images"] = len(self.trainer.data_loader.skips.paths)
         if "time" in storage.histories():
             scalars["images_per_second"] = self.batch / storage.history("time").avg(self.period)
         storage.put_scalars(**scalars, smoothing_hint=False)
@@ -70,7 +62,7 @@ class PretrainPrinter(CommonMetricPrinter):
     def write(self) -> None:
         """Log the line."""
         storage = get_event_storage()
-        if storage.iter == self._max_iter:
+        if storage.iter == self._max_iter or "total_loss" not in storage.histories():  # at the end; or none was begun
             return
         values = {name: history.latest() for name, history in storage.histories().items()}
         eta = self._get_eta(storage) or str(datetime.timedelta(0))

@@ -1,15 +1,66 @@
-"""Start a function in every process, whoever starts the processes."""
+"""Start a function in every process, whoever starts the processes; when one is lost, end them all and say which."""
 
 from __future__ import annotations
 
+import faulthandler
+import json
+import multiprocessing
 import os
-from collections.abc import Callable
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
+
+from moco_d2.running import preemption
+
+# A process waits for another no longer than this, in seconds. Rank 0 may evaluate alone for so long.
+TIMEOUT = 1800
+
+# After one process has failed, the others have this long, in seconds, to end by themselves.
+GRACE = 5
+
+
+class RankFailedError(RuntimeError):
+    """A process was lost or raised an error, and all were ended.
+
+    Attributes:
+        kind: name of the exception's class, or of the signal that killed the process.
+        message: the exception's message.
+    """
+
+    def __init__(self, text: str, kind: str, message: str) -> None:
+        super().__init__(text)
+        self.kind, self.message = kind, message
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """How a process ended; what it tells the launcher through a file."""
+
+    rank: int
+    time: float
+    kind: str
+    message: str
+    text: str
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """Sort the cause before its consequences: what was killed raised nothing, but makes the others raise."""
+        return not self.kind.startswith("SIG") or self.kind == "SIGABRT", self.time
 
 
 def launch(
@@ -19,22 +70,73 @@ def launch(
     machine_rank: int = 0,
     dist_url: str = "auto",
     args: Any = None,
+    timeout: float = TIMEOUT,
 ) -> None:
     """Run ``main(args)`` in ``num_gpus`` processes per machine, on GPUs (NCCL) or, without any, on the CPU (gloo).
 
     Under ``torchrun`` the processes exist already: the process group is made from its environment, and the counts are
-    torchrun's.
+    torchrun's. Every process hears SIGTERM and SIGUSR1 (:mod:`moco_d2.running.preemption`).
+
+    Args:
+        main: the function; importable.
+        num_gpus: processes on this machine.
+        num_machines: of the run.
+        machine_rank: number of this machine, from 0.
+        dist_url: ``tcp://HOST:PORT`` of the first machine, or ``auto`` where there is but one.
+        args: handed to ``main``.
+        timeout: seconds after which a process that waits for another in vain gives up.
 
     Raises:
         ValueError: more processes asked for than there are GPUs, or a bad machine count.
+        RankFailedError: one of several processes on this machine failed; all of them have ended.
+        Preempted: the run was asked to stop, and has saved.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _join_torchrun()
-        try:
-            main(args)
-        finally:
-            dist.destroy_process_group()
+        preemption.listen()
+        world, rank, local, locals_ = (
+            int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        )
+        _run(main, args, _Group("env://", world, rank, local, locals_, timeout))
         return
+    _check(num_gpus, num_machines, machine_rank, dist_url, timeout)
+    if num_gpus * num_machines == 1:
+        preemption.listen()
+        main(args)
+        return
+    if dist_url == "auto":
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    groups = [
+        _Group(dist_url, num_gpus * num_machines, machine_rank * num_gpus + local, local, num_gpus, timeout)
+        for local in range(num_gpus)
+    ]
+    _start_all(main, args, groups)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A process's place among the processes."""
+
+    address: str
+    world_size: int
+    rank: int
+    local_rank: int
+    local_world_size: int
+    timeout: float
+
+    def join(self) -> None:
+        """Make the process group, on this process's device."""
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(self.local_rank)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", init_method=self.address, rank=self.rank, world_size=self.world_size,
+            timeout=timedelta(seconds=self.timeout),
+        )  # fmt: skip
+        comm.create_local_process_group(self.local_world_size)
+        comm.synchronize()
+
+
+def _check(num_gpus: int, num_machines: int, machine_rank: int, dist_url: str, timeout: float) -> None:
     available = torch.cuda.device_count()
     if num_gpus < 1 or num_machines < 1 or not 0 <= machine_rank < num_machines:
         raise ValueError(
@@ -45,13 +147,126 @@ def launch(
         raise ValueError(f"--num-gpus is {num_gpus}, but this machine has {available}")
     if num_machines > 1 and dist_url == "auto":
         raise ValueError("several machines need --dist-url tcp://HOST:PORT of the first machine")
-    detectron2_launch(main, num_gpus, num_machines, machine_rank, dist_url, args=(args,))
+    if timeout <= 0:
+        raise ValueError(f"--timeout is {timeout:g}; it must be a positive number of seconds")
 
 
-def _join_torchrun() -> None:
-    local_rank = int(os.environ["LOCAL_RANK"])
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+def _run(main: Callable[[Any], None], args: Any, group: _Group) -> None:
+    """Run ``main`` in this process as one of the group."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    # SIGABRT, which the launcher sends to processes that hang, prints where they are.
+    faulthandler.enable()
+    group.join()
+    try:
+        main(args)
+    except preemption.Preempted:
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    # Together: gloo aborts a process whose peer goes while it may still talk to it.
+    comm.synchronize()
+    dist.destroy_process_group()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its launcher or torchrun's agent is gone: nobody else would."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _start_all(main: Callable[[Any], None], args: Any, groups: list[_Group]) -> None:
+    """Run a process for each group, and wait for all.
+
+    Raises:
+        RankFailedError: one failed.
+        Preempted: all ended because they were asked to.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = {g.rank: context.Process(target=_rank_main, args=(main, args, g, folder)) for g in groups}
+        # Blocked signals are inherited: a process that has just begun cannot be killed before it listens.
+        signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
+        try:
+            for process in ranks.values():
+                process.start()
+            preemption.listen(pass_on=lambda signum: _signal(ranks.values(), signum))
+            failures, stuck = _wait(ranks, Path(folder))
+        finally:  # after an interruption from the keyboard, too
+            _signal(ranks.values(), signal.SIGKILL)
+    if failures:
+        first, *others = sorted(failures, key=lambda failure: failure.order)
+        text = first.text
+        if stuck:
+            text += f"\nRank {', '.join(map(str, stuck))} did not end within {GRACE} s and was killed"
+        if others:
+            text += f"\nRank {', '.join(str(failure.rank) for failure in others)} failed after it"
+        raise RankFailedError(text, first.kind, first.message)
+    if any(process.exitcode == preemption.EXIT_PREEMPTED for process in ranks.values()):
+        raise preemption.Preempted
+
+
+def _rank_main(main: Callable[[Any], None], args: Any, group: _Group, folder: str) -> None:
+    """Run ``main``; an exception goes into a file for the launcher, and the process ends at once."""
+    preemption.listen()
+    try:
+        _run(main, args, group)
+    except Exception as error:
+        report = _Failure(
+            group.rank, time.time(), type(error).__name__, str(error),
+            f"rank {group.rank} failed:\n{traceback.format_exc()}",
+        )  # fmt: skip
+        Path(folder, str(group.rank)).write_text(json.dumps(asdict(report)))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # Not by way of the interpreter's end, which may wait for workers, or for the others.
+
+
+def _wait(ranks: Mapping[int, BaseProcess], folder: Path) -> tuple[list[_Failure], list[int]]:
+    """Wait for all processes; after a failure no longer than :data:`GRACE`.
+
+    Returns:
+        The failures, and the ranks that hung after the first and were killed.
+    """
+    running = {process.sentinel: rank for rank, process in ranks.items()}
+    failures: list[_Failure] = []
+    deadline = float("inf")
+    while running and time.monotonic() < deadline:
+        left = deadline - time.monotonic()
+        for sentinel in connection.wait(list(running), left if left < float("inf") else None):
+            rank = running.pop(sentinel)  # type: ignore[arg-type]
+            ranks[rank].join()
+            code = ranks[rank].exitcode
+            if code not in (0, preemption.EXIT_PREEMPTED):
+                failures.append(_failure(rank, code, folder / str(rank)))
+                deadline = min(deadline, time.monotonic() + GRACE)
+    stuck = sorted(running.values())
+    _signal([ranks[rank] for rank in stuck], signal.SIGABRT)
+    for rank in stuck:
+        ranks[rank].join(1)
+    return failures, stuck
+
+
+def _failure(rank: int, code: int | None, report: Path) -> _Failure:
+    if report.is_file():
+        return _Failure(**json.loads(report.read_text()))
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = " (by the kernel, for want of memory?)" if name == "SIGKILL" else ""
+        return _Failure(rank, time.time(), name, "", f"rank {rank} was killed by {name}{hint}")
+    return _Failure(rank, time.time(), "", "", f"rank {rank} ended with code {code}")
+
+
+def _signal(processes: Iterable[BaseProcess], signum: int) -> None:
+    for process in processes:
+        if process.pid is not None and process.exitcode is None:
+            os.kill(process.pid, signum)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

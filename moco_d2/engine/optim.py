@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import logging
 import math
 
@@ -17,13 +18,34 @@ logger = logging.getLogger(__name__)
 def build_sgd(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
     """Return SGD over all trainable parameters, weight decay on each (BN and biases too, as published)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         parameters,
         lr=scaled_lr(cfg),
         momentum=cfg.SOLVER.MOMENTUM,
         weight_decay=cfg.SOLVER.WEIGHT_DECAY,
         nesterov=cfg.SOLVER.NESTEROV,
+        fused=cfg.ENGINE.FUSED_SGD or None,
     )
+    # Zeros are where momentum starts in any case. Left to itself, the fused kernel makes room for it in a first step
+    # that loss scaling may then skip, and adds what happened to be there.
+    for parameter in parameters if cfg.SOLVER.MOMENTUM else ():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    optimizer.register_load_state_dict_post_hook(functools.partial(_fit_state, fused=cfg.ENGINE.FUSED_SGD or None))
+    return optimizer
+
+
+def _fit_state(optimizer: torch.optim.Optimizer, fused: bool | None) -> None:
+    """Give a resumed optimizer this run's switches: kind of kernel, and the memory order of the weights.
+
+    The fused kernel on the CPU pairs elements by their place in memory: momentum saved in another order would be added
+    to the wrong weights, without a word.
+    """
+    for group in optimizer.param_groups:
+        group["fused"] = fused
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def scaled_lr(cfg: CfgNode) -> float:

@@ -10,19 +10,25 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase, hooks
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 
-from moco_d2.data import EpochSampler, ViewDataset, ViewLoader, build_recipe, list_images
+from moco_d2.data import ViewLoader, build_recipe
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
-from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter, StepSeed
+from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
+from moco_d2.engine.loader import build_loader
 from moco_d2.engine.optim import build_schedule, build_sgd, total_steps
+from moco_d2.engine.preflight import check_config
+from moco_d2.engine.step import PretrainStep, apply_switches, chosen_autocast, describe_switches
 from moco_d2.facts import BackboneFacts
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.resnet import build_resnet, describe
 from moco_d2.methods import SSLMethod, build_method
 from moco_d2.model_zoo import pretraining_changes
+from moco_d2.running.checkpoints import PeriodicCheckpoint, last_whole
+from moco_d2.running.preemption import StopWhenAsked
+from moco_d2.running.seeds import StepSeed
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +52,7 @@ class PretrainTrainer(DefaultTrainer):
             ValueError: the config or the data cannot be trained on; raised before any long work.
         """
         TrainerBase.__init__(self)
-        check_config(cfg)
+        check_config(cfg, comm.get_world_size())
         self.cfg, self.seed = cfg, cfg.SEED
         loader = self.build_train_loader(cfg)
         self.steps_per_epoch = loader.sampler.steps_per_epoch
@@ -55,8 +61,9 @@ class PretrainTrainer(DefaultTrainer):
         self.method = self.build_model(cfg)
         optimizer = build_sgd(cfg, self.method)
         self.scheduler = build_schedule(cfg, optimizer, self.steps_per_epoch)
-        trainer = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer(wrap_ddp(self.method), loader, optimizer)
+        self._trainer = PretrainStep(
+            wrap_ddp(self.method), loader, optimizer, chosen_autocast(cfg), LOG_PERIOD, self.max_iter
+        )
         me = weakref.proxy(self)
         self.checkpointer = PretrainCheckpointer(self.method, cfg.OUTPUT_DIR, lambda: me.facts(), trainer=me)
         self.register_hooks(self.build_hooks())
@@ -64,32 +71,19 @@ class PretrainTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> SSLMethod:
-        """Build the method on its device, from ``SEED`` alone."""
+        """Build the method on its device, from ``SEED`` alone, with the switches of ``ENGINE``."""
         encoder = functools.partial(
             build_resnet, cfg.SSL.ENCODER.NAME, width=cfg.SSL.ENCODER.WIDTH, stem=cfg.SSL.ENCODER.STEM
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.SEED)
             method = build_method(cfg.SSL.METHOD, encoder, dict(cfg.SSL.ARGS))
-        return method.to(cfg.MODEL.DEVICE)
+        return apply_switches(method.to(cfg.MODEL.DEVICE), cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ViewLoader:
-        """List the images and build this process's loader.
-
-        Raises:
-            ValueError: fewer images than a batch.
-        """
-        files = list_images(cfg.DATASETS.TRAIN)
-        batch = cfg.SOLVER.IMS_PER_BATCH
-        if len(files) < batch:
-            raise ValueError(
-                f"{', '.join(cfg.DATASETS.TRAIN)} has {len(files)} images, fewer than a batch of {batch} "
-                f"(SOLVER.IMS_PER_BATCH)"
-            )
-        dataset = ViewDataset(files, build_recipe(cfg.DATA.RECIPE, cfg.DATA.CROP_SIZE), cfg.SEED)
-        sampler = EpochSampler(len(files), batch, cfg.SEED, comm.get_rank(), comm.get_world_size())
-        return ViewLoader(dataset, sampler, cfg.DATALOADER.NUM_WORKERS, torch.device(cfg.MODEL.DEVICE))
+        """Build this process's loader."""
+        return build_loader(cfg)
 
     def facts(self) -> BackboneFacts:
         """Return what the exported backbone says about itself."""
@@ -97,6 +91,7 @@ class PretrainTrainer(DefaultTrainer):
         images = ", ".join(self.cfg.DATASETS.TRAIN)
         done = self.iter + 1
         origin = f"moco_d2 {self.cfg.SSL.METHOD} on {images}, {done} of {self.max_iter} iterations"
+        origin += f" ({switches})" if (switches := describe_switches(self.cfg)) else ""
         # Results are compared with published ones by this name; only the whole recipe, unchanged, may bear it.
         notes = ["unfinished"] * (done < self.max_iter) + ["modified"] * bool(pretraining_changes(self.cfg))
         protocol = self.cfg.PROTOCOL + (f" ({', '.join(notes)})" if notes else "")
@@ -104,18 +99,19 @@ class PretrainTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
         """Return the hooks in the order they run."""
-        main = comm.is_main_process()
-        keep = self.cfg.SOLVER.CHECKPOINT_KEEP or None
+        solver = self.cfg.SOLVER
+        checkpoint = PeriodicCheckpoint(
+            self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP, solver.CHECKPOINT_KEEP_EVERY
+        )
         return [
-            StepSeed(),
+            StepSeed(self.seed),  # the same in all processes, which is what a shared permutation wants
             MethodSchedule(self.method),
             hooks.IterationTimer(),
             hooks.LRScheduler(self._trainer.optimizer, self.scheduler),
-            PretrainMetrics(self.method, self.cfg.SOLVER.IMS_PER_BATCH, self.steps_per_epoch, LOG_PERIOD),
-            hooks.PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, max_to_keep=keep)
-            if main
-            else None,
-            hooks.PeriodicWriter(self.build_writers(), period=LOG_PERIOD) if main else None,
+            PretrainMetrics(self.method, solver.IMS_PER_BATCH, self.steps_per_epoch, LOG_PERIOD),
+            checkpoint,
+            hooks.PeriodicWriter(self.build_writers(), period=LOG_PERIOD) if comm.is_main_process() else None,
+            StopWhenAsked(checkpoint),
         ]
 
     def build_writers(self) -> list[EventWriter]:
@@ -129,8 +125,9 @@ class PretrainTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue the run in ``OUTPUT_DIR`` (``resume``), or start from ``MODEL.WEIGHTS`` or from scratch."""
-        if resume and self.checkpointer.has_checkpoint():
-            self.checkpointer.load(self.checkpointer.get_checkpoint_file())
+        path = last_whole(self.cfg.OUTPUT_DIR) if resume else ""
+        if path:
+            self.checkpointer.load(path)
             self.start_iter = self.iter + 1
             self._trainer.data_loader.sampler.start = self.start_iter
             logger.info("resuming at iteration %d of %d", self.start_iter, self.max_iter)
@@ -145,7 +142,7 @@ class PretrainTrainer(DefaultTrainer):
             kept = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else "none yet"
             raise FloatingPointError(
                 f"{error}\nThe last good checkpoint is kept: {kept}. Try a lower SOLVER.BASE_LR, a higher "
-                "SSL.ARGS.temperature, or SOLVER.AMP.ENABLED False, and --resume"
+                "SSL.ARGS.temperature, or ENGINE.AUTOCAST '', and --resume"
             ) from error
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,6 +171,7 @@ class PretrainTrainer(DefaultTrainer):
             "SOLVER.IMS_PER_BATCH": self.cfg.SOLVER.IMS_PER_BATCH,
             "number of images": len(loader.dataset),
             "number of iterations": self.max_iter,
+            **loader.sampler.settings(),
         }
 
     def _announce(self, images: int) -> None:
@@ -183,25 +181,3 @@ class PretrainTrainer(DefaultTrainer):
             self.cfg.SSL.METHOD, self.cfg.SSL.ENCODER.NAME, self.cfg.SSL.ENCODER.WIDTH, images, length, self.max_iter,
             self.cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE,
         )  # fmt: skip
-
-
-def check_config(cfg: CfgNode) -> None:
-    """Check what the constructors below do not, so that every mistake shows before long work.
-
-    Raises:
-        ValueError: names all problems at once.
-    """
-    solver, world = cfg.SOLVER, comm.get_world_size()
-    rules = [
-        (solver.IMS_PER_BATCH > 0 and solver.IMS_PER_BATCH % world == 0,
-         f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}; it must be a multiple of the {world} processes"),
-        (solver.SCHEDULE in ("step", "cosine"), f"SOLVER.SCHEDULE is {solver.SCHEDULE!r}; it must be step or cosine"),
-        (solver.EPOCHS > 0 or solver.MAX_ITER > 0, "set SOLVER.EPOCHS or SOLVER.MAX_ITER to a positive length"),
-        (solver.BASE_LR > 0, f"SOLVER.BASE_LR is {solver.BASE_LR}; it must be positive"),
-        (solver.REFERENCE_BATCH >= 0, f"SOLVER.REFERENCE_BATCH is {solver.REFERENCE_BATCH}; 0 turns scaling off"),
-        (solver.CHECKPOINT_PERIOD > 0, f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; it must be positive"),
-        (cfg.SEED >= 0, f"SEED is {cfg.SEED}; it must be 0 or more by now (tools draw one for -1)"),
-    ]  # fmt: skip
-    problems = [message for holds, message in rules if not holds]
-    if problems:
-        raise ValueError("\n".join(problems))

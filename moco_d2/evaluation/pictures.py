@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -23,7 +24,7 @@ from matplotlib.colors import hsv_to_rgb
 
 from moco_d2.atomic import atomic_write
 from moco_d2.config import load_cfg, use_device_there_is
-from moco_d2.data import ViewDataset, build_recipe, list_images
+from moco_d2.data import ViewDataset, build_backend, build_recipe, open_source
 from moco_d2.detection.weights import all_names, load_weights
 
 FolderLike = str | os.PathLike[str]
@@ -66,14 +67,13 @@ def draw_view_pairs(cfg: CfgNode, path: FolderLike, count: int = 8) -> None:
         count: number of pictures.
     """
     recipe = build_recipe(cfg.DATA.RECIPE, cfg.DATA.CROP_SIZE)
-    files = list_images(cfg.DATASETS.TRAIN)
-    dataset = ViewDataset(files[:: max(1, len(files) // count)][:count], recipe, max(cfg.SEED, 0))
-    mean, std = (np.array(values).reshape(3, 1, 1) for values in (recipe.pixels.mean, recipe.pixels.std))
-    figure, axes = _figure(len(recipe.views), len(dataset), (1.5 * len(dataset), 1.6 * len(recipe.views)))
-    for column in range(len(dataset)):
-        for row, view in enumerate(dataset[0, column].views):
-            levels = (view.numpy() * std + mean).clip(0, 255).astype(np.uint8)
-            axes[row, column].imshow(levels.transpose(1, 2, 0))
+    source = open_source(cfg.DATASETS.TRAIN)
+    dataset = ViewDataset(source, recipe, max(cfg.SEED, 0), build_backend("pil", torch.device("cpu")))
+    chosen = range(0, len(source), max(1, len(source) // count))[:count]
+    figure, axes = _figure(len(recipe.views), len(chosen), (1.5 * len(chosen), 1.6 * len(recipe.views)))
+    for column, index in enumerate(chosen):
+        for row, view in enumerate(dataset[0, index].views):
+            axes[row, column].imshow(view)
             axes[row, column].set_axis_off()
     figure.suptitle(f"views of {cfg.DATA.RECIPE}, one picture a column", fontsize=11)
     _save_figure(figure, path)

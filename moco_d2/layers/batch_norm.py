@@ -8,12 +8,14 @@ from torch import nn
 
 
 class GroupBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that splits a training batch into G groups and normalises each by its own statistics.
+    """BatchNorm2d that splits a training batch into G contiguous groups and normalises each by its own statistics.
 
-    Sample i belongs to group i % G, because then the split is a change of shape, without a copy; :func:`interleave`
-    turns contiguous groups (what process r holds in data-parallel training) into that order. The running statistics
-    take the mean of the groups', as in the authors' single-GPU CIFAR demo. Parameters and buffers have BatchNorm2d's
-    names and shapes, so checkpoints do not change.
+    A group is what process r of G holds in data-parallel training. The running statistics take the mean of the groups',
+    as in the authors' single-GPU CIFAR demo. Parameters and buffers have BatchNorm2d's names and shapes, so checkpoints
+    do not change.
+
+    The groups are normalised one after the other: making channels of them, which needs one call only, costs a copy of
+    every feature map in channels_last order, and was no faster in the usual one.
     """
 
     def __init__(self, num_features: int, groups: int, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
@@ -24,18 +26,18 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         """Normalise (N, C, H, W); in training N must be a multiple of the number of groups."""
         if not self.training or self.groups == 1:
             return super().forward(x)
-        n, c, h, w = x.shape
-        g = self.groups
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        mean, var = self.running_mean.repeat(g), self.running_var.repeat(g)
-        weight, bias = self.weight.repeat(g), self.bias.repeat(g)
         momentum = 0.1 if self.momentum is None else self.momentum
-        y = F.batch_norm(x.reshape(n // g, g * c, h, w), mean, var, weight, bias, True, momentum, self.eps)
+        means, variances = self.running_mean.repeat(self.groups, 1), self.running_var.repeat(self.groups, 1)  # (G, C)
+        y = [
+            F.batch_norm(part, mean, var, self.weight, self.bias, True, momentum, self.eps)
+            for part, mean, var in zip(x.chunk(self.groups), means, variances, strict=True)
+        ]
         with torch.no_grad():
-            self.running_mean.copy_(mean.view(g, c).mean(0))
-            self.running_var.copy_(var.view(g, c).mean(0))
+            self.running_mean.copy_(means.mean(0))
+            self.running_var.copy_(variances.mean(0))
             self.num_batches_tracked.add_(1)
-        return y.view(n, c, h, w)
+        return torch.cat(y)
 
 
 def use_group_batch_norm(network: nn.Module, groups: int) -> nn.Module:
@@ -48,13 +50,3 @@ def use_group_batch_norm(network: nn.Module, groups: int) -> nn.Module:
         else:
             use_group_batch_norm(child, groups)
     return network
-
-
-def interleave(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Reorder a batch of G contiguous groups (N, ...) so that sample i of the result is in group i % G."""
-    return x.unflatten(0, (groups, -1)).transpose(0, 1).flatten(0, 1) if groups > 1 else x
-
-
-def deinterleave(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Undo :func:`interleave`."""
-    return x.unflatten(0, (-1, groups)).transpose(0, 1).flatten(0, 1) if groups > 1 else x

@@ -30,21 +30,22 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
     """
     if world_size() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
+    everyone = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(everyone, x.contiguous())
+    return everyone
 
 
 @torch.no_grad()
 def shared_permutation(n: int, device: torch.device) -> torch.Tensor:
     """Draw one permutation of ``range(n)`` in rank 0 and give it to all.
 
-    The draw is made on the CPU, so that it does not depend on the kind of device.
+    The draw is made on the CPU, so that it does not depend on the kind of device. From pinned memory it reaches a GPU
+    without waiting for what that one is computing.
 
     Returns:
         (n,) int64.
     """
-    permutation = torch.randperm(n).to(device)
+    permutation = torch.randperm(n, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     if world_size() > 1:
         dist.broadcast(permutation, src=0)
     return permutation

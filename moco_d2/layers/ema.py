@@ -19,5 +19,4 @@ def ema_update_(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """
     kept: list[torch.Tensor] = list(target.parameters())
     new: list[torch.Tensor] = list(online.parameters())
-    torch._foreach_mul_(kept, momentum)
-    torch._foreach_add_(kept, new, alpha=1 - momentum)
+    torch._foreach_lerp_(kept, new, 1 - momentum)  # theta_k + (1 - m) (theta_q - theta_k): one pass over memory

@@ -18,4 +18,5 @@ def without_head(network: nn.Module) -> nn.Module:
     trunk = network.__class__.__new__(network.__class__)
     trunk.__dict__.update(network.__dict__)
     trunk._modules = {**network._modules, "fc": nn.Identity()}
+    trunk._compiled_call_impl = None  # it would call the compiled network, with its head
     return trunk

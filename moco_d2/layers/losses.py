@@ -5,41 +5,72 @@ Letters: N batch, C feature dimension, K number of negatives.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+# Negatives taken at a time, whatever K is: their N x 8192 similarities fit into a processor's cache.
+BLOCK = 8192
 
 
-def info_nce_logits(q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Similarities of a query with its positive key (column 0) and with the negatives, divided by the temperature.
+def info_nce(q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor, temperature: float) -> torch.Tensor:
+    """InfoNCE: cross-entropy of the positive among the negatives, mean over the batch (MoCo, Eq. 1).
+
+    With equal similarities it is log(1 + K). The N x (1 + K) logits are never held, neither for the gradient, which is
+    made on the way: afterwards the negatives may be overwritten.
 
     Args:
-        q: (N, C) queries, L2-normalised.
-        k: (N, C) positive keys, L2-normalised, without gradient.
-        negatives: (K, C) keys, L2-normalised, without gradient.
+        q: (N, C) queries, L2-normalised; the gradient flows to them only.
+        k: (N, C) positive keys, L2-normalised.
+        negatives: (K, C) keys, L2-normalised, of any floating type; computed with in the queries'.
         temperature: tau > 0.
-
-    Returns:
-        (N, 1 + K) logits, MoCo Eq. 1.
     """
-    positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
-    negative = q @ negatives.T  # (N, K)
-    return torch.cat([positive, negative], dim=1).div_(temperature)
+    with torch.autocast(q.device.type, enabled=False):
+        loss: torch.Tensor = _InfoNCE.apply(q, k, negatives, temperature)
+    return loss
 
 
-def info_nce(logits: torch.Tensor) -> torch.Tensor:
-    """InfoNCE: cross-entropy with the positive in column 0, mean over the batch (MoCo, Eq. 1).
+class _InfoNCE(torch.autograd.Function):
+    """The loss, block by block of negatives, and its gradient.
 
-    With equal logits it is log(1 + K).
+    With z the logits, the gradient of logsumexp(z) - z_positive by q is (the softmax-weighted mean of all keys - the
+    positive key) / temperature, and both logsumexp and weighted mean can be summed up over blocks; sums are kept
+    relative to the largest logit so far, so that nothing overflows.
     """
-    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return F.cross_entropy(logits, labels)
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor, temperature: float) -> Any:
+        scaled = q / temperature
+        positive = (scaled * k).sum(dim=1)  # (N,)
+        largest, total, mean = positive, torch.ones_like(positive), k.to(q.dtype)  # sums: (N,), (N, C)
+        for block in negatives.split(BLOCK):
+            keys = block.to(q.dtype)
+            weights = scaled @ keys.T  # (N, BLOCK)
+            before, largest = largest, torch.maximum(largest, weights.amax(dim=1))
+            weights.sub_(largest[:, None]).exp_()
+            shrink = (before - largest).exp_()
+            total = total * shrink + weights.sum(dim=1)
+            mean = torch.addmm(mean * shrink[:, None], weights, keys)
+        ctx.save_for_backward((mean / total[:, None] - k) / (temperature * len(q)))
+        return (largest + total.log() - positive).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None, None
 
 
 @torch.no_grad()
-def contrast_accuracy(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Share of queries whose positive is among the k largest logits, 0..1.
+def contrast_rank(q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
+    """Count, for each query, the negatives that are at least as similar as its positive: (N,), 0 is best.
 
-    A negative that ties with the positive counts against it, so a collapsed encoder scores 0, not 1.
+    A negative that ties with the positive counts against it, so a collapsed encoder shows K, not 0.
     """
-    better = (logits[:, 1:] >= logits[:, :1]).sum(dim=1)  # (N,)
-    return (better < k).float().mean()
+    positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
+    rank = torch.zeros(len(q), dtype=torch.long, device=q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        for block in negatives.split(BLOCK):
+            rank += (q @ block.to(q.dtype).T >= positive).sum(dim=1)
+    return rank

@@ -25,12 +25,12 @@ class FeatureQueue(nn.Module):
     features: torch.Tensor
     pointer: torch.Tensor
 
-    def __init__(self, size: int, dim: int) -> None:
-        """Make a queue of ``size`` keys (K >= 1) of ``dim`` features (C >= 1)."""
+    def __init__(self, size: int, dim: int, dtype: torch.dtype = torch.float32) -> None:
+        """Make a queue of ``size`` keys (K >= 1) of ``dim`` features (C >= 1), held as ``dtype``."""
         super().__init__()
         if size < 1 or dim < 1:
             raise ValueError(f"a queue needs at least one key of one feature, got queue_size={size}, dim={dim}")
-        self.register_buffer("features", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("features", F.normalize(torch.randn(size, dim), dim=1).to(dtype))
         self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
         self._told = False
 

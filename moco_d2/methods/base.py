@@ -21,12 +21,14 @@ class SSLMethod(nn.Module, ABC):
     method's own keyword arguments (``SSL.ARGS``).
 
     Attributes:
-        metrics: diagnostics of the last step, detached scalars by name; never part of the loss.
+        metrics: diagnostics of the last recorded step, detached scalars by name; never part of the loss.
+        recording: whether forward fills ``metrics``: the engine turns it off for steps that nobody looks at.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.metrics: dict[str, torch.Tensor] = {}
+        self.recording = True
 
     @abstractmethod
     def forward(self, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -42,6 +44,13 @@ class SSLMethod(nn.Module, ABC):
     @abstractmethod
     def backbone(self) -> nn.Module:
         """Return the network that is transferred, under torchvision's names, without head; it shares the weights."""
+
+    def check_batch(self, size: int) -> None:
+        """Raise ValueError if the method cannot take ``size`` images per process in training (default: any)."""
+
+    def networks(self) -> list[nn.Module]:
+        """Return the networks that forward calls, for compilation (default: the children that have parameters)."""
+        return [child for child in self.children() if next(child.parameters(), None) is not None]
 
     def before_step(self, progress: float) -> None:
         """Run before a step's forward, with the fraction of training done in [0, 1) (schedules)."""

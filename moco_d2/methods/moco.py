@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco_d2.layers.batch_norm import deinterleave, interleave, use_group_batch_norm
+from moco_d2.layers.batch_norm import use_group_batch_norm
 from moco_d2.layers.distributed import all_gather, rank, shared_permutation, world_size
 from moco_d2.layers.ema import ema_update_
 from moco_d2.layers.heads import mlp_head, without_head
-from moco_d2.layers.losses import contrast_accuracy, info_nce, info_nce_logits
+from moco_d2.layers.losses import contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
 from moco_d2.methods.base import SSLMethod, register
 
 logger = logging.getLogger(__name__)
 
 PAPER_GROUPS = 8  # The paper trains on 8 GPUs, each with its own batch statistics.
+QUEUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @register
@@ -45,6 +46,7 @@ class MoCo(SSLMethod):
         symmetric: bool = False,
         shuffle: bool = True,
         bn_groups: int = 0,
+        queue_dtype: str = "float32",
     ) -> None:
         """Build both encoders and the queue.
 
@@ -60,17 +62,26 @@ class MoCo(SSLMethod):
             bn_groups: batch statistics are computed over this many groups in each process. 1 is plain BN; 0 means as
                 many as make 8 in all (the paper's 8 GPUs), at least one a process. With a single group in all,
                 shuffling has no effect.
+            queue_dtype: what the queue holds keys as; ``bfloat16`` and ``float16`` take half the memory, and round.
 
         Raises:
             ValueError: a value out of range, or an encoder without a Linear ``fc``.
         """
         super().__init__()
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum is {momentum}; it must be in [0, 1] (the paper's is 0.999)")
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; it must be positive (v1: 0.07, v2: 0.2)")
-        if bn_groups < 0:
-            raise ValueError(f"bn_groups is {bn_groups}; it must be 0 (the paper's 8 in all) or positive")
+        rules = [
+            (dim >= 1, f"dim is {dim}; a feature needs at least one component (the paper's have 128)"),
+            (queue_size >= 1, f"queue_size is {queue_size}; it must be at least 1 (the paper's is 65536)"),
+            (0 <= momentum <= 1, f"momentum is {momentum}; it must be in [0, 1] (the paper's is 0.999)"),
+            (temperature > 0, f"temperature is {temperature}; it must be positive (v1: 0.07, v2: 0.2)"),
+            (bn_groups >= 0, f"bn_groups is {bn_groups}; it must be 0 (the paper's 8 in all) or positive"),
+            (
+                queue_dtype in QUEUE_DTYPES,
+                f"queue_dtype is {queue_dtype!r}; it must be one of {', '.join(QUEUE_DTYPES)}",
+            ),
+        ]
+        problems = [f"SSL.ARGS.{message}" for holds, message in rules if not holds]
+        if problems:
+            raise ValueError("\n".join(problems))
         self.momentum = momentum
         self.temperature = temperature
         self.symmetric = symmetric
@@ -88,13 +99,13 @@ class MoCo(SSLMethod):
         if self.bn_groups > 1:
             use_group_batch_norm(self.encoder_q, self.bn_groups)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        self.queue = FeatureQueue(queue_size, dim)
+        self.queue = FeatureQueue(queue_size, dim, QUEUE_DTYPES[queue_dtype])
 
     def forward(self, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Algorithm 1 of the paper: the loss of two views (N, 3, H, W) of each image."""
         x1, x2 = views
-        self._check_groups(len(x1))
         if self.training:
+            self.check_batch(len(x1))
             ema_update_(self.encoder_k, self.encoder_q, self.momentum)
         if self.symmetric:
             loss_12, keys_2 = self._contrast(x1, x2)
@@ -111,14 +122,14 @@ class MoCo(SSLMethod):
         q = self._encode(self.encoder_q, x_q)  # (N, C)
         all_keys = self._shuffled_keys(x_k)  # (R * N, C)
         k = all_keys.unflatten(0, (world_size(), -1))[rank()]  # (N, C)
-        # A copy, because the queue changes in place before the backward pass reads the negatives.
-        logits = info_nce_logits(q, k, self.queue.features.clone(), self.temperature)  # (N, 1 + K)
-        self._record(q, logits)
-        return info_nce(logits), all_keys
+        if self.recording:
+            self._record(q, k)
+        return info_nce(q, k, self.queue.features, self.temperature), all_keys
 
     def _encode(self, encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        features = deinterleave(encoder(interleave(x, self.bn_groups)), self.bn_groups)
-        return F.normalize(features, dim=1)
+        features = encoder(x)
+        # Under autocast too the loss is computed in float32: exp(1 / temperature) is large.
+        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
 
     @torch.no_grad()
     def _shuffled_keys(self, x: torch.Tensor) -> torch.Tensor:
@@ -135,20 +146,23 @@ class MoCo(SSLMethod):
         return keys[permutation.argsort()]
 
     @torch.no_grad()
-    def _record(self, q: torch.Tensor, logits: torch.Tensor) -> None:
+    def _record(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        negatives = self.queue.features
+        ranks = contrast_rank(q, k, negatives)  # (N,)
         self.metrics = {
-            "contrast_acc1": contrast_accuracy(logits, 1),
-            "contrast_acc5": contrast_accuracy(logits, 5),
-            "positive_similarity": logits[:, 0].mean() * self.temperature,
-            "negative_similarity": logits[:, 1:].mean() * self.temperature,
+            "contrast_acc1": (ranks < 1).float().mean(),
+            "contrast_acc5": (ranks < 5).float().mean(),
+            "positive_similarity": (q * k).sum(dim=1).mean(),
+            "negative_similarity": (q.mean(dim=0) * negatives.mean(dim=0, dtype=q.dtype)).sum(),  # over all pairs
             # 1 / sqrt(C) when features spread over the sphere, 0 when they have collapsed to a point.
             "feature_std": q.std(dim=0).mean(),
         }
 
-    def _check_groups(self, n: int) -> None:
-        if self.training and n % self.bn_groups:
+    def check_batch(self, size: int) -> None:
+        """Raise ValueError if a process's images cannot be split into the BN groups."""
+        if size % self.bn_groups:
             raise ValueError(
-                f"{n} images per process cannot be split into {self.bn_groups} BN groups; "
+                f"{size} images per process cannot be split into {self.bn_groups} BN groups; "
                 f"make the batch a multiple of it, or set SSL.ARGS.bn_groups"
             )
 

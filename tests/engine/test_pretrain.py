@@ -151,19 +151,9 @@ def test_resuming_with_another_recipe_is_refused(images: str, tmp_path: Path) ->
         train(options(images, tmp_path, "SOLVER.EPOCHS", 1, "SSL.ARGS.queue_size", 48), resume=True)
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["SOLVER.IMS_PER_BATCH", 64], "has 20 images, fewer than a batch of 64"),
-        (["SOLVER.SCHEDULE", "cosin", "SOLVER.BASE_LR", 0.0], r"'cosin'; it must be step or cosine\n.*BASE_LR is 0.0"),
-        (["SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", 0], "SOLVER.EPOCHS or SOLVER.MAX_ITER"),
-        (["DATA.RECIPE", "moco"], "known recipes are moco_v1"),
-        (["SSL.METHOD", "MoCo2"], "known methods are MoCo"),
-    ],
-)
-def test_bad_settings_fail_before_training(images: str, tmp_path: Path, more: list, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", options(images, tmp_path, *more)))
+def test_fewer_images_than_a_batch_are_refused(images: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has 20 images, fewer than a batch of 64"):
+        train(options(images, tmp_path, "SOLVER.IMS_PER_BATCH", 64))
 
 
 def test_schedules_are_the_published_ones() -> None:
@@ -212,7 +202,7 @@ def test_pretraining_configs_state_the_published_recipes() -> None:
     cifar = load_cfg("Pretrain/moco_cifar10_R18_200ep")
     assert dict(cifar.SSL.ARGS) == {
         "dim": 128, "queue_size": 4096, "momentum": 0.99, "temperature": 0.1, "mlp": False, "symmetric": False,
-        "shuffle": True, "bn_groups": 8,
+        "shuffle": True, "bn_groups": 8, "queue_dtype": "float32",
     }  # fmt: skip
     assert (cifar.SOLVER.BASE_LR, cifar.SOLVER.WEIGHT_DECAY, cifar.SOLVER.IMS_PER_BATCH) == (0.06, 5e-4, 512)
 

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco_d2.layers.batch_norm import GroupBatchNorm2d, deinterleave, interleave, use_group_batch_norm
+from moco_d2.layers.batch_norm import GroupBatchNorm2d, use_group_batch_norm
 from moco_d2.layers.ema import ema_update_
 from moco_d2.layers.heads import mlp_head, without_head
-from moco_d2.layers.losses import contrast_accuracy, info_nce, info_nce_logits
+from moco_d2.layers.losses import BLOCK, contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
 from moco_d2.layers.resnet import ARCHITECTURES, build_resnet, describe, network_for
+from tools.measure import peak_bytes
 
 
 def unit(*shape: int) -> torch.Tensor:
@@ -33,32 +34,75 @@ def test_info_nce_is_equation_1(temperature: float) -> None:
             for n in negatives
         ]
         losses.append(-math.log(positive / (positive + sum(others))))
-    loss = info_nce(info_nce_logits(q, k, negatives, temperature))
+    loss = info_nce(q, k, negatives, temperature)
     assert loss.item() == pytest.approx(sum(losses) / 5, rel=1e-12)
 
 
 def test_info_nce_closed_forms() -> None:
     one = F.normalize(torch.ones(4, 8, dtype=torch.float64), dim=1)
-    same = info_nce(info_nce_logits(one, one, one[:1].expand(100, 8), 0.07))
-    assert same.item() == pytest.approx(math.log(101), rel=1e-12), "equal logits: log(1 + K)"
+    same = info_nce(one, one, one[:1].expand(100, 8), 0.07)
+    assert same.item() == pytest.approx(math.log(101), rel=1e-12), "equal similarities: log(1 + K)"
     axes = torch.eye(8, dtype=torch.float64)
-    orthogonal = info_nce(info_nce_logits(axes[:1], axes[:1], axes[1:], 0.2))
+    orthogonal = info_nce(axes[:1], axes[:1], axes[1:], 0.2)
     assert orthogonal.item() == pytest.approx(math.log(1 + 7 * math.exp(-5)), rel=1e-12)
 
 
-def test_info_nce_gradient_flows_to_the_query_only_through_the_softmax() -> None:
+def textbook(q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+
+
+@pytest.mark.parametrize("count", [1, 6, BLOCK, 2 * BLOCK + 3])
+def test_info_nce_and_its_gradient_are_the_textbooks_at_any_number_of_negatives(count: int) -> None:
     torch.manual_seed(0)
-    q, k, negatives = unit(3, 8).requires_grad_(), unit(3, 8), unit(6, 8)
-    info_nce(info_nce_logits(q, k, negatives, 0.2)).backward()
-    probabilities = torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1).div(0.2).softmax(1).detach()
-    expected = ((probabilities[:, :1] - 1) * k + probabilities[:, 1:] @ negatives) / 0.2 / 3
-    torch.testing.assert_close(q.grad, expected)
+    q, k, negatives = unit(3, 8).requires_grad_(), unit(3, 8), unit(count, 8)
+    losses = [function(q, k, negatives, 0.01) for function in (info_nce, textbook)]  # logits of +-100
+    gradients = [torch.autograd.grad(3 * loss, q)[0] for loss in losses]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-12)
+    single = info_nce(q.float(), k.float(), negatives.float(), 0.07)
+    torch.testing.assert_close(single.double(), textbook(q, k, negatives, 0.07), rtol=1e-6, atol=1e-6)
 
 
-def test_contrast_accuracy_counts_ranks_and_holds_ties_against_the_positive() -> None:
-    logits = torch.tensor([[3.0, 1, 2], [2, 3, 1], [1, 2, 3], [5, 5, 5]])
-    assert contrast_accuracy(logits, 1).item() == pytest.approx(1 / 4)
-    assert contrast_accuracy(logits, 2).item() == pytest.approx(2 / 4)
+def test_the_gradient_of_info_nce_is_that_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    q, k, negatives = unit(3, 5).requires_grad_(), unit(3, 5), unit(7, 5)
+    assert torch.autograd.gradcheck(lambda q: info_nce(q, k, negatives, 0.2), q, rtol=1e-6, atol=1e-8)
+
+
+def test_info_nce_is_computed_in_float32_under_autocast_and_lets_the_queue_change() -> None:
+    torch.manual_seed(0)
+    q, k, negatives = (unit(n, 16).float() for n in (4, 4, 50))
+    q.requires_grad_()
+    expected = info_nce(q, k, negatives, 0.07)
+    (wanted,) = torch.autograd.grad(expected, q)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = info_nce(q, k, negatives, 0.07)
+    negatives.zero_()  # as the next keys would overwrite it before the backward pass
+    assert torch.equal(loss, expected) and torch.equal(torch.autograd.grad(loss, q)[0], wanted)
+
+
+def test_info_nce_holds_a_fraction_of_the_logits_where_the_textbook_holds_several_copies() -> None:
+    """The peak of what is alive in forward and backward, in copies of the N x (1 + K) logits."""
+    torch.manual_seed(0)
+    q, k, negatives = (unit(n, 4).float() for n in (16, 16, 16 * BLOCK))
+    q.requires_grad_()
+    peaks = {
+        loss.__name__: peak_bytes(lambda loss=loss: loss(q, k, negatives, 0.2).backward()) / (4 * 16 * (1 + 16 * BLOCK))
+        for loss in (info_nce, textbook)
+    }
+    assert peaks["textbook"] > 2.5, "the measure sees what it should"
+    assert peaks["info_nce"] < 0.25
+
+
+def test_contrast_rank_counts_negatives_and_holds_ties_against_the_positive() -> None:
+    torch.manual_seed(0)
+    q, k, negatives = unit(6, 3), unit(6, 3), unit(2 * BLOCK + 5, 3)
+    k[0] = q[0]  # nothing is nearer
+    expected = [sum((q[i] @ negatives.T >= q[i] @ k[i]).tolist()) for i in range(6)]
+    assert contrast_rank(q, k, negatives).tolist() == expected and expected[0] == 0
+    collapsed = F.normalize(torch.ones(2, 4), dim=1)
+    assert contrast_rank(collapsed, collapsed, collapsed[:1].expand(9, 4)).tolist() == [9, 9]
 
 
 def test_queue_is_a_ring_at_any_batch_size(caplog: pytest.LogCaptureFixture) -> None:
@@ -76,6 +120,15 @@ def test_queue_is_a_ring_at_any_batch_size(caplog: pytest.LogCaptureFixture) -> 
             oldest_first = queue.features.roll(-pointer, 0)
             assert torch.equal(oldest_first, torch.stack(list(ring)))
     assert len(caplog.records) == 1 and "10 keys but the queue holds 7" in caplog.text
+
+
+def test_a_queue_holds_keys_in_the_type_it_was_given_and_the_loss_takes_them() -> None:
+    torch.manual_seed(0)
+    queue, keys = FeatureQueue(20, 16, torch.bfloat16), unit(20, 16).float()
+    queue.enqueue(keys)
+    assert queue.features.dtype == torch.bfloat16 and torch.equal(queue.features, keys.bfloat16())
+    q, k = unit(4, 16).float(), unit(4, 16).float()
+    assert torch.equal(info_nce(q, k, queue.features, 0.07), info_nce(q, k, queue.features.float(), 0.07))
 
 
 def test_ema_follows_its_closed_form_and_leaves_batch_statistics_alone() -> None:
@@ -99,7 +152,7 @@ def test_group_batch_norm_normalises_each_group_by_itself() -> None:
     with torch.no_grad():
         plain.weight.uniform_()
         grouped.load_state_dict(plain.state_dict())
-    y = deinterleave(grouped(interleave(x, 3)), 3)
+    y = grouped(x)
     means = []
     for part, got in zip(x.chunk(3), y.chunk(3), strict=True):
         expected = F.batch_norm(part, None, None, plain.weight, plain.bias, training=True)

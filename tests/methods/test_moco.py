@@ -172,7 +172,7 @@ def test_official_layout_round_trip(mlp: bool) -> None:
         ({"momentum": 1.5}, "momentum is 1.5; it must be in \\[0, 1\\]"),
         ({"temperature": 0}, "temperature is 0; it must be positive"),
         ({"bn_groups": -1}, "bn_groups is -1"),
-        ({"queue_size": 0}, "queue_size=0"),
+        ({"queue_size": 0, "dim": 0}, "dim is 0(?s:.*)queue_size is 0"),
     ],
 )
 def test_values_out_of_range_are_refused(arguments: dict, message: str) -> None:

@@ -1,0 +1,123 @@
+"""From the bytes of an image file to pixels. Every way of decoding is behind :class:`Picture`."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.nn.functional import interpolate
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from moco_d2.data.augment import Box
+
+ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height change places
+REDUCTIONS = (8, 4, 2)  # what a JPEG decoder leaves out for less than it costs: 1/8, 1/4, 1/2 of the size
+
+
+class Picture:
+    """An image file whose size is known and whose pixels are not decoded yet.
+
+    Attributes:
+        height, width: of the upright image (EXIF orientation applied). They come from the header, so that a caller can
+            refuse an image before memory is spent on it.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        """Read the header.
+
+        Raises:
+            OSError: it is no image.
+        """
+        self._data = data
+        self._opened = Image.open(io.BytesIO(data))
+        self._orientation = self._opened.getexif().get(ORIENTATION, 1)
+        size = self._opened.size
+        self.width, self.height = reversed(size) if self._orientation >= 5 else size
+
+    def decode(self) -> torch.Tensor:
+        """Return the upright image, (3, H, W) uint8 RGB, equal to :func:`read_image` to the bit.
+
+        The memory is that of rows of pixels (channels last), as decoders give it.
+
+        Raises:
+            OSError: the file is damaged.
+        """
+        if self._is_plain_jpeg():
+            encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
+            try:
+                turned: torch.Tensor = decode_jpeg(
+                    encoded, ImageReadMode.RGB, apply_exif_orientation=self._orientation != 1
+                )
+                return turned
+            except RuntimeError:  # PIL has the last word on what is damaged.
+                pass
+        return torch.from_numpy(np.array(_upright_rgb(self._opened))).permute(2, 0, 1)
+
+    def crops(self, boxes: Sequence[Box], size: int) -> list[np.ndarray]:
+        """Decode once and return the boxes resized with antialiasing, each (size, size, 3) uint8.
+
+        A JPEG of which every box stays at least ``size`` pixels high and wide is decoded at 1/2, 1/4 or 1/8 of its
+        size, the smallest such; then a crop is that of the reduced image, near to but not that of the whole.
+
+        Raises:
+            OSError: the file is damaged.
+        """
+        if reduction := self._reduction(boxes, size):
+            return self._reduced_crops(boxes, size, reduction)
+        image = self.decode()
+        return [_resize(image[:, b.top : b.top + b.height, b.left : b.left + b.width], size) for b in boxes]
+
+    def _is_plain_jpeg(self) -> bool:
+        # MPO is a JPEG with more pictures behind the first. CMYK needs PIL's colours.
+        return self._opened.format in ("JPEG", "MPO") and self._opened.mode in ("L", "RGB")
+
+    def _reduction(self, boxes: Sequence[Box], size: int) -> int:
+        """Return the largest reduction at which no box gets smaller than a view; 0 for none."""
+        smallest = min(min(box.height, box.width) for box in boxes)
+        return next((r for r in REDUCTIONS if self._is_plain_jpeg() and smallest // r >= size), 0)
+
+    def _reduced_crops(self, boxes: Sequence[Box], size: int, reduction: int) -> list[np.ndarray]:
+        width, height = self._opened.size
+        self._opened.draft("RGB", (width // reduction, height // reduction))
+        image = _upright_rgb(self._opened)
+        crops = []
+        for top, left, height, width in boxes:
+            edges = (left, top, min(left + width, image.width * reduction), min(top + height, image.height * reduction))
+            part = (edges[0] / reduction, edges[1] / reduction, edges[2] / reduction, edges[3] / reduction)
+            crops.append(np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=part)))
+        return crops
+
+
+def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
+    """Read an image file as 8-bit RGB, upright.
+
+    EXIF orientation is applied; grey, palette and CMYK images are converted; 16-bit samples keep their high byte
+    (PIL's own conversion would clip them to white).
+
+    Raises:
+        OSError: the file cannot be read or decoded.
+    """
+    with Image.open(file) as opened:
+        return _upright_rgb(opened)
+
+
+def _upright_rgb(opened: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I"):  # 16-bit grey: PIL says "I;16" or "I" depending on the format
+        values = np.asarray(image)
+        image = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns when a palette's transparency is dropped in one step
+    return image.convert("RGB")
+
+
+def _resize(part: torch.Tensor, size: int) -> np.ndarray:
+    """Resize (3, H, W) uint8 as PIL's bilinear filter does: (size, size, 3)."""
+    part = part[None].contiguous(memory_format=torch.channels_last)  # the resizing is fastest on whole pixels
+    part = interpolate(part, (size, size), mode="bilinear", antialias=True)
+    return np.ascontiguousarray(part[0].permute(1, 2, 0).numpy())

@@ -1,0 +1,142 @@
+"""Listing folders of images, remembered so that a set of millions starts in seconds the second time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moco_d2.atomic import atomic_write
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+# Below so many images a walk takes no time and nothing is kept.
+REMEMBERED_FROM = 1000
+# A folder that changed within so many seconds before it was read may change again under the same time stamp: on the
+# coarsest file systems (FAT) stamps have steps of two seconds.
+_TICK = 2.0
+
+# What is known of a folder: [inode, mtime, ctime, images, subfolders, number of other files].
+Record = list[Any]
+
+
+def cache_folder() -> Path:
+    """Return where listings and fetched shards are kept: ``MOCO_D2_CACHE``, else ``moco_d2`` in the user's cache."""
+    own = os.environ.get("MOCO_D2_CACHE")
+    theirs = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own or os.path.join(theirs, "moco_d2")).expanduser()
+
+
+class Listing:
+    """The images below a folder, sorted by path; links are followed, a link to a folder above itself is not.
+
+    Every folder's entries are kept under its inode, mtime and ctime, and asked of the disk again when one of the three
+    differs: adding, removing or renaming an entry changes them, and no program can set the ctime back.
+
+    Attributes:
+        files: paths of the images.
+        others: number of other files.
+        unreadable: (folder, error) of those that could not be read.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.files: list[str] = []
+        self.others = 0
+        self.unreadable: list[tuple[str, str]] = []
+        self._cache = cache_folder() / "listings" / f"{_digest(os.path.realpath(folder))}.json"
+        self._known, self._records = _load(self._cache), dict[str, Record]()
+        self._read = 0
+        self._walk(os.fspath(folder), "", ())
+        if self._read and len(self.files) >= REMEMBERED_FROM:
+            self._save()
+
+    def _walk(self, folder: str, relative: str, above: tuple[tuple[int, int], ...]) -> None:
+        """Take up a folder and those below it; ``above`` are (device, inode) of its parents."""
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in above:
+                return
+            stamp = [status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+            record = self._known.get(relative)
+            if record is None or record[:3] != stamp:
+                record = self._scan(folder, stamp)
+        except OSError as error:
+            logger.warning("cannot read the folder %s: %s", folder, error)
+            self.unreadable.append((folder, str(error)))
+            return
+        self._records[relative] = record
+        prefix = os.path.join(folder, "")
+        self.files += [prefix + name for name in record[3]]
+        self.others += record[5]
+        for name in record[4]:
+            self._walk(prefix + name, os.path.join(relative, name), (*above, (status.st_dev, status.st_ino)))
+
+    def _scan(self, folder: str, stamp: list[int]) -> Record:
+        self._read += 1
+        images, folders, others = [], [], 0
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_dir(entry):
+                    folders.append(entry.name)
+                elif entry.name.lower().endswith(EXTENSIONS):
+                    images.append(entry.name)
+                else:
+                    others += 1
+        settled = time.time() - max(stamp[1:]) / 1e9 > _TICK
+        return [*(stamp if settled else [0, 0, 0]), sorted(images), sorted(folders), others]
+
+    def _save(self) -> None:
+        try:
+            with atomic_write(self._cache) as file:
+                file.write(json.dumps({"extensions": EXTENSIONS, "folders": self._records}).encode())
+        except OSError as error:
+            logger.warning("the listing cannot be kept in %s (%s); MOCO_D2_CACHE names another folder",
+                           self._cache.parent, error)  # fmt: skip
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link whose target cannot be looked at: reading it will say so
+        return False
+
+
+def _load(path: Path) -> dict[str, Record]:
+    try:
+        content = json.loads(path.read_bytes())
+        if content["extensions"] == list(EXTENSIONS):
+            return dict(content["folders"])
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged and is made anew (%s)", path, error)
+    return {}
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode(errors="surrogateescape")).hexdigest()[:24]
+
+
+class Paths:
+    """Strings in one buffer: worker processes share it without copying, and a million are stored in no time."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self._buffer = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._buffer[start : self._ends[index]].tobytes())

@@ -1,0 +1,124 @@
+"""Writing tar shards from files: the same files always give the same bytes, and what is done is not done again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moco_d2.atomic import atomic_write
+from moco_d2.data.shards import MANIFEST, PLAN, Shard, members, write_manifest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A shard that is finished: it, how many files could not be read, and whether it was there already."""
+
+    shard: Shard
+    unreadable: int
+    kept: bool
+
+
+def pack(files: Sequence[str], root: str | os.PathLike[str], out: Path, size: int, seed: int) -> Iterator[Packed]:
+    """Write files into ``out/000000.tar``, ... and at the end ``shards.json``; yield each shard when it is whole.
+
+    Interrupted, it goes on where it was. Files are shuffled, because folders are sorted by what they show and training
+    shuffles within some shards only. A member is named by the file's path below ``root``, with dots only before the
+    extension (WebDataset takes a key to end at its first dot).
+
+    Args:
+        files: image files.
+        root: folder that names start at.
+        out: folder to write into.
+        size: images in a shard.
+        seed: of the shuffle; below 0: none.
+
+    Raises:
+        ValueError: ``out`` holds something else.
+    """
+    digest = hashlib.sha256("\0".join([os.path.realpath(root), str(size), str(seed), *files]).encode(errors="replace"))
+    mark = digest.hexdigest()
+    _claim(out, mark)
+    order = np.arange(len(files)) if seed < 0 else np.random.default_rng(seed).permutation(len(files))
+    names = _names([os.path.relpath(file, root) for file in files])
+    shards = []
+    for number, start in enumerate(range(0, len(files), size)):
+        chosen = order[start : start + size].tolist()
+        path = out / f"{number:06d}.tar"
+        kept = path.exists()
+        if not kept:
+            _write(path, [(names[i], files[i]) for i in chosen])
+        samples = sum(1 for _ in members(path))
+        shards.append(Shard(path.name, path.stat().st_size, samples))
+        yield Packed(shards[-1], len(chosen) - samples, kept)
+    write_manifest(out, shards, mark)
+    for rest in (out / PLAN, *out.glob(".*.tar.*")):  # the latter of runs that were killed
+        rest.unlink(missing_ok=True)
+
+
+def _claim(out: Path, mark: str) -> None:
+    """Make sure that nothing in the folder is of another set."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (MANIFEST, PLAN):
+        if (out / name).exists():
+            if json.loads((out / name).read_bytes())["origin"] != mark:
+                raise ValueError(
+                    f"{out} holds shards of other files, another --shard-size or --seed; name another folder"
+                )
+            return
+    if there := sorted(path.name for path in out.iterdir()):
+        raise ValueError(f"{out} holds {there[0]} and is not a folder of shards begun here; name another folder")
+    with atomic_write(out / PLAN) as file:
+        file.write(json.dumps({"origin": mark}).encode())
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Return one name a file, its keys unique, without dots in them."""
+    used: set[str] = set()
+    names = []
+    for number, path in enumerate(paths):
+        stem, extension = os.path.splitext(path)
+        key = stem.replace(".", "_")
+        if key in used:
+            key = f"{key}_{number}"
+        used.add(key)
+        names.append(key + extension)
+    return names
+
+
+def _write(path: Path, entries: Sequence[tuple[str, str]]) -> None:
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for name, source in entries:
+            try:
+                data = Path(source).read_bytes()
+            except OSError as error:
+                logger.warning("cannot read %s (%s); it is left out", source, error)
+                continue
+            member = tarfile.TarInfo(name)  # owner, rights and time are the same for all
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def index(out: Path) -> int:
+    """Write ``shards.json`` for a folder of shards that another program made; return the number of images.
+
+    Raises:
+        ValueError: no shards.
+        OSError: a shard is damaged.
+    """
+    paths = sorted(out.glob("*.tar"))
+    if not paths:
+        raise ValueError(f"no *.tar in {out}")
+    shards = [Shard(path.name, path.stat().st_size, sum(1 for _ in members(path))) for path in paths]
+    write_manifest(out, shards, "indexed")
+    return sum(shard.samples for shard in shards)

@@ -1,0 +1,421 @@
+"""Tar shards in WebDataset's format, on a disk or streamed over http(s), read by number.
+
+A shard's images are its members ``KEY.EXTENSION``: as in WebDataset, the key ends at the first dot of the base name,
+and an image has nothing but an image's extension behind it (``a.jpg``, not ``a.mask.png``); a key's first one counts.
+``shards.json`` beside the shards tells their sizes and numbers of images; shards without it are read once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import hashlib
+import json
+import logging
+import os
+import queue
+import re
+import tarfile
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+
+from moco_d2.atomic import atomic_write
+from moco_d2.data.listing import EXTENSIONS, cache_folder
+from moco_d2.transfer import TransferError, size_of, transfer
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "shards.json"
+FORMAT = "moco_d2 shards 1"
+# Beside shards that are still being made; it says of what.
+PLAN = ".making.json"
+
+_OPEN = 64  # shards a process keeps open
+_KNOWN = 4096  # shards whose members a process remembers: 16 bytes an image
+_FETCHERS = 4  # shards that a process fetches at a time
+_ASK_AGAIN = 300.0  # seconds until a shard that could not be fetched is tried again
+_SAY_EVERY = 10.0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard: path or address, size in bytes (0: unknown), number of images."""
+
+    location: str
+    bytes: int
+    samples: int
+
+
+def is_shards(name: str) -> bool:
+    """Tell whether a name in DATASETS.TRAIN means shards: an address, a tar, a pattern of tars, a folder of ours."""
+    return bool(
+        (re.match(r"\w+:", name) and not os.path.exists(name))
+        or name.endswith(".tar")
+        or os.path.basename(name) == MANIFEST
+        or os.path.isfile(os.path.join(name, MANIFEST))
+    )
+
+
+def is_url(location: str) -> bool:
+    """Tell whether a location is fetched over the network."""
+    return location.startswith(("http://", "https://"))
+
+
+def expand(pattern: str) -> list[str]:
+    """Expand braces as a shell does: ``{000..123}`` keeps its zeros, ``{a,b}`` lists.
+
+    Raises:
+        ValueError: a range that runs backwards.
+    """
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, choices = match.groups()
+    if choices is None and int(first) > int(last):
+        raise ValueError(f"DATASETS.TRAIN names {pattern!r}: {match[0]} runs backwards")
+    parts = choices.split(",") if choices else [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
+    rests = expand(pattern[match.end() :])
+    return [pattern[: match.start()] + part + rest for part in parts for rest in rests]
+
+
+def members(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
+    """Yield (name, offset, size) of the images in a shard, without their bytes.
+
+    Raises:
+        OSError: at the place where the shard is cut short or damaged.
+    """
+    last_key = None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                key, dot, extension = base.partition(".")
+                if member.isreg() and key and (dot + extension).lower() in EXTENSIONS and (folder, key) != last_key:
+                    last_key = folder, key
+                    yield member.name, member.offset_data, member.size
+    except tarfile.TarError as error:
+        raise OSError(f"{os.fspath(path)}: {error}") from error
+
+
+class ShardCache:
+    """A folder of bounded size for streamed shards, shared by the processes of a machine.
+
+    The shard that was asked for longest ago makes room. A process dies with no harm: what is whole has its name, and
+    the rest is continued.
+    """
+
+    def __init__(self, folder: Path, limit: float) -> None:
+        """Keep shards in ``folder``, ``limit`` bytes of them at most."""
+        self.folder, self.limit = folder, limit
+
+    def path(self, shard: Shard) -> Path:
+        """Return where a shard is or will be; another size is another shard."""
+        mark = hashlib.sha256(f"{shard.location} {shard.bytes}".encode()).hexdigest()[:16]
+        base = os.path.basename(urllib.parse.urlsplit(shard.location).path)
+        return self.folder / f"{mark}-{base.removesuffix('.tar')}.tar"
+
+    def get(self, shard: Shard) -> Path:
+        """Return a shard's file, fetched if it is not there; other processes that want it wait.
+
+        Raises:
+            OSError: it cannot be fetched or kept.
+        """
+        path = self.path(shard)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            # A bounded number of lock files, never removed: two processes could hold a removed one at the same time.
+            with filelock.FileLock(self.folder / f".lock-{path.name[:2]}"):
+                if not path.exists():
+                    self._fetch(shard, path)
+        return path
+
+    def touch(self, shard: Shard) -> None:
+        """Mark a shard as wanted now, if it is there."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path(shard))
+
+    def _fetch(self, shard: Shard, path: Path) -> None:
+        part = path.with_suffix(".part")
+        self._make_room(shard.bytes)
+        try:
+            transfer(shard.location, part, shard.location, checked=bool(shard.bytes), attempts=6)
+        except TransferError as error:
+            answer = f"the server answers {error.status}: " if error.status else ""
+            raise OSError(f"cannot fetch {shard.location}: {answer}{error}") from error
+        if shard.bytes and size_of(part) != shard.bytes:
+            logger.warning("%s has %d bytes, %d were expected: cut short, or replaced since its shards.json was made",
+                           shard.location, size_of(part), shard.bytes)  # fmt: skip
+        os.replace(part, path)
+
+    def _make_room(self, room: int) -> None:
+        with filelock.FileLock(self.folder / ".lock"):
+            kept = [(entry.stat().st_mtime, entry) for entry in self.folder.glob("*.tar")]
+            used = sum(size_of(entry) for entry in self.folder.glob("*.part")) + sum(size_of(e) for _, e in kept)
+            for _, entry in sorted(kept):
+                if used + room <= self.limit:
+                    return
+                used -= size_of(entry)
+                entry.unlink(missing_ok=True)
+
+
+class ShardSource:
+    """The images of a list of shards.
+
+    Attributes:
+        spans: number of images in each shard.
+        stream_sizes: bytes of each shard that comes over the network (0: unknown).
+    """
+
+    def __init__(self, shards: Sequence[Shard], cache: ShardCache) -> None:
+        self.shards, self.cache = list(shards), cache
+        self.spans = np.array([shard.samples for shard in shards], np.int64)
+        self.stream_sizes = [shard.bytes for shard in shards if is_url(shard.location)]
+        self.unreadable: list[tuple[str, str]] = []
+        self._ends = np.cumsum(self.spans)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lost: dict[int, tuple[float, str]] = {}
+        self._wanted: queue.SimpleQueue[Shard] | None = None
+        self._open = functools.lru_cache(_OPEN)(_Open)
+        self._table = functools.lru_cache(_KNOWN)(_table)
+        self._names = functools.lru_cache(2)(_names)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out open files and threads, which do not travel to another process."""
+        return {name: value for name, value in vars(self).items() if name in _TRAVELS}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def _where(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - int(self._ends[shard] - self.spans[shard])
+
+    def name(self, index: int) -> str:
+        """Return the shard and the member in it, or its number where the shard cannot be asked."""
+        number, position = self._where(index)
+        shard = self.shards[number]
+        try:
+            return f"{shard.location}/{self._names(self._file(number))[position]}"
+        except (OSError, IndexError):
+            return f"{shard.location}[{position}]"
+
+    def read(self, index: int) -> bytes:
+        """Return the bytes of an image file.
+
+        Raises:
+            OSError: the shard cannot be had, or does not hold the image whole.
+        """
+        number, position = self._where(index)
+        try:
+            return self._read(self._file(number), position)
+        except FileNotFoundError:  # it made room for others in between, or vanished
+            return self._read(self._file(number), position)
+
+    def _read(self, path: Path, position: int) -> bytes:
+        table = self._table(path)
+        if position >= len(table):
+            raise OSError(f"{path} is cut short: it has {len(table)} images and this is number {position}")
+        offset, size = table[position].tolist()
+        data = os.pread(self._open(path).descriptor, size, offset)
+        if len(data) < size:
+            raise OSError(f"{path} is cut short: {len(data)} of {size} bytes")
+        return data
+
+    def _file(self, number: int) -> Path:
+        shard = self.shards[number]
+        if not is_url(shard.location):
+            return Path(shard.location)
+        if number in self._lost and time.monotonic() - self._lost[number][0] < _ASK_AGAIN:
+            raise OSError(self._lost[number][1])
+        try:
+            return self.cache.get(shard)
+        except OSError as error:
+            self._lost[number] = time.monotonic(), str(error)
+            raise
+
+    def prepare(self, now: list[int], ahead: list[int]) -> None:
+        """Fetch streamed shards in the background: those of the window that begins, then those of the next."""
+        if not self.stream_sizes:
+            return
+        wanted = [shard for number in (*now, *ahead) if is_url((shard := self.shards[number]).location)]
+        for shard in wanted:
+            self.cache.touch(shard)
+        if self._wanted is None:
+            self._wanted = queue.SimpleQueue()
+            for _ in range(_FETCHERS):  # daemons: a stuck transfer does not keep a finished run from ending
+                threading.Thread(target=_fetch_all, args=(self.cache, self._wanted), daemon=True).start()
+        for shard in wanted:
+            self._wanted.put(shard)
+
+
+_TRAVELS = ("shards", "cache", "spans", "stream_sizes", "unreadable", "_ends")
+
+
+class _Open:
+    """An open file that closes with its last reference.
+
+    Read with pread, not mmap: pages of a file that shrinks under an mmap kill the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+def _fetch_all(cache: ShardCache, wanted: queue.SimpleQueue[Shard]) -> None:
+    while True:
+        shard = wanted.get()
+        try:
+            cache.get(shard)
+        except OSError as error:  # whoever reads it will meet the error again and count it
+            logger.warning("%s", error)
+
+
+def _table(path: Path) -> npt.NDArray[np.int64]:
+    """Return (offset, size) of a shard's images, kept in the cache folder under path, size and time of the shard."""
+    status = path.stat()
+    mark = f"{path.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
+    kept = cache_folder() / "indexes" / f"{hashlib.sha256(mark.encode(errors='surrogateescape')).hexdigest()[:24]}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        return np.asarray(np.load(kept), np.int64)
+    rows, whole = [], True
+    try:
+        for _, offset, size in members(path):
+            rows.append((offset, size))
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        whole = False
+        logger.warning("%s; its first %d images are used", error, len(rows))
+    table = np.array(rows, np.int64).reshape(-1, 2)
+    if whole:
+        try:
+            with atomic_write(kept) as file:
+                np.save(file, table)
+        except OSError as error:
+            logger.warning("the index of %s cannot be kept in %s: %s", path, kept.parent, error)
+    return table
+
+
+def _names(path: Path) -> list[str]:
+    names = []
+    with contextlib.suppress(OSError):  # those before the place where it is cut short will do
+        for name, _, _ in members(path):
+            names.append(name)
+    return names
+
+
+def open_shards(name: str, cache: ShardCache) -> ShardSource:
+    """Open the shards that a name in DATASETS.TRAIN means.
+
+    Args:
+        name: path or http(s) address, with braces, or for paths with ``*`` and ``?``; or a folder or address with a
+            ``shards.json``.
+        cache: where streamed shards are kept.
+
+    Raises:
+        ValueError: another protocol, nothing there, or no images; the message says what was looked for.
+    """
+    if re.match(r"\w+:", name) and not is_url(name):
+        raise ValueError(f"DATASETS.TRAIN names {name!r}; shards are paths or http(s) addresses, with braces for many")
+    if os.path.isdir(name) or name.endswith("/") or os.path.basename(name) == MANIFEST:
+        folder = name.removesuffix(MANIFEST).rstrip("/") or "."
+        known: dict[str, Shard | None] = {**_manifest(folder, cache)}
+        if not known:
+            raise ValueError(f"DATASETS.TRAIN names {name!r}, but there is no {folder}/{MANIFEST}")
+    else:
+        locations = [path for part in expand(name) for path in ([part] if is_url(name) else _glob(part))]
+        if not locations:
+            raise ValueError(f"DATASETS.TRAIN names {name!r}, and no file is like it")
+        manifests = {folder: _manifest(folder, cache) for folder in dict.fromkeys(map(os.path.dirname, locations))}
+        known = {path: manifests[os.path.dirname(path)].get(path) for path in locations}
+    shards = _describe(known, cache)
+    if not sum(shard.samples for shard in shards):
+        raise ValueError(
+            f"no images in the {len(shards)} shard(s) of {name}: members are KEY.EXTENSION with one of "
+            f"{' '.join(EXTENSIONS)} and no other dot in the base name"
+        )
+    return ShardSource(shards, cache)
+
+
+def _glob(pattern: str) -> list[str]:
+    if glob.has_magic(pattern):
+        return sorted(glob.glob(pattern, recursive=True))
+    if not os.path.isfile(pattern):
+        raise ValueError(f"DATASETS.TRAIN names the shard {pattern!r}, which is not there")
+    return [pattern]
+
+
+def _describe(known: Mapping[str, Shard | None], cache: ShardCache) -> list[Shard]:
+    """Return the shards at the locations; those of which no manifest tells are read once, with progress."""
+    found, said = [], time.monotonic()
+    for location, shard in known.items():
+        if shard is None and is_url(location):
+            shard = Shard(location, 0, len(_table(cache.get(Shard(location, 0, 0)))))
+        elif shard is None:
+            shard = Shard(location, size_of(Path(location)), len(_table(Path(location))))
+        elif not is_url(location) and (there := size_of(Path(location))) != shard.bytes:
+            logger.warning("%s has %d bytes, its %s says %d: it is cut short or was replaced; what it lacks counts as "
+                           "unreadable", location, there, MANIFEST, shard.bytes)  # fmt: skip
+        found.append(shard)
+        if time.monotonic() - said > _SAY_EVERY:
+            said = time.monotonic()
+            logger.info("looked into %d of %d shards; %s beside them saves this", len(found), len(known), MANIFEST)
+    return found
+
+
+def _manifest(folder: str, cache: ShardCache) -> dict[str, Shard]:
+    """Return ``{location: shard}`` of the ``shards.json`` in a folder or at an address; empty if there is none."""
+    if not is_url(folder):
+        path = Path(folder) / MANIFEST
+        if path.with_name(PLAN).exists():
+            raise ValueError(f"the set in {folder or '.'} is half made: run tools/make_shards.py again as it was begun")
+        return _read_manifest(path, folder) if path.is_file() else {}
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    path = cache.folder / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}-{MANIFEST}"
+    with filelock.FileLock(cache.folder / ".lock-manifest"):
+        path.unlink(missing_ok=True)  # always asked anew: it is small, and tells which shards are meant
+        try:
+            transfer(f"{folder}/{MANIFEST}", path, MANIFEST, checked=False)
+        except TransferError as error:
+            if error.status:
+                return {}
+            raise ValueError(f"{folder}/{MANIFEST} cannot be fetched: {error}") from error
+        return _read_manifest(path, folder)
+
+
+def _read_manifest(path: Path, folder: str) -> dict[str, Shard]:
+    try:
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
+        shards = [Shard(f"{folder}/{s['name']}", int(s["bytes"]), int(s["samples"])) for s in content["shards"]]
+        return {shard.location: shard for shard in shards}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/{MANIFEST} is damaged: {error}") from error
+
+
+def write_manifest(folder: Path, shards: Sequence[Shard], origin: str) -> None:
+    """Write the ``shards.json`` of a finished set; locations are names in the folder."""
+    rows = [{"name": s["location"], "bytes": s["bytes"], "samples": s["samples"]} for s in map(asdict, shards)]
+    content = {"format": FORMAT, "origin": origin, "samples": sum(s.samples for s in shards), "shards": rows}
+    with atomic_write(folder / MANIFEST) as file:
+        file.write(json.dumps(content, indent=1).encode())

@@ -1,0 +1,119 @@
+"""Batches of training pictures that depend on the seed and the place in the run alone: a run resumes at any batch.
+
+Detectron2's own loader shuffles and augments with generators that nobody saves, shares pictures out to workers by their
+number, and keeps half-filled batches in memory. Here the main process draws the pictures' numbers from Detectron2's
+samplers and groups them by what their records say; workers only read and augment, each picture under a seed of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from moco_d2.data import stream_seed
+from moco_d2.detection.custom import picture_size
+from moco_d2.running.seeds import seeded
+
+Record = dict[str, Any]
+
+
+class SeededPictures(Dataset[Record]):
+    """Pictures as the model takes them; one's augmentation depends on (seed, number of the draw) only."""
+
+    def __init__(self, records: Sequence[Record], mapper: Callable[[Record], Record], seed: int) -> None:
+        self.records = DatasetFromList(records, copy=False)
+        self.mapper, self.seed = mapper, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> Record:
+        """Read and augment the picture of a key (number of the draw, index)."""
+        draw, index = key
+        with seeded(stream_seed(self.seed, draw)):
+            return self.mapper(self.records[index])
+
+
+class BatchStream(Sampler[list[tuple[int, int]]]):
+    """This process's endless batches of keys (number of the draw, index), each of one group of pictures.
+
+    Batches are filled as Detectron2's ``AspectRatioGroupedDataset`` does: a picture joins those of its group that wait,
+    and they become a batch once there are enough. To begin later the stream is run through, which takes a second for a
+    million pictures.
+
+    Attributes:
+        start: number of the batch to begin with.
+    """
+
+    def __init__(
+        self, draws: Iterable[int], batch: int, groups: Sequence[int] | np.ndarray, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Set up.
+
+        Args:
+            draws: this process's indices, every ``world_size``-th of a common stream; begins anew when iterated.
+            batch: pictures a batch.
+            groups: each picture's group.
+            rank: number of this process.
+            world_size: number of processes.
+        """
+        self.draws, self.batch, self.groups = draws, batch, groups
+        self.rank, self.world_size, self.start = rank, world_size, 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return itertools.islice(self._batches(), self.start, None)
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        waiting: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for draw, index in zip(itertools.count(self.rank, self.world_size), self.draws, strict=False):
+            batch = waiting[self.groups[index]]
+            batch.append((draw, index))
+            if len(batch) == self.batch:
+                yield list(batch)
+                batch.clear()
+
+
+def build_loader(cfg: CfgNode, seed: int, records: Sequence[Record] | None = None, mapper: Any = None) -> DataLoader:
+    """Build the loader of a config's training pictures, with Detectron2's sampler, mapper and grouping.
+
+    Args:
+        cfg: config of the detector.
+        seed: order and augmentation follow from it.
+        records: the pictures, where they are not all of ``DATASETS.TRAIN``.
+        mapper: Detectron2's by default.
+
+    Returns:
+        A loader whose ``batch_sampler`` is a :class:`BatchStream`.
+    """
+    with seeded(seed):  # Samplers draw their seeds from numpy's generator.
+        parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=records)
+    groups = np.zeros(len(parts["dataset"]), bool)
+    if parts["aspect_ratio_grouping"]:
+        groups[:] = [_is_wide(record) for record in parts["dataset"]]
+    world_size = comm.get_world_size()
+    stream = BatchStream(parts["sampler"], parts["total_batch_size"] // world_size, groups, comm.get_rank(), world_size)
+    return DataLoader(
+        SeededPictures(parts["dataset"], parts["mapper"], seed),
+        batch_sampler=stream,
+        num_workers=parts["num_workers"],
+        collate_fn=list,
+        # Its own generator: a loader draws a seed when it starts, which would shift a resumed step's randomness.
+        generator=torch.Generator(),
+    )
+
+
+def _is_wide(record: Record) -> bool:
+    # Records of some segmentation sets leave the size to the picture.
+    width, height = (
+        (record["width"], record["height"]) if {"width", "height"} <= set(record) else picture_size(record["file_name"])
+    )
+    return bool(width > height)

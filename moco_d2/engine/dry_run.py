@@ -1,0 +1,177 @@
+"""A rehearsal of pretraining in a minute: settings, data, memory, speed, and whether the run could be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from moco_d2.atomic import atomic_write
+from moco_d2.config import use_device_there_is
+from moco_d2.engine.optim import scaled_lr, total_steps
+from moco_d2.engine.preflight import check_config, outline
+from moco_d2.engine.pretrain import PretrainTrainer
+from moco_d2.methods import SSLMethod
+from moco_d2.model_zoo import pretraining_changes
+from moco_d2.rehearsal import duration, parameters, peak_memory, quiet, recipe
+
+STEPS = 2
+_CPU_BATCH = 16  # images a process on the CPU, where a full batch would take minutes and more memory than there is
+_LOADED = 4  # batches over which the loader's own speed is taken
+
+
+class Rehearsal(PretrainTrainer):
+    """A trainer that notes the time of each step, without the wait for its data."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(cfg)
+        self.step_seconds: list[float] = []
+
+    def run_step(self) -> None:
+        """Take a step, and its time."""
+        start = time.perf_counter()
+        super().run_step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        waited, _ = self.storage.latest().get("data_time", (0.0, 0))
+        self.step_seconds.append(time.perf_counter() - start - waited)
+
+
+def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
+    """Check every setting, then run a little of the run; yield what was found as ``(subject, finding)``.
+
+    In ``OUTPUT_DIR``: 2 steps with a checkpoint after each; a second trainer that resumes from the first checkpoint and
+    has to arrive at the same weights; the loader alone, for its speed. On the CPU the batch is smaller.
+
+    Args:
+        cfg: config of the run, with an ``OUTPUT_DIR`` that nobody needs.
+
+    Raises:
+        ValueError: names every problem found, a line each.
+    """
+    full = _ready(cfg)
+    small = _shorten(full, comm.get_world_size())
+    with quiet():
+        trainer = Rehearsal(small)
+        trainer.resume_or_load(resume=False)
+    images = len(trainer.data_loader.dataset)
+    steps = total_steps(full, images // full.SOLVER.IMS_PER_BATCH)
+    yield "recipe", recipe(full.PROTOCOL, pretraining_changes(full))
+    yield "data", f"{', '.join(full.DATASETS.TRAIN)}: {images} images"
+    yield "schedule", _schedule(full, steps)
+    yield "weights", full.MODEL.WEIGHTS or f"none: random values of seed {small.SEED}"
+    yield "model", f"{full.SSL.METHOD}, {full.SSL.ENCODER.NAME}: {parameters(trainer.method)}"
+    with quiet():
+        trainer.train()
+    batch, whole = small.SOLVER.IMS_PER_BATCH, full.SOLVER.IMS_PER_BATCH
+    yield "training", _training(trainer, batch, whole)
+    yield "checkpoint", _resume(trainer)
+    yield "memory", peak_memory() + (f" with {batch} images of {whole}" if batch < whole else "")
+    computes, loads = batch / trainer.step_seconds[-1], _loading_speed(trainer, batch)
+    speed, finding = _bottleneck(computes, loads, small.DATALOADER.NUM_WORKERS)
+    yield "bottleneck", finding
+    yield "ETA", f"{duration(steps * whole / speed)} at {speed:.1f} images/s, this machine's speed now"
+
+
+def _ready(cfg: CfgNode) -> CfgNode:
+    """Return the config as this machine runs it.
+
+    Raises:
+        ValueError: what is wrong with the settings or the data.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    use_device_there_is(cfg)
+    cfg.SEED = max(cfg.SEED, 0)
+    cfg.freeze()
+    check_config(cfg, comm.get_world_size())
+    PretrainTrainer.build_train_loader(cfg)  # with the whole batch, for which there must be images
+    return cfg
+
+
+def _shorten(full: CfgNode, world_size: int) -> CfgNode:
+    """Return the config of the rehearsal: as it stands, but for a few steps and, on the CPU, a smaller batch."""
+    cfg = full.clone()
+    cfg.defrost()
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.REFERENCE_BATCH = scaled_lr(full), 0
+    cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.CHECKPOINT_PERIOD = 0, STEPS, (), 1
+    if cfg.MODEL.DEVICE == "cpu":
+        cfg.SOLVER.IMS_PER_BATCH = world_size * _part_of(cfg.SOLVER.IMS_PER_BATCH // world_size, outline(cfg))
+    cfg.freeze()
+    return cfg
+
+
+def _part_of(batch: int, method: SSLMethod) -> int:
+    """Return the smallest part of a process's batch, of ``_CPU_BATCH`` images or more, that the method can take."""
+    for part in range(min(batch, _CPU_BATCH), batch):
+        with contextlib.suppress(ValueError):
+            method.check_batch(part)
+            return part
+    return batch
+
+
+def _schedule(full: CfgNode, steps: int) -> str:
+    epochs = f"{full.SOLVER.EPOCHS} epochs, " if full.SOLVER.EPOCHS else ""
+    return f"{epochs}{steps} iterations of {full.SOLVER.IMS_PER_BATCH} images, lr {scaled_lr(full):g}"
+
+
+def _training(trainer: Rehearsal, batch: int, whole: int) -> str:
+    loss, _ = trainer.storage.latest().get("total_loss", (math.nan, 0))  # recorded in the main process only
+    text = f"{STEPS} steps, loss {loss:.3f}, {trainer.step_seconds[-1] * whole / batch:.2f} s a step"
+    return text if batch == whole else f"{text} (reckoned from {batch} images of {whole})"
+
+
+def _resume(trainer: Rehearsal) -> str:
+    """Take the last step again from the checkpoint before it.
+
+    Raises:
+        ValueError: it does not arrive at the same weights.
+    """
+    folder = Path(trainer.cfg.OUTPUT_DIR)
+    comm.synchronize()
+    if comm.is_main_process():
+        with atomic_write(folder / "last_checkpoint") as file:
+            file.write(f"model_{STEPS - 2:07d}.pth".encode())
+    comm.synchronize()
+    with quiet():
+        again = Rehearsal(trainer.cfg)
+        again.resume_or_load(resume=True)
+        again.train()
+    if not comm.is_main_process():  # Batch statistics are each process's own; checkpoints hold the main one's.
+        return ""
+    pairs = zip(trainer.method.state_dict().items(), again.method.state_dict().values(), strict=True)
+    apart = {name: (a.double() - b.double()).abs().max().item() for (name, a), b in pairs}
+    worst = max(apart, key=lambda name: apart[name])
+    # Some of a GPU's sums are taken in any order.
+    if not apart[worst] <= (0 if trainer.cfg.MODEL.DEVICE == "cpu" else 1e-2):
+        raise ValueError(f"a resumed run does not end as the uninterrupted one: {worst} differs by {apart[worst]:g}")
+    same = "bit for bit" if apart[worst] == 0 else f"within {apart[worst]:.1g}"
+    size = (folder / "model_final.pth").stat().st_size / 2**20
+    return f"{size:.0f} MiB, saved and resumed to the same weights, {same}"
+
+
+def _loading_speed(trainer: Rehearsal, batch: int) -> float:
+    """Return the images per second of the loader alone, all processes together."""
+    batches = iter(trainer.data_loader)
+    next(batches)  # workers start
+    start = time.perf_counter()
+    for _ in itertools.islice(batches, _LOADED):
+        pass
+    return _LOADED * batch / (time.perf_counter() - start)
+
+
+def _bottleneck(computes: float, loads: float, workers: int) -> tuple[float, str]:
+    """Return the speed of a run, images per second, and what limits it."""
+    speeds = f"network {computes:.1f} images/s, loader {loads:.1f} images/s with {workers} worker(s) a process"
+    if workers == 0:
+        return 1 / (1 / computes + 1 / loads), f"{speeds}, one after the other: DATALOADER.NUM_WORKERS 1 or more"
+    if loads < computes:
+        return loads, f"the loader: {speeds}; more DATALOADER.NUM_WORKERS help while there are cores"
+    return computes, f"the network: {speeds}"

@@ -1,0 +1,70 @@
+"""From the config to this process's batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from moco_d2.data import (
+    EpochSampler,
+    ShardCache,
+    Skip,
+    SkipLog,
+    Source,
+    ViewDataset,
+    ViewLoader,
+    build_recipe,
+    open_source,
+)
+from moco_d2.data.backends import build_backend
+from moco_d2.data.listing import cache_folder
+
+
+def build_loader(cfg: CfgNode) -> ViewLoader:
+    """List the images and build this process's loader.
+
+    Raises:
+        ValueError: fewer images than a batch, or a cache too small for a stream's windows.
+    """
+    data, batch, device = cfg.DATA, cfg.SOLVER.IMS_PER_BATCH, torch.device(cfg.MODEL.DEVICE)
+    rank, world = comm.get_rank(), comm.get_world_size()
+    folder = Path(data.CACHE_FOLDER).expanduser() if data.CACHE_FOLDER else cache_folder() / "shards"
+    source = open_source(cfg.DATASETS.TRAIN, ShardCache(folder, data.CACHE_GB * 1e9))
+    if len(source) < batch:
+        raise ValueError(
+            f"{', '.join(cfg.DATASETS.TRAIN)} has {len(source)} images, fewer than a batch of {batch} "
+            f"(SOLVER.IMS_PER_BATCH)"
+        )
+    lanes = data.LANES or (world if source.stream_sizes else 1)
+    check_cache(source, cfg, lanes)
+    skips = SkipLog(cfg.OUTPUT_DIR, data.MAX_SKIPPED, rank)
+    if comm.is_main_process():  # all processes list the same folders
+        skips.record(Skip(path, error, -1) for path, error in source.unreadable)
+    recipe = build_recipe(data.RECIPE, data.CROP_SIZE)
+    dataset = ViewDataset(source, recipe, cfg.SEED, build_backend(data.BACKEND, device), data.MAX_PIXELS)
+    sampler = EpochSampler(
+        source.spans, batch, cfg.SEED, rank, world, window=data.SHUFFLE_SHARDS, lanes=lanes, prepare=source.prepare
+    )
+    return ViewLoader(dataset, sampler, cfg.DATALOADER.NUM_WORKERS, device, skips)
+
+
+def check_cache(source: Source, cfg: CfgNode, lanes: int) -> None:
+    """Raise ValueError when a machine's cache cannot hold what its processes read and what they fetch ahead."""
+    if not source.stream_sizes:
+        return
+    data = cfg.DATA
+    here = max(1, lanes // max(1, comm.get_world_size() // comm.get_local_size()))
+    largest = max(source.stream_sizes)
+    window = data.SHUFFLE_SHARDS or len(source.stream_sizes)
+    # One window is read while the next is fetched; a lane's ends may be parts of shards that its neighbours need too.
+    wanted = min(2 * window * here * largest, sum(source.stream_sizes))
+    if wanted > data.CACHE_GB * 1e9:
+        fits = int(data.CACHE_GB * 1e9 // (2 * here * largest))
+        hint = f", or set DATA.SHUFFLE_SHARDS {fits}" if fits else ""
+        raise ValueError(
+            f"DATA.CACHE_GB is {data.CACHE_GB:g}, but two windows of {window} shards (DATA.SHUFFLE_SHARDS) of up to "
+            f"{largest / 1e6:.0f} MB in {here} lane(s) on this machine take {wanted / 1e9:.3g}: raise it{hint}"
+        )

@@ -1,0 +1,172 @@
+"""What is checked before pretraining starts: every setting it reads, all mistakes at once."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+
+from moco_d2.config import flat, get_cfg
+from moco_d2.data import BACKENDS, RECIPES
+from moco_d2.engine.step import AUTOCAST
+from moco_d2.layers.resnet import ARCHITECTURES, build_resnet
+from moco_d2.methods import METHODS, SSLMethod, build_method, default_args, method_class
+
+# What pretraining reads of SOLVER. Detectron2 has more, for detectors: set, they would be ignored without a word.
+_SOLVER = (
+    "BASE_LR", "CHECKPOINT_KEEP", "CHECKPOINT_KEEP_EVERY", "CHECKPOINT_PERIOD", "EPOCHS", "FIRST_EPOCH", "GAMMA",
+    "IMS_PER_BATCH", "MAX_ITER", "MOMENTUM", "NESTEROV", "REFERENCE_BATCH", "SCHEDULE", "STEPS", "WEIGHT_DECAY",
+)  # fmt: skip
+
+
+def check_config(cfg: CfgNode, world_size: int) -> None:
+    """Check every key of ``SSL``, ``DATA`` and ``SOLVER`` for type, range and contradiction.
+
+    Args:
+        cfg: config of a pretraining run.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: names all problems at once.
+    """
+    problems = [*_ssl_problems(cfg, world_size), *_data_problems(cfg), *_solver_problems(cfg, world_size)]
+    problems += _engine_problems(cfg)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
+    ssl = cfg.SSL
+    problems = list(
+        itertools.chain(
+            _unknown("SSL.METHOD", ssl.METHOD, METHODS),
+            _unknown("SSL.ENCODER.NAME", ssl.ENCODER.NAME, ARCHITECTURES),
+            _unknown("SSL.ENCODER.STEM", ssl.ENCODER.STEM, ("imagenet", "cifar")),
+            _argument_problems(ssl) if ssl.METHOD in METHODS else (),
+        )
+    )
+    yield from problems
+    if problems:
+        return
+    try:  # The constructors know the ranges.
+        method = outline(cfg)
+        if cfg.SOLVER.IMS_PER_BATCH > 0 and cfg.SOLVER.IMS_PER_BATCH % world_size == 0:
+            method.check_batch(cfg.SOLVER.IMS_PER_BATCH // world_size)
+    except ValueError as error:
+        yield str(error)
+
+
+def outline(cfg: CfgNode) -> SSLMethod:
+    """Return the method on the meta device, where it costs no memory and holds no values."""
+    ssl = cfg.SSL
+    encoder = functools.partial(build_resnet, ssl.ENCODER.NAME, width=ssl.ENCODER.WIDTH, stem=ssl.ENCODER.STEM)
+    with torch.device("meta"):
+        return build_method(ssl.METHOD, encoder, dict(ssl.ARGS))
+
+
+def _argument_problems(ssl: CfgNode) -> Iterator[str]:
+    """Yield the arguments of a method that it does not have, or that are of another type than it states."""
+    accepted = default_args(ssl.METHOD)
+    signature = inspect.signature(method_class(ssl.METHOD), eval_str=True)
+    for key, value in ssl.ARGS.items():
+        if key not in accepted:
+            yield from _unknown("SSL.ARGS", key, accepted)
+            continue
+        wanted = signature.parameters[key].annotation
+        fits = isinstance(value, (int, float) if wanted is float else wanted)
+        if not fits or (isinstance(value, bool) and wanted is not bool):
+            yield f"SSL.ARGS.{key} is {value!r}; it must be of type {wanted.__name__}, as {accepted[key]!r} is"
+
+
+def _data_problems(cfg: CfgNode) -> Iterator[str]:
+    yield from _unknown("DATA.RECIPE", cfg.DATA.RECIPE, RECIPES)
+    yield from _unknown("DATA.BACKEND", cfg.DATA.BACKEND, ("auto", *BACKENDS))
+    if cfg.DATA.CROP_SIZE < 1:
+        yield f"DATA.CROP_SIZE is {cfg.DATA.CROP_SIZE}; a view needs at least one pixel"
+    if cfg.DATALOADER.NUM_WORKERS < 0:
+        yield f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; it must be 0 (no worker processes) or more"
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    rules = [
+        ("MAX_SKIPPED", 0 <= cfg.DATA.MAX_SKIPPED <= 1, "a part of the images, in [0, 1]"),
+        ("MAX_PIXELS", cfg.DATA.MAX_PIXELS > 0, "positive"),
+        ("SHUFFLE_SHARDS", cfg.DATA.SHUFFLE_SHARDS >= 0, "positive, or 0 for all"),
+        ("LANES", cfg.DATA.LANES >= 0 and not batch % max(1, cfg.DATA.LANES), f"0, or a divisor of the batch {batch}"),
+        ("CACHE_GB", cfg.DATA.CACHE_GB > 0, "positive"),
+    ]
+    yield from (f"DATA.{key} is {cfg.DATA[key]}; it must be {rule}" for key, holds, rule in rules if not holds)
+
+
+def _solver_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
+    solver = cfg.SOLVER
+    yield from _unknown("SOLVER.SCHEDULE", solver.SCHEDULE, ("step", "cosine"))
+    if solver.IMS_PER_BATCH <= 0 or solver.IMS_PER_BATCH % world_size:
+        yield f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}; it must be a multiple of the {world_size} processes"
+    rules = [
+        ("BASE_LR", solver.BASE_LR > 0, "positive"),
+        ("MOMENTUM", 0 <= solver.MOMENTUM < 1, "in [0, 1)"),
+        ("NESTEROV", solver.MOMENTUM > 0 or not solver.NESTEROV, "False without SOLVER.MOMENTUM"),
+        ("WEIGHT_DECAY", solver.WEIGHT_DECAY >= 0, "0 or more"),
+        ("GAMMA", 0 < solver.GAMMA <= 1, "in (0, 1]"),
+        ("REFERENCE_BATCH", solver.REFERENCE_BATCH >= 0, "positive, or 0 to turn scaling off"),
+        ("CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD > 0, "positive"),
+        ("CHECKPOINT_KEEP", solver.CHECKPOINT_KEEP >= 0, "positive, or 0 to keep all"),
+        (
+            "CHECKPOINT_KEEP_EVERY",
+            solver.CHECKPOINT_KEEP_EVERY >= 0 and not solver.CHECKPOINT_KEEP_EVERY % max(1, solver.CHECKPOINT_PERIOD),
+            "a multiple of SOLVER.CHECKPOINT_PERIOD, or 0",
+        ),
+        ("EPOCHS", solver.EPOCHS >= 0, "positive, or 0 to count iterations"),
+        ("FIRST_EPOCH", 0 <= solver.FIRST_EPOCH <= 1, "0 (MoCo on ImageNet) or 1 (its CIFAR demo)"),
+    ]
+    yield from (f"SOLVER.{key} is {solver[key]}; it must be {rule}" for key, holds, rule in rules if not holds)
+    if cfg.SEED < 0:
+        yield f"SEED is {cfg.SEED}; it must be 0 or more by now (tools draw one for -1)"
+    yield from _length_problems(solver)
+    yield from _ignored(solver)
+
+
+def _engine_problems(cfg: CfgNode) -> Iterator[str]:
+    yield from _unknown("ENGINE.AUTOCAST", cfg.ENGINE.AUTOCAST, ("", "auto", *AUTOCAST))
+    cuda = cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()
+    if cuda and cfg.ENGINE.AUTOCAST == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield "ENGINE.AUTOCAST is 'bfloat16', which this GPU lacks: take float16, or auto"
+    if cfg.SOLVER.AMP.ENABLED:
+        yield "SOLVER.AMP.ENABLED is True: pretraining says it as ENGINE.AUTOCAST float16 (with loss scaling)"
+
+
+def _length_problems(solver: CfgNode) -> Iterator[str]:
+    unit, length = ("epochs", solver.EPOCHS) if solver.EPOCHS else ("iterations", solver.MAX_ITER)
+    if solver.EPOCHS == 0 and solver.MAX_ITER <= 0:
+        yield "set SOLVER.EPOCHS or SOLVER.MAX_ITER to a positive length"
+    elif solver.EPOCHS and solver.MAX_ITER != get_cfg().SOLVER.MAX_ITER:
+        yield (
+            f"SOLVER.MAX_ITER is {solver.MAX_ITER} and SOLVER.EPOCHS {solver.EPOCHS}: to count iterations, pass "
+            "SOLVER.EPOCHS 0"
+        )
+    elif solver.SCHEDULE == "step":
+        steps = list(solver.STEPS)
+        if steps != sorted(set(steps)) or not all(0 < step < length for step in steps):
+            yield f"SOLVER.STEPS is {tuple(steps)}; under SCHEDULE step they rise, within the {length} {unit}"
+
+
+def _ignored(solver: CfgNode) -> Iterator[str]:
+    """Yield the keys that were set and that only detectors use."""
+    default = flat(get_cfg().SOLVER)
+    for key, value in flat(solver).items():
+        if key not in _SOLVER and key != "AMP.ENABLED" and value != default.get(key):
+            yield f"SOLVER.{key} is {value!r}, but pretraining does not use it (nor anything but {', '.join(_SOLVER)})"
+
+
+def _unknown(key: str, value: Any, choices: Iterable[str]) -> Iterator[str]:
+    """Yield a complaint about a name that is none of the choices."""
+    known = list(choices)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"{key} is {value!r}; it must be one of {', '.join(known)}{hint}"

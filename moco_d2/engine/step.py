@@ -1,0 +1,139 @@
+"""A step of pretraining that never waits for the device: autocast, loss scaling, and losses that are read later."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from moco_d2.methods import SSLMethod
+
+AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class PretrainStep(SimpleTrainer):
+    """Detectron2's ``SimpleTrainer`` under autocast, whose losses stay on the device until they are written.
+
+    Reading a loss makes the host wait for the device, which then waits for the host. So the losses of ``period`` steps
+    are read at once, by :meth:`flush`, and each is recorded under its own iteration.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: torch.optim.Optimizer,
+        autocast: str,
+        period: int,
+        max_iter: int,
+    ) -> None:
+        """Set up.
+
+        Args:
+            model: the method, or its DDP wrapper.
+            data_loader: yields the views.
+            optimizer: of the model.
+            autocast: ``bfloat16``, ``float16`` (with loss scaling), or empty for none.
+            period: number of steps between two readings of the losses.
+            max_iter: number of steps in all; after the last the losses are read as well.
+        """
+        super().__init__(model, data_loader, optimizer)
+        self.device = next(model.parameters()).device.type
+        self.autocast, self.period, self.max_iter = AUTOCAST.get(autocast), period, max_iter
+        self.grad_scaler = torch.amp.GradScaler(self.device, enabled=self.autocast is torch.float16)
+        self._losses: list[tuple[int, dict[str, torch.Tensor]]] = []
+
+    def run_step(self) -> None:
+        """Take a step; every ``period`` steps, and after the last one, read and record the losses."""
+        assert self.model.training
+        start = time.perf_counter()
+        views = next(self._data_loader_iter)
+        get_event_storage().put_scalar("data_time", time.perf_counter() - start)
+        with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
+            losses = self.model(views)
+        self.optimizer.zero_grad()
+        self.grad_scaler.scale(sum(losses.values())).backward()
+        self.after_backward()
+        self._losses.append((self.iter, {name: loss.detach() for name, loss in losses.items()}))
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        if (self.iter + 1) % self.period == 0 or self.iter + 1 == self.max_iter:
+            self.flush()
+
+    def flush(self) -> None:
+        """Record the losses since the last call, each the mean over processes.
+
+        Raises:
+            FloatingPointError: one is not finite; the message says in which iteration.
+        """
+        losses = self._read()
+        everyone = comm.all_gather([values for _, values in losses])
+        storage = get_event_storage()
+        for (iteration, values), *others in zip(losses, *everyone, strict=True):
+            means = {name: float(np.mean([other[name] for other in others])) for name in values}
+            storage.put_scalar("total_loss", sum(means.values()), cur_iter=iteration)
+            if len(means) > 1:
+                storage.put_scalars(cur_iter=iteration, **means)
+        self._losses.clear()
+
+    def _read(self) -> list[tuple[int, dict[str, float]]]:
+        """Return ``(iteration, losses)`` of this process since the last flush, with one wait for the device."""
+        if not self._losses:
+            return []
+        names = list(self._losses[0][1])
+        table = torch.stack([torch.stack([losses[name] for name in names]) for _, losses in self._losses]).tolist()
+        rows = [(i, dict(zip(names, row, strict=True))) for (i, _), row in zip(self._losses, table, strict=True)]
+        for iteration, row in rows:
+            if not np.isfinite(sum(row.values())):
+                raise FloatingPointError(f"Loss became infinite or NaN at iteration={iteration}!\nloss_dict = {row}")
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's and the scaler's state; called for a checkpoint, which must not follow a bad loss.
+
+        Raises:
+            FloatingPointError: a loss was not finite.
+        """
+        self._read()
+        return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        super().load_state_dict(state)
+        scaler = state.get("grad_scaler")  # empty, or missing, where the run had no loss scaling
+        if scaler and self.grad_scaler.is_enabled():
+            self.grad_scaler.load_state_dict(scaler)
+
+
+def chosen_autocast(cfg: CfgNode) -> str:
+    """Return what ``ENGINE.AUTOCAST`` means on this device; ``auto`` is bfloat16, or float16 on GPUs that lack it."""
+    if cfg.ENGINE.AUTOCAST != "auto":
+        return str(cfg.ENGINE.AUTOCAST)
+    if cfg.MODEL.DEVICE == "cpu":
+        return ""
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def apply_switches(method: SSLMethod, cfg: CfgNode) -> SSLMethod:
+    """Give a method the memory order and the compilation that ``ENGINE`` asks for, in place; its names stay."""
+    if cfg.ENGINE.CHANNELS_LAST:
+        method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if cfg.ENGINE.COMPILE:
+        for network in method.networks():
+            network.compile()
+    return method
+
+
+def describe_switches(cfg: CfgNode) -> str:
+    """Return, in words, the switches of ``ENGINE`` that are on and not by default; empty if there are none."""
+    engine = cfg.ENGINE
+    words = [f"{autocast} autocast"] if (autocast := chosen_autocast(cfg)) else []
+    words += ["channels_last"] * engine.CHANNELS_LAST + ["compiled"] * engine.COMPILE
+    return ", ".join(words)

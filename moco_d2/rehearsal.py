@@ -1,0 +1,51 @@
+"""What both stages' dry runs say about a network and this machine, in a person's units."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import os
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what libraries print, such as COCO's evaluation, off the screen."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        yield
+
+
+def recipe(name: str, changes: Sequence[str] | None) -> str:
+    """Return a recipe's or protocol's name and what was changed in it; None for a name that is not shipped."""
+    if changes is None:
+        return f"{name or 'none'}, which is not a shipped one: no published figures belong to it"
+    return name + (", as shipped" if not changes else f", modified: {' '.join(changes)}")
+
+
+def parameters(model: nn.Module) -> str:
+    """Return how many parameters a network has, and how many of them are trained."""
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or not trained) for trained in (False, True)]
+    return f"{counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.1f} M trained"
+
+
+def peak_memory() -> str:
+    """Return the most memory that this process has held: of the GPU where there is one."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most on {torch.cuda.get_device_name()}"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+    return f"{peak:.1f} GiB at most in this process"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as ``days, h:mm:ss``."""
+    return str(datetime.timedelta(seconds=round(seconds)))

@@ -1,0 +1,1 @@
+"""What the loops of both stages share so that nothing is lost: checkpoints, seeds, and stopping when asked to."""

@@ -1,0 +1,179 @@
+"""Checkpoints that can be trusted: whole or not there, checked before they are used, and no more than asked for.
+
+``torch.save`` writes zip archives, in which every record carries a CRC-32 and the table of contents comes last: a
+truncated or altered checkpoint shows without a second file that would have to be kept in step with the first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from fvcore.common.checkpoint import Checkpointer
+
+from moco_d2.atomic import atomic_write, remove_leftovers
+
+logger = logging.getLogger(__name__)
+
+# sysexits.h: EX_IOERR. The exit code when a checkpoint cannot be written.
+EXIT_NOT_WRITTEN = 74
+
+_POINTER = "last_checkpoint"
+
+
+class NotWrittenError(OSError):
+    """A checkpoint could not be written; the one before it is as it was."""
+
+
+def write_tensors(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint file that is whole or not there.
+
+    Raises:
+        NotWrittenError: the disk is full, or the file cannot be written for another reason.
+    """
+    try:
+        with atomic_write(path) as file:
+            torch.save(data, file)
+    except (OSError, RuntimeError) as error:
+        # torch's writer, failing a second time while it closes the archive, hides the system's error behind its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise NotWrittenError(_explain(Path(path), cause)) from error
+    logger.info("wrote %s", path)
+
+
+def save_run(keeper: Checkpointer, name: str, **extra: Any) -> None:
+    """Write ``<name>.pth`` with the model, everything registered with the checkpointer, and ``extra``."""
+    state = {key: item.state_dict() for key, item in keeper.checkpointables.items()}
+    write_tensors({"model": keeper.model.state_dict(), **state, **extra}, Path(keeper.save_dir) / f"{name}.pth")
+
+
+def point_to(keeper: Checkpointer, name: str) -> None:
+    """Make ``<name>.pth`` the checkpoint that resuming starts from."""
+    try:
+        with atomic_write(Path(keeper.save_dir) / _POINTER) as file:
+            file.write(f"{name}.pth".encode())
+    except OSError as error:
+        raise NotWrittenError(_explain(Path(keeper.save_dir) / _POINTER, error)) from error
+
+
+def last_whole(folder: str | os.PathLike[str]) -> str:
+    """Return the last checkpoint of a run that is whole, or nothing where a run has left none.
+
+    The main process reads the file through and decides for all. Every process must call this.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    chosen = _last_whole(Path(folder)) if comm.is_main_process() else ""
+    return str(comm.all_gather(chosen)[0])
+
+
+def _last_whole(folder: Path) -> str:
+    pointer = folder / _POINTER
+    if not pointer.is_file():
+        return ""
+    remove_leftovers(folder)
+    named = folder / pointer.read_text(errors="replace").strip()
+    candidates = dict.fromkeys([named, *reversed(_periodic(folder))])
+    for path in candidates:
+        problem = damage(path)
+        if not problem:
+            return str(path)
+        logger.warning("the checkpoint %s is damaged (%s): the one before it is used", path, problem)
+    raise ValueError(
+        f"none of the {len(candidates)} checkpoints in {folder} is whole: start again in another OUTPUT_DIR, or copy "
+        "one back that is whole elsewhere"
+    )
+
+
+def damage(path: str | os.PathLike[str]) -> str:
+    """Say what is wrong with a checkpoint file, having read all of it; empty where its checksums hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+        # Headers have no checksum. torch is stricter with them than zipfile, and this reads no tensor.
+        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # Depending on where the damage is, they raise nearly anything.
+        return f"{type(error).__name__}: {error}"
+    return f"checksum of {bad}" if bad else ""
+
+
+def recorded_seed(folder: str | os.PathLike[str]) -> int | None:
+    """Return the ``SEED`` of the run in a folder, or None where there is no run. Every process must call this."""
+    path = last_whole(folder)
+    if not path:
+        return None
+    run = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("trainer", {}).get("run", {})
+    return run.get("SEED")
+
+
+class PeriodicCheckpoint(HookBase):
+    """Save every ``period`` steps and at the end, and remove old checkpoints.
+
+    Detectron2's own hook knows only the checkpoints of its own process, so that a run that is interrupted often fills
+    the disk.
+
+    Attributes:
+        saved: the last iteration that was saved.
+    """
+
+    def __init__(self, checkpointer: Checkpointer, period: int, keep: int = 0, keep_every: int = 0) -> None:
+        """Set up, in every process; only the main one writes.
+
+        Args:
+            checkpointer: writes.
+            period: in iterations.
+            keep: number of checkpoints to keep, the newest; 0 for all.
+            keep_every: those after every so many iterations are kept besides; 0 for none.
+        """
+        self.checkpointer, self.period, self.keep, self.keep_every = checkpointer, period, keep, keep_every
+        self.saved = -1
+
+    def after_step(self) -> None:
+        """Save if it is time."""
+        done = self.trainer.iter + 1
+        if done % self.period == 0:
+            self.save()
+        if done == self.trainer.max_iter:
+            self.checkpointer.save("model_final", iteration=self.trainer.iter)
+
+    def save(self) -> None:
+        """Save this step, unless it is saved already, and remove what is too old."""
+        step = self.trainer.iter
+        if step == self.saved:
+            return
+        self.checkpointer.save(f"model_{step:07d}", iteration=step)
+        self.saved = step
+        if self.keep and comm.is_main_process():
+            for path in _periodic(Path(self.checkpointer.save_dir))[: -self.keep]:
+                if not self.keep_every or (_iteration(path) + 1) % self.keep_every:
+                    path.unlink()
+
+
+def _periodic(folder: Path) -> list[Path]:
+    """Return the checkpoints with a number, oldest first."""
+    return sorted(folder.glob("model_" + 7 * "[0-9]" + "*.pth"), key=_iteration)
+
+
+def _iteration(path: Path) -> int:
+    return int(path.stem.removeprefix("model_"))
+
+
+def _explain(path: Path, error: OSError) -> str:
+    free = shutil.disk_usage(path.parent).free
+    pointer = path.parent / _POINTER
+    kept = path.parent / pointer.read_text().strip() if pointer.is_file() else "none yet"
+    return (
+        f"cannot write {path}: {error.strerror} ({free / 2**20:.1f} MiB free). The last checkpoint is untouched: "
+        f"{kept}. Make room and continue with --resume"
+    )

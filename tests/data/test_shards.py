@@ -1,0 +1,352 @@
+"""Shards: made, read, streamed, resumed and damaged, over real tars and a real HTTP server."""
+
+import gc
+import io
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moco_d2.data import (
+    EpochSampler,
+    FileSource,
+    ShardCache,
+    ViewDataset,
+    ViewLoader,
+    build_recipe,
+    list_folder,
+    open_source,
+    packing,
+)
+from moco_d2.data.backends import build_backend
+from moco_d2.data.packing import Packed, pack
+from moco_d2.data.shards import MANIFEST, Shard, expand, members, open_shards
+
+ROOT = Path(__file__).parents[2]
+RNG = np.random.default_rng(0)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MOCO_D2_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """47 pictures in three folders, some with names that a tar or WebDataset might take amiss."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(47):
+        folder = root / f"class{i % 3}"
+        folder.mkdir(exist_ok=True)
+        name = {5: "dotted.v1.jpg", 8: "dotted.v2.jpg", 11: "dotted_v2.jpg", 14: "ümläut.jpg", 17: "x" * 120 + ".jpg"}
+        pixels = RNG.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name.get(i, f"{i:03d}.jpg"), quality=50)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards")
+    command = [sys.executable, str(ROOT / "tools" / "make_shards.py"), str(images), str(out), "--shard-size", "6"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "47 of 47 images" in shown and "eta 0:00:00" in shown and "47 images in 8 shards" in shown
+    return out
+
+
+def contents(source: object) -> list[bytes]:
+    return sorted(source.read(i) for i in range(len(source)))  # type: ignore[attr-defined, arg-type]
+
+
+def test_shards_hold_the_folder_and_any_tar_reader_agrees(images: Path, shards: Path) -> None:
+    files = sorted(path.read_bytes() for path in images.rglob("*.jpg"))
+    for name in (f"{shards}", f"{shards}/{MANIFEST}", f"{shards}/*.tar", f"{shards}/{{000000..000007}}.tar"):
+        source = open_source([name])
+        assert contents(source) == files and source.spans.tolist() == [6] * 7 + [5]
+    names = subprocess.run(["tar", "-tf", shards / "000000.tar"], check=True, capture_output=True).stdout.splitlines()
+    assert len(names) == 6
+    source = open_source([str(shards)])
+    assert source.name(0).startswith(f"{shards}/000000.tar/class") and source.name(0).endswith(".jpg")
+    keys = {source.name(i).partition(".tar/")[2].rpartition(".")[0] for i in range(47)}
+    assert len(keys) == 47 and not any("." in key for key in keys), "keys differ and end at the first dot"
+    assert keys != sorted(keys)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_webdataset_library_reads_ours(images: Path, shards: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    urls = [str(path) for path in sorted(shards.glob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert sorted(sample["jpg"] for sample in samples) == sorted(path.read_bytes() for path in images.rglob("*.jpg"))
+    gc.collect()  # it leaves its files open
+
+
+def test_foreign_tars_are_read(tmp_path: Path, cache: Path, images: Path) -> None:
+    subprocess.run(["tar", "-cf", tmp_path / "gnu.tar", "-C", images, "."], check=True)
+    # `dotted.v1.jpg` and `dotted.v2.jpg` are fields of one sample by WebDataset's rule, and no images.
+    assert len(open_source([f"{tmp_path}/gnu.tar"])) == 45
+    jpeg = next(images.rglob("*.jpg")).read_bytes()
+    fields = [("a.JPG", jpeg), ("a.cls", b"3"), ("a.json", b"{}"), ("b.seg.png", b"x"), ("b.png", b"first"),
+              ("b.jpg", jpeg), ("c.txt", b"x"), ("sub/a.jpeg", jpeg), (".jpg", jpeg)]  # fmt: skip
+    with tarfile.open(tmp_path / "web.tar", "w") as tar:
+        for name, data in fields:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        folder = tarfile.TarInfo("folder.jpg")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    assert [name for name, *_ in members(tmp_path / "web.tar")] == ["a.JPG", "b.png", "sub/a.jpeg"]
+    source = open_source([f"{tmp_path}/{{gnu,web}}.tar"])
+    assert source.spans.tolist()[0] == 45 and source.read(46) == b"first"
+    assert len(list((cache / "indexes").iterdir())) == 2, "read once, and remembered"
+    assert packing.index(tmp_path) == len(source) == len(open_source([str(tmp_path)]))
+
+
+def test_shards_and_folders_mix(images: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moco_d2.data.sources.FILES_IN_A_SPAN", 10)
+    source = open_source([str(shards), str(images)])
+    assert len(source) == 94 and source.spans.tolist() == [10] * 4 + [7] + [6] * 7 + [5]
+    every = [source.read(i) for i in range(94)]
+    assert sorted(every[:47]) == sorted(every[47:]) and source.name(46).startswith(str(images))
+    assert source.name(47).startswith(f"{shards}/000000.tar/")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("SHARDS/{000009..000000}.tar", "runs backwards"),
+        ("SHARDS/000099.tar", "000099.tar', which is not there"),
+        ("SHARDS/none*.tar", "no file is like it"),
+        ("pipe:curl http://x/y.tar", "paths or http"),
+        ("s3://bucket/x.tar", "paths or http"),
+        ("EMPTY", r"found 1 other file\(s\); tar shards are named as FOLDER/\*.tar"),
+        ("EMPTY/text.tar", "no images in the 1 shard"),
+        ("BROKEN", "shards.json is damaged: its format is 'other'"),
+    ],
+)
+def test_mistakes_are_named(name: str, message: str, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "e").mkdir()
+    subprocess.run(["tar", "-cf", tmp_path / "e" / "text.tar", "-C", ROOT, "README.md"], check=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / MANIFEST).write_text('{"format": "other"}')
+    for word, folder in (("SHARDS", shards), ("EMPTY", tmp_path / "e"), ("BROKEN", tmp_path / "b")):
+        name = name.replace(word, str(folder))
+    with pytest.raises(ValueError, match=message):
+        open_source([name])
+
+
+def test_braces_expand_as_in_a_shell() -> None:
+    assert expand("a{08..11}b{x,y}.tar") == [f"a{n}b{c}.tar" for n in ("08", "09", "10", "11") for c in "xy"]
+    assert expand("plain") == ["plain"] and expand("{}{x}") == ["{}{x}"]
+
+
+def make(images: Path, out: Path, size: int = 6) -> list[Packed]:
+    return list(pack(list_folder(images), images, out, size, seed=0))
+
+
+def test_making_is_deterministic_resumes_and_refuses(images: Path, shards: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    make(images, whole, 1)
+    process = multiprocessing.get_context("fork").Process(target=make, args=(images, killed, 1))
+    process.start()
+    while not (killed / "000001.tar").exists():
+        time.sleep(0.0001)
+    process.kill()
+    process.join()
+    assert not (killed / MANIFEST).exists(), "killed before the end"
+    begun = {path: path.stat().st_mtime_ns for path in killed.glob("0*.tar")}
+    with pytest.raises(ValueError, match=r"is half made: run tools/make_shards.py again"):
+        open_source([f"{killed}/*.tar"])
+    packed = make(images, killed, 1)
+    assert sum(shard.kept for shard in packed) == len(begun) >= 2
+    assert all(path.stat().st_mtime_ns == written for path, written in begun.items()), "what is done is kept"
+    assert sorted(os.listdir(killed)) == sorted(os.listdir(whole)), "nothing is left lying about"
+    assert all((whole / name).read_bytes() == (killed / name).read_bytes() for name in os.listdir(whole))
+    again = tmp_path / "again"
+    make(images, again)
+    assert all((again / name).read_bytes() == (shards / name).read_bytes() for name in os.listdir(shards))
+    for folder, out, size in ((images, shards, 7), (images / "class0", shards, 6), (images, images, 6)):
+        with pytest.raises(ValueError, match="name another folder"):
+            make(folder, out, size)
+
+
+def test_files_that_vanish_while_packing_are_left_out(images: Path, tmp_path: Path) -> None:
+    files = [*list_folder(images), str(images / "gone.jpg")]
+    packed = list(pack(files, images, tmp_path / "out", 6, seed=0))
+    assert sum(shard.unreadable for shard in packed) == 1 and len(open_source([str(tmp_path / "out")])) == 47
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a folder with ranges, breaks off where it is told to, and notes what was asked for."""
+
+    asked: list[str]
+    broken: dict[str, int]  # name: after how many bytes the next answer ends
+
+    def do_GET(self) -> None:
+        name = self.path.partition("?")[0].lstrip("/")
+        self.asked.append(name)
+        path = Path(self.directory) / name
+        if not path.is_file():
+            self.send_error(404, "not here")
+            return
+        data, start = path.read_bytes(), 0
+        if range_ := self.headers.get("Range"):
+            start = int(range_.removeprefix("bytes=").rstrip("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("ETag", f'"{len(data)}-{path.stat().st_mtime_ns}"')
+        self.end_headers()
+        self.wfile.write(data[start : start + self.broken.pop(name, len(data))])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[tuple[str, type[Handler]]]:
+    handler = type("Own", (Handler,), {"asked": [], "broken": {}})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(shards))) as http:
+        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}", handler
+        http.shutdown()
+        thread.join()
+
+
+def test_streams_give_what_disks_give_and_stay_within_their_cache(
+    server: tuple[str, type[Handler]], shards: Path, tmp_path: Path
+) -> None:
+    url, handler = server
+    size = max(path.stat().st_size for path in shards.glob("*.tar"))
+    handler.broken = {"000002.tar": 700, "000005.tar": 3000}
+    local = open_shards(str(shards), ShardCache(tmp_path, 1e9))
+    streamed = open_shards(f"{url}/", ShardCache(tmp_path / "c", 4.5 * size))
+    assert handler.asked == [MANIFEST], "nothing is fetched before it is needed"
+    for index in np.random.default_rng(0).permutation(47).tolist():
+        assert streamed.read(index) == local.read(index)
+        kept = sum(path.stat().st_size for path in (tmp_path / "c").glob("*.tar"))
+        assert kept <= 4.5 * size and not list((tmp_path / "c").glob("*.part"))
+    assert handler.asked.count("000002.tar") >= 2, "broken off and continued"
+    assert streamed.name(0) == local.name(0).replace(str(shards), url)
+
+
+def test_the_window_ahead_is_fetched_in_time_and_only_by_whom_it_concerns(
+    server: tuple[str, type[Handler]], tmp_path: Path
+) -> None:
+    url, handler = server
+    source = open_shards(f"{url}/{{000000..000007}}.tar", ShardCache(tmp_path, 1e9))
+    sampler = EpochSampler(source.spans, 4, 1, rank=0, world_size=2, window=2, lanes=2, prepare=source.prepare)
+    stream = iter(sampler)
+    plan = [span for window in sampler._plan(0, 0) for span, *_ in window]
+    next(stream)
+    for _ in range(500):
+        if len(list(tmp_path.glob("0*.tar")) + list(tmp_path.glob("*-0*.tar"))) >= 4:
+            break
+        time.sleep(0.01)
+    assert set(handler.asked) - {MANIFEST} == {f"{span:06d}.tar" for span in plan[:4]}, "this window and the next"
+
+
+def batches(source: object, start: int, count: int, workers: int, world: int, lanes: int) -> list[torch.Tensor]:
+    """What all processes see, step by step."""
+    loaders = []
+    for rank in range(world):
+        sampler = EpochSampler(
+            source.spans, 8, 3, rank, world, start, window=2, lanes=lanes, prepare=source.prepare  # type: ignore[attr-defined]
+        )  # fmt: skip
+        dataset = ViewDataset(source, build_recipe("moco_v2", 16), 3, build_backend("cv2", CPU))  # type: ignore[arg-type]
+        loaders.append(iter(ViewLoader(dataset, sampler, workers, CPU)))
+    return [torch.cat([torch.stack(next(loader)) for loader in loaders], 1) for _ in range(count)]
+
+
+def test_a_resumed_stream_is_the_uninterrupted_one_whoever_reads_it(
+    server: tuple[str, type[Handler]], shards: Path, tmp_path: Path
+) -> None:
+    disk = open_shards(str(shards), ShardCache(tmp_path, 1e9))
+    whole = batches(disk, 0, 12, 0, 1, lanes=2)  # two epochs and two steps
+    for cache, (start, workers, world) in enumerate([(3, 2, 1), (7, 0, 2), (5, 1, 2), (9, 0, 4)]):
+        stream = open_shards(f"{server[0]}/", ShardCache(tmp_path / str(cache), 1e9))
+        resumed = batches(stream, start, 3, workers, world, lanes=2)
+        assert all(torch.equal(a, b) for a, b in zip(whole[start : start + 3], resumed, strict=True))
+
+
+def test_lost_and_short_shards_cost_their_own_images(
+    server: tuple[str, type[Handler]], shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in shards.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    table = list(members(tmp_path / "000003.tar"))
+    os.truncate(tmp_path / "000003.tar", table[2][1] + 100)
+    with caplog.at_level(logging.WARNING):
+        source = open_source([str(tmp_path)])
+    assert "000003.tar has" in caplog.text and "counts as unreadable" in caplog.text
+    os.remove(tmp_path / "000005.tar")
+    lost = []
+    for index in range(47):
+        try:
+            source.read(index)
+        except OSError as error:
+            lost.append((source.name(index).removeprefix(f"{tmp_path}/"), str(error)))
+    names = [name for name, _ in lost]
+    assert len(lost) == 4 + 6 and names[0] == f"000003.tar/{table[2][0]}" and names[1:4] == [
+        f"000003.tar[{n}]" for n in (3, 4, 5)
+    ]  # fmt: skip
+    assert names[4:] == [f"000005.tar[{n}]" for n in range(6)] and "is cut short" in lost[0][1]
+    far = open_shards(f"{server[0]}/", ShardCache(tmp_path / "c", 1e9))
+    far.shards[1] = Shard(f"{server[0]}/gone.tar", 10, 6)
+    with pytest.raises(OSError, match=r"gone.tar: the server answers 404: not here"):
+        far.read(6)
+    begun = len(server[1].asked)
+    with pytest.raises(OSError, match="404"):
+        far.read(7)
+    assert len(server[1].asked) == begun, "what is not there is not asked for again and again"
+
+
+def test_a_damaged_loader_state_does_not_travel(shards: Path) -> None:
+    import pickle
+
+    source = open_shards(str(shards), ShardCache(shards, 1e9))
+    source.read(3)
+    assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
+
+
+def test_the_cache_of_a_stream_must_hold_two_windows(
+    server: tuple[str, type[Handler]], shards: Path, tmp_path: Path
+) -> None:
+    from moco_d2.config import load_cfg
+    from moco_d2.engine.loader import build_loader
+
+    options = ["DATASETS.TRAIN", f"('{server[0]}/',)", "SOLVER.IMS_PER_BATCH", "4", "OUTPUT_DIR", str(tmp_path),
+               "SEED", "1", "MODEL.DEVICE", "cpu", "DATA.CROP_SIZE", "16", "DATA.SHUFFLE_SHARDS", "3",
+               "DATALOADER.NUM_WORKERS", "0"]  # fmt: skip
+    size = max(json.loads((shards / MANIFEST).read_bytes())["shards"], key=lambda shard: shard["bytes"])["bytes"]
+    with pytest.raises(ValueError, match=r"DATA.CACHE_GB is .* raise it, or set DATA.SHUFFLE_SHARDS 2"):
+        build_loader(load_cfg("", [*options, "DATA.CACHE_GB", str(4 * size / 1e9)]))
+    loader = build_loader(load_cfg("", [*options, "DATA.CACHE_GB", str(6 * size / 1e9)]))
+    assert next(iter(loader))[0].shape == (4, 3, 16, 16)
+    assert loader.sampler.settings() == {"DATA.LANES": 1, "DATA.SHUFFLE_SHARDS": 3}
+
+
+def test_a_pipe_among_the_images_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(OSError, match="not an image file: mode p"):
+        FileSource([str(tmp_path / "a.jpg")]).read(0)

@@ -1,0 +1,218 @@
+"""Folders that are listed once and then remembered, and an order of spans that any process can start anywhere."""
+
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moco_d2.data import EpochSampler, list_folder, listing, stream_seed
+from moco_d2.data.listing import Listing, Paths
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MOCO_D2_CACHE", str(folder))
+    return folder
+
+
+def grow(root: Path, folders: int = 40, files: int = 60) -> Path:
+    """A tree of a few thousand images whose folders have settled: their time stamps are in the past."""
+    for i in range(folders):
+        folder = root / f"n{i:04d}"
+        folder.mkdir(parents=True)
+        for j in range(files):
+            (folder / f"{j:04d}.JPEG").touch()
+    return root
+
+
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let time pass, as far as the listing can tell."""
+    now = time.time
+    monkeypatch.setattr(listing.time, "time", lambda: now() + 60)
+
+
+def walked(root: Path) -> list[str]:
+    found = []
+    for parent, folders, names in os.walk(root, followlinks=True):
+        folders.sort()
+        found += [os.path.join(parent, name) for name in sorted(names) if name.lower().endswith(listing.EXTENSIONS)]
+    return found
+
+
+def test_every_change_of_a_remembered_folder_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = grow(tmp_path / "set")
+    settled(monkeypatch)
+    reads: list[str] = []
+    scan = os.scandir
+    monkeypatch.setattr(listing.os, "scandir", lambda folder: reads.append(str(folder)) or scan(folder))
+
+    def read_anew() -> list[str]:
+        reads.clear()
+        assert Listing(root).files == walked(root)
+        return [os.path.relpath(folder, root) for folder in reads if "walk" not in folder]
+
+    monkeypatch.setattr(os, "walk", _walk_without_scandir)
+    assert len(read_anew()) == 41
+    assert read_anew() == [], "remembered"
+    (root / "n0003" / "new.jpg").touch()
+    (root / "n0005" / "0001.JPEG").unlink()
+    (root / "n0007" / "0002.JPEG").rename(root / "n0007" / "renamed.JPEG")
+    stamp = (root / "n0009").stat()
+    (root / "n0009" / "hidden.jpg").touch()
+    os.utime(root / "n0009", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # as rsync does; the ctime tells
+    assert read_anew() == ["n0003", "n0005", "n0007", "n0009"]
+    grow(root / "n0011" / "below", 1, 2)
+    (root / "n0012").rename(root / "n0013x")
+    assert set(read_anew()) == {".", "n0011", "n0011/below", "n0011/below/n0000"} | {"n0013x"}
+    (root / "n0013" / "more.jpg").touch()
+    monkeypatch.setattr(listing, "EXTENSIONS", (*listing.EXTENSIONS, ".touch"))
+    assert len(read_anew()) == 43, "another rule, another listing"
+
+
+def _walk_without_scandir(top: Path, followlinks: bool) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk, by listdir, so that it is not counted."""
+    entries = os.listdir(top)
+    folders = [name for name in entries if os.path.isdir(os.path.join(top, name))]
+    yield str(top), folders, [name for name in entries if name not in set(folders)]
+    for name in folders:
+        yield from _walk_without_scandir(os.path.join(top, name), followlinks)
+
+
+def test_a_folder_that_may_still_change_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Within the same tick of a coarse clock a change would leave no trace in the folder's times.
+    root = grow(tmp_path / "set", 20, 60)
+    assert len(Listing(root).files) == 1200
+    settled(monkeypatch)
+    reads: list[object] = []
+    scan = os.scandir
+    monkeypatch.setattr(listing.os, "scandir", lambda folder: reads.append(folder) or scan(folder))
+    assert len(Listing(root).files) == 1200 and len(reads) == 21
+    assert len(Listing(root).files) == 1200 and len(reads) == 21, "now they are settled"
+
+
+def test_a_damaged_or_forbidden_cache_costs_time_only(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = grow(tmp_path / "set", 20, 60)
+    settled(monkeypatch)
+    files = Listing(root).files
+    (kept,) = (cache / "listings").iterdir()
+    for damage in (b"", b"{", b'{"extensions": [], "folders": {}}', kept.read_bytes()[:500]):
+        kept.write_bytes(damage)
+        assert Listing(root).files == files
+    monkeypatch.setenv("MOCO_D2_CACHE", "/dev/null/nowhere")
+    assert Listing(root).files == files
+    assert "MOCO_D2_CACHE names another folder" in caplog.text
+
+
+def test_links_in_circles_end_and_unreadable_folders_are_told() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's folders are closed to other users
+        root = grow(Path(name) / "set", 3, 2)
+        (root / "n0000" / "round").symlink_to(root)
+        (root / "dangling").symlink_to("nowhere")
+        os.chmod(name, 0o755)
+        (root / "n0001").chmod(0)
+        if root_user := os.geteuid() == 0:  # to whom nothing is closed
+            os.seteuid(65534)
+        try:
+            seen = Listing(root)
+            problems: list[tuple[str, str]] = []
+            with pytest.raises(ValueError, match=r"cannot read .*n0001: .*Permission denied"):
+                list_folder(root / "n0001", problems)
+        finally:
+            if root_user:
+                os.seteuid(0)
+            (root / "n0001").chmod(0o755)
+        assert [Path(file).parent.name for file in seen.files] == ["n0000", "n0000", "n0002", "n0002"]
+        assert [folder for folder, _ in seen.unreadable] == [str(root / "n0001")]
+        assert "Permission denied" in seen.unreadable[0][1] and problems == seen.unreadable
+
+
+def test_paths_are_kept_whatever_their_bytes() -> None:
+    names = ["a", "", "ö/ü", os.fsdecode(b"\xff\xfe"), "x" * 5000]
+    paths = Paths(names)
+    assert len(paths) == 5 and [paths[i] for i in range(5)] == names
+
+
+def flat(lists: Iterable[list[Any]]) -> list[Any]:
+    return list(itertools.chain.from_iterable(lists))
+
+
+SPANS = [5, 0, 7, 20, 3, 11, 30, 2, 2]
+
+
+@pytest.mark.parametrize(("window", "lanes"), [(0, 1), (2, 1), (2, 2), (3, 4), (1, 8)])
+def test_the_order_of_spans_is_a_function_of_seed_epoch_and_step(window: int, lanes: int) -> None:
+    def stream(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[tuple[int, int]]]:
+        return iter(EpochSampler(SPANS, 8, 3, rank, world, start, window, lanes))
+
+    whole = stream()
+    batches = [next(whole) for _ in range(30)]  # three epochs of ten steps
+    for start in (1, 4, 9, 10, 17, 25):
+        resumed = stream(start)
+        assert [next(resumed) for _ in range(5)] == batches[start : start + 5]
+    for world in (2, 4, 8):
+        ranks = [stream(7, rank, world) for rank in range(world)]
+        for step in range(7, 17):
+            assert [key for rank in ranks for key in next(rank)] == batches[step], f"{world} processes"
+    epochs = [[index for epoch, index in flat(batches[e * 10 : e * 10 + 10]) if epoch == e] for e in range(3)]
+    assert all(len(set(epoch)) == 80 and set(epoch) <= set(range(80)) for epoch in epochs), "each image once"
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_one_span_is_a_plain_permutation() -> None:
+    drawn = np.random.default_rng(stream_seed(5, 2)).permutation(100)
+    assert [index for _, index in next(iter(EpochSampler(100, 10, 5, start=27)))] == drawn[70:80].tolist()
+
+
+def test_a_window_holds_the_images_of_its_spans_only() -> None:
+    spans = [10] * 20
+    firsts = np.arange(20) * 10
+    heard: list[tuple[list[int], list[int]]] = []
+    sampler = EpochSampler(spans, 10, 1, window=4, prepare=lambda now, ahead: heard.append((now, ahead)))
+    batches = iter(sampler)
+    for step in range(40):
+        now = heard[-1][0] if heard else []
+        spans_met = {int(np.searchsorted(firsts, index, side="right")) - 1 for _, index in next(batches)}
+        now = heard[-1][0]
+        assert spans_met <= set(now) and len(spans_met) > 1, f"step {step}"
+    assert len(heard) == 10 and all(len(now) == 4 for now, _ in heard)
+    assert [ahead for _, ahead in heard[:-1]] == [now for now, _ in heard[1:]], "also from epoch to epoch"
+    assert sorted(flat(now for now, _ in heard[:5])) == list(range(20))
+
+
+def test_a_process_needs_the_spans_of_its_own_lanes() -> None:
+    needed: list[set[int]] = []
+    for rank in range(4):
+        spans: set[int] = set()
+        batches = iter(
+            EpochSampler(
+                [50] * 64, 32, 1, rank, 4, window=2, lanes=8, prepare=lambda now, _, met=spans: met.update(now)
+            )
+        )
+        for _ in range(100):
+            next(batches)
+        needed.append(spans)
+    # 64 shards for 8 lanes: 16 for each process, and the cuts between lanes fall between shards.
+    assert [len(spans) for spans in needed] == [16] * 4 and len(set.union(*needed)) == 64
+
+
+def test_a_billion_images_are_sampled_from_little_memory() -> None:
+    import tracemalloc
+
+    tracemalloc.start()
+    try:
+        batches = iter(EpochSampler(np.full(100_000, 10_000), 4096, 1, 5, 64, start=123_456, window=16, lanes=64))
+        keys = [next(batches) for _ in range(50)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert all(len(batch) == 64 for batch in keys) and len({index for _, index in flat(keys)}) == 3200
+    assert peak < 64e6

@@ -1,0 +1,92 @@
+"""Bad settings fail before the first step, all at once, and each message names the value, the rule and the nearest."""
+
+import pytest
+
+from moco_d2.config import list_configs, load_cfg
+from moco_d2.engine.preflight import check_config
+
+PRETRAINING = [name for name in list_configs() if name.startswith("Pretrain/") or "quick_schedules/moco" in name]
+
+
+def complaints(*settings: object, config: str = "Pretrain/moco_v2_R50_200ep", world_size: int = 1) -> list[str]:
+    cfg = load_cfg(config, ["SEED", "1", "SSL.ENCODER.NAME", "resnet18"])  # quicker to build
+    for key, value in zip(settings[::2], settings[1::2], strict=True):  # as Python would: yacs checks some types itself
+        *nodes, last = str(key).split(".")
+        node = cfg
+        for name in nodes:
+            node = node[name]
+        node[last] = value
+    try:
+        check_config(cfg, world_size)
+    except ValueError as error:
+        return str(error).splitlines()
+    return []
+
+
+@pytest.mark.parametrize("config", PRETRAINING)
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
+    assert complaints(config=config, world_size=world_size) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["SSL.METHOD", "MoCo2"], "SSL.METHOD is 'MoCo2'; it must be one of MoCo; did you mean MoCo?"),
+        (["SSL.ENCODER.NAME", "resnet5"], "did you mean resnet50?"),
+        (["SSL.ENCODER.STEM", "cfar"], "did you mean cifar?"),
+        (["SSL.ENCODER.WIDTH", -1.0], "width"),
+        (["SSL.ARGS.temprature", 0.1], "did you mean temperature?"),
+        (["SSL.ARGS.mlp", "yes"], "SSL.ARGS.mlp is 'yes'; it must be of type bool, as False is"),
+        (["SSL.ARGS.queue_size", 65536.5], "it must be of type int"),
+        (["SSL.ARGS.dim", True], "SSL.ARGS.dim is True; it must be of type int"),
+        (["SSL.ARGS.momentum", 1.5], "SSL.ARGS.momentum is 1.5; it must be in [0, 1]"),
+        (["SSL.ARGS.bn_groups", 7], "256 images per process cannot be split into 7 BN groups"),
+        (["DATA.RECIPE", "moco_v3"], "did you mean moco_v2?"),
+        (["DATA.CROP_SIZE", 0], "DATA.CROP_SIZE is 0"),
+        (["DATALOADER.NUM_WORKERS", -1], "DATALOADER.NUM_WORKERS is -1"),
+        (["SOLVER.SCHEDULE", "cosin"], "did you mean cosine?"),
+        (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0; it must be a multiple of the 1 processes"),
+        (["SOLVER.BASE_LR", 0.0], "SOLVER.BASE_LR is 0.0; it must be positive"),
+        (["SOLVER.MOMENTUM", 1.0], "it must be in [0, 1)"),
+        (["SOLVER.MOMENTUM", 0.0, "SOLVER.NESTEROV", True], "it must be False without SOLVER.MOMENTUM"),
+        (["SOLVER.WEIGHT_DECAY", -1e-4], "SOLVER.WEIGHT_DECAY is -0.0001"),
+        (["SOLVER.GAMMA", 10.0], "SOLVER.GAMMA is 10.0"),
+        (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD is 0"),
+        (["SOLVER.CHECKPOINT_KEEP", -1], "SOLVER.CHECKPOINT_KEEP is -1"),
+        (["SSL.ARGS.queue_dtype", "half"], "SSL.ARGS.queue_dtype is 'half'; it must be one of float32, bfloat16"),
+        (["ENGINE.AUTOCAST", "bfloat"], "did you mean bfloat16?"),
+        (["SOLVER.AMP.ENABLED", True], "pretraining says it as ENGINE.AUTOCAST float16"),
+        (["SOLVER.EPOCHS", -5], "SOLVER.EPOCHS is -5"),
+        (["SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", 0], "set SOLVER.EPOCHS or SOLVER.MAX_ITER"),
+        (["SOLVER.MAX_ITER", 100], "to count iterations, pass SOLVER.EPOCHS 0"),
+        (["SOLVER.SCHEDULE", "step", "SOLVER.STEPS", (120, 250)], "within the 200 epochs"),
+        (["SOLVER.SCHEDULE", "step", "SOLVER.STEPS", (160, 120)], "under SCHEDULE step they rise"),
+        (["SOLVER.WARMUP_ITERS", 500], "SOLVER.WARMUP_ITERS is 500, but pretraining does not use it"),
+        (["SOLVER.CLIP_GRADIENTS.ENABLED", True], "SOLVER.CLIP_GRADIENTS.ENABLED is True, but pretraining"),
+        (["SEED", -1], "SEED is -1"),
+    ],
+)  # fmt: skip
+def test_each_mistake_is_named(settings: list, message: str) -> None:
+    found = complaints(*settings)
+    assert len(found) == 1 and message in found[0], found
+
+
+def test_all_mistakes_show_at_once() -> None:
+    settings = [
+        "SSL.METHOD", "Moco", "DATA.RECIPE", "moco_v4", "DATA.CROP_SIZE", -3, "SOLVER.BASE_LR", -1.0,
+        "SOLVER.SCHEDULE", "stop", "SSL.ENCODER.NAME", "resnet",
+    ]  # fmt: skip
+    assert len(complaints(*settings)) == 6
+    assert len(complaints("SSL.ARGS.momentum", 2.0, "SSL.ARGS.temperature", -1.0, "SSL.ARGS.dim", 0)) == 3
+
+
+def test_batch_and_processes_must_agree() -> None:
+    (complaint,) = complaints(world_size=7)
+    assert "multiple of the 7 processes" in complaint
+
+
+def test_a_whole_number_is_a_float_on_the_command_line() -> None:
+    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", ["SOLVER.WEIGHT_DECAY", "0", "SSL.ARGS.temperature", "1"])
+    assert (cfg.SOLVER.WEIGHT_DECAY, cfg.SSL.ARGS.temperature) == (0.0, 1.0)
+    assert all(isinstance(value, float) for value in (cfg.SOLVER.WEIGHT_DECAY, cfg.SSL.ARGS.temperature))

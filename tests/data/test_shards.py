@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -161,21 +162,24 @@ def make(images: Path, out: Path, size: int = 6) -> list[Packed]:
     return list(pack(list_folder(images), images, out, size, seed=0))
 
 
+def make_two_and_die(images: Path, out: Path) -> None:
+    for number, _ in enumerate(pack(list_folder(images), images, out, 1, seed=0)):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_making_is_deterministic_resumes_and_refuses(images: Path, shards: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     make(images, whole, 1)
-    process = multiprocessing.get_context("fork").Process(target=make, args=(images, killed, 1))
+    process = multiprocessing.get_context("fork").Process(target=make_two_and_die, args=(images, killed))
     process.start()
-    while not (killed / "000001.tar").exists():
-        time.sleep(0.0001)
-    process.kill()
     process.join()
-    assert not (killed / MANIFEST).exists(), "killed before the end"
+    (killed / ".000002.tar.rest").write_bytes(b"what a killed process leaves of a file that it writes")
     begun = {path: path.stat().st_mtime_ns for path in killed.glob("0*.tar")}
     with pytest.raises(ValueError, match=r"is half made: run tools/make_shards.py again"):
         open_source([f"{killed}/*.tar"])
     packed = make(images, killed, 1)
-    assert sum(shard.kept for shard in packed) == len(begun) >= 2
+    assert sum(shard.kept for shard in packed) == len(begun) == 2
     assert all(path.stat().st_mtime_ns == written for path, written in begun.items()), "what is done is kept"
     assert sorted(os.listdir(killed)) == sorted(os.listdir(whole)), "nothing is left lying about"
     assert all((whole / name).read_bytes() == (killed / name).read_bytes() for name in os.listdir(whole))
@@ -198,12 +202,13 @@ class Handler(SimpleHTTPRequestHandler):
 
     asked: list[str]
     broken: dict[str, int]  # name: after how many bytes the next answer ends
+    hidden = ""
 
     def do_GET(self) -> None:
         name = self.path.partition("?")[0].lstrip("/")
         self.asked.append(name)
         path = Path(self.directory) / name
-        if not path.is_file():
+        if not path.is_file() or name == self.hidden:
             self.send_error(404, "not here")
             return
         data, start = path.read_bytes(), 0
@@ -321,7 +326,22 @@ def test_lost_and_short_shards_cost_their_own_images(
     assert len(server[1].asked) == begun, "what is not there is not asked for again and again"
 
 
-def test_a_damaged_loader_state_does_not_travel(shards: Path) -> None:
+def test_a_stream_without_manifest_is_looked_into_once(
+    server: tuple[str, type[Handler]], shards: Path, tmp_path: Path
+) -> None:
+    url, handler = server
+    handler.hidden = MANIFEST
+    size = max(path.stat().st_size for path in shards.glob("*.tar"))
+    first = open_shards(f"{url}/{{000000..000007}}.tar", ShardCache(tmp_path / "c", 2 * size))
+    assert contents(first) == contents(open_source([str(shards)]))
+    handler.asked.clear()
+    again = open_shards(f"{url}/{{000000..000007}}.tar", ShardCache(tmp_path / "c", 2 * size))
+    assert handler.asked == [MANIFEST] and again.spans.tolist() == [6] * 7 + [5]
+    with pytest.raises(ValueError, match=r"cannot be had: .*000009.tar: the server answers 404"):
+        open_shards(f"{url}/000009.tar", ShardCache(tmp_path / "c", 2 * size))
+
+
+def test_a_shard_source_travels_to_another_process(shards: Path) -> None:
     import pickle
 
     source = open_shards(str(shards), ShardCache(shards, 1e9))

@@ -43,10 +43,10 @@ def test_waiting_for_the_loader_is_said_once_with_its_remedies(
     for i in range(8):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
     words = [
-        "DATASETS.TRAIN", f'("{tmp_path}",)', "OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", 8,
-        "DATA.CROP_SIZE", 32, "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", 0.125, "SSL.ARGS.queue_size", 24,
-        "SSL.ARGS.dim", 16, "SSL.ARGS.bn_groups", 2, "SOLVER.EPOCHS", 60, "DATALOADER.NUM_WORKERS", 0, "MODEL.DEVICE", "cpu", "SEED", 7,
-        "DATA.BACKEND", "pil",
+        "DATASETS.TRAIN", f'("{tmp_path}",)', "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu", "SEED", 7,
+        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", 0.125, "SSL.ARGS.queue_size", 24, "SSL.ARGS.dim", 16,
+        "SSL.ARGS.bn_groups", 2, "SOLVER.IMS_PER_BATCH", 8, "SOLVER.EPOCHS", 60, "DATALOADER.NUM_WORKERS", 0,
+        "DATA.CROP_SIZE", 32, "DATA.BACKEND", "pil",
     ]  # fmt: skip
     trainer = PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", [str(word) for word in words]))
     trainer.data_loader.dataset.backend = SlowBackend()

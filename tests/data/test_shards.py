@@ -366,7 +366,10 @@ def test_the_cache_of_a_stream_must_hold_two_windows(
     assert loader.sampler.settings() == {"DATA.LANES": 1, "DATA.SHUFFLE_SHARDS": 3}
 
 
-def test_a_pipe_among_the_images_does_not_block(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.jpg")
-    with pytest.raises(OSError, match="not an image file: mode p"):
-        FileSource([str(tmp_path / "a.jpg")]).read(0)
+def test_what_only_has_the_name_of_an_image_neither_blocks_nor_fills_the_memory(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "disk.jpg").touch()
+    os.truncate(tmp_path / "disk.jpg", 1 << 40)
+    for name, message in (("pipe", "mode p"), ("disk", "1099511627776 bytes")):
+        with pytest.raises(OSError, match=f"not an image file: .*{message}"):
+            FileSource([str(tmp_path / f"{name}.jpg")]).read(0)

@@ -50,9 +50,24 @@ def test_convert_compares_with_torch_load(tmp_path: Path) -> None:
         assert row["work"] != "conversion" or row["private"] < 0.5
 
 
+def test_data_compares_every_backend_with_the_authors_loader(tmp_path: Path) -> None:
+    words = ["--images", "4", "--repeats", "3", "-o", str(tmp_path / "data.json")]
+    command = [sys.executable, str(ROOT / "tools/benchmark.py"), "data", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "data.json").read_text())
+    rows = {row["what"]: row["ratio"] for row in content["loader"]}
+    whole = "device: all on the CPU"
+    assert list(rows) == ["the authors' loader", "pil", "cv2", "device: a worker's part", whole]
+    assert rows["the authors' loader"] == 1 and all(ratio > 0 for ratio in rows.values())
+    parts = [row["what"] for row in content["parts, ms"]]
+    assert parts == ["decode", "crop", "brightness", "contrast", "saturation", "hue", "grey", "blur", "flip"]
+    assert "bottleneck: pil: " in done.stdout
+
+
 def test_step_compares_with_its_encoders_the_authors_form_and_plain_ddp(tmp_path: Path) -> None:
     small = ["--batch", "16", "--size", "32", "--encoder", "resnet18", "--repeats", "2"]
-    words = [*small, "-o", str(tmp_path / "step.json"), "SSL.ENCODER.WIDTH", "0.125", "SSL.ARGS.queue_size", "40000"]
+    words = [*small, "-o", str(tmp_path / "step.json"), "SSL.ENCODER.WIDTH", "0.125", "SSL.ARGS.queue_size", "20000"]
     command = [sys.executable, str(ROOT / "tools/benchmark.py"), "step", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

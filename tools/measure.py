@@ -110,7 +110,10 @@ def tables(found: dict[str, Any], settings: dict[str, Any], output: Path | None)
             print(f"\n{title}: {content}")
             continue
         shown = [
-            {key: [f"{v:.3f}" for v in value] if isinstance(value, list) else value for key, value in row.items()}
+            {
+                key: " to ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else value
+                for key, value in row.items()
+            }
             for row in content
         ]
         print(f"\n{title}", tabulate(shown, "keys", tablefmt="pipe", floatfmt=".3f"), sep="\n")

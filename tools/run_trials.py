@@ -8,7 +8,8 @@ r"""Fine-tune a protocol's detector from each of several weights, over several s
 
 Run it again to continue: what is done is not repeated, what was cut off goes on from its last checkpoint. Several may
 run at once on one folder (one a GPU, say); no trial is run twice. The exit code is 0 when all trials asked for are
-done, 1 when some failed or are run elsewhere, 2 when the command is wrong. KEY VALUE pairs come last. More is in
+done, 1 when some failed or are run elsewhere, 2 when the command is wrong, 75 when it was asked to stop (SIGTERM,
+SIGUSR1) and the same command continues. KEY VALUE pairs come last. More is in
 docs/trials.md.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import shlex
 import signal
@@ -88,6 +90,9 @@ def run_trial(trial: Trial, num_gpus: int) -> str:
         code = cli.follow(command, trial.folder / trials.LOG, cli.PROGRESS, pass_fds=[lock])
         if code == 0 and trials.state(trial) == "done":
             return "done"
+        if code == os.EX_TEMPFAIL:
+            print("  was asked to stop and has saved; the same command continues", flush=True)
+            sys.exit(code)
         print(f"  failed with code {code}; its log is {trial.folder / trials.LOG}", flush=True)
         return "failed"
 
@@ -120,7 +125,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the training is ended, too
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        # On the way out the training is asked to stop, too, and waited for while it saves.
+        signal.signal(number, lambda *_: sys.exit(os.EX_TEMPFAIL))
     try:
         sys.exit(main())
     except ValueError as error:

@@ -148,7 +148,7 @@ def _hue(view: Pixels8, shift: float) -> Pixels8:
 
 def _blur(view: Pixels8, radius: float) -> Pixels8:
     """PIL's three box blurs along rows, then three along columns, each rounded to 8 bits."""
-    weights = box_weights(np.array([[radius]]), REACH).astype(np.float32)
+    weights = box_weights(np.array([[radius]]), np.arange(-REACH, REACH + 1)).astype(np.float32)
     if weights[0, 0] == 0:
         weights = weights[:, 1:-1]
     for kernel in (weights, weights.T):

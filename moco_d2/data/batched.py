@@ -21,8 +21,8 @@ from moco_d2.data.augment import Step
 LUMINANCE = (19595, 38470, 7471)
 # PIL's blur has weights cut to 24 bits, so that what lies halfway between levels goes to the lower one.
 TIES_DOWN = 1e-4
-# Samples that a box may reach: enough for a radius up to 2.4.
-REACH = np.arange(-2.0, 3.0)
+# How far a box may reach: enough for a radius up to 2.4.
+REACH = 2
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -48,7 +48,7 @@ def run_steps(levels: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     if not groups:
         return levels
     counts = [len(row) for row in rows]
-    # Two transfers for everything; from pinned memory or so small that they are staged, so neither waits.
+    # Two transfers for everything, so small that they are staged and neither waits.
     rows_there = torch.cat(rows).to(levels.device, non_blocking=True).split(counts)
     values_there = torch.cat(chosen).to(levels.device, non_blocking=True).split(counts)
     operations = list(DEVICE_STEPS.values())
@@ -89,7 +89,7 @@ def _hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     saturation = (spread * 255 / value.clamp(min=1)).floor_()
     sextant = (hue + (shift * 255).trunc().float()).remainder_(256).mul_(6 / 255)
     # Each channel falls from the value where its own colour is far; the sextants of red, green and blue start apart.
-    start = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1)
+    start = 5 - 2 * torch.arange(3, device=x.device).view(1, 3, 1, 1)  # made there: a transfer would wait
     place = (start + sextant).remainder_(6)
     fall = torch.minimum(place, 4 - place).clamp_(0, 1)
     return (value - value * (saturation / 255) * fall).add_(0.5).floor_()
@@ -97,11 +97,10 @@ def _hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 def _blur(x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """Three box blurs along rows, then three along columns, each rounded to levels, as PIL does."""
-    weights = box_weights(radius.view(-1, 1), torch.from_numpy(REACH).to(x.device)).float()
+    weights = box_weights(radius.view(-1, 1), torch.arange(-REACH, REACH + 1, device=x.device)).float()
     weights = weights.repeat_interleave(3, 0)[:, None]  # (3M, 1, L)
-    reach = len(REACH) // 2
     planes = x.reshape(1, -1, *x.shape[2:])
-    for kernel, padding in ((weights[:, :, None], (reach, reach, 0, 0)), (weights[..., None], (0, 0, reach, reach))):
+    for kernel, padding in ((weights[:, :, None], (REACH, REACH, 0, 0)), (weights[..., None], (0, 0, REACH, REACH))):
         for _ in range(3):
             padded = pad(planes, padding, mode="replicate")
             planes = conv2d(padded, kernel, groups=len(kernel)).add_(0.5 - TIES_DOWN).floor_()

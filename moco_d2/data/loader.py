@@ -166,10 +166,13 @@ class ViewLoader:
             self.skips.count(self.sampler.share, batch.replaced)
             if not batch.views:
                 self.skips.stop()
-            yield [self._finish(view, steps) for view, steps in zip(batch.views, batch.steps, strict=True)]
+            yield self.finish(batch)
+
+    def finish(self, batch: Batch) -> list[torch.Tensor]:
+        """Return a batch on the device, its steps done and normalised: V tensors (N, 3, H, W)."""
+        return [self._finish(view, steps) for view, steps in zip(batch.views, batch.steps, strict=True)]
 
     def _finish(self, views: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Return a batch of one view, normalised: (N, 3, H, W)."""
         levels = self.dataset.backend.finish(views.to(self.device, non_blocking=True), steps)
         return levels.sub_(self._mean).div_(self._std)
 

@@ -42,6 +42,7 @@ PLAN = ".making.json"
 _OPEN = 64  # shards a process keeps open
 _KNOWN = 4096  # shards whose members a process remembers: 16 bytes an image
 _FETCHERS = 4  # shards that a process fetches at a time
+_STALE = 3600.0  # seconds after which nobody is fetching a part any more
 _ASK_AGAIN = 300.0  # seconds until a shard that could not be fetched is tried again
 _SAY_EVERY = 10.0
 
@@ -158,11 +159,13 @@ class ShardCache:
 
     def _make_room(self, room: int) -> None:
         with filelock.FileLock(self.folder / ".lock"):
-            kept = [(entry.stat().st_mtime, entry) for entry in self.folder.glob("*.tar")]
-            used = sum(size_of(entry) for entry in self.folder.glob("*.part")) + sum(size_of(e) for _, e in kept)
-            for _, entry in sorted(kept):
+            files = [(entry.stat().st_mtime, entry) for kind in ("*.tar", "*.part") for entry in self.folder.glob(kind)]
+            used = sum(size_of(entry) for _, entry in files)
+            for wanted, entry in sorted(files):
                 if used + room <= self.limit:
                     return
+                if entry.suffix == ".part" and time.time() - wanted < _STALE:
+                    continue
                 used -= size_of(entry)
                 entry.unlink(missing_ok=True)
 
@@ -369,7 +372,7 @@ def _describe(known: Mapping[str, Shard | None], cache: ShardCache) -> list[Shar
     found, said = [], time.monotonic()
     for location, shard in known.items():
         if shard is None and is_url(location):
-            shard = Shard(location, 0, len(_table(cache.get(Shard(location, 0, 0)))))
+            shard = _look_into(location, cache)
         elif shard is None:
             shard = Shard(location, size_of(Path(location)), len(_table(Path(location))))
         elif not is_url(location) and (there := size_of(Path(location))) != shard.bytes:
@@ -380,6 +383,25 @@ def _describe(known: Mapping[str, Shard | None], cache: ShardCache) -> list[Shar
             said = time.monotonic()
             logger.info("looked into %d of %d shards; %s beside them saves this", len(found), len(known), MANIFEST)
     return found
+
+
+def _look_into(location: str, cache: ShardCache) -> Shard:
+    """Fetch a shard to see its size and number of images, and write them down: it may have to make room."""
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    note = cache.folder / f"{hashlib.sha256(location.encode()).hexdigest()[:16]}.json"
+    with filelock.FileLock(cache.folder / ".lock-look"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(note.read_bytes())
+            return Shard(location, int(found["bytes"]), int(found["samples"]))
+        try:
+            path = cache.get(Shard(location, 0, 0))
+        except OSError as error:
+            raise ValueError(f"DATASETS.TRAIN names a shard that cannot be had: {error}") from error
+        shard = Shard(location, size_of(path), len(_table(path)))
+        os.replace(path, cache.path(shard))
+        with atomic_write(note) as file:
+            file.write(json.dumps(asdict(shard)).encode())
+    return shard
 
 
 def _manifest(folder: str, cache: ShardCache) -> dict[str, Shard]:

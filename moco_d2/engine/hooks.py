@@ -9,9 +9,13 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import CommonMetricPrinter, get_event_storage
 
+from moco_d2.data.backends import DeviceBackend, PilBackend
 from moco_d2.methods import SSLMethod
 
 logger = logging.getLogger(__name__)
+
+# Part of a step that may be spent on waiting for the loader before a run says so.
+LOADER_SHARE = 0.1
 
 
 class MethodSchedule(HookBase):
@@ -37,6 +41,7 @@ class PretrainMetrics(HookBase):
 
     def __init__(self, method: SSLMethod, batch: int, steps_per_epoch: int, period: int) -> None:
         self.method, self.batch, self.steps_per_epoch, self.period = method, batch, steps_per_epoch, period
+        self.loader_is_slow = False
 
     def before_step(self) -> None:
         """Let the method take its diagnostics where they are written: they cost, and nobody sees the others."""
@@ -53,7 +58,31 @@ class PretrainMetrics(HookBase):
         scalars["unreadable_images"] = len(self.trainer.data_loader.skips.paths)
         if "time" in storage.histories():
             scalars["images_per_second"] = self.batch / storage.history("time").avg(self.period)
+            # Not in the first period, when workers start and algorithms are chosen.
+            if self.trainer.iter + 1 - self.trainer.start_iter >= 2 * self.period:
+                self._judge_loader(
+                    storage.history("data_time").avg(self.period), storage.history("time").avg(self.period)
+                )
         storage.put_scalars(**scalars, smoothing_hint=False)
+
+    def _judge_loader(self, waited: float, step: float) -> None:
+        """Warn when the loader becomes the bottleneck, and say when it no longer is."""
+        slow = waited > LOADER_SHARE * step
+        if slow and not self.loader_is_slow:
+            loader = self.trainer.data_loader
+            remedies = [f"more worker processes (DATALOADER.NUM_WORKERS is {loader.workers})"]
+            if loader.device.type != "cpu" and not isinstance(loader.dataset.backend, DeviceBackend):
+                remedies.append("DATA.BACKEND device")
+            elif isinstance(loader.dataset.backend, PilBackend):
+                remedies.append("DATA.BACKEND cv2")
+            logger.warning(
+                "the loader is the bottleneck: %.0f %% of a step is spent waiting for images (%.3f of %.3f s). "
+                "Remedies: %s",
+                100 * waited / step, waited, step, ", ".join(remedies),
+            )  # fmt: skip
+        elif self.loader_is_slow and not slow:
+            logger.info("the loader keeps up again: %.0f %% of a step is spent waiting for images", 100 * waited / step)
+        self.loader_is_slow = slow
 
 
 class PretrainPrinter(CommonMetricPrinter):

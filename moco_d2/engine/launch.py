@@ -185,9 +185,9 @@ def _start_all(main: Callable[[Any], None], args: Any, groups: list[_Group]) -> 
         RankFailedError: one failed.
         Preempted: all ended because they were asked to.
     """
-    context = multiprocessing.get_context("spawn")
+    context, method = multiprocessing.get_context("spawn"), multiprocessing.get_start_method()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = {g.rank: context.Process(target=_rank_main, args=(main, args, g, folder)) for g in groups}
+        ranks = {g.rank: context.Process(target=_rank_main, args=(main, args, g, folder, method)) for g in groups}
         # Blocked signals are inherited: a process that has just begun cannot be killed before it listens.
         signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
         try:
@@ -209,8 +209,10 @@ def _start_all(main: Callable[[Any], None], args: Any, groups: list[_Group]) -> 
         raise preemption.Preempted
 
 
-def _rank_main(main: Callable[[Any], None], args: Any, group: _Group, folder: str) -> None:
+def _rank_main(main: Callable[[Any], None], args: Any, group: _Group, folder: str, method: str) -> None:
     """Run ``main``; an exception goes into a file for the launcher, and the process ends at once."""
+    # Loaders' workers shall start as they do elsewhere, forked as a rule, not as their own parent was started.
+    multiprocessing.set_start_method(method, force=True)
     preemption.listen()
     try:
         _run(main, args, group)

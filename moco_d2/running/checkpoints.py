@@ -23,8 +23,8 @@ from moco_d2.atomic import atomic_write, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
-# sysexits.h: EX_IOERR. The exit code when a checkpoint cannot be written.
-EXIT_NOT_WRITTEN = 74
+# 74: the exit code when a checkpoint cannot be written.
+EXIT_NOT_WRITTEN = os.EX_IOERR
 
 _POINTER = "last_checkpoint"
 

@@ -17,8 +17,8 @@ from moco_d2.running.checkpoints import PeriodicCheckpoint
 
 logger = logging.getLogger(__name__)
 
-# sysexits.h: EX_TEMPFAIL, "try again". The exit code of a run that was asked to stop, has saved and can go on.
-EXIT_PREEMPTED = 75
+# 75, "try again": the exit code of a run that was asked to stop, has saved and can go on.
+EXIT_PREEMPTED = os.EX_TEMPFAIL
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -193,14 +193,17 @@ def random_steps(count: int) -> torch.Tensor:
 
 
 class CountKernels(TorchDispatchMode):
-    """Counts the operations that run on a device's tensors."""
+    """Counts the operations that run, and those that send something to a device and wait for it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.waits = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.count += 1
+        options = kwargs or {}
+        sends = function is torch.ops.aten._to_copy.default and options.get("device") is not None
+        self.waits += sends and not options.get("non_blocking")
         return function(*args, **(kwargs or {}))
 
 
@@ -222,7 +225,9 @@ def test_batched_steps_launch_a_fixed_number_of_kernels_and_read_nothing_back() 
             run_steps(torch.zeros(size, 3, 16, 16), random_steps(size))
         counts.append(kernels.count)
         meta = torch.zeros(size, 3, 16, 16, device="meta")  # it has no values: reading one is an error
-        assert run_steps(meta, random_steps(size)).shape == meta.shape
+        with CountKernels() as kernels:
+            assert run_steps(meta, random_steps(size)).shape == meta.shape
+        assert kernels.waits == 0
     assert counts[0] == counts[1]
 
 

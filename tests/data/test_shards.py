@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -90,7 +91,8 @@ def test_shards_hold_the_folder_and_any_tar_reader_agrees(images: Path, shards: 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_webdataset_library_reads_ours(images: Path, shards: Path) -> None:
-    webdataset = pytest.importorskip("webdataset")
+    import webdataset
+
     urls = [str(path) for path in sorted(shards.glob("*.tar"))]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert sorted(sample["jpg"] for sample in samples) == sorted(path.read_bytes() for path in images.rglob("*.jpg"))
@@ -161,21 +163,24 @@ def make(images: Path, out: Path, size: int = 6) -> list[Packed]:
     return list(pack(list_folder(images), images, out, size, seed=0))
 
 
+def make_two_and_die(images: Path, out: Path) -> None:
+    for number, _ in enumerate(pack(list_folder(images), images, out, 1, seed=0)):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_making_is_deterministic_resumes_and_refuses(images: Path, shards: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     make(images, whole, 1)
-    process = multiprocessing.get_context("fork").Process(target=make, args=(images, killed, 1))
+    process = multiprocessing.get_context("fork").Process(target=make_two_and_die, args=(images, killed))
     process.start()
-    while not (killed / "000001.tar").exists():
-        time.sleep(0.0001)
-    process.kill()
     process.join()
-    assert not (killed / MANIFEST).exists(), "killed before the end"
+    (killed / ".000002.tar.rest").write_bytes(b"what a killed process leaves of a file that it writes")
     begun = {path: path.stat().st_mtime_ns for path in killed.glob("0*.tar")}
     with pytest.raises(ValueError, match=r"is half made: run tools/make_shards.py again"):
         open_source([f"{killed}/*.tar"])
     packed = make(images, killed, 1)
-    assert sum(shard.kept for shard in packed) == len(begun) >= 2
+    assert sum(shard.kept for shard in packed) == len(begun) == 2
     assert all(path.stat().st_mtime_ns == written for path, written in begun.items()), "what is done is kept"
     assert sorted(os.listdir(killed)) == sorted(os.listdir(whole)), "nothing is left lying about"
     assert all((whole / name).read_bytes() == (killed / name).read_bytes() for name in os.listdir(whole))
@@ -198,12 +203,13 @@ class Handler(SimpleHTTPRequestHandler):
 
     asked: list[str]
     broken: dict[str, int]  # name: after how many bytes the next answer ends
+    hidden = ""
 
     def do_GET(self) -> None:
         name = self.path.partition("?")[0].lstrip("/")
         self.asked.append(name)
         path = Path(self.directory) / name
-        if not path.is_file():
+        if not path.is_file() or name == self.hidden:
             self.send_error(404, "not here")
             return
         data, start = path.read_bytes(), 0
@@ -321,7 +327,22 @@ def test_lost_and_short_shards_cost_their_own_images(
     assert len(server[1].asked) == begun, "what is not there is not asked for again and again"
 
 
-def test_a_damaged_loader_state_does_not_travel(shards: Path) -> None:
+def test_a_stream_without_manifest_is_looked_into_once(
+    server: tuple[str, type[Handler]], shards: Path, tmp_path: Path
+) -> None:
+    url, handler = server
+    handler.hidden = MANIFEST
+    size = max(path.stat().st_size for path in shards.glob("*.tar"))
+    first = open_shards(f"{url}/{{000000..000007}}.tar", ShardCache(tmp_path / "c", 2 * size))
+    assert contents(first) == contents(open_source([str(shards)]))
+    handler.asked.clear()
+    again = open_shards(f"{url}/{{000000..000007}}.tar", ShardCache(tmp_path / "c", 2 * size))
+    assert handler.asked == [MANIFEST] and again.spans.tolist() == [6] * 7 + [5]
+    with pytest.raises(ValueError, match=r"cannot be had: .*000009.tar: the server answers 404"):
+        open_shards(f"{url}/000009.tar", ShardCache(tmp_path / "c", 2 * size))
+
+
+def test_a_shard_source_travels_to_another_process(shards: Path) -> None:
     import pickle
 
     source = open_shards(str(shards), ShardCache(shards, 1e9))
@@ -346,7 +367,10 @@ def test_the_cache_of_a_stream_must_hold_two_windows(
     assert loader.sampler.settings() == {"DATA.LANES": 1, "DATA.SHUFFLE_SHARDS": 3}
 
 
-def test_a_pipe_among_the_images_does_not_block(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.jpg")
-    with pytest.raises(OSError, match="not an image file: mode p"):
-        FileSource([str(tmp_path / "a.jpg")]).read(0)
+def test_what_only_has_the_name_of_an_image_neither_blocks_nor_fills_the_memory(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "disk.jpg").touch()
+    os.truncate(tmp_path / "disk.jpg", 1 << 40)
+    for name, message in (("pipe", "mode p"), ("disk", "1099511627776 bytes")):
+        with pytest.raises(OSError, match=f"not an image file: .*{message}"):
+            FileSource([str(tmp_path / f"{name}.jpg")]).read(0)

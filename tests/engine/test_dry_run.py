@@ -59,4 +59,4 @@ def test_mistakes_end_in_lines_and_exit_code_2(images: str, tmp_path: Path) -> N
     assert done.returncode == 2 and not done.stdout
     assert "did you mean cosine?" in done.stderr and "SSL.ARGS.momentum" in done.stderr
     gone = dry_run(tmp_path, "DATASETS.TRAIN", '("no/such/folder",)')
-    assert gone.returncode == 2 and "'no/such/folder', which is neither a folder nor" in gone.stderr
+    assert gone.returncode == 2 and "'no/such/folder', which is neither a folder" in gone.stderr

@@ -36,6 +36,14 @@ def get_cfg() -> CN:
     # every result; it says nothing about the initial weights.
     cfg.PROTOCOL = ""
 
+    _add_method(cfg)
+    _add_data(cfg)
+    _add_training(cfg)
+    _add_detection(cfg)
+    return cfg
+
+
+def _add_method(cfg: CN) -> None:
     cfg.SSL = CN()
     # Name of the method, a key of moco_d2.methods.METHODS.
     cfg.SSL.METHOD = "MoCo"
@@ -50,29 +58,16 @@ def get_cfg() -> CN:
     # "imagenet": 7x7 stride 2 and max-pool; "cifar": 3x3 stride 1, no pool (cannot be converted for detection).
     cfg.SSL.ENCODER.STEM = "imagenet"
 
-    # Percentage of the training images that a detector is fine-tuned on; a smaller one is a subset of a larger one.
-    cfg.DATASETS.FRACTION = 100.0
-    # Which images those are: the same for every init and seed of training.
-    cfg.DATASETS.FRACTION_SEED = 0
 
-    # Data sets of your own, a list of {name, format, root, json, images, split, classes}; docs/custom_data.md explains.
-    # DATASETS.TRAIN and TEST then use the names. Paths start at the working directory; ~ and $VARIABLES are expanded.
-    #   format   voc or coco
-    #   root     voc: holds Annotations, JPEGImages, ImageSets/Main; coco: where json and images start
-    #   json     coco: the labels (default: annotations/instances_<split>.json)
-    #   images   folder of the pictures (default: voc JPEGImages; coco <split>, or root)
-    #   split    voc: ImageSets/Main/<split>.txt or a path ending in .txt (default: all annotations)
-    #   classes  names in the order of the detector's outputs (default: read from the files)
-    cfg.DATASETS.CUSTOM = []
-
+def _add_data(cfg: CN) -> None:
     cfg.DATA = CN()
     # Augmentation recipe, a key of moco_d2.data.RECIPES. It also fixes the pixel mean and std.
     cfg.DATA.RECIPE = "moco_v2"
     # Side of a view in pixels.
     cfg.DATA.CROP_SIZE = 224
-    # What executes the recipe; the views are the same up to rounding (docs/data_path.md). "pil": the authors' operations;
-    # "cv2": the same through OpenCV, the fastest without a GPU; "device": workers decode and crop, MODEL.DEVICE does the
-    # rest a batch at a time; "auto": "device" on a GPU, else "cv2".
+    # What executes the recipe; the views are the same up to rounding (docs/data_path.md). "pil": the authors'
+    # operations; "cv2": the same through OpenCV, the fastest without a GPU; "device": workers decode and crop,
+    # MODEL.DEVICE does the rest a batch at a time; "auto": "device" on a GPU, else "cv2".
     cfg.DATA.BACKEND = "auto"
     # Part of the images seen by a process that may be unreadable, in [0, 1]; above it the run stops. Each is replaced
     # by one near it and named in OUTPUT_DIR/skipped.jsonl.
@@ -91,6 +86,8 @@ def get_cfg() -> CN:
     # Its size in GB (1e9 bytes), for all processes of a machine.
     cfg.DATA.CACHE_GB = 100.0
 
+
+def _add_training(cfg: CN) -> None:
     # Pretraining length in epochs; 0 means SOLVER.MAX_ITER iterations. With epochs, SOLVER.STEPS counts epochs too and
     # the lr changes once an epoch, as the MoCo authors do; with iterations both count iterations.
     cfg.SOLVER.EPOCHS = 0
@@ -102,24 +99,12 @@ def get_cfg() -> CN:
     # Batch at which SOLVER.BASE_LR is meant. When SOLVER.IMS_PER_BATCH differs, pretraining uses
     # BASE_LR * IMS_PER_BATCH / REFERENCE_BATCH (the linear rule) and says so; 0 turns the rule off.
     cfg.SOLVER.REFERENCE_BATCH = 256
-    # Detection: one optimizer step takes this many batches, each of IMS_PER_BATCH / ACCUMULATE images. They count as so
-    # many processes for SOLVER.REFERENCE_WORLD_SIZE: 1 GPU with ACCUMULATE 8 keeps an 8-GPU recipe's lr and schedule.
-    # BN sees the small batches.
-    cfg.SOLVER.ACCUMULATE = 1
 
-    # This many periodic checkpoints are kept, the newest; 0 keeps all (330 MB each for MoCo's ResNet-50). With 1 there is
-    # none to fall back on should the last one be damaged.
+    # This many periodic checkpoints are kept, the newest; 0 keeps all (330 MB each for MoCo's ResNet-50). With 1 there
+    # is none to fall back on should the last one be damaged.
     cfg.SOLVER.CHECKPOINT_KEEP = 5
     # Besides, those after every so many iterations, a multiple of SOLVER.CHECKPOINT_PERIOD; 0 for none.
     cfg.SOLVER.CHECKPOINT_KEEP_EVERY = 0
-
-    # Semantic segmentation: training pictures are scaled by a factor drawn from this range before INPUT.CROP; () for
-    # Detectron2's resizing to INPUT.MIN_SIZE_TRAIN.
-    cfg.INPUT.RANDOM_SCALE = ()
-
-    # What computes COCO's and LVIS's metrics: "hotcoco", "faster" (faster-coco-eval), "detectron2" (its compiled code)
-    # or "pycocotools"; "auto" takes the fastest that is installed. The numbers are the same (docs/evaluation.md).
-    cfg.TEST.COCO_BACKEND = "auto"
 
     # Switches that make training faster and leave a recipe's or protocol's mathematics alone, up to rounding
     # (docs/performance.md); results and weights record them.
@@ -134,7 +119,36 @@ def get_cfg() -> CN:
     cfg.ENGINE.COMPILE = False
     # Pretraining: SGD as one operation over all weights instead of several for each.
     cfg.ENGINE.FUSED_SGD = True
-    return cfg
+
+
+def _add_detection(cfg: CN) -> None:
+    # Percentage of the training images that a detector is fine-tuned on; a smaller one is a subset of a larger one.
+    cfg.DATASETS.FRACTION = 100.0
+    # Which images those are: the same for every init and seed of training.
+    cfg.DATASETS.FRACTION_SEED = 0
+
+    # Data sets of your own, a list of {name, format, root, json, images, split, classes}; docs/custom_data.md explains.
+    # DATASETS.TRAIN and TEST then use the names. Paths start at the working directory; ~ and $VARIABLES are expanded.
+    #   format   voc or coco
+    #   root     voc: holds Annotations, JPEGImages, ImageSets/Main; coco: where json and images start
+    #   json     coco: the labels (default: annotations/instances_<split>.json)
+    #   images   folder of the pictures (default: voc JPEGImages; coco <split>, or root)
+    #   split    voc: ImageSets/Main/<split>.txt or a path ending in .txt (default: all annotations)
+    #   classes  names in the order of the detector's outputs (default: read from the files)
+    cfg.DATASETS.CUSTOM = []
+
+    # Detection: one optimizer step takes this many batches, each of IMS_PER_BATCH / ACCUMULATE images. They count as so
+    # many processes for SOLVER.REFERENCE_WORLD_SIZE: 1 GPU with ACCUMULATE 8 keeps an 8-GPU recipe's lr and schedule.
+    # BN sees the small batches.
+    cfg.SOLVER.ACCUMULATE = 1
+
+    # Semantic segmentation: training pictures are scaled by a factor drawn from this range before INPUT.CROP; () for
+    # Detectron2's resizing to INPUT.MIN_SIZE_TRAIN.
+    cfg.INPUT.RANDOM_SCALE = ()
+
+    # What computes COCO's and LVIS's metrics: "hotcoco", "faster" (faster-coco-eval), "detectron2" (its compiled code)
+    # or "pycocotools"; "auto" takes the fastest that is installed. The numbers are the same (docs/evaluation.md).
+    cfg.TEST.COCO_BACKEND = "auto"
 
 
 def load_cfg(config_file: str | os.PathLike[str] = "", opts: Sequence[str] = ()) -> CN:

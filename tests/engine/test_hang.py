@@ -15,8 +15,8 @@ import pytest
 from moco_d2.engine.launch import GRACE
 
 ROOT = Path(__file__).parents[2]
-# Seconds that a machine with nothing else to do needs at most: the launcher grants the other ranks 5, and workers of loaders
-# look for their parent every 5.
+# Seconds that a machine with nothing else to do needs at most: the launcher grants the other ranks 5, and workers of
+# loaders look for their parent every 5.
 SAID = {"kill": GRACE + 10, "raise": GRACE + 10, "worker": GRACE + 10, "stop": 8 + GRACE + 10, "launcher": 10}
 MESSAGES = {
     "kill": r"rank 1 was killed by SIGKILL",

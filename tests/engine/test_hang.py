@@ -15,9 +15,9 @@ import pytest
 from moco_d2.engine.launch import GRACE
 
 ROOT = Path(__file__).parents[2]
-# Seconds that a machine with nothing else to do takes. 5 of them are what torch's loader workers take to miss their
-# parent, or the launcher grants the other ranks.
-SAID = {"kill": GRACE + 5, "raise": GRACE + 5, "worker": GRACE + 5, "stop": 8 + GRACE + 5, "launcher": 6}
+# Seconds that a machine with nothing else to do needs at most: the launcher grants the other ranks 5, and workers of
+# loaders look for their parent every 5.
+SAID = {"kill": GRACE + 10, "raise": GRACE + 10, "worker": GRACE + 10, "stop": 8 + GRACE + 10, "launcher": 10}
 MESSAGES = {
     "kill": r"rank 1 was killed by SIGKILL",
     "raise": r"rank 1 failed:\n.*in main\n.*KeyError: 'a mistake in rank one'",

@@ -316,6 +316,7 @@ def test_check_weights_leaves_the_random_state_alone(converted_file, tmp_path):
 def test_a_fresh_start_does_not_overwrite_a_run(tmp_path):
     cfg = small_cfg(VOC_C4, "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path)
     assert starting_point(cfg, resume=True) == ("", False)
+    torch.save({"model": {}}, tmp_path / "model_0000001.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     assert starting_point(cfg, resume=True) == (str(tmp_path / "model_0000001.pth"), True)
     with pytest.raises(ValueError, match="holds a run already"):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ def evaluation(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
 
     from benchmark_evaluation import coco_rows, voc_rows
-    from measure import report
+    from measure import machine, tables
 
     rows = [*coco_rows(args.images, args.detections), *voc_rows(args.images, args.detections)]
-    report(rows, {"images": args.images, "detections": args.detections}, args.output)
+    settings = {"images": args.images, "detections": args.detections, "machine": machine("cpu")}
+    tables({"rows": [*map(asdict, rows)]}, settings, args.output, ("", "", ".2f", ".2f", ".1f", ".1e"))
 
 
 def conversion(args: argparse.Namespace) -> None:
@@ -40,12 +42,11 @@ def conversion(args: argparse.Namespace) -> None:
     if args.repeats < 1:
         raise ValueError(f"--repeats is {args.repeats}; it must be at least 1")
 
-    from benchmark_conversion import FORMATS, HEADERS, rows
-    from measure import report
+    from benchmark_conversion import rows
+    from measure import machine, tables
 
-    report(
-        [*rows(args.width, args.repeats)], {"width": args.width, "repeats": args.repeats}, args.output, HEADERS, FORMATS
-    )
+    settings = {"width": args.width, "repeats": args.repeats, "machine": machine("cpu")}
+    tables({"rows": [*map(asdict, rows(args.width, args.repeats))]}, settings, args.output)
 
 
 def step(args: argparse.Namespace) -> None:
@@ -53,6 +54,8 @@ def step(args: argparse.Namespace) -> None:
     if args.repeats < 2:
         raise ValueError(f"--repeats is {args.repeats}; the spread needs at least 2")
     import logging
+
+    import torch
 
     from moco_d2.config import load_cfg
 
@@ -78,7 +81,8 @@ def step(args: argparse.Namespace) -> None:
     over = next(row["ratio"] for row in found["step"] if row["what"] == "ours")
     slowest = max(found["parts"][:-1], key=lambda row: row["seconds"])["what"]
     found["bottleneck"] = f"the encoders, {min(1, 1 / over):.0%} of a step; of the rest, the {slowest}"
-    tables(found, {**opts, "machine": machine(args.device)}, args.output)
+    threads = 1 if args.device == "cpu" else torch.get_num_threads()
+    tables(found, {**opts, "machine": machine(args.device), "threads": threads}, args.output)
 
 
 def data(args: argparse.Namespace) -> None:
@@ -92,7 +96,7 @@ def data(args: argparse.Namespace) -> None:
 
     found = measure(args.folder, args.images, args.size, args.repeats)
     settings = {"folder": args.folder, "images": args.images, "size": args.size, "recipe": RECIPE}
-    tables(found, {**settings, "machine": machine("cpu")}, args.output)
+    tables(found, {**settings, "machine": machine("cpu"), "threads": 1}, args.output)
 
 
 def startup(args: argparse.Namespace) -> None:

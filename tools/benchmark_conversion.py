@@ -50,10 +50,6 @@ class Row:
     private: float
 
 
-HEADERS = ("problem", "work", "seconds", "CPU s", "ratio", "peak / size", "private / size")
-FORMATS = ("", "", ".3f", ".3f", ".2f", ".2f", ".2f")
-
-
 def rows(width: float, repeats: int) -> Iterator[Row]:
     """Compare with reading the whole file, ``torch.load(weights_only=True)``, for both formats of ``torch.save``."""
     with tempfile.TemporaryDirectory() as folder:

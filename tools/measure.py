@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,11 +95,23 @@ def machine(device: str) -> str:
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, 1 thread"
+    return names[0] if names else platform.machine()
 
 
-def tables(found: dict[str, Any], settings: dict[str, Any], output: Path | None) -> None:
-    """Print each list of rows as a table and each sentence as a line, and write all with what they depend on."""
+def tables(
+    found: dict[str, Any],
+    settings: dict[str, Any],
+    output: Path | None,
+    floatfmt: str | Sequence[str] = ".3f",
+) -> None:
+    """Print each list of rows as a table and each sentence as a line, and write all with what they depend on.
+
+    Args:
+        found: rows, each ``{column: value}``, or a sentence, by title.
+        settings: what the benchmark was asked to do.
+        output: JSON file, if any.
+        floatfmt: of all columns, or of each.
+    """
     from tabulate import tabulate
 
     from moco_d2.atomic import atomic_write
@@ -116,31 +128,7 @@ def tables(found: dict[str, Any], settings: dict[str, Any], output: Path | None)
             }
             for row in content
         ]
-        print(f"\n{title}", tabulate(shown, "keys", tablefmt="pipe", floatfmt=".3f"), sep="\n")
+        print(f"\n{title}", tabulate(shown, "keys", tablefmt="pipe", floatfmt=floatfmt), sep="\n")
     if output:
         with atomic_write(output) as file:
             file.write(json.dumps({**settings, **found, **provenance()}, indent=2).encode())
-
-
-HEADERS = ("problem", "by", "seconds", "CPU s", "ratio", "difference")
-FORMATS = ("", "", ".2f", ".2f", ".1f", ".1e")
-
-
-def report(
-    rows: Sequence[Any],
-    settings: dict[str, Any],
-    output: Path | None,
-    headers: Sequence[str] = HEADERS,
-    formats: Sequence[str] = FORMATS,
-) -> None:
-    """Print the rows, dataclasses, and write them with what they depend on."""
-    from tabulate import tabulate
-
-    from moco_d2.atomic import atomic_write
-    from moco_d2.provenance import provenance
-
-    print(tabulate([tuple(asdict(row).values()) for row in rows], headers, tablefmt="pipe", floatfmt=formats))
-    if output:
-        content = {**settings, "rows": [asdict(row) for row in rows], "machine": platform.machine(), **provenance()}
-        with atomic_write(output) as file:
-            file.write(json.dumps(content, indent=2).encode())

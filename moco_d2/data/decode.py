@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Sequence
@@ -15,7 +16,10 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from moco_d2.data.augment import Box
 
-ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height change places
+ORIENTATION = 0x0112  # EXIF's tag
+# How an image is turned upright: whether rows and columns change places, then the axes that are reversed.
+TURNS = {2: (False, (1,)), 3: (False, (0, 1)), 4: (False, (0,)), 5: (True, ()), 6: (True, (1,)), 7: (True, (0, 1)),
+         8: (True, (0,))}  # fmt: skip
 REDUCTIONS = (8, 4, 2)  # what a JPEG decoder leaves out for less than it costs: 1/8, 1/4, 1/2 of the size
 
 
@@ -35,9 +39,11 @@ class Picture:
         """
         self._data = data
         self._opened = Image.open(io.BytesIO(data))
-        self._orientation = self._opened.getexif().get(ORIENTATION, 1)
+        # Whatever PIL takes for it: from EXIF or XMP, and no number at all in some files.
+        self._swapped, self._reversed = TURNS.get(self._opened.getexif().get(ORIENTATION), (False, ()))
         size = self._opened.size
-        self.width, self.height = reversed(size) if self._orientation >= 5 else size
+        # PIL's TIFF reader states the upright size itself.
+        self.width, self.height = reversed(size) if self._swapped and self._opened.format != "TIFF" else size
 
     def decode(self) -> torch.Tensor:
         """Return the upright image, (3, H, W) uint8 RGB, equal to :func:`read_image` to the bit.
@@ -49,14 +55,15 @@ class Picture:
         """
         if self._is_plain_jpeg():
             encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
-            try:
-                turned: torch.Tensor = decode_jpeg(
-                    encoded, ImageReadMode.RGB, apply_exif_orientation=self._orientation != 1
-                )
-                return turned
-            except RuntimeError:  # PIL has the last word on what is damaged.
-                pass
+            with contextlib.suppress(RuntimeError):  # PIL has the last word on what is damaged.
+                return self._turned(decode_jpeg(encoded, ImageReadMode.RGB))
         return torch.from_numpy(np.array(_upright_rgb(self._opened))).permute(2, 0, 1)
+
+    def _turned(self, image: torch.Tensor) -> torch.Tensor:
+        """Turn (3, H, W) upright; not the decoder, which reads the orientation from fewer places than PIL."""
+        pixels = image.permute(1, 2, 0)
+        pixels = pixels.transpose(0, 1) if self._swapped else pixels
+        return pixels.flip(self._reversed).contiguous().permute(2, 0, 1) if self._swapped or self._reversed else image
 
     def crops(self, boxes: Sequence[Box], size: int) -> list[np.ndarray]:
         """Decode once and return the boxes resized with antialiasing, each (size, size, 3) uint8.

@@ -34,6 +34,23 @@ def oriented(number: int, form: str) -> bytes:
     return saved(picture(), form, exif=exif)
 
 
+def with_segment(jpeg: bytes, payload: bytes) -> bytes:
+    """Put an APP1 segment in front of a JPEG's others."""
+    return jpeg[:2] + b"\xff\xe1" + (len(payload) + 2).to_bytes(2, "big") + payload + jpeg[2:]
+
+
+def in_ascii(number: int) -> bytes:
+    """An orientation stored as text, which is none."""
+    exif = Image.Exif()
+    exif[0x010F] = f"{number}"  # the maker, which is text
+    return saved(picture(), "JPEG", exif=exif.tobytes().replace(b"\x01\x0f", b"\x01\x12"))
+
+
+def xmp(number: int) -> bytes:
+    text = f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{number}"/></x:xmpmeta>'
+    return b"http://ns.adobe.com/xap/1.0/\0" + text.encode()
+
+
 def animation() -> bytes:
     return saved(picture().quantize(16), "GIF", save_all=True, append_images=[picture().quantize(16)])
 
@@ -62,7 +79,13 @@ KINDS = {
     "BMP": lambda: saved(picture(), "BMP"),
     "1 bit": lambda: saved(picture().convert("1"), "PNG"),
     **{f"JPEG turned by EXIF {n}": lambda n=n: oriented(n, "JPEG") for n in range(1, 9)},
-    "PNG turned by EXIF": lambda: oriented(6, "PNG"),
+    **{f"{form} turned by EXIF": lambda form=form: oriented(6, form) for form in ("PNG", "TIFF", "WEBP")},
+    "EXIF 0, which is no orientation": lambda: oriented(0, "JPEG"),
+    "EXIF 9, which is no orientation": lambda: oriented(9, "JPEG"),
+    "EXIF 65, which is no orientation": lambda: oriented(65, "JPEG"),
+    "EXIF as text": lambda: in_ascii(6),
+    "turned by XMP": lambda: with_segment(saved(picture(), "JPEG"), xmp(6)),
+    "turned by EXIF behind XMP": lambda: with_segment(oriented(8, "JPEG"), xmp(1)),
 }
 
 

@@ -66,11 +66,15 @@ class _InfoNCE(torch.autograd.Function):
 def contrast_rank(q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
     """Count, for each query, the negatives that are at least as similar as its positive: (N,), 0 is best.
 
-    A negative that ties with the positive counts against it, so a collapsed encoder shows K, not 0.
+    A negative that ties with the positive counts against it, so a collapsed encoder shows K, not 0. Equal vectors tie
+    whatever the order in which their products are summed up: the positive is rounded as the negatives are held, and
+    what C products and their sum can lose to rounding, on either side, makes no difference.
     """
-    positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
+    held = k.to(negatives.dtype).to(q.dtype)
+    positive = (q * held).sum(dim=1, keepdim=True)  # (N, 1)
+    least = positive - q.shape[1] * torch.finfo(q.dtype).eps
     rank = torch.zeros(len(q), dtype=torch.long, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for block in negatives.split(BLOCK):
-            rank += (q @ block.to(q.dtype).T >= positive).sum(dim=1)
+            rank += (q @ block.to(q.dtype).T >= least).sum(dim=1)
     return rank

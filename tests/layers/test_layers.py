@@ -101,8 +101,16 @@ def test_contrast_rank_counts_negatives_and_holds_ties_against_the_positive() ->
     k[0] = q[0]  # nothing is nearer
     expected = [sum((q[i] @ negatives.T >= q[i] @ k[i]).tolist()) for i in range(6)]
     assert contrast_rank(q, k, negatives).tolist() == expected and expected[0] == 0
-    collapsed = F.normalize(torch.ones(2, 4), dim=1)
-    assert contrast_rank(collapsed, collapsed, collapsed[:1].expand(9, 4)).tolist() == [9, 9]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_collapsed_encoder_ranks_last_however_its_similarities_are_rounded(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for _ in range(20):
+        collapsed = unit(1, 128).float()
+        queue = FeatureQueue(9, 128, dtype)
+        queue.enqueue(collapsed.expand(9, 128))
+        assert contrast_rank(collapsed.expand(2, 128), collapsed.expand(2, 128), queue.features).tolist() == [9, 9]
 
 
 def test_queue_is_a_ring_at_any_batch_size(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,15 @@ from moco_d2.data.augment import Box
 
 ORIENTATION = 0x0112  # EXIF's tag
 # How an image is turned upright: whether rows and columns change places, then the axes that are reversed.
-TURNS = {2: (False, (1,)), 3: (False, (0, 1)), 4: (False, (0,)), 5: (True, ()), 6: (True, (1,)), 7: (True, (0, 1)),
-         8: (True, (0,))}  # fmt: skip
+TURNS: dict[Any, tuple[bool, tuple[int, ...]]] = {
+    2: (False, (1,)),
+    3: (False, (0, 1)),
+    4: (False, (0,)),
+    5: (True, ()),
+    6: (True, (1,)),
+    7: (True, (0, 1)),
+    8: (True, (0,)),
+}
 REDUCTIONS = (8, 4, 2)  # what a JPEG decoder leaves out for less than it costs: 1/8, 1/4, 1/2 of the size
 
 

@@ -95,7 +95,8 @@ class ViewDataset(Dataset[Sample]):
                 planned.append(self._plan(key[1], key))
             except Exception:
                 planned.append(None)
-        return [self._decoded(ready) or self[key] for key, ready in zip(keys, planned, strict=True)]
+        planned.reverse()  # An image that PIL decoded stays in its Picture: each is dropped before the next.
+        return [self._decoded(planned.pop()) or self[key] for key in keys]
 
     def _decoded(self, planned: tuple[Picture, list[Plan]] | None) -> Sample | None:
         """Return a sample, None where :meth:`__getitem__` has to find out why there is none."""

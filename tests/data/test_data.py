@@ -1,6 +1,7 @@
 """Listing and loading image files, and a data order that can be resumed anywhere."""
 
-import logging
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from moco_d2.data import (
     build_recipe,
     list_images,
 )
+from moco_d2.data.augment import Plan
+from moco_d2.data.backends import DeviceBackend
+from moco_d2.data.decode import Picture
 
 RNG = np.random.default_rng(0)
 
@@ -72,22 +76,27 @@ def test_missing_data_is_an_error_that_says_what_was_looked_for(
         list_images([])
 
 
-def test_unreadable_images_are_replaced_logged_once_and_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    broken = folder / "class0" / "0.JPEG"
-    broken.write_bytes(broken.read_bytes()[:200])
-    dataset = ViewDataset(
-        FileSource(list_images([str(folder)])),
-        build_recipe("moco_v2", 16),
-        0,
-        build_backend("cv2", torch.device("cpu")),
-    )
-    loader = ViewLoader(dataset, EpochSampler(10, 5, seed=0), workers=0, device=torch.device("cpu"))
-    batches = iter(loader)
-    with caplog.at_level(logging.WARNING):
-        views = [next(batches) for _ in range(6)]
-    assert all(view.shape == (5, 3, 16, 16) for batch in views for view in batch)
-    assert loader.skips.paths == {str(broken)}
-    assert caplog.text.count(str(broken)) == 1
+class Watched(DeviceBackend):
+    """Notes how many of the pictures that it was given are still held."""
+
+    def __init__(self) -> None:
+        self.given: list[weakref.ref[Picture]] = []
+        self.held: list[int] = []
+
+    def prepare(self, picture: Picture, plans: Sequence[Plan], size: int) -> list[np.ndarray]:
+        self.given.append(weakref.ref(picture))
+        self.held.append(sum(one() is not None for one in self.given))
+        return super().prepare(picture, plans, size)
+
+
+def test_a_worker_holds_one_decoded_picture_at_a_time(folder: Path) -> None:
+    watched = Watched()
+    dataset = ViewDataset(FileSource(list_images([str(folder)])), build_recipe("moco_v2", 16), 0, watched)
+    together = dataset.__getitems__([(0, index) for index in (3, 1, 4)])
+    assert watched.held == [1, 1, 1]
+    alone = [dataset[0, index] for index in (3, 1, 4)]
+    for a, b in zip(together, alone, strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a.views, b.views, strict=True)), "in the order asked for"
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(folder: Path) -> None:

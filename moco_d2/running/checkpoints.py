@@ -84,12 +84,14 @@ def _last_whole(folder: Path) -> str:
         return ""
     remove_leftovers(folder)
     named = folder / pointer.read_text(errors="replace").strip()
-    candidates = dict.fromkeys([named, *reversed(_periodic(folder))])
+    # Those after the named one are of a run that went another way, or of one killed before it moved the pointer.
+    others = sorted(reversed(_periodic(folder)), key=lambda path: path.name > named.name)
+    candidates = dict.fromkeys([named, *others])
     for path in candidates:
         problem = damage(path)
         if not problem:
             return str(path)
-        logger.warning("the checkpoint %s is damaged (%s): the one before it is used", path, problem)
+        logger.warning("the checkpoint %s is damaged (%s): another is used", path, problem)
     raise ValueError(
         f"none of the {len(candidates)} checkpoints in {folder} is whole: start again in another OUTPUT_DIR, or copy "
         "one back that is whole elsewhere"
@@ -155,7 +157,9 @@ class PeriodicCheckpoint(HookBase):
         self.checkpointer.save(f"model_{step:07d}", iteration=step)
         self.saved = step
         if self.keep and comm.is_main_process():
-            for path in _periodic(Path(self.checkpointer.save_dir))[: -self.keep]:
+            # Later ones are left by a run that was continued from an earlier place; this one comes to them yet.
+            mine = [path for path in _periodic(Path(self.checkpointer.save_dir)) if _iteration(path) <= step]
+            for path in mine[: -self.keep]:
                 if not self.keep_every or (_iteration(path) + 1) % self.keep_every:
                     path.unlink()
 

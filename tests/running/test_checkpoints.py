@@ -95,6 +95,24 @@ def test_the_newest_and_every_mth_are_kept_over_restarts(tmp_path: Path) -> None
     assert kept == [4, 8, 12, 14]
 
 
+def test_what_is_later_than_the_place_of_a_resume_neither_displaces_new_checkpoints_nor_goes_before_old_ones(
+    tmp_path: Path,
+) -> None:
+    run_of(tmp_path, 6)
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")  # 3 to 5 were written, and the pointer not moved
+    hook = PeriodicCheckpoint(TransferCheckpointer(nn.Linear(8, 8), str(tmp_path)), period=4, keep=1)
+    hook.trainer = SimpleNamespace(iter=3, max_iter=9)
+    hook.after_step()
+    last = tmp_path / "model_0000003.pth"
+    assert last_whole(tmp_path) == str(last)
+    assert [path.name[-5] for path in sorted(tmp_path.glob("model_*"))] == ["3", "4", "5"]
+    run_of(tmp_path / "again", 6)
+    last = tmp_path / "again/model_0000003.pth"
+    (tmp_path / "again/last_checkpoint").write_text(last.name)
+    last.write_bytes(b"")
+    assert last_whole(tmp_path / "again") == str(tmp_path / "again/model_0000002.pth")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")

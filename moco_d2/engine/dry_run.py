@@ -15,16 +15,16 @@ from detectron2.utils import comm
 
 from moco_d2.atomic import atomic_write
 from moco_d2.config import use_device_there_is
+from moco_d2.data import ViewLoader
 from moco_d2.engine.optim import scaled_lr, total_steps
 from moco_d2.engine.preflight import check_config, outline
 from moco_d2.engine.pretrain import PretrainTrainer
-from moco_d2.methods import SSLMethod
 from moco_d2.model_zoo import pretraining_changes
 from moco_d2.rehearsal import duration, parameters, peak_memory, quiet, recipe
 
 STEPS = 2
 _CPU_BATCH = 16  # images a process on the CPU, where a full batch would take minutes and more memory than there is
-_LOADED = 4  # batches over which the loader's own speed is taken
+_PREFETCHED = 2  # batches that a DataLoader's worker makes ahead
 
 
 class Rehearsal(PretrainTrainer):
@@ -70,11 +70,12 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     yield "model", f"{full.SSL.METHOD}, {full.SSL.ENCODER.NAME}: {parameters(trainer.method)}"
     with quiet():
         trainer.train()
+    memory = peak_memory()  # before there is a second trainer
     batch, whole = small.SOLVER.IMS_PER_BATCH, full.SOLVER.IMS_PER_BATCH
     yield "training", _training(trainer, batch, whole)
     yield "checkpoint", _resume(trainer)
-    yield "memory", peak_memory() + (f" with {batch} images of {whole}" if batch < whole else "")
-    computes, loads = batch / trainer.step_seconds[-1], _loading_speed(trainer, batch)
+    yield "memory", memory + (f" with {batch} images of {whole}" if batch < whole else "")
+    computes, loads = batch / trainer.step_seconds[-1], _loading_speed(trainer.data_loader, batch)
     speed, finding = _bottleneck(computes, loads, small.DATALOADER.NUM_WORKERS)
     yield "bottleneck", finding
     yield "ETA", f"{duration(steps * whole / speed)} at {speed:.1f} images/s, this machine's speed now"
@@ -101,19 +102,22 @@ def _shorten(full: CfgNode, world_size: int) -> CfgNode:
     cfg = full.clone()
     cfg.defrost()
     cfg.SOLVER.BASE_LR, cfg.SOLVER.REFERENCE_BATCH = scaled_lr(full), 0
-    cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.CHECKPOINT_PERIOD = 0, STEPS, (), 1
+    cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 0, STEPS, ()
+    cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP = 1, 0  # the first is resumed from
     if cfg.MODEL.DEVICE == "cpu":
-        cfg.SOLVER.IMS_PER_BATCH = world_size * _part_of(cfg.SOLVER.IMS_PER_BATCH // world_size, outline(cfg))
+        cfg.SOLVER.IMS_PER_BATCH = world_size * _part_of(cfg, world_size)
     cfg.freeze()
     return cfg
 
 
-def _part_of(batch: int, method: SSLMethod) -> int:
-    """Return the smallest part of a process's batch, of ``_CPU_BATCH`` images or more, that the method can take."""
+def _part_of(cfg: CfgNode, world_size: int) -> int:
+    """Return the smallest part, from ``_CPU_BATCH`` images on, of a process's batch that method and lanes can take."""
+    method, batch = outline(cfg), cfg.SOLVER.IMS_PER_BATCH // world_size
     for part in range(min(batch, _CPU_BATCH), batch):
         with contextlib.suppress(ValueError):
             method.check_batch(part)
-            return part
+            if world_size * part % max(1, cfg.DATA.LANES) == 0:
+                return part
     return batch
 
 
@@ -132,7 +136,7 @@ def _resume(trainer: Rehearsal) -> str:
     """Take the last step again from the checkpoint before it.
 
     Raises:
-        ValueError: it does not arrive at the same weights.
+        ValueError: it starts elsewhere, or does not arrive at the same weights.
     """
     folder = Path(trainer.cfg.OUTPUT_DIR)
     comm.synchronize()
@@ -143,6 +147,8 @@ def _resume(trainer: Rehearsal) -> str:
     with quiet():
         again = Rehearsal(trainer.cfg)
         again.resume_or_load(resume=True)
+        if again.start_iter != STEPS - 1:
+            raise ValueError(f"a resumed run starts at iteration {again.start_iter}, not {STEPS - 1}")
         again.train()
     if not comm.is_main_process():  # Batch statistics are each process's own; checkpoints hold the main one's.
         return ""
@@ -157,14 +163,21 @@ def _resume(trainer: Rehearsal) -> str:
     return f"{size:.0f} MiB, saved and resumed to the same weights, {same}"
 
 
-def _loading_speed(trainer: Rehearsal, batch: int) -> float:
+def _loading_speed(loader: ViewLoader, batch: int) -> float:
     """Return the images per second of the loader alone, all processes together."""
-    batches = iter(trainer.data_loader)
-    next(batches)  # workers start
+    batches = iter(loader)
+    # Workers start, then hand out together what they made meanwhile: only what comes after that takes its time. Whole
+    # rounds of all workers are timed.
+    _take(batches, 1 + _PREFETCHED * loader.workers)
+    timed = 2 * max(2, loader.workers)
     start = time.perf_counter()
-    for _ in itertools.islice(batches, _LOADED):
+    _take(batches, timed)
+    return timed * batch / (time.perf_counter() - start)
+
+
+def _take(batches: Iterator[object], count: int) -> None:
+    for _ in itertools.islice(batches, count):
         pass
-    return _LOADED * batch / (time.perf_counter() - start)
 
 
 def _bottleneck(computes: float, loads: float, workers: int) -> tuple[float, str]:

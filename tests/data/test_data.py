@@ -1,5 +1,6 @@
 """Listing and loading image files, and a data order that can be resumed anywhere."""
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,14 +120,6 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(folder: Path) -> None:
     assert not torch.equal(whole[0][0], whole[0][1]), "two views of an image differ"
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_epochs_are_permutations_shared_out_among_processes(processes: int) -> None:
-    streams = [iter(EpochSampler(18, 8, seed=1, rank=r, world_size=processes)) for r in range(processes)]
-    alone = iter(EpochSampler(18, 8, seed=1))
-    epochs: dict[int, list[int]] = {}
-    for _ in range(6):
-        batch = [key for stream in streams for key in next(stream)]
-        assert batch == next(alone), "the same batch, whatever the number of processes"
-        epochs.setdefault(batch[0][0], []).extend(index for _, index in batch)
-    assert sorted(epochs) == [0, 1, 2], "two whole batches an epoch; the rest is dropped"
-    assert all(len(set(indices)) == 16 for indices in epochs.values()) and epochs[0] != epochs[1]
+def test_what_does_not_fill_a_batch_is_dropped() -> None:
+    batches = list(itertools.islice(EpochSampler(18, 8, seed=1), 6))
+    assert [{epoch for epoch, _ in batch} for batch in batches] == [{0}, {0}, {1}, {1}, {2}, {2}]

@@ -4,11 +4,20 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from moco_d2.data import EpochSampler, FileSource, ViewDataset, ViewLoader, build_recipe, list_images
+from moco_d2.data.augment import Plan
+from moco_d2.data.backends import DeviceBackend
+from moco_d2.data.decode import Picture
+from moco_d2.engine.dry_run import _loading_speed
 
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain_net.py"
 
@@ -35,7 +44,11 @@ def dry_run(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_rehearsal_says_what_the_run_will_be(images: str, tmp_path: Path, processes: int) -> None:
-    done = dry_run(tmp_path, "--num-gpus", processes, "DATASETS.TRAIN", f'("{images}",)', "SSL.ARGS.bn_groups", 4)
+    lanes = 32  # the smaller batch has to suit them
+    done = dry_run(
+        tmp_path, "--num-gpus", processes, "DATASETS.TRAIN", f'("{images}",)', "SSL.ARGS.bn_groups", 4,
+        "DATA.LANES", lanes, "SOLVER.CHECKPOINT_KEEP", 1,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     lines = dict(re.findall(r"^(\w+(?: run)?) +(.+)$", done.stdout, flags=re.MULTILINE))
     assert list(lines) == [
@@ -45,13 +58,29 @@ def test_a_rehearsal_says_what_the_run_will_be(images: str, tmp_path: Path, proc
     assert lines["recipe"].startswith("moco_v2_R50_200ep, modified: ")
     assert "SSL.ENCODER.WIDTH=0.125" in lines["recipe"] and lines["data"] == f"{images}: 70 images"
     assert lines["schedule"] == "200 epochs, 200 iterations of 64 images, lr 0.0075"
-    assert f"(reckoned from {16 * processes} images of 64)" in lines["training"]
+    assert f"(reckoned from {lanes} images of 64)" in lines["training"]
     assert lines["checkpoint"].endswith("saved and resumed to the same weights, bit for bit")
     speeds = re.search(r"network ([\d.]+) images/s, loader ([\d.]+) images/s", lines["bottleneck"])
     eta = re.search(r"at ([\d.]+) images/s", lines["ETA"])
     assert speeds and eta and float(eta[1]) == min(float(speeds[1]), float(speeds[2]))
     assert lines["dry run"] == "passed"
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+class Sleepy(DeviceBackend):
+    """Takes 0.1 s an image, whatever the machine."""
+
+    def prepare(self, picture: Picture, plans: Sequence[Plan], size: int) -> list[np.ndarray]:
+        time.sleep(0.1)
+        return super().prepare(picture, plans, size)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # they sleep, whatever the number of cores
+def test_the_loaders_speed_is_not_that_of_what_was_loaded_ahead(images: str) -> None:
+    dataset = ViewDataset(FileSource(list_images([images])), build_recipe("moco_v2", 8), 0, Sleepy())
+    loader = ViewLoader(dataset, EpochSampler(70, 2, 0), 6, torch.device("cpu"))
+    speed, true = _loading_speed(loader, 2), 6 / 0.1
+    assert 0.2 * true < speed < 1.5 * true
 
 
 def test_mistakes_end_in_lines_and_exit_code_2(images: str, tmp_path: Path) -> None:

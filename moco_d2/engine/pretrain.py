@@ -101,8 +101,9 @@ class PretrainTrainer(DefaultTrainer):
         """Return the hooks in the order they run."""
         solver = self.cfg.SOLVER
         checkpoint = PeriodicCheckpoint(
-            self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP, solver.CHECKPOINT_KEEP_EVERY
-        )
+            self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP, solver.CHECKPOINT_KEEP_EVERY,
+            check=self._trainer.flush,
+        )  # fmt: skip
         return [
             StepSeed(self.seed),  # the same in all processes, which is what a shared permutation wants
             MethodSchedule(self.method),

@@ -68,17 +68,20 @@ class PretrainStep(SimpleTrainer):
             self.flush()
 
     def flush(self) -> None:
-        """Record the losses since the last call, each the mean over processes.
+        """Record the losses since the last call, each the mean over processes. Every process must call this.
 
         Raises:
-            FloatingPointError: one is not finite; the message says in which iteration.
+            FloatingPointError: in all processes, one's is not finite; the message says in which iteration.
         """
         losses = self._read()
         everyone = comm.all_gather([values for _, values in losses])
         storage = get_event_storage()
         for (iteration, values), *others in zip(losses, *everyone, strict=True):
             means = {name: float(np.mean([other[name] for other in others])) for name in values}
-            storage.put_scalar("total_loss", sum(means.values()), cur_iter=iteration)
+            total = sum(means.values())
+            if not np.isfinite(total):
+                raise FloatingPointError(f"Loss became infinite or NaN at iteration={iteration}!\nloss_dict = {means}")
+            storage.put_scalar("total_loss", total, cur_iter=iteration)
             if len(means) > 1:
                 storage.put_scalars(cur_iter=iteration, **means)
         self._losses.clear()
@@ -89,19 +92,10 @@ class PretrainStep(SimpleTrainer):
             return []
         names = list(self._losses[0][1])
         table = torch.stack([torch.stack([losses[name] for name in names]) for _, losses in self._losses]).tolist()
-        rows = [(i, dict(zip(names, row, strict=True))) for (i, _), row in zip(self._losses, table, strict=True)]
-        for iteration, row in rows:
-            if not np.isfinite(sum(row.values())):
-                raise FloatingPointError(f"Loss became infinite or NaN at iteration={iteration}!\nloss_dict = {row}")
-        return rows
+        return [(i, dict(zip(names, row, strict=True))) for (i, _), row in zip(self._losses, table, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's and the scaler's state; called for a checkpoint, which must not follow a bad loss.
-
-        Raises:
-            FloatingPointError: a loss was not finite.
-        """
-        self._read()
+        """Return the optimizer's and the scaler's state."""
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

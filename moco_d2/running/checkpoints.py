@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,15 @@ def write_tensors(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None
 
 
 def save_run(keeper: Checkpointer, name: str, **extra: Any) -> None:
-    """Write ``<name>.pth`` with the model, everything registered with the checkpointer, and ``extra``."""
+    """Write ``<name>.pth`` with the model, everything registered with the checkpointer, and ``extra``.
+
+    Raises:
+        FloatingPointError: weights are not finite, so that nothing could be continued from them. A finite loss does not
+            exclude that: its gradient may be at fault.
+    """
+    spoilt = [key for key, weight in keeper.model.named_parameters() if not weight.isfinite().all()]
+    if spoilt:
+        raise FloatingPointError(f"{name}.pth is not written: weights are infinite or NaN ({', '.join(spoilt[:3])})")
     state = {key: item.state_dict() for key, item in keeper.checkpointables.items()}
     write_tensors({"model": keeper.model.state_dict(), **state, **extra}, Path(keeper.save_dir) / f"{name}.pth")
 
@@ -85,7 +93,7 @@ def _last_whole(folder: Path) -> str:
     remove_leftovers(folder)
     named = folder / pointer.read_text(errors="replace").strip()
     # Those after the named one are of a run that went another way, or of one killed before it moved the pointer.
-    others = sorted(reversed(_periodic(folder)), key=lambda path: path.name > named.name)
+    others = sorted(_periodic(folder), key=lambda path: (path.name > named.name, -_iteration(path)))
     candidates = dict.fromkeys([named, *others])
     for path in candidates:
         problem = damage(path)
@@ -129,7 +137,14 @@ class PeriodicCheckpoint(HookBase):
         saved: the last iteration that was saved.
     """
 
-    def __init__(self, checkpointer: Checkpointer, period: int, keep: int = 0, keep_every: int = 0) -> None:
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        period: int,
+        keep: int = 0,
+        keep_every: int = 0,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Set up, in every process; only the main one writes.
 
         Args:
@@ -137,8 +152,10 @@ class PeriodicCheckpoint(HookBase):
             period: in iterations.
             keep: number of checkpoints to keep, the newest; 0 for all.
             keep_every: those after every so many iterations are kept besides; 0 for none.
+            check: called in every process before each checkpoint; raises where there is nothing worth saving.
         """
-        self.checkpointer, self.period, self.keep, self.keep_every = checkpointer, period, keep, keep_every
+        self.checkpointer, self.check = checkpointer, check
+        self.period, self.keep, self.keep_every = period, keep, keep_every
         self.saved = -1
 
     def after_step(self) -> None:
@@ -147,14 +164,14 @@ class PeriodicCheckpoint(HookBase):
         if done % self.period == 0:
             self.save()
         if done == self.trainer.max_iter:
-            self.checkpointer.save("model_final", iteration=self.trainer.iter)
+            self._write("model_final")
 
     def save(self) -> None:
         """Save this step, unless it is saved already, and remove what is too old."""
         step = self.trainer.iter
         if step == self.saved:
             return
-        self.checkpointer.save(f"model_{step:07d}", iteration=step)
+        self._write(f"model_{step:07d}")
         self.saved = step
         if self.keep and comm.is_main_process():
             # Later ones are left by a run that was continued from an earlier place; this one comes to them yet.
@@ -162,6 +179,10 @@ class PeriodicCheckpoint(HookBase):
             for path in mine[: -self.keep]:
                 if not self.keep_every or (_iteration(path) + 1) % self.keep_every:
                     path.unlink()
+
+    def _write(self, name: str) -> None:
+        self.check()
+        self.checkpointer.save(name, iteration=self.trainer.iter)
 
 
 def _periodic(folder: Path) -> list[Path]:

@@ -5,12 +5,15 @@ import math
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from PIL import Image
 
 from moco_d2.config import flat, get_cfg, load_cfg
@@ -141,6 +144,54 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(imag
         trainer.train()
     kept = torch.load(tmp_path / "model_0000000.pth")["model"]
     assert all(value.isfinite().all() for key, value in kept.items() if "encoder_k" in key)
+
+
+def spoil(folder: str, what: str) -> PretrainTrainer:
+    """Build a run that saves at every step, and spoils one tensor in its last process's third step."""
+    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", json.loads(Path(folder, "options").read_text()))
+    trainer = PretrainTrainer(cfg)
+    method, last = trainer.method, comm.get_rank() == comm.get_world_size() - 1
+
+    def nan_if_due(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * math.nan if last and trainer.iter == 2 else tensor
+
+    if what == "loss":
+        contrast = method._contrast
+        method._contrast = lambda *views: (nan_if_due((found := contrast(*views))[0]), found[1])
+    else:
+        method.encoder_q.conv1.weight.register_hook(nan_if_due)
+    return trainer
+
+
+def run_spoilt_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    comm.create_local_process_group(2)
+    with pytest.raises(FloatingPointError) as caught:
+        spoil(folder, "loss").train()
+    Path(folder, f"said{rank}").write_text(str(caught.value))
+    comm.synchronize()
+    dist.destroy_process_group()
+
+
+def test_no_checkpoint_follows_a_loss_that_is_not_finite_in_another_process(images: str, tmp_path: Path) -> None:
+    """At a step whose losses are not due yet: all weights are spoilt by then, but only one process's loss shows it."""
+    more = ("SOLVER.CHECKPOINT_PERIOD", 1, "SSL.ARGS.bn_groups", 1)
+    (tmp_path / "options").write_text(json.dumps(options(images, tmp_path, *more)))
+    torch.multiprocessing.spawn(run_spoilt_rank, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        said = (tmp_path / f"said{rank}").read_text()
+        assert "NaN at iteration=2!" in said and "model_0000001.pth" in said
+    assert sorted(path.name for path in tmp_path.glob("model_*")) == ["model_0000000.pth", "model_0000001.pth"]
+
+
+def test_no_checkpoint_follows_a_gradient_that_is_not_finite(images: str, tmp_path: Path) -> None:
+    (tmp_path / "options").write_text(json.dumps(options(images, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1)))
+    with pytest.raises(FloatingPointError, match=r"model_0000002.pth is not written.*conv1[\s\S]*model_0000001.pth"):
+        spoil(str(tmp_path), "gradient").train()
+    assert sorted(path.name for path in tmp_path.glob("model_*")) == ["model_0000000.pth", "model_0000001.pth"]
 
 
 def test_resuming_with_another_recipe_is_refused(images: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from moco_d2 import patience
 from moco_d2.data.augment import Plan, Recipe
 from moco_d2.data.backends import Backend
 from moco_d2.data.batched import pack_steps
@@ -161,6 +162,8 @@ class ViewLoader:
         # Its own generator: a DataLoader draws a seed when it starts, which would shift a resumed step's randomness.
         options["generator"] = torch.Generator()
         options["worker_init_fn"] = _one_thread
+        if self.workers:
+            options["timeout"] = patience.limit()
         batches = DataLoader(self.dataset, batch_sampler=self.sampler, collate_fn=collate, **options)
         for iteration, batch in enumerate(batches, self.sampler.start):
             self.skips.record(batch.skipped, iteration)

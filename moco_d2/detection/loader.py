@@ -19,6 +19,7 @@ from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from moco_d2 import patience
 from moco_d2.data import stream_seed
 from moco_d2.detection.custom import picture_size
 from moco_d2.running.seeds import seeded
@@ -105,6 +106,7 @@ def build_loader(cfg: CfgNode, seed: int, records: Sequence[Record] | None = Non
         SeededPictures(parts["dataset"], parts["mapper"], seed),
         batch_sampler=stream,
         num_workers=parts["num_workers"],
+        timeout=patience.limit() if parts["num_workers"] else 0,
         collate_fn=list,
         # Its own generator: a loader draws a seed when it starts, which would shift a resumed step's randomness.
         generator=torch.Generator(),

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,8 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
+from moco_d2 import patience
 from moco_d2.running import preemption
-
-# A process waits for another no longer than this, in seconds. Rank 0 may evaluate alone for so long.
-TIMEOUT = 1800
 
 # After one process has failed, the others have this long, in seconds, to end by themselves.
 GRACE = 5
@@ -70,9 +68,10 @@ def launch(
     machine_rank: int = 0,
     dist_url: str = "auto",
     args: Any = None,
-    timeout: float = TIMEOUT,
+    timeout: float = patience.DEFAULT,
+    device: str = "cuda",
 ) -> None:
-    """Run ``main(args)`` in ``num_gpus`` processes per machine, on GPUs (NCCL) or, without any, on the CPU (gloo).
+    """Run ``main(args)`` in ``num_gpus`` processes per machine, on GPUs (NCCL) or on the CPU (gloo).
 
     Under ``torchrun`` the processes exist already: the process group is made from its environment, and the counts are
     torchrun's. Every process hears SIGTERM and SIGUSR1 (:mod:`moco_d2.running.preemption`).
@@ -84,21 +83,26 @@ def launch(
         machine_rank: number of this machine, from 0.
         dist_url: ``tcp://HOST:PORT`` of the first machine, or ``auto`` where there is but one.
         args: handed to ``main``.
-        timeout: seconds after which a process that waits for another in vain gives up.
+        timeout: seconds after which a process that waits for another in vain gives up (:mod:`moco_d2.patience`).
+        device: what ``main`` computes on, as in ``MODEL.DEVICE``; the CPU where there is no GPU.
 
     Raises:
-        ValueError: more processes asked for than there are GPUs, or a bad machine count.
+        ValueError: more processes asked for than there are GPUs, a bad machine count, or a bad timeout.
         RankFailedError: one of several processes on this machine failed; all of them have ended.
         Preempted: the run was asked to stop, and has saved.
     """
+    if timeout <= 0:
+        raise ValueError(f"--timeout is {timeout:g}; it must be a positive number of seconds")
+    patience.set_limit(timeout)
+    cuda = torch.cuda.is_available() and torch.device(device).type == "cuda"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         preemption.listen()
         world, rank, local, locals_ = (
             int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         )
-        _run(main, args, _Group("env://", world, rank, local, locals_, timeout))
+        _run(main, args, _Group("env://", world, rank, local, locals_, timeout, cuda), os.getppid())
         return
-    _check(num_gpus, num_machines, machine_rank, dist_url, timeout)
+    _check(num_gpus, num_machines, machine_rank, dist_url, cuda)
     if num_gpus * num_machines == 1:
         preemption.listen()
         main(args)
@@ -106,7 +110,7 @@ def launch(
     if dist_url == "auto":
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
     groups = [
-        _Group(dist_url, num_gpus * num_machines, machine_rank * num_gpus + local, local, num_gpus, timeout)
+        _Group(dist_url, num_gpus * num_machines, machine_rank * num_gpus + local, local, num_gpus, timeout, cuda)
         for local in range(num_gpus)
     ]
     _start_all(main, args, groups)
@@ -122,38 +126,40 @@ class _Group:
     local_rank: int
     local_world_size: int
     timeout: float
+    cuda: bool
 
     def join(self) -> None:
         """Make the process group, on this process's device."""
-        cuda = torch.cuda.is_available()
-        if cuda:
+        patience.set_limit(self.timeout)
+        timeout = timedelta(seconds=self.timeout)
+        if self.cuda:
             torch.cuda.set_device(self.local_rank)
         dist.init_process_group(
-            "nccl" if cuda else "gloo", init_method=self.address, rank=self.rank, world_size=self.world_size,
-            timeout=timedelta(seconds=self.timeout),
+            "nccl" if self.cuda else "gloo", init_method=self.address, rank=self.rank, world_size=self.world_size,
+            timeout=timeout,
         )  # fmt: skip
+        if self.cuda:  # Detectron2 sends objects through a gloo group of its own, made with torch's half an hour.
+            dist.distributed_c10d._set_pg_timeout(timeout, comm._get_global_gloo_group())
         comm.create_local_process_group(self.local_world_size)
         comm.synchronize()
 
 
-def _check(num_gpus: int, num_machines: int, machine_rank: int, dist_url: str, timeout: float) -> None:
+def _check(num_gpus: int, num_machines: int, machine_rank: int, dist_url: str, cuda: bool) -> None:
     available = torch.cuda.device_count()
     if num_gpus < 1 or num_machines < 1 or not 0 <= machine_rank < num_machines:
         raise ValueError(
             f"--num-gpus {num_gpus} --num-machines {num_machines} --machine-rank {machine_rank}: counts start at 1, "
             "and ranks run from 0 to num-machines - 1"
         )
-    if available and num_gpus > available:
+    if cuda and num_gpus > available:
         raise ValueError(f"--num-gpus is {num_gpus}, but this machine has {available}")
     if num_machines > 1 and dist_url == "auto":
         raise ValueError("several machines need --dist-url tcp://HOST:PORT of the first machine")
-    if timeout <= 0:
-        raise ValueError(f"--timeout is {timeout:g}; it must be a positive number of seconds")
 
 
-def _run(main: Callable[[Any], None], args: Any, group: _Group) -> None:
-    """Run ``main`` in this process as one of the group."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+def _run(main: Callable[[Any], None], args: Any, group: _Group, parent: int) -> None:
+    """Run ``main`` in this process as one of the group, while the parent process lives."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # SIGABRT, which the launcher sends to processes that hang, prints where they are.
     faulthandler.enable()
     group.join()
@@ -187,7 +193,10 @@ def _start_all(main: Callable[[Any], None], args: Any, groups: list[_Group]) -> 
     """
     context, method = multiprocessing.get_context("spawn"), multiprocessing.get_start_method()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = {g.rank: context.Process(target=_rank_main, args=(main, args, g, folder, method)) for g in groups}
+        # The launcher's own number: it may be gone before a rank has imported what it takes to ask for its parent.
+        more = folder, method, os.getpid()
+        ranks = {group.rank: context.Process(target=_rank_main, args=(main, args, group, *more)) for group in groups}
+        resource_tracker.ensure_running()  # The first start would do it, and unblock SIGTERM.
         # Blocked signals are inherited: a process that has just begun cannot be killed before it listens.
         signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
         try:
@@ -209,13 +218,13 @@ def _start_all(main: Callable[[Any], None], args: Any, groups: list[_Group]) -> 
         raise preemption.Preempted
 
 
-def _rank_main(main: Callable[[Any], None], args: Any, group: _Group, folder: str, method: str) -> None:
+def _rank_main(main: Callable[[Any], None], args: Any, group: _Group, folder: str, method: str, launcher: int) -> None:
     """Run ``main``; an exception goes into a file for the launcher, and the process ends at once."""
     # Loaders' workers shall start as they do elsewhere, forked as a rule, not as their own parent was started.
     multiprocessing.set_start_method(method, force=True)
     preemption.listen()
     try:
-        _run(main, args, group)
+        _run(main, args, group, launcher)
     except Exception as error:
         report = _Failure(
             group.rank, time.time(), type(error).__name__, str(error),

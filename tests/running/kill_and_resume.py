@@ -46,7 +46,7 @@ def train(words: tuple[str, str, list[str]]) -> None:
 def start(words: tuple[str, str, list[str]], folder: Path, processes: int) -> list[int]:
     """Start a training in forked processes of one process group; return their ids."""
     rendezvous = folder / f"rendezvous{time.monotonic_ns()}"
-    leader, children = 0, []
+    leader, children, parent = 0, [], os.getpid()
     for rank in range(processes):
         child = os.fork()
         if child == 0:
@@ -60,7 +60,8 @@ def start(words: tuple[str, str, list[str]], folder: Path, processes: int) -> li
                 if processes == 1:
                     train(words)
                 else:
-                    _run(train, words, _Group(f"file://{rendezvous}", processes, rank, rank, processes, 120))
+                    group = _Group(f"file://{rendezvous}", processes, rank, rank, processes, 120, cuda=False)
+                    _run(train, words, group, parent)
                 status = 0
             except preemption.Preempted as stop:
                 status = stop.code

@@ -2,7 +2,8 @@
 
     ranks.py SECONDS_OF_TIMEOUT HOW
 
-Each rank says its process id, and those of its loader's workers, and then sums batches over all ranks for ever.
+Each rank says its process id, and those of its loader's workers, and then sums batches over all ranks for ever, or
+(``ask``, ``sleep``) until it is asked to stop.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from moco_d2.engine.launch import launch
+from moco_d2.running.preemption import StopWhenAsked
 
 
 class Numbers(Dataset[int]):
@@ -34,6 +36,8 @@ class Numbers(Dataset[int]):
 def main(args: Any) -> None:
     """Work as one rank."""
     rank = dist.get_rank()
+    stop = StopWhenAsked(SimpleNamespace(save=lambda: None))
+    stop.before_train()
     batches = iter(DataLoader(Numbers(), batch_size=4, num_workers=2))
     next(batches)
     workers = [worker.pid for worker in batches._workers]
@@ -49,7 +53,13 @@ def main(args: Any) -> None:
                 os.kill(workers[0], signal.SIGKILL)
             if args.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-        dist.all_reduce(torch.as_tensor(batch))
+            if args.how == "sleep":
+                time.sleep(10**6)
+        if args.how in ("ask", "sleep"):
+            stop.trainer = SimpleNamespace(iter=step, max_iter=10**9)
+            stop.after_step()
+        else:
+            dist.all_reduce(torch.as_tensor(batch))
         time.sleep(0.01)
 
 

@@ -6,7 +6,10 @@ detection is Detectron2's own.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import difflib
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -160,17 +163,18 @@ def load_cfg(config_file: str | os.PathLike[str] = "", opts: Sequence[str] = ())
         opts: ``KEY VALUE KEY VALUE ...``.
 
     Raises:
-        ValueError: no such file, a key that does not exist, or a value of another type; each names the nearest choice.
+        ValueError: no such file, or keys that do not exist and values of another type: all of a file, or all of the
+            overrides, each with the rule and the nearest key.
     """
     cfg = get_cfg()
     for path in config_files(config_file) if config_file else ():
-        _merge(cfg, lambda path=path: cfg.merge_from_file(str(path)), str(config_file))
+        _merge_file(cfg, str(path), str(config_file))
     ssl_args = CN(default_args(cfg.SSL.METHOD))
     ssl_args.update(cfg.SSL.ARGS)
     cfg.SSL.ARGS = ssl_args
     if len(opts) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, but {len(opts)} words were given: {' '.join(opts)}")
-    _merge(cfg, lambda: cfg.merge_from_list(_whole_floats(cfg, opts)), "the command line")
+    _merge_words(cfg, opts)
     return cfg
 
 
@@ -229,20 +233,46 @@ def _config_root() -> Path:
     raise FileNotFoundError(f"the shipped configs are missing; looked in {', '.join(map(str, _CONFIG_ROOTS))}")
 
 
-def _merge(cfg: CN, merge: Any, source: str) -> None:
-    """Run a yacs merge; turn its errors into ones that name the key, the rule and the nearest key."""
+def _merge_file(cfg: CN, path: str, source: str) -> None:
     try:
-        merge()
-    except (KeyError, AssertionError) as error:
-        message = str(error.args[0]) if error.args else str(error)
-        if "Non-existent" not in message:
-            raise ValueError(f"{source}: {message}") from error
-        key = message.split(":")[-1].strip()
-        near = difflib.get_close_matches(key, list(_keys(cfg)), n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"{source}: no config key {key}{hint}") from error
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        cfg.merge_from_file(path)
+    except (KeyError, AssertionError, ValueError) as error:
+        given = flat(CN.load_yaml_with_base(path, allow_unsafe=True))
+        problems = [*itertools.chain.from_iterable(_merge_one(cfg, key, value) for key, value in given.items())]
+        raise ValueError("\n".join(f"{source}: {problem}" for problem in problems or [str(error)])) from error
+
+
+def _merge_words(cfg: CN, opts: Sequence[str]) -> None:
+    words = _whole_floats(cfg, opts)
+    pairs = zip(words[::2], words[1::2], strict=True)
+    if problems := [*itertools.chain.from_iterable(_merge_one(cfg, key, value) for key, value in pairs)]:
+        raise ValueError("\n".join(f"the command line: {problem}" for problem in problems))
+
+
+def _merge_one(cfg: CN, key: str, value: Any) -> Iterator[str]:
+    """Set a key, or yield what is wrong with it or its value, in plainer words than yacs'."""
+    keys = dict(_keys(cfg))
+    group = keys.get(key.rpartition(".")[0])
+    if isinstance(group, CN) and group.is_new_allowed():
+        return
+    if key not in keys:
+        near = difflib.get_close_matches(key, list(keys), n=3, cutoff=0.5)
+        yield f"no config key {key}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        return
+    try:
+        cfg.merge_from_list([key, value])
+    except (AssertionError, ValueError):
+        with contextlib.suppress(ValueError, SyntaxError):  # as yacs reads it
+            value = ast.literal_eval(value) if isinstance(value, str) else value
+        yield wrong_type(key, value, keys[key])
+
+
+def wrong_type(key: str, value: Any, like: Any) -> str:
+    """Return the complaint about a value of another type than the key's present one."""
+    if isinstance(like, CN):
+        return f"{key} is a group of keys, not one that can be set to {value!r}; it has {', '.join(like)}"
+    kind = "list or tuple" if isinstance(like, list | tuple) else type(like).__name__
+    return f"{key} is {value!r}; it must be {'an' if kind[0] in 'aeiou' else 'a'} {kind}, as {like!r} is"
 
 
 def _whole_floats(cfg: CN, opts: Sequence[str]) -> list[str]:
@@ -255,9 +285,9 @@ def _whole_floats(cfg: CN, opts: Sequence[str]) -> list[str]:
     return words
 
 
-def _keys(cfg: CN, prefix: str = "") -> Iterator[str]:
+def _keys(cfg: CN, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in cfg.items():
-        yield prefix + key
+        yield prefix + key, value
         if isinstance(value, CN):
             yield from _keys(value, f"{prefix}{key}.")
 

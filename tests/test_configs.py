@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -199,6 +200,37 @@ def test_unknown_protocols_and_inits_are_named_with_the_nearest():
         get_protocol("coco_mask_rcnn_R50_FPN_1x")
     with pytest.raises(ValueError, match="init is 'msra'; it must be one of moco, supervised, random"):
         get_config("coco_mask_rcnn_R_50_FPN_1x", "msra")
+
+
+WRONG = {  # key: (value, complaint)
+    "SOLVER.BASE_LRR": ("3", "no config key SOLVER.BASE_LRR; did you mean SOLVER.BASE_LR or"),
+    "SOLVER.GAMMA": ("x", "SOLVER.GAMMA is 'x'; it must be a float, as 0.1 is"),
+    "SOLVER.MOMENTUM.X": ("1", "no config key SOLVER.MOMENTUM.X; did you mean SOLVER.MOMENTUM or"),
+    "SOLVER.STEPS": ("5", "SOLVER.STEPS is 5; it must be a list or tuple, as ("),
+    "SEED": ("two", "SEED is 'two'; it must be an int, as "),
+    "DATA": ("5", "DATA is a group of keys, not one that can be set to 5; it has RECIPE, CROP_SIZE"),
+}
+FILE = """
+SOLVER: {BASE_LRR: 3, GAMMA: x, MOMENTUM: {X: 1}, STEPS: 5}
+SEED: two
+DATA: 5
+SSL: {ARGS: {any: 1}}
+VERSION: 2
+"""
+
+
+@pytest.mark.parametrize("source", ["the command line", "a file"])
+def test_all_unknown_keys_and_wrong_types_are_named_at_once(source: str, tmp_path: Path):
+    own = tmp_path / "own.yaml"
+    own.write_text(FILE)
+    right = ["SOLVER.WEIGHT_DECAY_BIAS", "0.1", "SOLVER.WEIGHT_DECAY", "0"]
+    words = [*right, *itertools.chain.from_iterable((key, value) for key, (value, _) in WRONG.items())]
+    with pytest.raises(ValueError) as caught:
+        load_cfg(*((own, right) if source == "a file" else ("", words)))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(WRONG)
+    for line, (_, complaint) in zip(lines, WRONG.values(), strict=True):
+        assert line.startswith(f"{own if source == 'a file' else source}: {complaint}")
 
 
 def test_published_rows_of_the_paper():

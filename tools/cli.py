@@ -28,8 +28,8 @@ def launch_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of the first machine")
     parser.add_argument(
-        "--timeout", type=float, default=1800, metavar="SECONDS",
-        help="a process waits no longer for another (default: 1800)",
+        "--timeout", type=float, metavar="SECONDS",
+        help="wait no longer for another process, or for a batch (docs/reliability.md has the default)",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR, if there is one")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
@@ -82,21 +82,27 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
     A mistake of the user's, and a disk that is full, end in one clear line.
     """
+    from moco_d2 import patience
+    from moco_d2.config import load_cfg
     from moco_d2.engine.launch import RankFailedError, launch
     from moco_d2.running.checkpoints import EXIT_NOT_WRITTEN, NotWrittenError
     from moco_d2.running.preemption import EXIT_PREEMPTED, requested
 
     codes = {"ValueError": 2, "FloatingPointError": 2, NotWrittenError.__name__: EXIT_NOT_WRITTEN}
     try:
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args, args.timeout)
+        timeout = patience.DEFAULT if args.timeout is None else args.timeout
+        device = load_cfg(args.config_file, args.opts).MODEL.DEVICE
+        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args, timeout, device)
     except Exception as error:
         kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
         if kind in codes:
             fail(error.message if isinstance(error, RankFailedError) else str(error), codes[kind])
-        if not isinstance(error, RankFailedError) and not requested():
+        if not isinstance(error, RankFailedError):
             raise
-        # A cluster that asks a job to stop may kill parts of it before they can save.
-        fail(str(error), EXIT_PREEMPTED if requested() else 1)
+        # A cluster that asks a job to stop may kill parts of it before they can save. An error is an error even then:
+        # a job that always ends in it would be started again for ever.
+        killed = kind in ("SIGTERM", "SIGUSR1", "SIGKILL")
+        fail(str(error), EXIT_PREEMPTED if killed and requested() else 1)
 
 
 def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options: Any) -> int:

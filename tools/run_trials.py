@@ -25,7 +25,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import cli
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moco_d2.evaluation.trials import Trial
 
 TRAIN_NET = Path(__file__).resolve().parent / "train_net.py"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 KEY = re.compile(r"[A-Z][A-Z_]+(\.[A-Z]\S*)?")  # SEED, SOLVER.MAX_ITER, SSL.ARGS.dim
 
 
@@ -124,10 +125,20 @@ def main() -> int:
     return 1 if open_ones else 0
 
 
+def heed() -> None:
+    """Leave at SIGTERM and SIGUSR1; on the way out the training is asked to stop and waited for while it saves."""
+
+    def leave(*_: object) -> NoReturn:
+        for number in SIGNALS:  # A second one shall not end that wait.
+            signal.signal(number, signal.SIG_IGN)
+        sys.exit(os.EX_TEMPFAIL)
+
+    for number in SIGNALS:
+        signal.signal(number, leave)
+
+
 if __name__ == "__main__":
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        # On the way out the training is asked to stop, too, and waited for while it saves.
-        signal.signal(number, lambda *_: sys.exit(os.EX_TEMPFAIL))
+    heed()
     try:
         sys.exit(main())
     except ValueError as error:

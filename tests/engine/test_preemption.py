@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import Popen
 
 import numpy as np
 import pytest
@@ -22,7 +26,7 @@ ENVIRONMENT = os.environ | {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # docs/cluster.md says why
 }  # fmt: skip
 
-pytestmark = pytest.mark.slow  # tools that start several processes, several times
+slow = pytest.mark.slow  # tools that start several processes, several times
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +47,13 @@ def options(images: str, output: Path, iterations: int, *more: object) -> list[s
     return ["--config-file", "Pretrain/moco_v2_R50_200ep", "--resume", *map(str, opts)]
 
 
-def begin(log: Path, *words: str) -> subprocess.Popen:
+def begin(log: Path, *words: str) -> Popen:
     """Start a command in a process group of its own, with its output in a file."""
     with log.open("a") as output:
-        return subprocess.Popen(
-            [sys.executable, *words], env=ENVIRONMENT, stdout=output, stderr=output, start_new_session=True
-        )
+        return Popen([sys.executable, *words], env=ENVIRONMENT, stdout=output, stderr=output, start_new_session=True)
 
 
-def wait_for(path: Path, process: subprocess.Popen, log: Path) -> None:
+def wait_for(path: Path, process: Popen, log: Path) -> None:
     deadline = time.monotonic() + 300
     while not path.exists():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
@@ -63,6 +65,7 @@ def same_weights(a: Path, b: Path) -> bool:
     return all(torch.equal(first[key], second[key]) for key in first)
 
 
+@slow
 @pytest.mark.parametrize(("signum", "to_all"), [(signal.SIGUSR1, False), (signal.SIGTERM, True)])
 def test_the_tool_saves_says_so_and_goes_on(images: str, tmp_path: Path, signum: int, to_all: bool) -> None:
     """SLURM signals the launcher, or every process of the job, loaders' workers among them."""
@@ -84,36 +87,132 @@ def test_the_tool_saves_says_so_and_goes_on(images: str, tmp_path: Path, signum:
     assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-def agent(log: Path, port: int, host: bool, words: list[str]) -> subprocess.Popen:
-    return begin(
-        log, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "one",
-        "--rdzv-conf", f"is_host={host:d}", TOOL, *words,
-    )  # fmt: skip
+def failing_after_a_request(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    raise ZeroDivisionError
 
 
-def test_torchrun_goes_on_when_a_lost_agent_comes_back(images: str, tmp_path: Path) -> None:
-    """The commands of docs/cluster.md: two agents, the second machine fails and is started again."""
+def test_an_error_after_a_request_is_an_error(tmp_path: Path) -> None:
+    """A cluster that starts every job with code 75 again would go on with a mistake for ever."""
+    script = f"""
+        import sys
+        sys.path[:0] = {[str(ROOT / "tools"), str(Path(__file__).parent)]}
+        import cli, test_preemption
+        args = cli.launch_parser(None).parse_args(["--config-file", "Pretrain/moco_v2_R50_200ep"])
+        cli.run(test_preemption.failing_after_a_request, args)
+    """
+    log = tmp_path / "log"
+    assert begin(log, "-c", textwrap.dedent(script)).wait(120) == 1, log.read_text()
+    assert re.search(r"Traceback.*in failing_after_a_request.*ZeroDivisionError", log.read_text(), re.DOTALL)
+
+
+def test_a_second_signal_does_not_end_the_wait_for_what_is_saved(tmp_path: Path) -> None:
+    """run_trials: a training that takes its time to save is waited for, however often we are asked."""
+    training = tmp_path / "training.py"
+    training.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n    time.sleep(2)\n    pathlib.Path('saved').touch()\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\npathlib.Path('ready').touch()\nsignal.pause()\n"
+    )
+    script = f"""
+        import pathlib, re, signal, sys
+        sys.path.insert(0, {str(ROOT / "tools")!r})
+        import cli, run_trials
+        run_trials.heed()
+        cli.follow([{str(training)!r}], pathlib.Path("log"), re.compile("x"), cwd={str(tmp_path)!r})
+    """
+    log = tmp_path / "log"
+    process = begin(log, "-c", textwrap.dedent(script).replace('"log"', repr(str(tmp_path / "training_log"))))
+    wait_for(tmp_path / "ready", process, log)
+    for signum in (signal.SIGUSR1, signal.SIGTERM):
+        process.send_signal(signum)
+        time.sleep(0.5)
+    assert process.wait(60) == 75, log.read_text()
+    assert (tmp_path / "saved").exists()
+
+
+@slow
+def test_a_full_disk_ends_the_tool_with_its_code(images: str, tmp_path: Path) -> None:
+    """On a file system of 6 MiB, which holds two checkpoints."""
+    may_mount = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
+    if not may_mount:
+        pytest.skip("no right to mount a file system")
+    words = options(images, tmp_path / "disk", 100, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.CHECKPOINT_KEEP", 0)
+    (tmp_path / "disk").mkdir()
+    script = 'mount -t tmpfs -o size=6m none "$1" || exit; cd "$1"; shift; "$@"; code=$?; '
+    script += f'cat last_checkpoint; {sys.executable} -m zipfile -t "$(cat last_checkpoint)"; exit $code'
+    command = ["unshare", "-rm", "sh", "-c", script, "sh", str(tmp_path / "disk"), sys.executable, TOOL]
+    done = subprocess.run(
+        [*command, "--num-gpus", "2", *words], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 74, done.stderr
+    assert done.stdout.endswith("Done testing\n"), "the checkpoint before is whole"
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"error: cannot write {tmp_path}/disk/") and "No space left on device" in error
+
+
+def agents(images: str, tmp_path: Path, iterations: int, restarts: int) -> tuple[Callable[[int], Popen], list[Path]]:
+    """Return what starts the agent of each of two machines, the first with the rendezvous, and their logs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     logs = [tmp_path / name for name in ("log0", "log1")]
-    words = options(images, tmp_path / "run", 600, "SOLVER.CHECKPOINT_PERIOD", 20)
-    first = agent(logs[0], port, True, words)
-    second = agent(logs[1], port, False, words)
+
+    def start(number: int) -> Popen:
+        return begin(
+            logs[number], "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts",
+            str(restarts), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "one",
+            "--rdzv-conf", f"is_host={number == 0:d}", TOOL,
+            *options(images, tmp_path / "run", iterations, "SOLVER.CHECKPOINT_PERIOD", 20),
+        )  # fmt: skip
+
+    return start, logs
+
+
+def end(*processes: Popen) -> None:
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@slow
+def test_torchrun_hands_a_request_on(images: str, tmp_path: Path) -> None:
+    """The job over several nodes of docs/cluster.md: SLURM signals the agents, which SIGUSR1 would kill."""
+    start, logs = agents(images, tmp_path, 400, restarts=0)
+    processes = [start(0), start(1)]
+    try:
+        wait_for(tmp_path / "run/last_checkpoint", processes[0], logs[0])
+        for process in processes:
+            process.terminate()
+        codes = [process.wait(60) for process in processes]
+        said = [log.read_text() for log in logs]
+        saved = int((tmp_path / "run/last_checkpoint").read_text()[6:13])
+        assert all(codes) and saved < 399, said
+        assert f"asked to stop: iteration {saved} is saved; continue with --resume (exit code 75)" in said[0]
+        assert all("death signal" in text for text in said), "what the script looks for"
+        processes = [start(0), start(1)]
+        assert [process.wait(300) for process in processes] == [0, 0], logs[0].read_text()[-3000:]
+        assert f"resuming at iteration {saved + 1} of 400" in logs[0].read_text()
+    finally:
+        end(*processes)
+
+
+@slow
+def test_torchrun_goes_on_when_a_lost_agent_comes_back(images: str, tmp_path: Path) -> None:
+    """The commands of docs/cluster.md: two agents, the second machine fails and is started again."""
+    start, logs = agents(images, tmp_path, 600, restarts=3)
+    first, second = start(0), start(1)
     try:
         wait_for(tmp_path / "run/last_checkpoint", first, logs[0])
         second.kill()  # the agent alone: its process must not stay behind
         second.wait()
-        second = agent(logs[1], port, False, words)
+        second = start(1)
         codes = first.wait(500), second.wait(100)
         assert codes == (0, 0), logs[0].read_text()[-3000:] + logs[1].read_text()[-3000:]
         assert any("resuming at iteration" in log.read_text() for log in logs)
     finally:
-        for process in (first, second):
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        end(first, second)
     whole = [TOOL, "--num-gpus", "2", *options(images, tmp_path / "whole", 600, "SOLVER.CHECKPOINT_PERIOD", 1000)]
     assert begin(tmp_path / "log", *whole).wait(300) == 0
     assert same_weights(tmp_path / "run", tmp_path / "whole")

@@ -66,6 +66,16 @@ def is_shards(name: str) -> bool:
     )
 
 
+def _base(location: str) -> str:
+    """Return a shard's file name, of an address without what follows its path."""
+    return os.path.basename(urllib.parse.urlsplit(location).path if is_url(location) else location)
+
+
+def _answer(error: OSError) -> str:
+    status = getattr(error, "status", None)
+    return f"the server answers {status}: {error}" if status else str(error)
+
+
 def is_url(location: str) -> bool:
     """Tell whether a location is fetched over the network."""
     return location.startswith(("http://", "https://"))
@@ -111,28 +121,33 @@ class ShardCache:
     """A folder of bounded size for streamed shards, shared by the processes of a machine.
 
     The shard that was asked for longest ago makes room. A process dies with no harm: what is whole has its name, and
-    the rest is continued.
+    the rest is continued. Beside ``NAME.tar`` lie its index ``NAME.npy``, while it is fetched ``NAME.BYTES.part``, and
+    if that failed ``NAME.lost``.
     """
 
     def __init__(self, folder: Path, limit: float) -> None:
         """Keep shards in ``folder``, ``limit`` bytes of them at most."""
         self.folder, self.limit = folder, limit
+        self._begun = time.time()
 
     def path(self, shard: Shard) -> Path:
         """Return where a shard is or will be; another size is another shard."""
         mark = hashlib.sha256(f"{shard.location} {shard.bytes}".encode()).hexdigest()[:16]
-        base = os.path.basename(urllib.parse.urlsplit(shard.location).path)
-        return self.folder / f"{mark}-{base.removesuffix('.tar')}.tar"
+        return self.folder / f"{mark}-{_base(shard.location).removesuffix('.tar')}.tar"
+
+    def note(self, location: str) -> Path:
+        """Return where it is written down what was found in a shard that no manifest knows."""
+        return self.folder / f"{hashlib.sha256(location.encode()).hexdigest()[:16]}.json"
 
     def get(self, shard: Shard) -> Path:
         """Return a shard's file, fetched if it is not there; other processes that want it wait.
 
         Raises:
-            OSError: it cannot be fetched or kept.
+            OSError: it cannot be fetched or kept; for five minutes nobody tries again.
         """
         path = self.path(shard)
-        self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
             # A bounded number of lock files, never removed: two processes could hold a removed one at the same time.
             with filelock.FileLock(self.folder / f".lock-{path.name[:2]}"):
                 if not path.exists():
@@ -145,29 +160,60 @@ class ShardCache:
             os.utime(self.path(shard))
 
     def _fetch(self, shard: Shard, path: Path) -> None:
-        part = path.with_suffix(".part")
-        self._make_room(shard.bytes)
+        lost = path.with_suffix(".lost")
+        self._raise_if_lost(lost)
+        part = path.with_suffix(f".{shard.bytes}.part")
+        self._make_room(part)
         try:
             transfer(shard.location, part, shard.location, checked=bool(shard.bytes), attempts=6)
-        except TransferError as error:
-            answer = f"the server answers {error.status}: " if error.status else ""
-            raise OSError(f"cannot fetch {shard.location}: {answer}{error}") from error
+        except FileNotFoundError:  # somebody emptied the folder
+            raise
+        except OSError as error:
+            reason = f"cannot fetch {shard.location}: {_answer(error)}"
+            with contextlib.suppress(OSError):
+                os.utime(part, (0, 0))  # nobody is fetching it: it may go, and takes the room that it has
+                lost.write_text(f"{time.time()} {reason}")
+            raise OSError(reason) from error
         if shard.bytes and size_of(part) != shard.bytes:
-            logger.warning("%s has %d bytes, %d were expected: cut short, or replaced since its shards.json was made",
+            logger.warning("%s has %d bytes, %d were expected: cut short, or replaced since it was looked into",
                            shard.location, size_of(part), shard.bytes)  # fmt: skip
-        os.replace(part, path)
+            self.note(shard.location).unlink(missing_ok=True)
+        with self._lock():
+            for old in (lost, _beside(path)):
+                old.unlink(missing_ok=True)
+            os.replace(part, path)
 
-    def _make_room(self, room: int) -> None:
-        with filelock.FileLock(self.folder / ".lock"):
-            files = [(entry.stat().st_mtime, entry) for kind in ("*.tar", "*.part") for entry in self.folder.glob(kind)]
-            used = sum(size_of(entry) for _, entry in files)
-            for wanted, entry in sorted(files):
-                if used + room <= self.limit:
+    def _raise_if_lost(self, mark: Path) -> None:
+        """Raise what another process of this run met a moment ago: its minute of attempts is not spent again."""
+        try:
+            then, _, reason = mark.read_text().partition(" ")
+            recent = float(then) > max(self._begun, time.time() - _ASK_AGAIN)
+        except (OSError, ValueError):
+            return
+        if recent:
+            raise OSError(reason)
+
+    def _make_room(self, part: Path) -> None:
+        """Reserve the room of a shard that is about to be fetched: what is being fetched counts as if it were whole."""
+        with self._lock():
+            part.touch()
+            files = []
+            for entry in (*self.folder.glob("*.part"), *self.folder.glob("*.tar")):
+                with contextlib.suppress(FileNotFoundError):  # a transfer may begin anew
+                    status = entry.stat()
+                    fetching = entry.suffix == ".part" and time.time() - status.st_mtime < _STALE
+                    size = max(status.st_size, int(entry.stem.rpartition(".")[2]) if fetching else 0)
+                    files.append((fetching, status.st_mtime, size, entry))
+            used = sum(size for _, _, size, _ in files)
+            for fetching, _, size, entry in sorted(files):
+                if used <= self.limit or fetching:
                     return
-                if entry.suffix == ".part" and time.time() - wanted < _STALE:
-                    continue
-                used -= size_of(entry)
+                used -= size
+                _beside(entry).unlink(missing_ok=True)
                 entry.unlink(missing_ok=True)
+
+    def _lock(self) -> filelock.BaseFileLock:
+        return filelock.FileLock(self.folder / ".lock")
 
 
 class ShardSource:
@@ -178,19 +224,17 @@ class ShardSource:
         stream_sizes: bytes of each shard that comes over the network (0: unknown).
     """
 
-    def __init__(self, shards: Sequence[Shard], cache: ShardCache) -> None:
-        self.shards, self.cache = list(shards), cache
+    def __init__(self, shards: Sequence[Shard], cache: ShardCache, unreadable: Sequence[tuple[str, str]] = ()) -> None:
+        self.shards, self.cache, self.unreadable = list(shards), cache, list(unreadable)
         self.spans = np.array([shard.samples for shard in shards], np.int64)
         self.stream_sizes = [shard.bytes for shard in shards if is_url(shard.location)]
-        self.unreadable: list[tuple[str, str]] = []
         self._ends = np.cumsum(self.spans)
         self._forget()
 
     def _forget(self) -> None:
-        self._lost: dict[int, tuple[float, str]] = {}
         self._wanted: queue.SimpleQueue[Shard] | None = None
         self._open = functools.lru_cache(_OPEN)(_Open)
-        self._table = functools.lru_cache(_KNOWN)(_table)
+        self._look = functools.lru_cache(_KNOWN)(_look)
         self._names = functools.lru_cache(2)(_names)
 
     def __getstate__(self) -> dict[str, object]:
@@ -225,31 +269,28 @@ class ShardSource:
         """
         number, position = self._where(index)
         try:
-            return self._read(self._file(number), position)
+            return self._read(number, position)
         except FileNotFoundError:  # it made room for others in between, or vanished
-            return self._read(self._file(number), position)
+            return self._read(number, position)
 
-    def _read(self, path: Path, position: int) -> bytes:
-        table = self._table(path)
+    def _read(self, number: int, position: int) -> bytes:
+        path, streamed = self._file(number), is_url(self.shards[number].location)
+        table, _ = self._look(path, _beside(path) if streamed else None)
         if position >= len(table):
             raise OSError(f"{path} is cut short: it has {len(table)} images and this is number {position}")
         offset, size = table[position].tolist()
-        data = os.pread(self._open(path).descriptor, size, offset)
+        if streamed:  # not kept open: when it makes room, its bytes would stay on the disk
+            with open(path, "rb", buffering=0) as file:
+                data = os.pread(file.fileno(), size, offset)
+        else:
+            data = os.pread(self._open(path).descriptor, size, offset)
         if len(data) < size:
             raise OSError(f"{path} is cut short: {len(data)} of {size} bytes")
         return data
 
     def _file(self, number: int) -> Path:
         shard = self.shards[number]
-        if not is_url(shard.location):
-            return Path(shard.location)
-        if number in self._lost and time.monotonic() - self._lost[number][0] < _ASK_AGAIN:
-            raise OSError(self._lost[number][1])
-        try:
-            return self.cache.get(shard)
-        except OSError as error:
-            self._lost[number] = time.monotonic(), str(error)
-            raise
+        return self.cache.get(shard) if is_url(shard.location) else Path(shard.location)
 
     def prepare(self, now: list[int], ahead: list[int]) -> None:
         """Fetch streamed shards in the background: those of the window that begins, then those of the next."""
@@ -292,30 +333,40 @@ def _fetch_all(cache: ShardCache, wanted: queue.SimpleQueue[Shard]) -> None:
             logger.warning("%s", error)
 
 
-def _table(path: Path) -> npt.NDArray[np.int64]:
-    """Return (offset, size) of a shard's images, kept in the cache folder under path, size and time of the shard."""
-    status = path.stat()
-    mark = f"{path.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
-    kept = cache_folder() / "indexes" / f"{hashlib.sha256(mark.encode(errors='surrogateescape')).hexdigest()[:24]}.npy"
+def _beside(path: Path) -> Path:
+    """Return where the index of a shard in the cache is, which goes when the shard goes."""
+    return path.with_suffix(".npy")
+
+
+def _look(path: Path, kept: Path | None = None) -> tuple[npt.NDArray[np.int64], str]:
+    """Return (offset, size) of a shard's images, and what is wrong with it.
+
+    The index is kept in ``kept``, else in the cache folder under path, size and time of the shard.
+    """
+    if kept is None:
+        status = path.stat()
+        mark = f"{path.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
+        name = hashlib.sha256(mark.encode(errors="surrogateescape")).hexdigest()[:24]
+        kept = cache_folder() / "indexes" / f"{name}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
-        return np.asarray(np.load(kept), np.int64)
-    rows, whole = [], True
+        return np.asarray(np.load(kept), np.int64), ""
+    rows, problem = [], ""
     try:
         for _, offset, size in members(path):
             rows.append((offset, size))
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise
-        whole = False
-        logger.warning("%s; its first %d images are used", error, len(rows))
+        problem = f"{error}; its first {len(rows)} images are used"
+        logger.warning("%s", problem)
     table = np.array(rows, np.int64).reshape(-1, 2)
-    if whole:
+    if not problem:
         try:
             with atomic_write(kept) as file:
                 np.save(file, table)
         except OSError as error:
             logger.warning("the index of %s cannot be kept in %s: %s", path, kept.parent, error)
-    return table
+    return table, problem
 
 
 def _names(path: Path) -> list[str]:
@@ -350,13 +401,13 @@ def open_shards(name: str, cache: ShardCache) -> ShardSource:
             raise ValueError(f"DATASETS.TRAIN names {name!r}, and no file is like it")
         manifests = {folder: _manifest(folder, cache) for folder in dict.fromkeys(map(os.path.dirname, locations))}
         known = {path: manifests[os.path.dirname(path)].get(path) for path in locations}
-    shards = _describe(known, cache)
+    shards, unreadable = _describe(known, cache)
     if not sum(shard.samples for shard in shards):
         raise ValueError(
             f"no images in the {len(shards)} shard(s) of {name}: members are KEY.EXTENSION with one of "
             f"{' '.join(EXTENSIONS)} and no other dot in the base name"
         )
-    return ShardSource(shards, cache)
+    return ShardSource(shards, cache, unreadable)
 
 
 def _glob(pattern: str) -> list[str]:
@@ -367,41 +418,52 @@ def _glob(pattern: str) -> list[str]:
     return [pattern]
 
 
-def _describe(known: Mapping[str, Shard | None], cache: ShardCache) -> list[Shard]:
-    """Return the shards at the locations; those of which no manifest tells are read once, with progress."""
-    found, said = [], time.monotonic()
+def _describe(known: Mapping[str, Shard | None], cache: ShardCache) -> tuple[list[Shard], list[tuple[str, str]]]:
+    """Return the shards at the locations, and (location, error) of damaged ones.
+
+    Those of which no manifest tells are read once, with progress.
+    """
+    found, damaged, said = [], [], time.monotonic()
     for location, shard in known.items():
+        problem = ""
         if shard is None and is_url(location):
-            shard = _look_into(location, cache)
+            shard, problem = _look_into(location, cache)
         elif shard is None:
-            shard = Shard(location, size_of(Path(location)), len(_table(Path(location))))
+            table, problem = _look(Path(location))
+            shard = Shard(location, size_of(Path(location)), len(table))
         elif not is_url(location) and (there := size_of(Path(location))) != shard.bytes:
             logger.warning("%s has %d bytes, its %s says %d: it is cut short or was replaced; what it lacks counts as "
                            "unreadable", location, there, MANIFEST, shard.bytes)  # fmt: skip
         found.append(shard)
+        if problem:
+            damaged.append((location, problem))
         if time.monotonic() - said > _SAY_EVERY:
             said = time.monotonic()
             logger.info("looked into %d of %d shards; %s beside them saves this", len(found), len(known), MANIFEST)
-    return found
+    return found, damaged
 
 
-def _look_into(location: str, cache: ShardCache) -> Shard:
-    """Fetch a shard to see its size and number of images, and write them down: it may have to make room."""
+def _look_into(location: str, cache: ShardCache) -> tuple[Shard, str]:
+    """Fetch a shard to see its size, number of images and damage, and write them down: it may have to make room."""
     cache.folder.mkdir(parents=True, exist_ok=True)
-    note = cache.folder / f"{hashlib.sha256(location.encode()).hexdigest()[:16]}.json"
+    note = cache.note(location)
     with filelock.FileLock(cache.folder / ".lock-look"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             found = json.loads(note.read_bytes())
-            return Shard(location, int(found["bytes"]), int(found["samples"]))
+            return Shard(location, int(found["bytes"]), int(found["samples"])), str(found["problem"])
         try:
-            path = cache.get(Shard(location, 0, 0))
+            fetched = cache.get(Shard(location, 0, 0))
         except OSError as error:
             raise ValueError(f"DATASETS.TRAIN names a shard that cannot be had: {error}") from error
-        shard = Shard(location, size_of(path), len(_table(path)))
-        os.replace(path, cache.path(shard))
+        size = size_of(fetched)
+        path = cache.path(Shard(location, size, 0))
+        _beside(path).unlink(missing_ok=True)
+        os.replace(fetched, path)
+        table, problem = _look(path, _beside(path))
+        shard = Shard(location, size, len(table))
         with atomic_write(note) as file:
-            file.write(json.dumps(asdict(shard)).encode())
-    return shard
+            file.write(json.dumps({**asdict(shard), "problem": problem}).encode())
+    return shard, problem
 
 
 def _manifest(folder: str, cache: ShardCache) -> dict[str, Shard]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -59,12 +60,26 @@ def check_cache(source: Source, cfg: CfgNode, lanes: int) -> None:
     here = max(1, lanes // max(1, comm.get_world_size() // comm.get_local_size()))
     largest = max(source.stream_sizes)
     window = data.SHUFFLE_SHARDS or len(source.stream_sizes)
-    # One window is read while the next is fetched; a lane's ends may be parts of shards that its neighbours need too.
-    wanted = min(2 * window * here * largest, sum(source.stream_sizes))
+
+    def size(window: int) -> int:
+        # A lane's ends may be parts of shards that its neighbours need too.
+        return min(_windows_held(source, cfg, lanes, window) * window * here * largest, sum(source.stream_sizes))
+
+    wanted = size(window)
     if wanted > data.CACHE_GB * 1e9:
-        fits = int(data.CACHE_GB * 1e9 // (2 * here * largest))
+        fits = next((n for n in range(window - 1, 0, -1) if size(n) <= data.CACHE_GB * 1e9), 0)
         hint = f", or set DATA.SHUFFLE_SHARDS {fits}" if fits else ""
+        windows = _windows_held(source, cfg, lanes, window)
         raise ValueError(
-            f"DATA.CACHE_GB is {data.CACHE_GB:g}, but two windows of {window} shards (DATA.SHUFFLE_SHARDS) of up to "
-            f"{largest / 1e6:.0f} MB in {here} lane(s) on this machine take {wanted / 1e9:.3g}: raise it{hint}"
+            f"DATA.CACHE_GB is {data.CACHE_GB:g}, but {windows} windows of {window} shards (DATA.SHUFFLE_SHARDS) of up "
+            f"to {largest / 1e6:.3g} MB in {here} lane(s) on this machine take {wanted / 1e9:.3g} GB: raise it{hint}"
         )
+
+
+def _windows_held(source: Source, cfg: CfgNode, lanes: int, window: int) -> int:
+    """Return how many windows a lane holds: the one that begins, the next, and those that workers still read.
+
+    The sampler is ahead of the workers by the batches that they prepare (torch's two for each) and the one in hand.
+    """
+    behind = (1 + 2 * cfg.DATALOADER.NUM_WORKERS) * cfg.SOLVER.IMS_PER_BATCH / lanes
+    return 2 + math.ceil(behind / (window * max(1.0, float(source.spans.mean()))))

@@ -1,18 +1,20 @@
 """Shards: made, read, streamed, resumed and damaged, over real tars and a real HTTP server."""
 
+import contextlib
 import gc
 import io
 import json
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -84,9 +86,9 @@ def test_shards_hold_the_folder_and_any_tar_reader_agrees(images: Path, shards: 
     assert len(names) == 6
     source = open_source([str(shards)])
     assert source.name(0).startswith(f"{shards}/000000.tar/class") and source.name(0).endswith(".jpg")
-    keys = {source.name(i).partition(".tar/")[2].rpartition(".")[0] for i in range(47)}
-    assert len(keys) == 47 and not any("." in key for key in keys), "keys differ and end at the first dot"
-    assert keys != sorted(keys)
+    keys = [source.name(i).partition(".tar/")[2].rpartition(".")[0] for i in range(47)]
+    assert len(set(keys)) == 47 and not any("." in key for key in keys), "keys differ and end at the first dot"
+    assert keys != sorted(keys), "shuffled"
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -204,6 +206,7 @@ class Handler(SimpleHTTPRequestHandler):
     asked: list[str]
     broken: dict[str, int]  # name: after how many bytes the next answer ends
     hidden = ""
+    gate: threading.Event | None = None  # waited for in the middle of a shard
 
     def do_GET(self) -> None:
         name = self.path.partition("?")[0].lstrip("/")
@@ -222,7 +225,11 @@ class Handler(SimpleHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data) - start))
         self.send_header("ETag", f'"{len(data)}-{path.stat().st_mtime_ns}"')
         self.end_headers()
-        self.wfile.write(data[start : start + self.broken.pop(name, len(data))])
+        data = data[start : start + self.broken.pop(name, len(data))]
+        self.wfile.write(data[:100])
+        if self.gate and name != MANIFEST:
+            self.gate.wait(60)
+        self.wfile.write(data[100:])
 
     def log_message(self, *_: object) -> None:
         pass
@@ -240,7 +247,7 @@ def server(shards: Path) -> Iterator[tuple[str, type[Handler]]]:
 
 
 def test_streams_give_what_disks_give_and_stay_within_their_cache(
-    server: tuple[str, type[Handler]], shards: Path, tmp_path: Path
+    server: tuple[str, type[Handler]], shards: Path, tmp_path: Path, cache: Path
 ) -> None:
     url, handler = server
     size = max(path.stat().st_size for path in shards.glob("*.tar"))
@@ -252,8 +259,68 @@ def test_streams_give_what_disks_give_and_stay_within_their_cache(
         assert streamed.read(index) == local.read(index)
         kept = sum(path.stat().st_size for path in (tmp_path / "c").glob("*.tar"))
         assert kept <= 4.5 * size and not list((tmp_path / "c").glob("*.part"))
+        assert index_names(tmp_path / "c") <= {path.stem for path in (tmp_path / "c").glob("*.tar")}
+    assert len(list((cache / "indexes").iterdir())) == 8, "of the disk's shards; the others go with their shards"
+    opened = subprocess.run(["ls", "-l", f"/proc/{os.getpid()}/fd"], capture_output=True, text=True).stdout
+    assert "000000.tar" in opened and f"{tmp_path}/c/" not in opened, "what made room is not kept on the disk"
     assert handler.asked.count("000002.tar") >= 2, "broken off and continued"
     assert streamed.name(0) == local.name(0).replace(str(shards), url)
+
+
+def index_names(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob("*.npy")}
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if done():
+            return
+        time.sleep(0.01)
+    raise AssertionError("waited for 30 s")
+
+
+def test_what_is_being_fetched_counts_as_if_it_were_there(
+    server: tuple[str, type[Handler]], shards: Path, tmp_path: Path
+) -> None:
+    url, handler = server
+    sizes = [path.stat().st_size for path in sorted(shards.glob("*.tar"))]
+    source = open_shards(f"{url}/", ShardCache(tmp_path / "c", sum(sizes[:4]) - sizes[0] + 500))
+    (tmp_path / "c" / "vanished.5.part").symlink_to("nowhere")  # as one that is renamed when it is looked at
+    for index in (0, 6):
+        source.read(index)
+    handler.gate = threading.Event()
+    source.prepare([2, 3], [])
+    wait_for(lambda: {"000002.tar", "000003.tar"} <= set(handler.asked))
+    there = [path.name.partition("-")[2] for path in (tmp_path / "c").glob("*.tar")]
+    handler.gate.set()
+    assert there == ["000001.tar"]
+    wait_for(lambda: len(list((tmp_path / "c").glob("*.tar"))) == 3)
+
+
+def test_workers_behind_the_sampler_find_their_shards(server: tuple[str, type[Handler]], tmp_path: Path) -> None:
+    from moco_d2.config import load_cfg
+    from moco_d2.engine.loader import check_cache
+
+    url, handler = server
+    source = open_shards(f"{url}/{{000000..000003}}.tar", ShardCache(tmp_path, 0))
+    assert len(set(source.stream_sizes)) == 1
+    cfg = load_cfg("", ["DATA.SHUFFLE_SHARDS", "1", "SOLVER.IMS_PER_BATCH", "1", "DATALOADER.NUM_WORKERS", "1"])
+    for shards_held in (1, 2, 3, 4):  # the smallest cache that is accepted
+        cfg.DATA.CACHE_GB = (shards_held * max(source.stream_sizes) + 1) / 1e9
+        with contextlib.suppress(ValueError):
+            check_cache(source, cfg, lanes=1)
+            break
+    source.cache.limit = cfg.DATA.CACHE_GB * 1e9
+    behind: list[list[tuple[int, int]]] = []
+    stream = iter(EpochSampler(source.spans, 1, 1, window=1, prepare=source.prepare))
+    for _ in range(17):  # until the next epoch begins to be fetched
+        behind.append(next(stream))
+        time.sleep(0.01)
+        if len(behind) > 2:
+            for _, index in behind.pop(0):
+                source.read(index)
+    asked = [name for name in handler.asked if name != MANIFEST]
+    assert sorted(asked) == sorted(set(asked)) and shards_held == 3
 
 
 def test_the_window_ahead_is_fetched_in_time_and_only_by_whom_it_concerns(
@@ -265,10 +332,7 @@ def test_the_window_ahead_is_fetched_in_time_and_only_by_whom_it_concerns(
     stream = iter(sampler)
     plan = [span for window in sampler._plan(0, 0) for span, *_ in window]
     next(stream)
-    for _ in range(500):
-        if len(list(tmp_path.glob("0*.tar")) + list(tmp_path.glob("*-0*.tar"))) >= 4:
-            break
-        time.sleep(0.01)
+    wait_for(lambda: len(list(tmp_path.glob("*.tar"))) >= 4)
     assert set(handler.asked) - {MANIFEST} == {f"{span:06d}.tar" for span in plan[:4]}, "this window and the next"
 
 
@@ -324,7 +388,14 @@ def test_lost_and_short_shards_cost_their_own_images(
     begun = len(server[1].asked)
     with pytest.raises(OSError, match="404"):
         far.read(7)
-    assert len(server[1].asked) == begun, "what is not there is not asked for again and again"
+    worker = pickle.loads(pickle.dumps(far))
+    with pytest.raises(OSError, match="404"):
+        worker.read(8)
+    assert len(server[1].asked) == begun, "what is not there is not asked for again and again, by no process"
+    far.cache = ShardCache(tmp_path / "c", 1e9)
+    with pytest.raises(OSError, match="404"):
+        far.read(7)
+    assert len(server[1].asked) == begun + 1, "but by the next run"
 
 
 def test_a_stream_without_manifest_is_looked_into_once(
@@ -343,14 +414,12 @@ def test_a_stream_without_manifest_is_looked_into_once(
 
 
 def test_a_shard_source_travels_to_another_process(shards: Path) -> None:
-    import pickle
-
     source = open_shards(str(shards), ShardCache(shards, 1e9))
     source.read(3)
     assert contents(pickle.loads(pickle.dumps(source))) == contents(source)
 
 
-def test_the_cache_of_a_stream_must_hold_two_windows(
+def test_the_cache_of_a_stream_must_hold_its_windows(
     server: tuple[str, type[Handler]], shards: Path, tmp_path: Path
 ) -> None:
     from moco_d2.config import load_cfg
@@ -360,9 +429,9 @@ def test_the_cache_of_a_stream_must_hold_two_windows(
                "SEED", "1", "MODEL.DEVICE", "cpu", "DATA.CROP_SIZE", "16", "DATA.SHUFFLE_SHARDS", "3",
                "DATALOADER.NUM_WORKERS", "0"]  # fmt: skip
     size = max(json.loads((shards / MANIFEST).read_bytes())["shards"], key=lambda shard: shard["bytes"])["bytes"]
-    with pytest.raises(ValueError, match=r"DATA.CACHE_GB is .* raise it, or set DATA.SHUFFLE_SHARDS 2"):
+    with pytest.raises(ValueError, match=r"DATA.CACHE_GB is .* raise it, or set DATA.SHUFFLE_SHARDS 1"):
         build_loader(load_cfg("", [*options, "DATA.CACHE_GB", str(4 * size / 1e9)]))
-    loader = build_loader(load_cfg("", [*options, "DATA.CACHE_GB", str(6 * size / 1e9)]))
+    loader = build_loader(load_cfg("", [*options, "DATA.CACHE_GB", str(8 * size / 1e9)]))
     assert next(iter(loader))[0].shape == (4, 3, 16, 16)
     assert loader.sampler.settings() == {"DATA.LANES": 1, "DATA.SHUFFLE_SHARDS": 3}
 

@@ -34,11 +34,21 @@ from moco_d2.detection.weights import WeightsRecord, all_names, facts_of, load_w
 from moco_d2.layers.distributed import broadcast_module, wrap_ddp
 from moco_d2.model_zoo import config_changes
 from moco_d2.provenance import provenance
-from moco_d2.running.checkpoints import PeriodicCheckpoint, point_to, save_run
+from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, point_to, save_run
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.seeds import StepSeed
 
 logger = logging.getLogger(__name__)
+
+
+# A resumed optimizer has the checkpoint's values of these, whatever the config says; the schedule has the config's.
+_OPTIMIZER = (
+    "BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV", "WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS",
+)  # fmt: skip
+_SCHEDULE = (
+    "LR_SCHEDULER_NAME", "MAX_ITER", "STEPS", "GAMMA", "NUM_DECAYS", "BASE_LR_END", "RESCALE_INTERVAL",
+    "WARMUP_FACTOR", "WARMUP_ITERS", "WARMUP_METHOD",
+)  # fmt: skip
 
 
 class TransferCheckpointer(DetectionCheckpointer):
@@ -186,19 +196,26 @@ class TransferTrainer(DefaultTrainer):
             self.checkpointer.add_checkpointable("facts", self.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loop's state: iteration, optimizer, scheduler, and what the order of pictures follows from."""
+        """Return the loop's state: iteration, optimizer, scheduler, and what the run follows from."""
         return {**super().state_dict(), "run": self._run()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; warn if the run cannot go on exactly as it would have."""
-        then, now = state.get("run", {}), self._run()
-        changed = [f"{key} was {then.get(key)} and is {now[key]}" for key in now if then.get(key) != now[key]]
+        changed = changed_settings(state.get("run", {}), self._run())
+        kept = [changed.pop(key) for key in [f"SOLVER.{name}" for name in _OPTIMIZER] if key in changed]
         if changed:
-            logger.warning("the run goes on, but with other pictures than it would have had: %s", "; ".join(changed))
+            logger.warning("the run goes on, but not as it would have gone: %s", "; ".join(changed.values()))
+        if kept:
+            logger.warning(
+                "the checkpoint's optimizer goes on, whatever the config says: %s. For the config's, start a new run "
+                "in another OUTPUT_DIR with MODEL.WEIGHTS set to a checkpoint of this one",
+                "; ".join(kept),
+            )
         super().load_state_dict(state)
 
-    def _run(self) -> dict[str, int]:
+    def _run(self) -> dict[str, Any]:
         return {
+            **{f"SOLVER.{name}": self.cfg.SOLVER[name] for name in (*_OPTIMIZER, *_SCHEDULE)},
             "SEED": self.seed,
             "SOLVER.IMS_PER_BATCH": self.cfg.SOLVER.IMS_PER_BATCH,
             "SOLVER.ACCUMULATE": self.cfg.SOLVER.ACCUMULATE,

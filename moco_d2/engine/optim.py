@@ -6,6 +6,7 @@ import bisect
 import functools
 import logging
 import math
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -46,6 +47,16 @@ def _fit_state(optimizer: torch.optim.Optimizer, fused: bool | None) -> None:
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter).copy_(value)
+
+
+def trajectory(cfg: CfgNode) -> dict[str, Any]:
+    """Return the settings that an update of the weights follows from, by name: a resumed run must have the same.
+
+    Most of them it could not even change: optimizer and scheduler take the checkpoint's.
+    """
+    keys = ["BASE_LR", "REFERENCE_BATCH", "MOMENTUM", "NESTEROV", "WEIGHT_DECAY", "EPOCHS", "SCHEDULE"]
+    keys += ["GAMMA", "STEPS"] if cfg.SOLVER.SCHEDULE == "step" else ["FIRST_EPOCH"]
+    return {f"SOLVER.{key}": cfg.SOLVER[key] for key in keys}
 
 
 def scaled_lr(cfg: CfgNode) -> float:

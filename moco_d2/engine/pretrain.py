@@ -18,7 +18,7 @@ from moco_d2.data import ViewLoader, build_recipe
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
 from moco_d2.engine.loader import build_loader
-from moco_d2.engine.optim import build_schedule, build_sgd, total_steps
+from moco_d2.engine.optim import build_schedule, build_sgd, total_steps, trajectory
 from moco_d2.engine.preflight import check_config
 from moco_d2.engine.step import PretrainStep, apply_switches, chosen_autocast, describe_switches
 from moco_d2.facts import BackboneFacts
@@ -26,7 +26,7 @@ from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.resnet import build_resnet, describe
 from moco_d2.methods import SSLMethod, build_method
 from moco_d2.model_zoo import pretraining_changes
-from moco_d2.running.checkpoints import PeriodicCheckpoint, last_whole
+from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, last_whole
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.seeds import StepSeed
 
@@ -141,9 +141,11 @@ class PretrainTrainer(DefaultTrainer):
             super().train()
         except FloatingPointError as error:
             kept = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else "none yet"
+            in_float32 = "; or continue with --resume and ENGINE.AUTOCAST ''" if chosen_autocast(self.cfg) else ""
             raise FloatingPointError(
-                f"{error}\nThe last good checkpoint is kept: {kept}. Try a lower SOLVER.BASE_LR, a higher "
-                "SSL.ARGS.temperature, or ENGINE.AUTOCAST '', and --resume"
+                f"{error}\nThe last good checkpoint is kept: {kept}. Start a new run in another OUTPUT_DIR, from that "
+                "checkpoint with MODEL.WEIGHTS or from nothing, with a lower SOLVER.BASE_LR or a higher "
+                f"SSL.ARGS.temperature{in_float32}"
             ) from error
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,24 +156,25 @@ class PretrainTrainer(DefaultTrainer):
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: seed, batch, data or length differ from the interrupted run's, so it could not go on exactly.
+            ValueError: seed, batch, data, length, optimizer or schedule differ from the interrupted run's, so it could
+                not go on exactly.
         """
-        then, now = state["run"], self._run()
-        changed = [f"{key} was {then.get(key)} and is {now[key]}" for key in now if then.get(key) != now[key]]
+        changed = changed_settings(state["run"], self._run())
         if changed:
             raise ValueError(
-                f"cannot resume exactly: {'; '.join(changed)}. Restore the setting, or start a new run from these "
-                "weights with MODEL.WEIGHTS"
+                f"cannot resume exactly: {'; '.join(changed.values())}. Restore the setting, or start a new run in "
+                "another OUTPUT_DIR with MODEL.WEIGHTS set to a checkpoint of this one"
             )
         super().load_state_dict(state)
 
-    def _run(self) -> dict[str, int]:
+    def _run(self) -> dict[str, Any]:
         loader = self._trainer.data_loader
         return {
             "SEED": self.seed,
             "SOLVER.IMS_PER_BATCH": self.cfg.SOLVER.IMS_PER_BATCH,
             "number of images": len(loader.dataset),
             "number of iterations": self.max_iter,
+            **trajectory(self.cfg),
             **loader.sampler.settings(),
         }
 

@@ -127,6 +127,12 @@ def recorded_seed(folder: str | os.PathLike[str]) -> int | None:
     return run.get("SEED")
 
 
+def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Return, by name and in words, the settings in which a run differs from the one that left the checkpoint."""
+    keys = dict.fromkeys([*then, *now])
+    return {key: f"{key} was {then.get(key)} and is {now.get(key)}" for key in keys if then.get(key) != now.get(key)}
+
+
 class PeriodicCheckpoint(HookBase):
     """Save every ``period`` steps and at the end, and remove old checkpoints.
 

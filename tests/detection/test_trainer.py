@@ -81,6 +81,20 @@ def test_voc_training_evaluation_resuming_and_evaluation_only(converted_file, tm
     assert again["metrics"] == json.loads((tmp_path / "results.json").read_text())["metrics"]
 
 
+def test_a_resume_with_another_lr_says_that_the_checkpoints_goes_on(converted_file, tmp_path, caplog):
+    opts = [*SHORT, *VOC_SETS, "DATASETS.TEST", "()", "MODEL.WEIGHTS", converted_file, "OUTPUT_DIR", tmp_path]
+    TransferTrainer(small_cfg(VOC_C4, *opts)).checkpointer.save("model_0000000", iteration=0)
+    again = TransferTrainer(small_cfg(VOC_C4, *opts, "SOLVER.BASE_LR", 0.01, "SOLVER.GAMMA", 0.5))
+    again.resume_or_load(resume=True)
+    warnings = [record.getMessage() for record in caplog.records if "goes on" in record.getMessage()]
+    assert len(warnings) == 2
+    assert warnings[0].endswith("not as it would have gone: SOLVER.GAMMA was 0.1 and is 0.5")
+    assert (
+        "checkpoint's optimizer goes on, whatever the config says: SOLVER.BASE_LR was 0.001 and is 0.01." in warnings[1]
+    )
+    assert {group["initial_lr"] for group in again.optimizer.param_groups} == {0.001}
+
+
 def test_two_cpu_processes_train_and_give_what_the_saved_detector_gives(dataset_root, tmp_path):
     sync = small_cfg(COCO_FPN).MODEL
     assert (sync.RESNETS.NORM, sync.FPN.NORM) == ("SyncBN", "SyncBN")

@@ -198,6 +198,14 @@ def test_resuming_with_another_recipe_is_refused(images: str, tmp_path: Path) ->
     train(options(images, tmp_path, "SOLVER.EPOCHS", 1))
     with pytest.raises(ValueError, match=r"SOLVER\.IMS_PER_BATCH was 8 and is 4"):
         train(options(images, tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 4), resume=True)
+    other = ("SOLVER.BASE_LR", 0.01, "SOLVER.MOMENTUM", 0.8, "SOLVER.SCHEDULE", "step", "SOLVER.STEPS", ())
+    with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS") as refused:
+        train(options(images, tmp_path, "SOLVER.EPOCHS", 1, *other), resume=True)
+    for words in ("BASE_LR was 0.03 and is 0.01", "MOMENTUM was 0.9 and is 0.8", "SCHEDULE was cosine and is step"):
+        assert f"SOLVER.{words}" in str(refused.value)
+    way_out = ("MODEL.WEIGHTS", tmp_path / "model_final.pth", "SOLVER.EPOCHS", 1, *other)
+    (group,) = train(options(images, tmp_path / "new", *way_out)).optimizer.param_groups
+    assert (group["initial_lr"], group["momentum"]) == (pytest.approx(0.01 * 8 / 256), 0.8)
     with pytest.raises(ValueError, match="of another model"):
         train(options(images, tmp_path, "SOLVER.EPOCHS", 1, "SSL.ARGS.queue_size", 48), resume=True)
 

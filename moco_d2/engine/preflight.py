@@ -6,13 +6,17 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
+import operator
+import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 
-from moco_d2.config import flat, get_cfg
+from moco_d2.config import flat, get_cfg, wrong_type
 from moco_d2.data import BACKENDS, RECIPES
 from moco_d2.engine.step import AUTOCAST
 from moco_d2.layers.resnet import ARCHITECTURES, build_resnet
@@ -25,8 +29,15 @@ _SOLVER = (
 )  # fmt: skip
 
 
+# Where the settings that pretraining reads stand.
+_READ = (
+    "SSL.", "DATA.", "SOLVER.", "ENGINE.", "DATALOADER.NUM_WORKERS", "DATASETS.TRAIN", "MODEL.DEVICE", "MODEL.WEIGHTS",
+    "SEED",
+)  # fmt: skip
+
+
 def check_config(cfg: CfgNode, world_size: int) -> None:
-    """Check every key of ``SSL``, ``DATA`` and ``SOLVER`` for type, range and contradiction.
+    """Check every key that pretraining reads for type, range and contradiction.
 
     Args:
         cfg: config of a pretraining run.
@@ -35,10 +46,37 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
     Raises:
         ValueError: names all problems at once.
     """
-    problems = [*_ssl_problems(cfg, world_size), *_data_problems(cfg), *_solver_problems(cfg, world_size)]
-    problems += _engine_problems(cfg)
-    if problems:
+    mistyped = dict(_type_problems(cfg))
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key in mistyped:  # What is no number cannot be compared: the default stands for it, and is not complained of.
+        *groups, name = key.split(".")
+        functools.reduce(operator.getitem, groups, cfg)[name] = flat(get_cfg())[key]
+    found = [*_ssl_problems(cfg, world_size), *_data_problems(cfg), *_solver_problems(cfg, world_size)]
+    found += _engine_problems(cfg)
+    if problems := [*mistyped.values(), *(text for text in found if not any(key in text for key in mistyped))]:
         raise ValueError("\n".join(problems))
+
+
+def _type_problems(cfg: CfgNode) -> Iterator[tuple[str, str]]:
+    """Yield the keys whose value is of another type than its default, or not finite, and the complaint."""
+    default = flat(get_cfg())
+    for key, value in flat(cfg).items():
+        like = default.get(key)  # none for SSL.ARGS, which the method's constructor defines
+        if like is None or not key.startswith(_READ):
+            continue
+        parts = value if isinstance(like, tuple) and like and isinstance(value, list | tuple) else ()
+        if not _fits(value, type(like)) or not all(_fits(part, type(like[0])) for part in parts):
+            yield key, wrong_type(key, value, like)
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield key, f"{key} is {value}; it must be finite"
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Tell whether a value is of a type; a whole number is a float, a bool is none."""
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, {float: (int, float), list: (list, tuple), tuple: (list, tuple)}.get(wanted, wanted))
 
 
 def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
@@ -56,10 +94,16 @@ def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
         return
     try:  # The constructors know the ranges.
         method = outline(cfg)
-        if cfg.SOLVER.IMS_PER_BATCH > 0 and cfg.SOLVER.IMS_PER_BATCH % world_size == 0:
-            method.check_batch(cfg.SOLVER.IMS_PER_BATCH // world_size)
     except ValueError as error:
         yield str(error)
+        return
+    batch = cfg.SOLVER.IMS_PER_BATCH
+    if batch <= 0 or batch % world_size:
+        return
+    try:
+        method.check_batch(batch // world_size)
+    except ValueError as error:
+        yield f"SOLVER.IMS_PER_BATCH is {batch}: {error}"
 
 
 def outline(cfg: CfgNode) -> SSLMethod:
@@ -79,9 +123,8 @@ def _argument_problems(ssl: CfgNode) -> Iterator[str]:
             yield from _unknown("SSL.ARGS", key, accepted)
             continue
         wanted = signature.parameters[key].annotation
-        fits = isinstance(value, (int, float) if wanted is float else wanted)
-        if not fits or (isinstance(value, bool) and wanted is not bool):
-            yield f"SSL.ARGS.{key} is {value!r}; it must be of type {wanted.__name__}, as {accepted[key]!r} is"
+        if not _fits(value, wanted):
+            yield wrong_type(f"SSL.ARGS.{key}", value, accepted[key])
 
 
 def _data_problems(cfg: CfgNode) -> Iterator[str]:
@@ -96,10 +139,22 @@ def _data_problems(cfg: CfgNode) -> Iterator[str]:
         ("MAX_SKIPPED", 0 <= cfg.DATA.MAX_SKIPPED <= 1, "a part of the images, in [0, 1]"),
         ("MAX_PIXELS", cfg.DATA.MAX_PIXELS > 0, "positive"),
         ("SHUFFLE_SHARDS", cfg.DATA.SHUFFLE_SHARDS >= 0, "positive, or 0 for all"),
-        ("LANES", cfg.DATA.LANES >= 0 and not batch % max(1, cfg.DATA.LANES), f"0, or a divisor of the batch {batch}"),
+        (
+            "LANES",
+            cfg.DATA.LANES >= 0 and not batch % max(1, cfg.DATA.LANES),
+            f"0, or a divisor of SOLVER.IMS_PER_BATCH {batch}",
+        ),
         ("CACHE_GB", cfg.DATA.CACHE_GB > 0, "positive"),
+        ("CACHE_FOLDER", _can_be_written(cfg.DATA.CACHE_FOLDER), "a folder that can be written"),
     ]
-    yield from (f"DATA.{key} is {cfg.DATA[key]}; it must be {rule}" for key, holds, rule in rules if not holds)
+    yield from (f"DATA.{key} is {cfg.DATA[key]!r}; it must be {rule}" for key, holds, rule in rules if not holds)
+
+
+def _can_be_written(folder: str) -> bool:
+    """Tell whether files can be made in a folder, which may still have to be made itself; empty: there is a default."""
+    path = Path(folder).expanduser().absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
+    return not folder or (there.is_dir() and os.access(there, os.W_OK | os.X_OK))
 
 
 def _solver_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
@@ -125,8 +180,8 @@ def _solver_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
         ("FIRST_EPOCH", 0 <= solver.FIRST_EPOCH <= 1, "0 (MoCo on ImageNet) or 1 (its CIFAR demo)"),
     ]
     yield from (f"SOLVER.{key} is {solver[key]}; it must be {rule}" for key, holds, rule in rules if not holds)
-    if cfg.SEED < 0:
-        yield f"SEED is {cfg.SEED}; it must be 0 or more by now (tools draw one for -1)"
+    if not 0 <= cfg.SEED < 2**64:
+        yield f"SEED is {cfg.SEED}; it must be in [0, 2**64) by now (tools draw one for -1)"
     yield from _length_problems(solver)
     yield from _ignored(solver)
 

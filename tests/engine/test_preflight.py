@@ -1,5 +1,7 @@
 """Bad settings fail before the first step, all at once, and each message names the value, the rule and the nearest."""
 
+import math
+
 import pytest
 
 from moco_d2.config import list_configs, load_cfg
@@ -37,17 +39,36 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
         (["SSL.ENCODER.STEM", "cfar"], "did you mean cifar?"),
         (["SSL.ENCODER.WIDTH", -1.0], "width"),
         (["SSL.ARGS.temprature", 0.1], "did you mean temperature?"),
-        (["SSL.ARGS.mlp", "yes"], "SSL.ARGS.mlp is 'yes'; it must be of type bool, as False is"),
-        (["SSL.ARGS.queue_size", 65536.5], "it must be of type int"),
-        (["SSL.ARGS.dim", True], "SSL.ARGS.dim is True; it must be of type int"),
+        (["SSL.ARGS.mlp", "yes"], "SSL.ARGS.mlp is 'yes'; it must be a bool, as False is"),
+        (["SSL.ARGS.queue_size", 65536.5], "it must be an int, as 65536 is"),
+        (["SSL.ARGS.dim", True], "SSL.ARGS.dim is True; it must be an int"),
         (["SSL.ARGS.momentum", 1.5], "SSL.ARGS.momentum is 1.5; it must be in [0, 1]"),
         (["SSL.ARGS.bn_groups", 7], "256 images per process cannot be split into 7 BN groups"),
         (["DATA.RECIPE", "moco_v3"], "did you mean moco_v2?"),
         (["DATA.CROP_SIZE", 0], "DATA.CROP_SIZE is 0"),
+        (["DATA.CROP_SIZE", "224"], "DATA.CROP_SIZE is '224'; it must be an int, as 224 is"),
+        (["DATA.CROP_SIZE", 2.5], "DATA.CROP_SIZE is 2.5; it must be an int"),
+        (["DATA.BACKEND", "cv3"], "did you mean cv2?"),
+        (["DATA.MAX_SKIPPED", "x"], "DATA.MAX_SKIPPED is 'x'; it must be a float"),
+        (["DATA.MAX_SKIPPED", 5.0], "DATA.MAX_SKIPPED is 5.0; it must be a part of the images, in [0, 1]"),
+        (["DATA.MAX_PIXELS", True], "DATA.MAX_PIXELS is True; it must be an int"),
+        (["DATA.MAX_PIXELS", 0], "DATA.MAX_PIXELS is 0; it must be positive"),
+        (["DATA.SHUFFLE_SHARDS", -1], "DATA.SHUFFLE_SHARDS is -1"),
+        (["DATA.LANES", 7], "DATA.LANES is 7; it must be 0, or a divisor of SOLVER.IMS_PER_BATCH 256"),
+        (["DATA.LANES", -2], "DATA.LANES is -2"),
+        (["DATA.CACHE_GB", 0.0], "DATA.CACHE_GB is 0.0; it must be positive"),
+        (["DATA.CACHE_FOLDER", f"{__file__}/cache"], "it must be a folder that can be written"),
+        (["DATASETS.TRAIN", "imagenet_train"], "DATASETS.TRAIN is 'imagenet_train'; it must be a list or tuple"),
         (["DATALOADER.NUM_WORKERS", -1], "DATALOADER.NUM_WORKERS is -1"),
         (["SOLVER.SCHEDULE", "cosin"], "did you mean cosine?"),
         (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0; it must be a multiple of the 1 processes"),
         (["SOLVER.BASE_LR", 0.0], "SOLVER.BASE_LR is 0.0; it must be positive"),
+        (["SOLVER.BASE_LR", math.inf], "SOLVER.BASE_LR is inf; it must be finite"),
+        (["SOLVER.REFERENCE_BATCH", -1], "SOLVER.REFERENCE_BATCH is -1"),
+        (["SOLVER.FIRST_EPOCH", 2], "SOLVER.FIRST_EPOCH is 2; it must be 0"),
+        (["SOLVER.CHECKPOINT_KEEP_EVERY", 7], "it must be a multiple of SOLVER.CHECKPOINT_PERIOD, or 0"),
+        (["SOLVER.IMS_PER_BATCH", "256"], "SOLVER.IMS_PER_BATCH is '256'; it must be an int"),
+        (["SOLVER.SCHEDULE", "step", "SOLVER.STEPS", ("120", 160)], "SOLVER.STEPS is ('120', 160); it must be"),
         (["SOLVER.MOMENTUM", 1.0], "it must be in [0, 1)"),
         (["SOLVER.MOMENTUM", 0.0, "SOLVER.NESTEROV", True], "it must be False without SOLVER.MOMENTUM"),
         (["SOLVER.WEIGHT_DECAY", -1e-4], "SOLVER.WEIGHT_DECAY is -0.0001"),
@@ -65,6 +86,7 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
         (["SOLVER.WARMUP_ITERS", 500], "SOLVER.WARMUP_ITERS is 500, but pretraining does not use it"),
         (["SOLVER.CLIP_GRADIENTS.ENABLED", True], "SOLVER.CLIP_GRADIENTS.ENABLED is True, but pretraining"),
         (["SEED", -1], "SEED is -1"),
+        (["SEED", 2**64], "SEED is 18446744073709551616; it must be in [0, 2**64)"),
     ],
 )  # fmt: skip
 def test_each_mistake_is_named(settings: list, message: str) -> None:
@@ -75,9 +97,9 @@ def test_each_mistake_is_named(settings: list, message: str) -> None:
 def test_all_mistakes_show_at_once() -> None:
     settings = [
         "SSL.METHOD", "Moco", "DATA.RECIPE", "moco_v4", "DATA.CROP_SIZE", -3, "SOLVER.BASE_LR", -1.0,
-        "SOLVER.SCHEDULE", "stop", "SSL.ENCODER.NAME", "resnet",
+        "SOLVER.SCHEDULE", "stop", "SSL.ENCODER.NAME", "resnet", "DATA.MAX_SKIPPED", "x", "SOLVER.IMS_PER_BATCH", 2.5,
     ]  # fmt: skip
-    assert len(complaints(*settings)) == 6
+    assert len(complaints(*settings)) == 8
     assert len(complaints("SSL.ARGS.momentum", 2.0, "SSL.ARGS.temperature", -1.0, "SSL.ARGS.dim", 0)) == 3
 
 

@@ -126,11 +126,24 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode(errors="surrogateescape")).hexdigest()[:24]
 
 
+def fingerprint(names: bytes) -> int:
+    """Return 48 bits that tell sets of images apart."""
+    return int.from_bytes(hashlib.sha256(names).digest()[:6], "big")
+
+
 class Paths:
-    """Strings in one buffer: worker processes share it without copying, and a million are stored in no time."""
+    """Strings in one buffer: worker processes share it without copying, and a million are stored in no time.
+
+    Attributes:
+        fingerprint: of the paths in their order, without the folder that all lie in: a set may move.
+    """
 
     def __init__(self, paths: Iterable[str]) -> None:
         encoded = [os.fsencode(path) for path in paths]
+        low, high = (min(encoded), max(encoded)) if encoded else (b"", b"")
+        same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))
+        common = len(low[:same].rpartition(b"/")[0])
+        self.fingerprint = fingerprint(b"\0".join(path[common:] for path in encoded))
         self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         self._buffer = np.frombuffer(b"".join(encoded), np.uint8)
 

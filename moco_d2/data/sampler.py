@@ -44,6 +44,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         window: int = 0,
         lanes: int = 1,
         prepare: Callable[[list[int], list[int]], None] | None = None,
+        fingerprint: int | None = None,
     ) -> None:
         """Sample a set in batches of ``batch`` over all processes, from step ``start`` on.
 
@@ -57,10 +58,12 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             window: spans that are permuted together; 0: all of them.
             lanes: parts of the epoch that run side by side.
             prepare: called when a lane enters a window, with that window's spans and the next one's.
+            fingerprint: of the images.
         """
         self.spans = np.atleast_1d(np.asarray(spans, np.int64))
         self.size, self.firsts = int(self.spans.sum()), np.cumsum(self.spans) - self.spans
         self.batch, self.seed, self.start, self.prepare = batch, seed, start, prepare
+        self.fingerprint = fingerprint
         self.window, self.lanes = window or len(self.spans), lanes
         self.share = batch // world_size
         self.part = slice(rank * self.share, (rank + 1) * self.share)
@@ -71,10 +74,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return self.size // self.batch
 
     def settings(self) -> dict[str, int]:
-        """Return what the order depends on besides seed, batch and images; a plain permutation on nothing."""
-        if len(self.spans) == self.lanes == 1:
-            return {}
-        return {"DATA.LANES": self.lanes, "DATA.SHUFFLE_SHARDS": self.window}
+        """Return what the batches depend on besides seed, batch and number of images."""
+        found = {} if self.fingerprint is None else {"fingerprint of the images' names": self.fingerprint}
+        if len(self.spans) == self.lanes == 1:  # a plain permutation
+            return found
+        return {**found, "DATA.LANES": self.lanes, "DATA.SHUFFLE_SHARDS": self.window}
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch // self.lanes

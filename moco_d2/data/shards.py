@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moco_d2.atomic import atomic_write
-from moco_d2.data.listing import EXTENSIONS, cache_folder
+from moco_d2.data.listing import EXTENSIONS, cache_folder, fingerprint
 from moco_d2.transfer import TransferError, size_of, transfer
 
 logger = logging.getLogger(__name__)
@@ -222,12 +222,15 @@ class ShardSource:
     Attributes:
         spans: number of images in each shard.
         stream_sizes: bytes of each shard that comes over the network (0: unknown).
+        fingerprint: of the shards' file names, sizes and numbers of images.
     """
 
     def __init__(self, shards: Sequence[Shard], cache: ShardCache, unreadable: Sequence[tuple[str, str]] = ()) -> None:
         self.shards, self.cache, self.unreadable = list(shards), cache, list(unreadable)
         self.spans = np.array([shard.samples for shard in shards], np.int64)
         self.stream_sizes = [shard.bytes for shard in shards if is_url(shard.location)]
+        rows = [f"{_base(shard.location)} {shard.bytes} {shard.samples}" for shard in shards]
+        self.fingerprint = fingerprint("\n".join(rows).encode(errors="surrogateescape"))
         self._ends = np.cumsum(self.spans)
         self._forget()
 
@@ -307,7 +310,7 @@ class ShardSource:
             self._wanted.put(shard)
 
 
-_TRAVELS = ("shards", "cache", "spans", "stream_sizes", "unreadable", "_ends")
+_TRAVELS = ("shards", "cache", "spans", "stream_sizes", "unreadable", "fingerprint", "_ends")
 
 
 class _Open:

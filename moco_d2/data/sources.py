@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from moco_d2.data.listing import EXTENSIONS, Listing, Paths, cache_folder
+from moco_d2.data.listing import EXTENSIONS, Listing, Paths, cache_folder, fingerprint
 from moco_d2.data.shards import ShardCache, is_shards, open_shards
 
 # Bytes from which a file is taken for something else, rather than read into memory.
@@ -29,11 +29,13 @@ class Source(Protocol):
         spans: number of images in each part that lies together (a shard); a set of files is one part.
         stream_sizes: bytes of each part that comes over a network; empty for what lies on a disk.
         unreadable: (path, error) of what was found unreadable when the images were listed.
+        fingerprint: of what number means which image, wherever the set lies.
     """
 
     spans: npt.NDArray[np.int64]
     stream_sizes: list[int]
     unreadable: list[tuple[str, str]]
+    fingerprint: int
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -58,6 +60,7 @@ class FileSource:
     def __init__(self, files: Sequence[str], unreadable: Sequence[tuple[str, str]] = ()) -> None:
         self.files, self.unreadable = Paths(files), list(unreadable)
         self.spans, self.stream_sizes = np.array([len(files)], np.int64), list[int]()
+        self.fingerprint = self.files.fingerprint
 
     def __len__(self) -> int:
         return len(self.files)
@@ -88,6 +91,7 @@ class JoinedSource:
         self.spans = np.concatenate(spans)
         self.stream_sizes = [size for part in parts for size in part.stream_sizes]
         self.unreadable = [problem for part in parts for problem in part.unreadable]
+        self.fingerprint = fingerprint(repr([part.fingerprint for part in parts]).encode())
         self._ends = np.cumsum([len(part) for part in parts])
         self._span_ends = np.cumsum([len(part) for part in spans])
 

@@ -34,6 +34,7 @@ def build_loader(cfg: CfgNode) -> ViewLoader:
     rank, world = comm.get_rank(), comm.get_world_size()
     folder = Path(data.CACHE_FOLDER).expanduser() if data.CACHE_FOLDER else cache_folder() / "shards"
     source = open_source(cfg.DATASETS.TRAIN, ShardCache(folder, data.CACHE_GB * 1e9))
+    _agree(source)
     if len(source) < batch:
         raise ValueError(
             f"{', '.join(cfg.DATASETS.TRAIN)} has {len(source)} images, fewer than a batch of {batch} "
@@ -47,9 +48,21 @@ def build_loader(cfg: CfgNode) -> ViewLoader:
     recipe = build_recipe(data.RECIPE, data.CROP_SIZE)
     dataset = ViewDataset(source, recipe, cfg.SEED, build_backend(data.BACKEND, device), data.MAX_PIXELS)
     sampler = EpochSampler(
-        source.spans, batch, cfg.SEED, rank, world, window=data.SHUFFLE_SHARDS, lanes=lanes, prepare=source.prepare
-    )
+        source.spans, batch, cfg.SEED, rank, world, window=data.SHUFFLE_SHARDS, lanes=lanes, prepare=source.prepare,
+        fingerprint=source.fingerprint,
+    )  # fmt: skip
     return ViewLoader(dataset, sampler, cfg.DATALOADER.NUM_WORKERS, device, skips)
+
+
+def _agree(source: Source) -> None:
+    """Raise ValueError when processes list other images: one would read twice what another leaves out."""
+    found = comm.all_gather((len(source), source.fingerprint))
+    for other, theirs in enumerate(found):
+        if theirs != found[0]:
+            raise ValueError(
+                f"process 0 lists {found[0][0]} images and process {other} {theirs[0]}, or others of the same number: "
+                "DATASETS.TRAIN must mean the same files, under the same names, on every machine"
+            )
 
 
 def check_cache(source: Source, cfg: CfgNode, lanes: int) -> None:

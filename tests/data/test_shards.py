@@ -37,7 +37,7 @@ from moco_d2.data import (
 )
 from moco_d2.data.backends import build_backend
 from moco_d2.data.packing import Packed, pack
-from moco_d2.data.shards import MANIFEST, Shard, expand, members, open_shards
+from moco_d2.data.shards import MANIFEST, Shard, ShardSource, expand, members, open_shards
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
@@ -432,8 +432,15 @@ def test_the_cache_of_a_stream_must_hold_its_windows(
     with pytest.raises(ValueError, match=r"DATA.CACHE_GB is .* raise it, or set DATA.SHUFFLE_SHARDS 1"):
         build_loader(load_cfg("", [*options, "DATA.CACHE_GB", str(4 * size / 1e9)]))
     loader = build_loader(load_cfg("", [*options, "DATA.CACHE_GB", str(8 * size / 1e9)]))
+    images = open_source([str(shards)]).fingerprint  # the same on a disk
     assert next(iter(loader))[0].shape == (4, 3, 16, 16)
-    assert loader.sampler.settings() == {"DATA.LANES": 1, "DATA.SHUFFLE_SHARDS": 3}
+    assert loader.sampler.settings() == {
+        "fingerprint of the images' names": images, "DATA.LANES": 1, "DATA.SHUFFLE_SHARDS": 3
+    }  # fmt: skip
+    rows = [Shard("a/0.tar", 10240, 6), Shard("a/1.tar", 10240, 6)]
+    changed = [Shard("a/2.tar", 10240, 6), Shard("a/1.tar", 20480, 6), Shard("a/1.tar", 10240, 5)]
+    sets = [[rows[0], last] for last in (rows[1], *changed)] + [rows[::-1]]
+    assert len({ShardSource(some, ShardCache(tmp_path, 1)).fingerprint for some in sets}) == 5
 
 
 def test_what_only_has_the_name_of_an_image_neither_blocks_nor_fills_the_memory(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moco_d2.data import EpochSampler, list_folder, listing, stream_seed
+from moco_d2.data import EpochSampler, list_folder, listing, open_source, stream_seed
 from moco_d2.data.listing import Listing, Paths
 
 
@@ -34,8 +34,12 @@ def grow(root: Path, folders: int = 40, files: int = 60) -> Path:
 
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let time pass, as far as the listing can tell."""
-    now = time.time
-    monkeypatch.setattr(listing.time, "time", lambda: now() + 60)
+    _clock(monkeypatch, 60)
+
+
+def _clock(monkeypatch: pytest.MonkeyPatch, ahead: float) -> None:
+    now = time.time() + ahead
+    monkeypatch.setattr(listing.time, "time", lambda: now)
 
 
 def walked(root: Path) -> list[str]:
@@ -56,7 +60,7 @@ def test_every_change_of_a_remembered_folder_is_seen(tmp_path: Path, monkeypatch
     def read_anew() -> list[str]:
         reads.clear()
         assert Listing(root).files == walked(root)
-        return [os.path.relpath(folder, root) for folder in reads if "walk" not in folder]
+        return [os.path.relpath(folder, root) for folder in reads]
 
     monkeypatch.setattr(os, "walk", _walk_without_scandir)
     assert len(read_anew()) == 41
@@ -88,6 +92,9 @@ def _walk_without_scandir(top: Path, followlinks: bool) -> Iterator[tuple[str, l
 def test_a_folder_that_may_still_change_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Within the same tick of a coarse clock a change would leave no trace in the folder's times.
     root = grow(tmp_path / "set", 20, 60)
+    for folder in (root, *root.iterdir()):
+        os.utime(folder)
+    _clock(monkeypatch, 0)  # however long the listing takes here
     assert len(Listing(root).files) == 1200
     settled(monkeypatch)
     reads: list[object] = []
@@ -141,6 +148,41 @@ def test_paths_are_kept_whatever_their_bytes() -> None:
     assert len(paths) == 5 and [paths[i] for i in range(5)] == names
 
 
+def list_in_two_processes(*folders: Path) -> None:
+    """Each process lists its own folder under the same name."""
+    from detectron2.utils import comm
+
+    from moco_d2.config import load_cfg
+    from moco_d2.engine.loader import build_loader
+
+    folder = folders[comm.get_rank()]
+    build_loader(load_cfg("", ["DATASETS.TRAIN", f"('{folder}',)", "OUTPUT_DIR", str(folder.parent),
+                               "MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2", "SEED", "1"]))  # fmt: skip
+
+
+def test_processes_that_list_other_images_do_not_begin(tmp_path: Path) -> None:
+    from detectron2.engine import launch
+
+    first, second = grow(tmp_path / "first", 1, 3), grow(tmp_path / "second", 1, 3)
+    launch(list_in_two_processes, 2, 1, 0, "auto", (first, second))
+    (second / "n0000" / "0001.JPEG").rename(second / "n0000" / "other.JPEG")
+    with pytest.raises(Exception, match="process 0 lists 3 images and process 1 3, or others of the same number"):
+        launch(list_in_two_processes, 2, 1, 0, "auto", (first, second))
+
+
+def test_a_set_is_known_by_its_names_and_order_wherever_it_lies(tmp_path: Path) -> None:
+    def known(*folders: Path) -> int:
+        return open_source([str(folder) for folder in folders]).fingerprint
+
+    first, moved = grow(tmp_path / "first", 3, 3), grow(tmp_path / "further" / "away", 3, 3)
+    names = known(first)
+    assert known(moved) == names != known(moved, first) != known(first, moved)
+    (moved / "n0001" / "0002.JPEG").rename(moved / "n0001" / "0003.JPEG")
+    assert known(moved) != names and len(list_folder(moved)) == 9
+    shuffled = EpochSampler([3, 3], 2, 1, window=1, fingerprint=names)
+    assert shuffled.settings() != EpochSampler([3, 3], 2, 1, window=1, fingerprint=names + 1).settings()
+
+
 def flat(lists: Iterable[list[Any]]) -> list[Any]:
     return list(itertools.chain.from_iterable(lists))
 
@@ -179,7 +221,6 @@ def test_a_window_holds_the_images_of_its_spans_only() -> None:
     sampler = EpochSampler(spans, 10, 1, window=4, prepare=lambda now, ahead: heard.append((now, ahead)))
     batches = iter(sampler)
     for step in range(40):
-        now = heard[-1][0] if heard else []
         spans_met = {int(np.searchsorted(firsts, index, side="right")) - 1 for _, index in next(batches)}
         now = heard[-1][0]
         assert spans_met <= set(now) and len(spans_met) > 1, f"step {step}"

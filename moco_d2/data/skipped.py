@@ -64,15 +64,20 @@ class SkipLog:
         """
         self.seen, self.replaced = self.seen + seen, self.replaced + replaced
         if self.replaced > self.limit * max(self.seen, BENEFIT):
-            self.stop()
+            raise ValueError(
+                f"{self.replaced} of the {self.seen} images that process {self.rank} saw could not be read, more than "
+                f"DATA.MAX_SKIPPED {self.limit:g} allows; {self._account()}, or raise DATA.MAX_SKIPPED, and --resume"
+            )
 
     def stop(self) -> None:
-        """Raise the ValueError that names the counts and the file."""
+        """Raise the ValueError for an image without any that could stand for it."""
         raise ValueError(
-            f"{self.replaced} of the {self.seen} images that process {self.rank} saw could not be read, more than "
-            f"DATA.MAX_SKIPPED {self.limit:g} allows; {self.file or 'the log'} has {len(self.paths)} paths with their "
-            "errors. Repair or remove them, or raise DATA.MAX_SKIPPED, and --resume"
+            f"process {self.rank} met an image that could not be read, and among those near it none that could stand "
+            f"for it; {self._account()}, and --resume"
         )
+
+    def _account(self) -> str:
+        return f"{self.file or 'the log'} has {len(self.paths)} paths with their errors. Repair or remove them"
 
     def _logged(self) -> Iterable[str]:
         if self.file is None or not self.file.exists():

@@ -7,8 +7,9 @@ with which the authors' code is written.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ import torch
 
 from moco_d2.facts import IMAGENET_RGB, Pixels
 
+LARGEST_BLUR = 2.4  # radius; batched.REACH holds the box of no larger one
 CIFAR_RGB = Pixels("RGB", (125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255))
 
 
@@ -131,7 +133,8 @@ class Blur:
     draws: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        assert self.high <= 2.4, "batched.REACH holds the box of no larger radius"
+        if not 0 <= self.low <= self.high <= LARGEST_BLUR:
+            raise ValueError(f"Blur's radii are {self.low} to {self.high}; they must rise, within [0, {LARGEST_BLUR}]")
 
     def steps(self, draw: Iterator[float]) -> list[Step]:
         """Return one."""
@@ -226,6 +229,14 @@ def moco_cifar(size: int) -> Recipe:
 RECIPES: dict[str, Callable[[int], Recipe]] = {"moco_v1": moco_v1, "moco_v2": moco_v2, "moco_cifar": moco_cifar}
 
 
+def unknown_name(key: str, name: str, choices: Iterable[str]) -> str:
+    """Return the complaint about a name that is none of the choices."""
+    known = list(choices)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{key} is {name!r}; it must be one of {', '.join(known)}{hint}"
+
+
 def build_recipe(name: str, size: int) -> Recipe:
     """Return a recipe by name for views of ``size`` pixels.
 
@@ -233,7 +244,7 @@ def build_recipe(name: str, size: int) -> Recipe:
         ValueError: unknown name, or a size below 1.
     """
     if name not in RECIPES:
-        raise ValueError(f"DATA.RECIPE is {name!r}; known recipes are {', '.join(RECIPES)}")
+        raise ValueError(unknown_name("DATA.RECIPE", name, RECIPES))
     if size < 1:
         raise ValueError(f"DATA.CROP_SIZE is {size}; a view needs at least one pixel")
     return RECIPES[name](size)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as F
 
-from moco_d2.data.augment import Plan
+from moco_d2.data.augment import Plan, unknown_name
 from moco_d2.data.batched import REACH, TIES_DOWN, box_weights, run_steps
 from moco_d2.data.decode import Picture
 
@@ -95,7 +95,7 @@ def build_backend(name: str, device: torch.device) -> Backend:
     if name == "auto":
         name = "cv2" if device.type == "cpu" else "device"
     if name not in BACKENDS:
-        raise ValueError(f"DATA.BACKEND is {name!r}; it must be auto, {', '.join(BACKENDS)}")
+        raise ValueError(unknown_name("DATA.BACKEND", name, ("auto", *BACKENDS)))
     return BACKENDS[name]()
 
 

@@ -21,7 +21,7 @@ from moco_d2.data.augment import Step
 LUMINANCE = (19595, 38470, 7471)
 # PIL's blur has weights cut to 24 bits, so that what lies halfway between levels goes to the lower one.
 TIES_DOWN = 1e-4
-# How far a box may reach: enough for a radius up to 2.4.
+# How far a box may reach: enough for augment.LARGEST_BLUR.
 REACH = 2
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import itertools
@@ -18,6 +17,7 @@ from detectron2.config import CfgNode
 
 from moco_d2.config import flat, get_cfg, wrong_type
 from moco_d2.data import BACKENDS, RECIPES
+from moco_d2.data.augment import unknown_name
 from moco_d2.engine.step import AUTOCAST
 from moco_d2.layers.resnet import ARCHITECTURES, build_resnet
 from moco_d2.methods import METHODS, SSLMethod, build_method, default_args, method_class
@@ -222,6 +222,4 @@ def _unknown(key: str, value: Any, choices: Iterable[str]) -> Iterator[str]:
     """Yield a complaint about a name that is none of the choices."""
     known = list(choices)
     if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        yield f"{key} is {value!r}; it must be one of {', '.join(known)}{hint}"
+        yield unknown_name(key, value, known)

@@ -73,7 +73,8 @@ def test_recipes_are_the_published_ones_op_for_op(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "message"), [("moco_v9", 224, "moco_v1, moco_v2"), ("moco_v2", 0, "at least one")]
+    ("name", "size", "message"),
+    [("moco_v9", 224, r"moco_v1, moco_v2, .*; did you mean moco_v\d\?"), ("moco_v2", 0, "at least one")],
 )
 def test_unknown_recipes_and_sizes_are_refused(name: str, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -83,8 +84,14 @@ def test_unknown_recipes_and_sizes_are_refused(name: str, size: int, message: st
 def test_auto_is_the_device_where_there_is_a_gpu_and_opencv_elsewhere() -> None:
     assert isinstance(build_backend("auto", CPU), BACKENDS["cv2"])
     assert isinstance(build_backend("auto", torch.device("cuda")), BACKENDS["device"])
-    with pytest.raises(ValueError, match=r"DATA\.BACKEND is 'gpu'; it must be auto, pil, cv2, device"):
-        build_backend("gpu", CPU)
+    with pytest.raises(ValueError, match=r"DATA\.BACKEND is 'vice'; it must be one of auto, .*; did you mean device\?"):
+        build_backend("vice", CPU)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.1, 2.5), (2.0, 1.0), (-0.1, 1.0)])
+def test_a_blur_beyond_what_backends_can_do_is_refused(low: float, high: float) -> None:
+    with pytest.raises(ValueError, match=rf"radii are {low} to {high}; they must rise, within \[0, 2\.4\]"):
+        Blur(low, high, 0.5)
 
 
 # Every kind with values over its range; the tolerances that docs/data_path.md states: in levels, largest and mean.

@@ -16,6 +16,7 @@ import numpy as np
 
 from moco_d2.atomic import atomic_write
 from moco_d2.data.shards import MANIFEST, PLAN, Shard, members, write_manifest
+from moco_d2.data.sources import FileSource
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +51,14 @@ def pack(files: Sequence[str], root: str | os.PathLike[str], out: Path, size: in
     mark = digest.hexdigest()
     _claim(out, mark)
     order = np.arange(len(files)) if seed < 0 else np.random.default_rng(seed).permutation(len(files))
-    names = _names([os.path.relpath(file, root) for file in files])
+    source, names = FileSource(files), _names([os.path.relpath(file, root) for file in files])
     shards = []
     for number, start in enumerate(range(0, len(files), size)):
         chosen = order[start : start + size].tolist()
         path = out / f"{number:06d}.tar"
         kept = path.exists()
         if not kept:
-            _write(path, [(names[i], files[i]) for i in chosen])
+            _write(path, [(names[i], i) for i in chosen], source)
         samples = sum(1 for _ in members(path))
         shards.append(Shard(path.name, path.stat().st_size, samples))
         yield Packed(shards[-1], len(chosen) - samples, kept)
@@ -89,20 +90,20 @@ def _names(paths: Sequence[str]) -> list[str]:
     for number, path in enumerate(paths):
         stem, extension = os.path.splitext(path)
         key = stem.replace(".", "_")
-        if key in used:
+        while key in used:
             key = f"{key}_{number}"
         used.add(key)
         names.append(key + extension)
     return names
 
 
-def _write(path: Path, entries: Sequence[tuple[str, str]]) -> None:
+def _write(path: Path, entries: Sequence[tuple[str, int]], source: FileSource) -> None:
     with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
-        for name, source in entries:
+        for name, number in entries:
             try:
-                data = Path(source).read_bytes()
+                data = source.read(number)
             except OSError as error:
-                logger.warning("cannot read %s (%s); it is left out", source, error)
+                logger.warning("cannot read %s (%s); it is left out", source.name(number), error)
                 continue
             member = tarfile.TarInfo(name)  # owner, rights and time are the same for all
             member.size = len(data)

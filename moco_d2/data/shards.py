@@ -106,13 +106,18 @@ def members(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
     """
     last_key = None
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 folder, _, base = member.name.rpartition("/")
                 key, dot, extension = base.partition(".")
                 if member.isreg() and key and (dot + extension).lower() in EXTENSIONS and (folder, key) != last_key:
                     last_key = folder, key
                     yield member.name, member.offset_data, member.size
+            # tarfile takes a header that it cannot read for the end.
+            file.seek(tar.offset)
+            while rest := file.read(1 << 20):
+                if rest.strip(b"\0"):
+                    raise OSError(f"{os.fspath(path)}: damaged or cut short behind byte {tar.offset}")
     except tarfile.TarError as error:
         raise OSError(f"{os.fspath(path)}: {error}") from error
 

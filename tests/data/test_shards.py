@@ -195,9 +195,40 @@ def test_making_is_deterministic_resumes_and_refuses(images: Path, shards: Path,
 
 
 def test_files_that_vanish_while_packing_are_left_out(images: Path, tmp_path: Path) -> None:
-    files = [*list_folder(images), str(images / "gone.jpg")]
+    os.mkfifo(tmp_path / "pipe.jpg")
+    files = [*list_folder(images), str(images / "gone.jpg"), str(tmp_path / "pipe.jpg")]
     packed = list(pack(files, images, tmp_path / "out", 6, seed=0))
-    assert sum(shard.unreadable for shard in packed) == 1 and len(open_source([str(tmp_path / "out")])) == 47
+    assert sum(shard.unreadable for shard in packed) == 2 and len(open_source([str(tmp_path / "out")])) == 47
+
+
+def test_files_of_one_key_are_kept_apart(images: Path, tmp_path: Path) -> None:
+    data = next(images.rglob("*.jpg")).read_bytes()
+    for name in ("x.2.jpg", "x.jpg", "x.png", "x_2.png"):
+        (tmp_path / name).write_bytes(data)
+    (packed,) = pack(list_folder(tmp_path), tmp_path, tmp_path / "out", 6, seed=-1)
+    assert packed.shard.samples == 4 and packed.unreadable == 0
+
+
+@pytest.mark.parametrize("damage", ["checksum", "zeros", "cut"])
+def test_a_damaged_header_is_not_the_end(damage: str, shards: Path, tmp_path: Path) -> None:
+    data = bytearray((shards / "000000.tar").read_bytes())
+    begin = list(members(shards / "000000.tar"))[3][1] - 512
+    if damage == "cut":
+        data = data[: begin + 100]
+    else:
+        data[begin : begin + 512] = bytes(512) if damage == "zeros" else data[begin : begin + 511] + b"x"
+    tar = tmp_path / "foreign.tar"
+    tar.write_bytes(data)
+    for _ in range(2):  # at each start
+        source = open_source([str(tar)])
+        ((location, problem),) = source.unreadable
+        assert len(source) == 3 and location == str(tar) and "its first 3 images are used" in problem
+    with pytest.raises(OSError, match=r"foreign.tar: damaged or cut short"):
+        packing.index(tmp_path)
+    with serve(tmp_path) as (url, _):
+        for _ in range(2):
+            stream = open_shards(f"{url}/foreign.tar", ShardCache(tmp_path / "c", 1e9))
+            assert stream.unreadable[0][0] == f"{url}/foreign.tar" and len(stream) == 3
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -237,8 +268,14 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(shards: Path) -> Iterator[tuple[str, type[Handler]]]:
+    with serve(shards) as served:
+        yield served
+
+
+@contextlib.contextmanager
+def serve(folder: Path) -> Iterator[tuple[str, type[Handler]]]:
     handler = type("Own", (Handler,), {"asked": [], "broken": {}})
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(shards))) as http:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder))) as http:
         thread = threading.Thread(target=http.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{http.server_port}", handler

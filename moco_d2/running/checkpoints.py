@@ -12,7 +12,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from detectron2.engine import HookBase
@@ -87,14 +87,10 @@ def last_whole(folder: str | os.PathLike[str]) -> str:
 
 
 def _last_whole(folder: Path) -> str:
-    pointer = folder / _POINTER
-    if not pointer.is_file():
+    candidates = _candidates(folder)
+    if not candidates:
         return ""
     remove_leftovers(folder)
-    named = folder / pointer.read_text(errors="replace").strip()
-    # Those after the named one are of a run that went another way, or of one killed before it moved the pointer.
-    others = sorted(_periodic(folder), key=lambda path: (path.name > named.name, -_iteration(path)))
-    candidates = dict.fromkeys([named, *others])
     for path in candidates:
         problem = damage(path)
         if not problem:
@@ -104,6 +100,17 @@ def _last_whole(folder: Path) -> str:
         f"none of the {len(candidates)} checkpoints in {folder} is whole: start again in another OUTPUT_DIR, or copy "
         "one back that is whole elsewhere"
     )
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Return the checkpoints to resume from, the best first, or none where a run has left none."""
+    pointer = folder / _POINTER
+    if not pointer.is_file():
+        return []
+    named = folder / pointer.read_text(errors="replace").strip()
+    # Those after the named one are of a run that went another way, or of one killed before it moved the pointer.
+    others = sorted(_periodic(folder), key=lambda path: (path.name > named.name, -_iteration(path)))
+    return list(dict.fromkeys([named, *others]))
 
 
 def damage(path: str | os.PathLike[str]) -> str:
@@ -119,12 +126,24 @@ def damage(path: str | os.PathLike[str]) -> str:
 
 
 def recorded_seed(folder: str | os.PathLike[str]) -> int | None:
-    """Return the ``SEED`` of the run in a folder, or None where there is no run. Every process must call this."""
-    path = last_whole(folder)
-    if not path:
-        return None
-    run = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get("trainer", {}).get("run", {})
-    return run.get("SEED")
+    """Return the ``SEED`` of the run in a folder, or None where there is no run. Every process must call this.
+
+    All checkpoints of a run have the same, so that none is read through for it.
+    """
+    seed = _recorded_seed(Path(folder)) if comm.is_main_process() else None
+    return cast("int | None", comm.all_gather(seed)[0])
+
+
+def _recorded_seed(folder: Path) -> int | None:
+    for path in _candidates(folder):
+        try:
+            with zipfile.ZipFile(path) as archive:  # The record that the seed is in: torch ignores its checksum.
+                archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
+            run = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["trainer"]["run"]
+            return int(run["SEED"])
+        except Exception as error:  # as in damage()
+            logger.debug("no seed in %s: %s", path, error)
+    return None
 
 
 def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
@@ -201,10 +220,11 @@ def _iteration(path: Path) -> int:
 
 
 def _explain(path: Path, error: OSError) -> str:
-    free = shutil.disk_usage(path.parent).free
+    # The folder may be gone, too.
+    room = f" ({shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free)" if path.parent.is_dir() else ""
     pointer = path.parent / _POINTER
     kept = path.parent / pointer.read_text().strip() if pointer.is_file() else "none yet"
     return (
-        f"cannot write {path}: {error.strerror} ({free / 2**20:.1f} MiB free). The last checkpoint is untouched: "
-        f"{kept}. Make room and continue with --resume"
+        f"cannot write {path}: {error.strerror}{room}. The last checkpoint is untouched: {kept}. "
+        "Make room and continue with --resume"
     )

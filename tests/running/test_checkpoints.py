@@ -18,7 +18,14 @@ from torch import nn
 
 from moco_d2.atomic import atomic_write
 from moco_d2.detection.trainer import TransferCheckpointer
-from moco_d2.running.checkpoints import PeriodicCheckpoint, damage, last_whole, write_tensors
+from moco_d2.running.checkpoints import (
+    NotWrittenError,
+    PeriodicCheckpoint,
+    damage,
+    last_whole,
+    recorded_seed,
+    write_tensors,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,6 +83,29 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(tmp_path: Path, c
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the . checkpoints in .* is whole"):
         last_whole(tmp_path)
+
+
+def test_the_seed_is_found_without_reading_the_tensors(tmp_path: Path) -> None:
+    """A run that draws its seed asks for it before it resumes, which reads the checkpoint through."""
+    assert recorded_seed(tmp_path) is None
+    for seed in (5, 7):
+        write_tensors({"model": {"w": torch.zeros(9999)}, "trainer": {"run": {"SEED": seed}}}, tmp_path / f"{seed}.pth")
+    (tmp_path / "5.pth").rename(tmp_path / "model_0000001.pth")
+    (tmp_path / "last_checkpoint").write_text("7.pth")
+    good = (tmp_path / "7.pth").read_bytes()
+    bad = bytearray(good)
+    bad[len(bad) // 2] ^= 1
+    (tmp_path / "7.pth").write_bytes(bad)
+    assert damage(tmp_path / "7.pth") and recorded_seed(tmp_path) == 7
+    place = good.index(b"SEED") + good[good.index(b"SEED") :].index(b"K\x07") + 1  # the number in the pickle
+    (tmp_path / "7.pth").write_bytes(good[:place] + b"\x08" + good[place + 1 :])
+    assert recorded_seed(tmp_path) == 5
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
+    (tmp_path / "gone").touch()  # a file where the folder was, which cannot be made again
+    with pytest.raises(NotWrittenError, match=r"cannot write .*/gone/a\.pth: [\w ]+\. The last checkpoint is"):
+        write_tensors({}, tmp_path / "gone/a.pth")
 
 
 def test_a_pointer_that_was_not_written_in_time_does_not_matter(tmp_path: Path) -> None:

@@ -33,14 +33,18 @@ def cache_folder() -> Path:
     """Return where listings and fetched shards are kept: ``MOCO_D2_CACHE``, else ``moco_d2`` in the user's cache."""
     own = os.environ.get("MOCO_D2_CACHE")
     theirs = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(own or os.path.join(theirs, "moco_d2")).expanduser()
+    try:
+        return Path(own or os.path.join(theirs, "moco_d2")).expanduser()
+    except RuntimeError:  # a user without a home; nothing can be kept there, and who tries says so
+        return Path(os.devnull, "moco_d2")
 
 
 class Listing:
-    """The images below a folder, sorted by path; links are followed, a link to a folder above itself is not.
+    """The images below a folder, sorted, a folder's own before those of its subfolders.
 
-    Every folder's entries are kept under its inode, mtime and ctime, and asked of the disk again when one of the three
-    differs: adding, removing or renaming an entry changes them, and no program can set the ctime back.
+    Links are followed, a link to a folder above itself is not. Every folder's entries are kept under its inode, mtime
+    and ctime, and asked of the disk again when one of the three differs: adding, removing or renaming an entry changes
+    them, and no program can set the ctime back.
 
     Attributes:
         files: paths of the images.

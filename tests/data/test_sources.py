@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pwd
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -117,6 +118,10 @@ def test_a_damaged_or_forbidden_cache_costs_time_only(
     monkeypatch.setenv("MOCO_D2_CACHE", "/dev/null/nowhere")
     assert Listing(root).files == files
     assert "MOCO_D2_CACHE names another folder" in caplog.text
+    for name in ("MOCO_D2_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # as in a container under a number without a name
+    assert Listing(root).files == files
 
 
 def test_links_in_circles_end_and_unreadable_folders_are_told() -> None:

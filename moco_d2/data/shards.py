@@ -8,6 +8,7 @@ and an image has nothing but an image's extension behind it (``a.jpg``, not ``a.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import glob
 import hashlib
@@ -400,15 +401,17 @@ def open_shards(name: str, cache: ShardCache) -> ShardSource:
         raise ValueError(f"DATASETS.TRAIN names {name!r}; shards are paths or http(s) addresses, with braces for many")
     if os.path.isdir(name) or name.endswith("/") or os.path.basename(name) == MANIFEST:
         folder = name.removesuffix(MANIFEST).rstrip("/") or "."
-        known: dict[str, Shard | None] = {**_manifest(folder, cache)}
+        known: dict[str, Shard | None] = {**_manifest(folder, cache, needed=True)}
         if not known:
             raise ValueError(f"DATASETS.TRAIN names {name!r}, but there is no {folder}/{MANIFEST}")
     else:
         locations = [path for part in expand(name) for path in ([part] if is_url(name) else _glob(part))]
         if not locations:
-            raise ValueError(f"DATASETS.TRAIN names {name!r}, and no file is like it")
-        manifests = {folder: _manifest(folder, cache) for folder in dict.fromkeys(map(os.path.dirname, locations))}
-        known = {path: manifests[os.path.dirname(path)].get(path) for path in locations}
+            raise ValueError(f"DATASETS.TRAIN names {name!r}, and no file is like it{neighbours(name)}")
+        # An address with a query, as presigned ones have, is of one file only.
+        folders = dict.fromkeys(os.path.dirname(path) for path in locations if not (is_url(path) and "?" in path))
+        manifests = {folder: _manifest(folder, cache) for folder in folders}
+        known = {path: manifests.get(os.path.dirname(path), {}).get(path) for path in locations}
     shards, unreadable = _describe(known, cache)
     if not sum(shard.samples for shard in shards):
         raise ValueError(
@@ -422,8 +425,20 @@ def _glob(pattern: str) -> list[str]:
     if glob.has_magic(pattern):
         return sorted(glob.glob(pattern, recursive=True))
     if not os.path.isfile(pattern):
-        raise ValueError(f"DATASETS.TRAIN names the shard {pattern!r}, which is not there")
+        raise ValueError(f"DATASETS.TRAIN names the shard {pattern!r}, which is not there{neighbours(pattern)}")
     return [pattern]
+
+
+def neighbours(path: str) -> str:
+    """Return the end of a message on a path that is not there: the nearest ones that are."""
+    folder, base = os.path.split(path.rstrip("/"))
+    try:
+        near = difflib.get_close_matches(base, os.listdir(folder or "."), n=3)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"; there is no folder {folder}{neighbours(folder)}"
+    except OSError:
+        return ""
+    return f"; nearest: {', '.join(os.path.join(folder, name) for name in near)}" if near else ""
 
 
 def _describe(known: Mapping[str, Shard | None], cache: ShardCache) -> tuple[list[Shard], list[tuple[str, str]]]:
@@ -474,7 +489,7 @@ def _look_into(location: str, cache: ShardCache) -> tuple[Shard, str]:
     return shard, problem
 
 
-def _manifest(folder: str, cache: ShardCache) -> dict[str, Shard]:
+def _manifest(folder: str, cache: ShardCache, needed: bool = False) -> dict[str, Shard]:
     """Return ``{location: shard}`` of the ``shards.json`` in a folder or at an address; empty if there is none."""
     if not is_url(folder):
         path = Path(folder) / MANIFEST
@@ -488,9 +503,10 @@ def _manifest(folder: str, cache: ShardCache) -> dict[str, Shard]:
         try:
             transfer(f"{folder}/{MANIFEST}", path, MANIFEST, checked=False)
         except TransferError as error:
-            if error.status:
+            # Some stores answer 403 for what is not there; where it means the shards too, they say so.
+            if error.status in (404, 410) or (error.status == 403 and not needed):
                 return {}
-            raise ValueError(f"{folder}/{MANIFEST} cannot be fetched: {error}") from error
+            raise ValueError(f"{folder}/{MANIFEST} cannot be fetched: {_answer(error)}") from error
         return _read_manifest(path, folder)
 
 

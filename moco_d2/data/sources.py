@@ -14,7 +14,7 @@ import numpy.typing as npt
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from moco_d2.data.listing import EXTENSIONS, Listing, Paths, cache_folder, fingerprint
-from moco_d2.data.shards import ShardCache, is_shards, open_shards
+from moco_d2.data.shards import ShardCache, is_shards, neighbours, open_shards
 
 # Bytes from which a file is taken for something else, rather than read into memory.
 LARGEST_FILE = 1 << 30
@@ -170,7 +170,7 @@ def _list_one(source: str, unreadable: list[tuple[str, str]] | None) -> list[str
     if os.path.isdir(source):
         return list_folder(source, unreadable)
     near = difflib.get_close_matches(source, DatasetCatalog.list(), n=3)
-    hint = f"; nearest names: {', '.join(near)}" if near else ""
+    hint = f"; nearest names: {', '.join(near)}" if near else neighbours(source)
     raise ValueError(
         f"DATASETS.TRAIN names {source!r}, which is neither a folder, shards, nor a registered dataset{hint}"
     )

@@ -135,6 +135,10 @@ def test_shards_and_folders_mix(images: Path, shards: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("SHARDS/00000.tar", r"nearest: .*/00000\d.tar, "),
+        ("SHARDS/00000x*.tar", "and no file is like it; nearest: .*/00000"),
+        ("SHARDZ/{000000..000007}.tar", "there is no folder .*z; nearest: .*[0-9]$"),
+        ("EMPTIER", "neither a folder, shards, nor a registered dataset; nearest: .*/empty$"),
         ("SHARDS/{000009..000000}.tar", "runs backwards"),
         ("SHARDS/000099.tar", "000099.tar', which is not there"),
         ("SHARDS/none*.tar", "no file is like it"),
@@ -150,7 +154,10 @@ def test_mistakes_are_named(name: str, message: str, shards: Path, tmp_path: Pat
     subprocess.run(["tar", "-cf", tmp_path / "e" / "text.tar", "-C", ROOT, "README.md"], check=True)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / MANIFEST).write_text('{"format": "other"}')
-    for word, folder in (("SHARDS", shards), ("EMPTY", tmp_path / "e"), ("BROKEN", tmp_path / "b")):
+    (tmp_path / "empty").mkdir()
+    folders = {"SHARDZ": f"{shards}z", "SHARDS": shards, "EMPTIER": tmp_path / "emptier", "EMPTY": tmp_path / "e",
+               "BROKEN": tmp_path / "b"}  # fmt: skip
+    for word, folder in folders.items():
         name = name.replace(word, str(folder))
     with pytest.raises(ValueError, match=message):
         open_source([name])
@@ -236,7 +243,7 @@ class Handler(SimpleHTTPRequestHandler):
 
     asked: list[str]
     broken: dict[str, int]  # name: after how many bytes the next answer ends
-    hidden = ""
+    hidden, refusal = "", 404
     gate: threading.Event | None = None  # waited for in the middle of a shard
 
     def do_GET(self) -> None:
@@ -244,7 +251,7 @@ class Handler(SimpleHTTPRequestHandler):
         self.asked.append(name)
         path = Path(self.directory) / name
         if not path.is_file() or name == self.hidden:
-            self.send_error(404, "not here")
+            self.send_error(self.refusal, "not here")
             return
         data, start = path.read_bytes(), 0
         if range_ := self.headers.get("Range"):
@@ -448,6 +455,39 @@ def test_a_stream_without_manifest_is_looked_into_once(
     assert handler.asked == [MANIFEST] and again.spans.tolist() == [6] * 7 + [5]
     with pytest.raises(ValueError, match=r"cannot be had: .*000009.tar: the server answers 404"):
         open_shards(f"{url}/000009.tar", ShardCache(tmp_path / "c", 2 * size))
+
+
+def test_only_a_manifest_that_is_not_there_is_none(server: tuple[str, type[Handler]], tmp_path: Path) -> None:
+    url, handler = server
+    handler.hidden = MANIFEST
+    cache = ShardCache(tmp_path, 1e9)
+    for handler.refusal in (401, 429):
+        for name in (f"{url}/", f"{url}/000001.tar"):
+            with pytest.raises(
+                ValueError, match=rf"shards.json cannot be fetched: the server answers {handler.refusal}"
+            ):
+                open_shards(name, cache)
+    handler.refusal = 403  # as an object store that does not let list
+    with pytest.raises(ValueError, match=r"shards.json cannot be fetched: the server answers 403"):
+        open_shards(f"{url}/", cache)
+    assert len(open_shards(f"{url}/000001.tar", cache)) == 6
+    handler.asked.clear()
+    signed = open_shards(f"{url}/000000.tar?signature=a/b", cache)
+    assert handler.asked == ["000000.tar"] and len(signed) == 6, "a signature is for one file"
+
+
+def test_a_shard_that_was_replaced_is_looked_into_again(
+    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.tar").write_bytes((shards / "000000.tar").read_bytes())
+    with serve(tmp_path) as (url, _):
+        open_shards(f"{url}/a.tar", ShardCache(tmp_path / "c", 1e9))
+        (tmp_path / "a.tar").write_bytes((shards / "000007.tar").read_bytes() + bytes(10240))
+        (kept,) = (tmp_path / "c").glob("*.tar")
+        kept.unlink()
+        open_shards(f"{url}/a.tar", ShardCache(tmp_path / "c", 1e9)).read(0)
+        assert "replaced since it was looked into" in caplog.text
+        assert len(open_shards(f"{url}/a.tar", ShardCache(tmp_path / "c", 1e9))) == 5
 
 
 def test_a_shard_source_travels_to_another_process(shards: Path) -> None:

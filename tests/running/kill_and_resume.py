@@ -148,7 +148,7 @@ def main() -> None:
         workers = found["starts"] % 3  # another number each time
         words = [*opts, "OUTPUT_DIR", str(cut), "DATALOADER.NUM_WORKERS", str(workers)]
         children = start((stage, config, words), folder, int(processes))
-        how = ("kill while writing", "kill", "ask")[found["starts"] % 3]
+        how = ("kill while writing", "kill", "ask")[(found["killed"] + found["asked"]) % 3]
         found["starts"] += 1
         if left:
             share = (1 - done(cut) / total) / (left + 1)  # so that all cuts are made before the end

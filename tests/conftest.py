@@ -1,0 +1,38 @@
+"""What both stages' tests of resuming share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def kill_and_resume(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Cut a training off ``cuts`` times, two of three by a kill, half of those in a write; it must end the same."""
+
+    def run(
+        stage: str, config: str, opts: list[Any], cuts: int, processes: int = 1, **variables: str
+    ) -> dict[str, Any]:
+        words = ["tests/running/kill_and_resume.py", stage, config, tmp_path, cuts, processes, *opts]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            [sys.executable, *map(str, words)], env=environment | variables, cwd=ROOT, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        sys.stdout.write(f"{found}\n")
+        assert found["differences"] == []
+        assert (found["killed"], found["asked"]) == (cuts - cuts // 3, cuts // 3)
+        return found
+
+    return run

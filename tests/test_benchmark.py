@@ -62,6 +62,10 @@ def test_data_compares_every_backend_with_the_authors_loader(tmp_path: Path) -> 
     assert rows["the authors' loader"] == 1 and all(ratio > 0 for ratio in rows.values())
     parts = [row["what"] for row in content["parts, ms"]]
     assert parts == ["decode", "crop", "brightness", "contrast", "saturation", "hue", "grey", "blur", "flip"]
+    assert all(row[backend] > 0 for row in content["parts, ms"] for backend in ("pil", "cv2", "device"))
+    apart = {row.pop("what"): row for row in content["difference to PIL, levels of 255"]}
+    assert list(apart) == ["crop", "crop of a JPEG decoded at a half", *parts[2:], "solarise", "the whole recipe"]
+    assert max(apart["crop"].values()) <= 1 < max(apart["hue"].values()) < 9, "of the same crop and step"
     assert "bottleneck: pil: " in done.stdout
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from torchvision import transforms as T
 
 from moco_d2.data import EpochSampler, FileSource, ViewDataset, ViewLoader, build_backend, build_recipe, list_folder
 from moco_d2.data.augment import Box
-from moco_d2.data.backends import CV2_STEPS, PIL_STEPS, to_levels
-from moco_d2.data.batched import DEVICE_STEPS
+from moco_d2.data.backends import BACKENDS, CV2_STEPS, PIL_STEPS, to_levels
+from moco_d2.data.batched import DEVICE_STEPS, pack_steps
 from moco_d2.data.decode import Picture, read_image
 from moco_d2.data.loader import collate
 
@@ -27,10 +27,10 @@ RECIPE = "moco_v2"
 BATCH = 16
 CPU = torch.device("cpu")
 AUTHORS = "the authors' loader"
-# A value of each step from the middle of its range, and how often MoCo v2 does it.
+# Each step's range in MoCo v2, and how often it is done; solarise, which is not, at its usual threshold.
 STEPS = {
-    "brightness": (1.2, 0.8), "contrast": (1.2, 0.8), "saturation": (1.2, 0.8), "hue": (0.05, 0.8),
-    "grey": (0.0, 0.2), "blur": (1.05, 0.5), "flip": (0.0, 0.5),
+    "brightness": (0.6, 1.4, 0.8), "contrast": (0.6, 1.4, 0.8), "saturation": (0.6, 1.4, 0.8), "hue": (-0.1, 0.1, 0.8),
+    "grey": (0.0, 0.0, 0.2), "blur": (0.1, 2.0, 0.5), "flip": (0.0, 0.0, 0.5), "solarise": (128, 128, 0.0),
 }  # fmt: skip
 
 
@@ -127,15 +127,19 @@ def part_rows(files: Sequence[str], size: int, repeats: int) -> list[dict[str, A
     def pil_crop(item: tuple[Picture, Image.Image, Box]) -> object:
         return T.functional.resized_crop(item[1], *item[2], [size, size])
 
-    decode = each(lambda one: Picture(one).decode(), data)
-    both = each(lambda one: Picture(one[0]).crops([one[1]], size), list(zip(data, boxes, strict=True)))
+    # JPEGs may be decoded smaller for their crops, so that only what further crops add can be told apart.
+    boxed = list(zip(data, boxes, strict=True))
+    one, nine = (each(partial(_crops, size, count), boxed) for count in (1, 9))
+    crop = (nine - one) / 8
     rows = [
         {"what": "decode", "times an image": 1.0, "pil": each(lambda file: read_image(file), files[:BATCH]),
-         "cv2": decode, "device": decode},
-        {"what": "crop", "times an image": 2.0, "pil": each(pil_crop, cropped), "cv2": both - decode,
-         "device": both - decode},
+         "cv2": one - crop, "device": one - crop},
+        {"what": "crop", "times an image": 2.0, "pil": each(pil_crop, cropped), "cv2": crop, "device": crop},
     ]  # fmt: skip
-    for kind, (value, probability) in STEPS.items():
+    for kind, (low, high, probability) in STEPS.items():
+        if not probability:
+            continue
+        value = low + 0.75 * (high - low)
         pil, opencv = partial(_second, PIL_STEPS[kind], value), partial(_second, CV2_STEPS[kind], value)
         values = torch.full((len(views), 1, 1, 1), value, dtype=torch.float64)
         rows.append(
@@ -150,8 +154,55 @@ def part_rows(files: Sequence[str], size: int, repeats: int) -> list[dict[str, A
     return rows
 
 
+def _crops(size: int, count: int, item: tuple[bytes, Box]) -> object:
+    return Picture(item[0]).crops([item[1]] * count, size)
+
+
 def _second(step: Callable[[Any, Any], object], value: object, view: object) -> object:
     return step(view, value)
+
+
+def equality_rows(files: Sequence[str], size: int) -> list[dict[str, Any]]:
+    """Compare with PIL on the same pictures, in levels of 255: each step's largest and mean difference."""
+    pictures = [Picture(Path(file).read_bytes()) for file in files[:BATCH]]
+    boxes = [Box(p.height // 8, p.width // 8, p.height * 3 // 4, p.width * 3 // 4) for p in pictures]
+    whole = list(zip(map(read_image, files), pictures, boxes, strict=False))
+    half = min(min(box.height, box.width) for box in boxes) // 2  # views so large are cut from JPEGs of half the size
+    rows = []
+    for name, side in (("crop", size), ("crop of a JPEG decoded at a half", half)):
+        theirs = np.stack([np.asarray(T.functional.resized_crop(image, *box, [side, side])) for image, _, box in whole])
+        ours = np.stack([picture.crops([box], side)[0] for _, picture, box in whole])
+        rows.append(_differences(name, theirs, ours, ours))
+    views = np.stack([np.asarray(T.functional.resized_crop(image, *box, [size, size])) for image, _, box in whole])
+    recipe = build_recipe(RECIPE, size)
+    plans = [recipe.plan(picture.height, picture.width, seed) for seed, picture in enumerate(pictures)]
+    made = []
+    for name in BACKENDS:
+        backend = build_backend(name, CPU)
+        prepared = [backend.prepare(*both, size)[0] for both in zip(pictures, plans, strict=True)]
+        steps = pack_steps([first.steps for first, _ in plans])
+        made.append(backend.finish(torch.from_numpy(np.stack(prepared)), steps).permute(0, 2, 3, 1).numpy())
+    steps_alone = [_differences(kind, *_with_step(kind, views)) for kind in STEPS]
+    return [*rows, *steps_alone, _differences("the whole recipe", *made)]
+
+
+def _with_step(kind: str, views: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield views after a step with values over its range, as PIL, OpenCV and torch do it."""
+    low, high, _ = STEPS[kind]
+    values = np.linspace(low, high, 9).tolist() if high > low else [low]
+    levels, count = to_levels(torch.from_numpy(views)), (len(views), 1, 1, 1)
+    yield np.stack([np.asarray(PIL_STEPS[kind](Image.fromarray(view), value)) for value in values for view in views])
+    yield np.stack([CV2_STEPS[kind](view, value) for value in values for view in views])
+    done = [DEVICE_STEPS[kind](levels, torch.full(count, value, dtype=torch.float64)) for value in values]
+    yield torch.cat(done).permute(0, 2, 3, 1).numpy()
+
+
+def _differences(what: str, pil: np.ndarray, opencv: np.ndarray, device: np.ndarray) -> dict[str, Any]:
+    row: dict[str, Any] = {"what": what}
+    for name, views in (("cv2", opencv), ("device", device)):
+        difference = np.abs(views.astype(np.float32) - pil)
+        row |= {f"{name} largest": float(difference.max()), f"{name} mean": float(difference.mean())}
+    return row
 
 
 def bottleneck(rows: Sequence[dict[str, Any]]) -> str:
@@ -187,4 +238,9 @@ def measure(folder: str, images: int, size: int, repeats: int) -> dict[str, Any]
         files = list_folder(folder or drawn)
         files = files[:: max(1, len(files) // images)][:images]
         parts = part_rows(files, size, repeats)
-        return {"loader": loader_rows(files, size, repeats), "parts, ms": parts, "bottleneck": bottleneck(parts)}
+        return {
+            "loader": loader_rows(files, size, repeats),
+            "parts, ms": parts,
+            "bottleneck": bottleneck(parts),
+            "difference to PIL, levels of 255": equality_rows(files, size),
+        }

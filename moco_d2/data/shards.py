@@ -399,6 +399,11 @@ def open_shards(name: str, cache: ShardCache) -> ShardSource:
     """
     if re.match(r"\w+:", name) and not is_url(name):
         raise ValueError(f"DATASETS.TRAIN names {name!r}; shards are paths or http(s) addresses, with braces for many")
+    if is_url(name):
+        try:
+            cache.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"streamed shards cannot be kept ({error}): set DATA.CACHE_FOLDER") from error
     if os.path.isdir(name) or name.endswith("/") or os.path.basename(name) == MANIFEST:
         folder = name.removesuffix(MANIFEST).rstrip("/") or "."
         known: dict[str, Shard | None] = {**_manifest(folder, cache, needed=True)}
@@ -468,7 +473,6 @@ def _describe(known: Mapping[str, Shard | None], cache: ShardCache) -> tuple[lis
 
 def _look_into(location: str, cache: ShardCache) -> tuple[Shard, str]:
     """Fetch a shard to see its size, number of images and damage, and write them down: it may have to make room."""
-    cache.folder.mkdir(parents=True, exist_ok=True)
     note = cache.note(location)
     with filelock.FileLock(cache.folder / ".lock-look"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -496,7 +500,6 @@ def _manifest(folder: str, cache: ShardCache, needed: bool = False) -> dict[str,
         if path.with_name(PLAN).exists():
             raise ValueError(f"the set in {folder or '.'} is half made: run tools/make_shards.py again as it was begun")
         return _read_manifest(path, folder) if path.is_file() else {}
-    cache.folder.mkdir(parents=True, exist_ok=True)
     path = cache.folder / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}-{MANIFEST}"
     with filelock.FileLock(cache.folder / ".lock-manifest"):
         path.unlink(missing_ok=True)  # always asked anew: it is small, and tells which shards are meant

@@ -458,6 +458,11 @@ def test_a_stream_without_manifest_is_looked_into_once(
         open_shards(f"{url}/000009.tar", ShardCache(tmp_path / "c", 2 * size))
 
 
+def test_a_stream_wants_a_folder(server: tuple[str, type[Handler]]) -> None:
+    with pytest.raises(ValueError, match=r"cannot be kept \(.*/dev/null/x.*set DATA.CACHE_FOLDER"):
+        open_shards(f"{server[0]}/", ShardCache(Path("/dev/null/x"), 1e9))
+
+
 def test_only_a_manifest_that_is_not_there_is_none(server: tuple[str, type[Handler]], tmp_path: Path) -> None:
     url, handler = server
     handler.hidden = MANIFEST

@@ -156,8 +156,8 @@ class PretrainTrainer(DefaultTrainer):
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: seed, batch, data, length, optimizer or schedule differ from the interrupted run's, so it could
-                not go on exactly.
+            ValueError: seed, batch, data, length, recipe, optimizer or schedule differ from the interrupted run's, so
+                it could not go on exactly.
         """
         changed = changed_settings(state["run"], self._run())
         if changed:
@@ -175,6 +175,9 @@ class PretrainTrainer(DefaultTrainer):
             "number of images": len(loader.dataset),
             "number of iterations": self.max_iter,
             **trajectory(self.cfg),
+            **{f"SSL.ARGS.{name}": value for name, value in self.cfg.SSL.ARGS.items()},
+            "DATA.RECIPE": self.cfg.DATA.RECIPE,
+            "DATA.CROP_SIZE": self.cfg.DATA.CROP_SIZE,
             **loader.sampler.settings(),
         }
 

@@ -12,7 +12,7 @@ import difflib
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +154,18 @@ def _add_detection(cfg: CN) -> None:
     cfg.TEST.COCO_BACKEND = "auto"
 
 
-def load_cfg(config_file: str | os.PathLike[str] = "", opts: Sequence[str] = ()) -> CN:
+def load_cfg(
+    config_file: str | os.PathLike[str] = "",
+    opts: Sequence[str] = (),
+    check: Callable[[CN], Iterable[str]] | None = None,
+) -> CN:
     """Read a config file and command-line overrides into a complete config.
 
     Args:
         config_file: a path, or the name of a shipped config (see :func:`list_configs`), of a detector's with the suffix
             ``_supervised`` or ``_random`` for another init; empty for the defaults.
         opts: ``KEY VALUE KEY VALUE ...``.
+        check: names what else is wrong with a config; asked where the overrides are, so that a user hears all at once.
 
     Raises:
         ValueError: no such file, or keys that do not exist and values of another type: all of a file, or all of the
@@ -174,7 +179,8 @@ def load_cfg(config_file: str | os.PathLike[str] = "", opts: Sequence[str] = ())
     cfg.SSL.ARGS = ssl_args
     if len(opts) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, but {len(opts)} words were given: {' '.join(opts)}")
-    _merge_words(cfg, opts)
+    if problems := _merge_words(cfg, opts):
+        raise ValueError("\n".join([*problems, *(check(cfg) if check else ())]))
     return cfg
 
 
@@ -242,11 +248,12 @@ def _merge_file(cfg: CN, path: str, source: str) -> None:
         raise ValueError("\n".join(f"{source}: {problem}" for problem in problems or [str(error)])) from error
 
 
-def _merge_words(cfg: CN, opts: Sequence[str]) -> None:
+def _merge_words(cfg: CN, opts: Sequence[str]) -> list[str]:
+    """Set overrides, and return what is wrong with those that cannot be."""
     words = _whole_floats(cfg, opts)
     pairs = zip(words[::2], words[1::2], strict=True)
-    if problems := [*itertools.chain.from_iterable(_merge_one(cfg, key, value) for key, value in pairs)]:
-        raise ValueError("\n".join(f"the command line: {problem}" for problem in problems))
+    problems = itertools.chain.from_iterable(_merge_one(cfg, key, value) for key, value in pairs)
+    return [f"the command line: {problem}" for problem in problems]
 
 
 def _merge_one(cfg: CN, key: str, value: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -77,10 +77,14 @@ def dry_run(args: argparse.Namespace, rehearse: Callable[[Any], Iterator[tuple[s
         print("dry run     passed")
 
 
-def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+def run(
+    main: Callable[[argparse.Namespace], None],
+    args: argparse.Namespace,
+    check: Callable[[Any], Iterable[str]] | None = None,
+) -> None:
     """Launch ``main(args)`` in every process, and end with the exit codes of docs/reliability.md.
 
-    A mistake of the user's, and a disk that is full, end in one clear line.
+    A mistake of the user's, and a disk that is full, end in one clear line. ``check``: see :func:`load_cfg`.
     """
     from moco_d2 import patience
     from moco_d2.config import load_cfg
@@ -91,7 +95,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     codes = {"ValueError": 2, "FloatingPointError": 2, NotWrittenError.__name__: EXIT_NOT_WRITTEN}
     try:
         timeout = patience.DEFAULT if args.timeout is None else args.timeout
-        device = load_cfg(args.config_file, args.opts).MODEL.DEVICE
+        device = load_cfg(args.config_file, args.opts, check).MODEL.DEVICE
         launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args, timeout, device)
     except Exception as error:
         kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__

@@ -9,6 +9,7 @@ Examples:
 """
 
 import argparse
+from typing import Any
 
 import cli
 
@@ -29,7 +30,15 @@ def main(args: argparse.Namespace) -> None:
     trainer.train()
 
 
+def problems(cfg: Any) -> list[str]:
+    """Return what is wrong with a config, before the processes are there that draw its seed and share its batch."""
+    from moco_d2.engine.preflight import config_problems
+
+    cfg.SEED = max(cfg.SEED, 0)
+    return config_problems(cfg, world_size=1)
+
+
 if __name__ == "__main__":
     parser = cli.launch_parser(__doc__)
     parser.add_argument("--dry-run", action="store_true", help="rehearse the run: settings, data, 2 steps, resume, ETA")
-    cli.run(main, parser.parse_args())
+    cli.run(main, parser.parse_args(), problems)

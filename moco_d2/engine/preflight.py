@@ -46,6 +46,12 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
     Raises:
         ValueError: names all problems at once.
     """
+    if problems := config_problems(cfg, world_size):
+        raise ValueError("\n".join(problems))
+
+
+def config_problems(cfg: CfgNode, world_size: int) -> list[str]:
+    """Return what :func:`check_config` complains about."""
     mistyped = dict(_type_problems(cfg))
     cfg = cfg.clone()
     cfg.defrost()
@@ -54,8 +60,7 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
         functools.reduce(operator.getitem, groups, cfg)[name] = flat(get_cfg())[key]
     found = [*_ssl_problems(cfg, world_size), *_data_problems(cfg), *_solver_problems(cfg, world_size)]
     found += _engine_problems(cfg)
-    if problems := [*mistyped.values(), *(text for text in found if not any(key in text for key in mistyped))]:
-        raise ValueError("\n".join(problems))
+    return [*mistyped.values(), *(text for text in found if not any(key in text for key in mistyped))]
 
 
 def _type_problems(cfg: CfgNode) -> Iterator[tuple[str, str]]:

@@ -84,8 +84,11 @@ def test_the_loaders_speed_is_not_that_of_what_was_loaded_ahead(images: str) -> 
 
 
 def test_mistakes_end_in_lines_and_exit_code_2(images: str, tmp_path: Path) -> None:
-    done = dry_run(tmp_path, "DATASETS.TRAIN", f'("{images}",)', "SOLVER.SCHEDULE", "cosin", "SSL.ARGS.momentum", 7)
+    words = ("SOLVER.SCHEDULE", "cosin", "SSL.ARGS.momentum", 7, "SOLVER.BASE_LRR", 3, "SOLVER.GAMMA", "x")
+    done = dry_run(tmp_path, "DATASETS.TRAIN", f'("{images}",)', *words)
     assert done.returncode == 2 and not done.stdout
-    assert "did you mean cosine?" in done.stderr and "SSL.ARGS.momentum" in done.stderr
+    for said in ("did you mean cosine?", "SSL.ARGS.momentum is 7", "no config key SOLVER.BASE_LRR", "GAMMA is 'x'"):
+        assert said in done.stderr, "unknown keys, types and ranges, all at once"
+    assert done.stderr.count("\n") == 4, done.stderr
     gone = dry_run(tmp_path, "DATASETS.TRAIN", '("no/such/folder",)')
     assert gone.returncode == 2 and "'no/such/folder', which is neither a folder" in gone.stderr

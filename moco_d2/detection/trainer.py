@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.utils.data import DataLoader
@@ -36,6 +37,7 @@ from moco_d2.model_zoo import config_changes
 from moco_d2.provenance import provenance
 from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, point_to, save_run
 from moco_d2.running.preemption import StopWhenAsked
+from moco_d2.running.progress import ProgressPrinter
 from moco_d2.running.seeds import StepSeed
 
 logger = logging.getLogger(__name__)
@@ -128,6 +130,11 @@ class TransferTrainer(DefaultTrainer):
         loader_cfg.defrost()
         loader_cfg.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE
         return build_loader(loader_cfg, stream_seed(run_seed(cfg), purpose), training_set(cfg), mapper)
+
+    def build_writers(self) -> list[EventWriter]:
+        """Return Detectron2's writers: progress line, ``metrics.json``, TensorBoard."""
+        _, *others = super().build_writers()
+        return [ProgressPrinter(self.max_iter), *others]
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
         """Return Detectron2's hooks in its order, with seeds, and with our checkpoints."""

@@ -7,10 +7,11 @@ import logging
 
 import torch
 from detectron2.engine import HookBase
-from detectron2.utils.events import CommonMetricPrinter, get_event_storage
+from detectron2.utils.events import get_event_storage
 
 from moco_d2.data.backends import DeviceBackend, PilBackend
 from moco_d2.methods import SSLMethod
+from moco_d2.running.progress import ProgressPrinter
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class PretrainMetrics(HookBase):
         self.loader_is_slow = slow
 
 
-class PretrainPrinter(CommonMetricPrinter):
+class PretrainPrinter(ProgressPrinter):
     """One line of progress: what a person watches during pretraining, with the time left."""
 
     def write(self) -> None:

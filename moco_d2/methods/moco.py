@@ -68,20 +68,7 @@ class MoCo(SSLMethod):
             ValueError: a value out of range, or an encoder without a Linear ``fc``.
         """
         super().__init__()
-        rules = [
-            (dim >= 1, f"dim is {dim}; a feature needs at least one component (the paper's have 128)"),
-            (queue_size >= 1, f"queue_size is {queue_size}; it must be at least 1 (the paper's is 65536)"),
-            (0 <= momentum <= 1, f"momentum is {momentum}; it must be in [0, 1] (the paper's is 0.999)"),
-            (temperature > 0, f"temperature is {temperature}; it must be positive (v1: 0.07, v2: 0.2)"),
-            (bn_groups >= 0, f"bn_groups is {bn_groups}; it must be 0 (the paper's 8 in all) or positive"),
-            (
-                queue_dtype in QUEUE_DTYPES,
-                f"queue_dtype is {queue_dtype!r}; it must be one of {', '.join(QUEUE_DTYPES)}",
-            ),
-        ]
-        problems = [f"SSL.ARGS.{message}" for holds, message in rules if not holds]
-        if problems:
-            raise ValueError("\n".join(problems))
+        _check_ranges(dim, queue_size, momentum, temperature, bn_groups, queue_dtype)
         self.momentum = momentum
         self.temperature = temperature
         self.symmetric = symmetric
@@ -174,6 +161,26 @@ class MoCo(SSLMethod):
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Accept the authors' training checkpoints too (see :func:`from_official`)."""
         return from_official(state)
+
+
+def _check_ranges(
+    dim: int, queue_size: int, momentum: float, temperature: float, bn_groups: int, queue_dtype: str
+) -> None:
+    """Raise ValueError naming every argument of the constructor that is out of range."""
+    rules = [
+        (dim >= 1, f"dim is {dim}; a feature needs at least one component (the paper's have 128)"),
+        (queue_size >= 1, f"queue_size is {queue_size}; it must be at least 1 (the paper's is 65536)"),
+        (0 <= momentum <= 1, f"momentum is {momentum}; it must be in [0, 1] (the paper's is 0.999)"),
+        (temperature > 0, f"temperature is {temperature}; it must be positive (v1: 0.07, v2: 0.2)"),
+        (bn_groups >= 0, f"bn_groups is {bn_groups}; it must be 0 (the paper's 8 in all) or positive"),
+        (
+            queue_dtype in QUEUE_DTYPES,
+            f"queue_dtype is {queue_dtype!r}; it must be one of {', '.join(QUEUE_DTYPES)}",
+        ),
+    ]
+    problems = [f"SSL.ARGS.{message}" for holds, message in rules if not holds]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def from_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

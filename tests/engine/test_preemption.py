@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -131,24 +132,36 @@ def test_a_second_signal_does_not_end_the_wait_for_what_is_saved(tmp_path: Path)
     assert (tmp_path / "saved").exists()
 
 
+def mounts() -> bool:
+    """Tell whether a file system may be mounted here."""
+    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 @slow
-def test_a_full_disk_ends_the_tool_with_its_code(images: str, tmp_path: Path) -> None:
-    """On a file system of 6 MiB, which holds two checkpoints."""
-    may_mount = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
-    if not may_mount:
-        pytest.skip("no right to mount a file system")
-    words = options(images, tmp_path / "disk", 100, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.CHECKPOINT_KEEP", 0)
-    (tmp_path / "disk").mkdir()
-    script = 'mount -t tmpfs -o size=6m none "$1" || exit; cd "$1"; shift; "$@"; code=$?; '
-    script += f'cat last_checkpoint; {sys.executable} -m zipfile -t "$(cat last_checkpoint)"; exit $code'
-    command = ["unshare", "-rm", "sh", "-c", script, "sh", str(tmp_path / "disk"), sys.executable, TOOL]
-    done = subprocess.run(
-        [*command, "--num-gpus", "2", *words], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 74, done.stderr
-    assert done.stdout.endswith("Done testing\n"), "the checkpoint before is whole"
-    error = done.stderr.splitlines()[-1]
-    assert error.startswith(f"error: cannot write {tmp_path}/disk/") and "No space left on device" in error
+@pytest.mark.parametrize("how", ["file system", "limit"] if mounts() else ["limit"])
+def test_a_full_disk_ends_the_tool_with_its_code(images: str, tmp_path: Path, how: str) -> None:
+    """On a file system of 6 MiB, which holds two checkpoints; and where a limit of files' size comes during the run."""
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    words = options(images, disk, 10**6, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.CHECKPOINT_KEEP", 0)
+    if how == "file system":
+        script = 'mount -t tmpfs -o size=6m none "$1" || exit; disk=$1; shift; "$@"; code=$?; '
+        script += f'{sys.executable} -m zipfile -t "$disk/$(cat $disk/last_checkpoint)"; exit $code'
+        command = ["unshare", "-rm", "sh", "-c", script, "sh", disk, sys.executable, TOOL, "--num-gpus", "2", *words]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        code, said, tested, reason = done.returncode, done.stderr, done.stdout, "No space left on device"
+    else:
+        process = begin(log, TOOL, *words)
+        wait_for(disk / "last_checkpoint", process, log)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**20, 2**20))  # a checkpoint takes more
+        code, said, reason = process.wait(120), log.read_text(), "File too large"
+        last = disk / (disk / "last_checkpoint").read_text()
+        tested = subprocess.run([sys.executable, "-m", "zipfile", "-t", last], capture_output=True, text=True).stdout
+    assert code == 74, said
+    assert tested.endswith("Done testing\n"), "the checkpoint before is whole"
+    error = said.splitlines()[-1]
+    assert error.startswith(f"error: cannot write {disk}/") and reason in error
 
 
 def agents(images: str, tmp_path: Path, iterations: int, restarts: int) -> tuple[Callable[[int], Popen], list[Path]]:

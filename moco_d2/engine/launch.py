@@ -1,7 +1,8 @@
 """Start a function in every process, whoever starts the processes; when one is lost, end them all and say which.
 
-Detectron2's ``launch`` does not do here: it hands no signal on to its processes, so that a job that is asked to stop dies
-before it can save, it chooses NCCL by the machine and not by ``MODEL.DEVICE``, and a process that hangs is never ended.
+Detectron2's ``launch`` does not do here: it hands no signal on to its processes, so that a job that is asked to stop
+dies before it can save, it chooses NCCL by the machine and not by ``MODEL.DEVICE``, and a process that hangs is never
+ended.
 """
 
 from __future__ import annotations

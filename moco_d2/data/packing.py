@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from moco_d2.atomic import atomic_write
-from moco_d2.data.shards import MANIFEST, PLAN, Shard, members, write_manifest
+from moco_d2.data.shard_cache import Shard
+from moco_d2.data.shards import MANIFEST, PLAN, members, write_manifest
 from moco_d2.data.sources import FileSource
 
 logger = logging.getLogger(__name__)

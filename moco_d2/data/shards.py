@@ -18,11 +18,9 @@ import os
 import queue
 import re
 import tarfile
-import threading
 import time
-import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import filelock
@@ -31,6 +29,7 @@ import numpy.typing as npt
 
 from moco_d2.atomic import atomic_write
 from moco_d2.data.listing import EXTENSIONS, cache_folder, fingerprint
+from moco_d2.data.shard_cache import Shard, ShardCache, answer, base_name, index_of, is_url, start_fetching
 from moco_d2.transfer import TransferError, size_of, transfer
 
 logger = logging.getLogger(__name__)
@@ -42,19 +41,7 @@ PLAN = ".making.json"
 
 _OPEN = 64  # shards a process keeps open
 _KNOWN = 4096  # shards whose members a process remembers: 16 bytes an image
-_FETCHERS = 4  # shards that a process fetches at a time
-_STALE = 3600.0  # seconds after which nobody is fetching a part any more
-_ASK_AGAIN = 300.0  # seconds until a shard that could not be fetched is tried again
 _SAY_EVERY = 10.0
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard: path or address, size in bytes (0: unknown), number of images."""
-
-    location: str
-    bytes: int
-    samples: int
 
 
 def is_shards(name: str) -> bool:
@@ -65,21 +52,6 @@ def is_shards(name: str) -> bool:
         or os.path.basename(name) == MANIFEST
         or os.path.isfile(os.path.join(name, MANIFEST))
     )
-
-
-def _base(location: str) -> str:
-    """Return a shard's file name, of an address without what follows its path."""
-    return os.path.basename(urllib.parse.urlsplit(location).path if is_url(location) else location)
-
-
-def _answer(error: OSError) -> str:
-    status = getattr(error, "status", None)
-    return f"the server answers {status}: {error}" if status else str(error)
-
-
-def is_url(location: str) -> bool:
-    """Tell whether a location is fetched over the network."""
-    return location.startswith(("http://", "https://"))
 
 
 def expand(pattern: str) -> list[str]:
@@ -123,105 +95,6 @@ def members(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
         raise OSError(f"{os.fspath(path)}: {error}") from error
 
 
-class ShardCache:
-    """A folder of bounded size for streamed shards, shared by the processes of a machine.
-
-    The shard that was asked for longest ago makes room. A process dies with no harm: what is whole has its name, and
-    the rest is continued. Beside ``NAME.tar`` lie its index ``NAME.npy``, while it is fetched ``NAME.BYTES.part``, and
-    if that failed ``NAME.lost``.
-    """
-
-    def __init__(self, folder: Path, limit: float) -> None:
-        """Keep shards in ``folder``, ``limit`` bytes of them at most."""
-        self.folder, self.limit = folder, limit
-        self._begun = time.time()
-
-    def path(self, shard: Shard) -> Path:
-        """Return where a shard is or will be; another size is another shard."""
-        mark = hashlib.sha256(f"{shard.location} {shard.bytes}".encode()).hexdigest()[:16]
-        return self.folder / f"{mark}-{_base(shard.location).removesuffix('.tar')}.tar"
-
-    def note(self, location: str) -> Path:
-        """Return where it is written down what was found in a shard that no manifest knows."""
-        return self.folder / f"{hashlib.sha256(location.encode()).hexdigest()[:16]}.json"
-
-    def get(self, shard: Shard) -> Path:
-        """Return a shard's file, fetched if it is not there; other processes that want it wait.
-
-        Raises:
-            OSError: it cannot be fetched or kept; for five minutes nobody tries again.
-        """
-        path = self.path(shard)
-        if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # A bounded number of lock files, never removed: two processes could hold a removed one at the same time.
-            with filelock.FileLock(self.folder / f".lock-{path.name[:2]}"):
-                if not path.exists():
-                    self._fetch(shard, path)
-        return path
-
-    def touch(self, shard: Shard) -> None:
-        """Mark a shard as wanted now, if it is there."""
-        with contextlib.suppress(OSError):
-            os.utime(self.path(shard))
-
-    def _fetch(self, shard: Shard, path: Path) -> None:
-        lost = path.with_suffix(".lost")
-        self._raise_if_lost(lost)
-        part = path.with_suffix(f".{shard.bytes}.part")
-        self._make_room(part)
-        try:
-            transfer(shard.location, part, shard.location, checked=bool(shard.bytes), attempts=6)
-        except FileNotFoundError:  # somebody emptied the folder
-            raise
-        except OSError as error:
-            reason = f"cannot fetch {shard.location}: {_answer(error)}"
-            with contextlib.suppress(OSError):
-                os.utime(part, (0, 0))  # nobody is fetching it: it may go, and takes the room that it has
-                lost.write_text(f"{time.time()} {reason}")
-            raise OSError(reason) from error
-        if shard.bytes and size_of(part) != shard.bytes:
-            logger.warning("%s has %d bytes, %d were expected: cut short, or replaced since it was looked into",
-                           shard.location, size_of(part), shard.bytes)  # fmt: skip
-            self.note(shard.location).unlink(missing_ok=True)
-        with self._lock():
-            for old in (lost, _beside(path)):
-                old.unlink(missing_ok=True)
-            os.replace(part, path)
-
-    def _raise_if_lost(self, mark: Path) -> None:
-        """Raise what another process of this run met a moment ago: its minute of attempts is not spent again."""
-        try:
-            then, _, reason = mark.read_text().partition(" ")
-            recent = float(then) > max(self._begun, time.time() - _ASK_AGAIN)
-        except (OSError, ValueError):
-            return
-        if recent:
-            raise OSError(reason)
-
-    def _make_room(self, part: Path) -> None:
-        """Reserve the room of a shard that is about to be fetched: what is being fetched counts as if it were whole."""
-        with self._lock():
-            part.touch()
-            files = []
-            for entry in (*self.folder.glob("*.part"), *self.folder.glob("*.tar")):
-                with contextlib.suppress(FileNotFoundError):  # a transfer may begin anew
-                    status = entry.stat()
-                    fetching = entry.suffix == ".part" and time.time() - status.st_mtime < _STALE
-                    size = max(status.st_size, int(entry.stem.rpartition(".")[2]) if fetching else 0)
-                    files.append((fetching, status.st_mtime, size, entry))
-            used = sum(size for _, _, size, _ in files)
-            for fetching, _, size, entry in sorted(files):
-                if used <= self.limit or fetching:
-                    return
-                used -= size
-                _beside(entry).unlink(missing_ok=True)
-                entry.unlink(missing_ok=True)
-
-    def _lock(self) -> filelock.BaseFileLock:
-        return filelock.FileLock(self.folder / ".lock")
-
-
 class ShardSource:
     """The images of a list of shards.
 
@@ -235,7 +108,7 @@ class ShardSource:
         self.shards, self.cache, self.unreadable = list(shards), cache, list(unreadable)
         self.spans = np.array([shard.samples for shard in shards], np.int64)
         self.stream_sizes = [shard.bytes for shard in shards if is_url(shard.location)]
-        rows = [f"{_base(shard.location)} {shard.bytes} {shard.samples}" for shard in shards]
+        rows = [f"{base_name(shard.location)} {shard.bytes} {shard.samples}" for shard in shards]
         self.fingerprint = fingerprint("\n".join(rows).encode(errors="surrogateescape"))
         self._ends = np.cumsum(self.spans)
         self._forget()
@@ -284,7 +157,7 @@ class ShardSource:
 
     def _read(self, number: int, position: int) -> bytes:
         path, streamed = self._file(number), is_url(self.shards[number].location)
-        table, _ = self._look(path, _beside(path) if streamed else None)
+        table, _ = self._look(path, index_of(path) if streamed else None)
         if position >= len(table):
             raise OSError(f"{path} is cut short: it has {len(table)} images and this is number {position}")
         offset, size = table[position].tolist()
@@ -309,9 +182,7 @@ class ShardSource:
         for shard in wanted:
             self.cache.touch(shard)
         if self._wanted is None:
-            self._wanted = queue.SimpleQueue()
-            for _ in range(_FETCHERS):  # daemons: a stuck transfer does not keep a finished run from ending
-                threading.Thread(target=_fetch_all, args=(self.cache, self._wanted), daemon=True).start()
+            self._wanted = start_fetching(self.cache)
         for shard in wanted:
             self._wanted.put(shard)
 
@@ -331,20 +202,6 @@ class _Open:
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
-
-
-def _fetch_all(cache: ShardCache, wanted: queue.SimpleQueue[Shard]) -> None:
-    while True:
-        shard = wanted.get()
-        try:
-            cache.get(shard)
-        except OSError as error:  # whoever reads it will meet the error again and count it
-            logger.warning("%s", error)
-
-
-def _beside(path: Path) -> Path:
-    """Return where the index of a shard in the cache is, which goes when the shard goes."""
-    return path.with_suffix(".npy")
 
 
 def _look(path: Path, kept: Path | None = None) -> tuple[npt.NDArray[np.int64], str]:
@@ -484,9 +341,9 @@ def _look_into(location: str, cache: ShardCache) -> tuple[Shard, str]:
             raise ValueError(f"DATASETS.TRAIN names a shard that cannot be had: {error}") from error
         size = size_of(fetched)
         path = cache.path(Shard(location, size, 0))
-        _beside(path).unlink(missing_ok=True)
+        index_of(path).unlink(missing_ok=True)
         os.replace(fetched, path)
-        table, problem = _look(path, _beside(path))
+        table, problem = _look(path, index_of(path))
         shard = Shard(location, size, len(table))
         with atomic_write(note) as file:
             file.write(json.dumps({**asdict(shard), "problem": problem}).encode())
@@ -509,7 +366,7 @@ def _manifest(folder: str, cache: ShardCache, needed: bool = False) -> dict[str,
             # Some stores answer 403 for what is not there; where it means the shards too, they say so.
             if error.status in (404, 410) or (error.status == 403 and not needed):
                 return {}
-            raise ValueError(f"{folder}/{MANIFEST} cannot be fetched: {_answer(error)}") from error
+            raise ValueError(f"{folder}/{MANIFEST} cannot be fetched: {answer(error)}") from error
         return _read_manifest(path, folder)
 
 

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from moco_d2.data.listing import EXTENSIONS, Listing, Paths, cache_folder, fingerprint
-from moco_d2.data.shards import ShardCache, is_shards, neighbours, open_shards
+from moco_d2.data.shard_cache import ShardCache
+from moco_d2.data.shards import is_shards, neighbours, open_shards
 
 # Bytes from which a file is taken for something else, rather than read into memory.
 LARGEST_FILE = 1 << 30

@@ -37,7 +37,8 @@ from moco_d2.data import (
 )
 from moco_d2.data.backends import build_backend
 from moco_d2.data.packing import Packed, pack
-from moco_d2.data.shards import MANIFEST, Shard, ShardSource, expand, members, open_shards
+from moco_d2.data.shard_cache import Shard
+from moco_d2.data.shards import MANIFEST, ShardSource, expand, members, open_shards
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)

@@ -262,4 +262,5 @@ def _ddp_process(rank: int, cfg: CfgNode, repeats: int, folder: str) -> None:
         steps = [kind(cfg, views) for kind in (PlainDDP, Ours)]
         times = alternate({step.name: step.run for step in steps}, repeats, cuda=False)
     torch.save(times, Path(folder) / f"{rank}.pth")
+    dist.barrier()  # gloo aborts a process whose peer goes before it
     dist.destroy_process_group()

@@ -153,7 +153,7 @@ def test_paths_are_kept_whatever_their_bytes() -> None:
     assert len(paths) == 5 and [paths[i] for i in range(5)] == names
 
 
-def list_in_two_processes(*folders: Path) -> None:
+def list_in_two_processes(folders: tuple[Path, Path]) -> None:
     """Each process lists its own folder under the same name."""
     from detectron2.utils import comm
 
@@ -166,13 +166,13 @@ def list_in_two_processes(*folders: Path) -> None:
 
 
 def test_processes_that_list_other_images_do_not_begin(tmp_path: Path) -> None:
-    from detectron2.engine import launch
+    from moco_d2.engine.launch import RankFailedError, launch
 
     first, second = grow(tmp_path / "first", 1, 3), grow(tmp_path / "second", 1, 3)
-    launch(list_in_two_processes, 2, 1, 0, "auto", (first, second))
+    launch(list_in_two_processes, 2, args=(first, second), device="cpu")
     (second / "n0000" / "0001.JPEG").rename(second / "n0000" / "other.JPEG")
-    with pytest.raises(Exception, match="process 0 lists 3 images and process 1 3, or others of the same number"):
-        launch(list_in_two_processes, 2, 1, 0, "auto", (first, second))
+    with pytest.raises(RankFailedError, match="process 0 lists 3 images and process 1 3, or others of the same number"):
+        launch(list_in_two_processes, 2, args=(first, second), device="cpu")
 
 
 def test_a_set_is_known_by_its_names_and_order_wherever_it_lies(tmp_path: Path) -> None:

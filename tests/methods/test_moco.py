@@ -128,6 +128,7 @@ def run_rank(process: int, processes: int, folder: str, shuffle: bool) -> None:
     state = {k: v for k, v in model.state_dict().items() if "running" not in k}
     torch.save({"losses": losses, "gradients": gradients, "state": state}, f"{folder}/{processes}-{process}.pth")
     if processes > 1:
+        dist.barrier()  # gloo aborts a process whose peer goes before it
         dist.destroy_process_group()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import random
 import statistics
 import tempfile
 import time
@@ -34,26 +36,21 @@ STEPS = {
 }  # fmt: skip
 
 
-class AuthorsBlur:
-    """The GaussianBlur of MoCo v2's code."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        """Blur an image."""
-        return image.filter(ImageFilter.GaussianBlur(radius=np.random.default_rng().uniform(0.1, 2.0)))
+def authors_transforms(size: int) -> list[Callable[[Any], Any]]:
+    """Return MoCo v2's augmentation as its authors compose it, from PIL image to PIL image."""
+    return [
+        T.RandomResizedCrop(size, scale=(0.2, 1.0)),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        T.RandomGrayscale(p=0.2),
+        T.RandomApply([lambda image: image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))], p=0.5),
+        T.RandomHorizontalFlip(),
+    ]
 
 
 def authors_loader(files: Sequence[str], size: int) -> Callable[[Sequence[int]], object]:
     """Return what makes a batch as the authors do: PIL decodes, torchvision's PIL transforms make two views."""
     view = T.Compose(
-        [
-            T.RandomResizedCrop(size, scale=(0.2, 1.0)),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            T.RandomGrayscale(p=0.2),
-            T.RandomApply([AuthorsBlur()], p=0.5),
-            T.RandomHorizontalFlip(),
-            T.ToTensor(),
-            T.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
-        ]
+        [*authors_transforms(size), T.ToTensor(), T.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])]
     )
 
     def batch(indices: Sequence[int]) -> object:
@@ -216,15 +213,17 @@ def bottleneck(rows: Sequence[dict[str, Any]]) -> str:
     return "; ".join(said) + "; device, a worker's part: decode"
 
 
-def draw_photo(seed: int, path: Path, width: int = 500, height: int = 375) -> None:
-    """Write a JPEG with a photograph's spectrum: shapes of every size, saturated and dull colours, grain."""
+def draw_photo(seed: int, width: int = 500, height: int = 375) -> bytes:
+    """Return a JPEG with a photograph's spectrum: shapes of every size, saturated and dull colours, grain."""
     rng = np.random.default_rng(seed)
     image = rng.normal(120, 3, (height, width, 3))
     for octave in range(7):
         rows, columns = max(2, height >> (7 - octave)), max(2, width >> (7 - octave))
         noise = rng.normal(size=(rows, columns, 3)) * rng.uniform(15, 65, 3) / (1 + octave) ** 0.8
         image += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
-    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    file = io.BytesIO()
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
 
 
 def measure(folder: str, images: int, size: int, repeats: int) -> dict[str, Any]:
@@ -234,7 +233,7 @@ def measure(folder: str, images: int, size: int, repeats: int) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as drawn:
         if not folder:
             for number in range(images):
-                draw_photo(number, Path(drawn) / f"{number}.jpg")
+                (Path(drawn) / f"{number}.jpg").write_bytes(draw_photo(number))
         files = list_folder(folder or drawn)
         files = files[:: max(1, len(files) // images)][:images]
         parts = part_rows(files, size, repeats)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,29 +20,15 @@ from moco_d2.data.augment import Blur, Box, Crop, Flip, Grey, Jitter, Plan, Sola
 from moco_d2.data.backends import CV2_STEPS, PIL_STEPS, to_levels
 from moco_d2.data.batched import DEVICE_STEPS, pack_steps, run_steps
 from moco_d2.data.decode import Picture
+from tools.benchmark_data import authors_transforms, draw_photo
 
 CPU = torch.device("cpu")
 SIZE = 224
 
 
-def photo(seed: int, width: int = 500, height: int = 375) -> bytes:
-    """Return a JPEG with a photograph's spectrum: shapes of every size, saturated and dull colours, grain."""
-    rng = np.random.default_rng(seed)
-    image = np.zeros((height, width, 3))
-    for octave in range(7):
-        cells = (max(2, width >> (7 - octave)), max(2, height >> (7 - octave)))
-        noise = rng.normal(size=(cells[1], cells[0], 3)) * rng.uniform(0.3, 1.5, 3) / (1 + octave) ** 0.8
-        layers = [Image.fromarray(noise[..., c].astype(np.float32)).resize((width, height), 3) for c in range(3)]
-        image += np.stack([np.asarray(layer) for layer in layers], -1)
-    image = 120 + 45 * image + rng.normal(size=image.shape) * 3
-    file = io.BytesIO()
-    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def photos() -> list[bytes]:
-    return [photo(seed) for seed in range(6)]
+    return [draw_photo(seed) for seed in range(6)]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +88,7 @@ PARITY = [
     ("saturation", (0.0, 0.6, 0.83, 1.2, 1.4), 1, 0.02),
     ("hue", (-0.4, -0.1, -0.033, 0.0, 0.05, 0.1, 0.4), 6, 0.005),
     ("grey", (0.0,), 1, 0.005),
-    ("blur", (0.1, 0.3, 0.5, 0.7, 1.0, 1.2, 1.23, 1.5, 1.9, 2.0, 2.4), 2, 0.07),
+    ("blur", (0.1, 0.3, 0.5, 0.7, 1.0, 1.2, 1.23, 1.5, 1.9, 2.0, 2.4), 2, 0.1),
     ("flip", (0.0,), 0, 0),
     ("solarise", (0, 128, 200), 0, 0),
 ]
@@ -321,29 +308,17 @@ def test_probabilities_hold(op: Grey | Blur | Flip | Solarise, kind: str) -> Non
         assert same_distribution(done, np.random.default_rng(0).uniform(0.1, 2.0, 5000).tolist())
 
 
-class AuthorsBlur:
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(radius=torch.empty(1).uniform_(0.1, 2.0).item()))
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pixels_are_distributed_as_by_the_authors_transforms(backend: str, photos: list[bytes]) -> None:
     count, size = 1500, 32
-    authors = T.Compose(
-        [
-            T.RandomResizedCrop(size, scale=(0.2, 1.0)),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-            T.RandomGrayscale(p=0.2),
-            T.RandomApply([AuthorsBlur()], p=0.5),
-            T.RandomHorizontalFlip(),
-        ]
-    )
+    authors = T.Compose(authors_transforms(size))
     recipe, made = build_recipe("moco_v2", size), build_backend(backend, CPU)
     whole = Image.open(io.BytesIO(photos[0])).resize((125, 94))  # small, to be quick
     file = io.BytesIO()
     whole.save(file, "PNG")
     picture = Picture(file.getvalue())
     torch.manual_seed(4)
+    random.seed(4)
     theirs = np.stack([np.asarray(authors(whole)) for _ in range(count)]).astype(float)
     drawn = [recipe.plan(picture.height, picture.width, seed)[0] for seed in range(count)]
     prepared = np.stack(made.prepare(picture, drawn, size))

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 
 from moco_d2.convert import CheckpointError, read_checkpoint, read_facts
-from moco_d2.convert.load import Stub
+from moco_d2.convert.unpickle import Stub
 from moco_d2.facts import CAFFE_BGR, BackboneFacts
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)

@@ -1,0 +1,454 @@
+"""Unpickling without running code from the file.
+
+A pickle is a program: it may name any function and call it. Here only a short list of harmless names is resolved
+(:func:`allowed_names`). A name that acts on the machine is refused, and every other one (training scripts store their
+command line, whole objects) becomes an inert :class:`Stub`. What is allowed neither takes more memory than the file
+has, nor changes what the process shares, nor overflows the stack. ``torch.load(weights_only=True)`` refuses files with
+such names, runs code from some before torch 2.6, and lets others ask for any amount of memory.
+"""
+
+from __future__ import annotations
+
+import _codecs
+import collections
+import io
+import math
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+_EXPANDED = 1 << 20  # values of a tensor that has fewer in the file; bytes that may be copied beside the file's own
+_NESTED = 1 << 14  # tuples within tuples
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Modules and names that no checkpoint needs, and by which a pickle acts on the machine. A file that names one is
+# refused; every other name that is not allowed is harmless, because it becomes a stub.
+_HOSTILE_MODULES = _words("""
+    _io _pickle _posixsubprocess _socket _thread _winapi aiohttp asyncio bdb cffi code codeop commands cProfile ctypes
+    ftplib http httpx importlib io linecache marshal mmap msvcrt multiprocessing nt ntpath os pdb pickle pip pkgutil
+    popen2 posix posixpath profile pty pydoc requests runpy setuptools shelve shlex shutil signal smtplib socket
+    socketserver sqlite3 ssl subprocess sys tempfile threading timeit trace urllib uuid venv webbrowser zipimport
+""")
+_HOSTILE_BUILTINS = _words(
+    "__import__ breakpoint compile delattr eval exec execfile exit globals input locals open quit setattr vars"
+)
+_HOSTILE_NAMES = frozenset(
+    (module, name)
+    for module, names in {
+        "torch": "load hub ops classes compile",
+        "torch.serialization": "load _load",
+        "torch.hub": "load load_state_dict_from_url download_url_to_file",
+        "torch.jit": "load script",
+        "numpy": "load save fromfile memmap loadtxt genfromtxt",
+        "operator": "attrgetter methodcaller",
+        "_operator": "attrgetter methodcaller",
+        "types": "CodeType FunctionType",
+        "functools": "reduce",
+    }.items()
+    for name in _words(names)
+)
+
+
+class HostileError(pickle.UnpicklingError):
+    """A file names what would act on the machine; the message is that name."""
+
+
+class Stub(dict[Any, Any]):
+    """Stands for an object whose class is not on the allow-list; it keeps what was stored and does nothing.
+
+    A dictionary, because many of the objects met in checkpoints are dictionaries of another name; hashable by
+    identity, because some files use such objects as keys.
+
+    Attributes:
+        arguments: what the file would have called the class with.
+        state: what the file would have set the object's state to.
+    """
+
+    arguments: tuple[Any, ...]
+    state: Any
+    dump_patches = False  # torch's legacy reader asks every container class for it
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Stub:  # noqa: D102 (a magic method)
+        stub = super().__new__(cls)
+        stub.arguments, stub.state = arguments, None
+        return stub
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__()
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __call__(self, *arguments: Any, **named: Any) -> Stub:  # noqa: D102
+        return Stub(*arguments)
+
+    def append(self, item: Any) -> None:
+        """Ignore an item of what was a list."""
+
+    def extend(self, items: Any) -> None:
+        """Ignore the items of what was a list."""
+
+    def add(self, item: Any) -> None:
+        """Ignore an item of what was a set."""
+
+
+class _DType:
+    """Stands for ``numpy.dtype``: a pickle may set the state of a real one, which all arrays of the process share."""
+
+    def __init__(self, kind: Any, *_: Any) -> None:
+        self.kind, self.order = np.dtype(kind), "="
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.order, subarray, names, *_ = state
+        if subarray is not None or names is not None:
+            raise pickle.UnpicklingError("arrays of records")
+
+    @property
+    def real(self) -> np.dtype[Any]:
+        real: np.dtype[Any] = self.kind if self.order == "|" else self.kind.newbyteorder(self.order)
+        return real
+
+
+class _Array(np.ndarray[Any, Any]):
+    """An array that a pickle fills; numpy's own takes the memory that the file states before it looks for the data."""
+
+    def __setstate__(self, state: Any) -> None:
+        *version, shape, dtype, fortran, raw = state
+        held = len(raw) if dtype.real.hasobject else len(raw) // max(dtype.real.itemsize, 1)
+        if math.prod(shape) > held:
+            raise pickle.UnpicklingError(f"an array of shape {shape} with {held} values")
+        super().__setstate__((*version, shape, dtype.real, fortran, raw))
+
+
+def _empty_array(*_: Any) -> Any:
+    # What numpy's pickles start from; the file's own shape here would take memory.
+    return np.ndarray((0,), "b").view(_Array)
+
+
+def _array(shape: Any, dtype: Any, buffer: Any, *_: Any) -> Any:
+    # Without a buffer, or with strides, it would be as large as the file says.
+    return np.ndarray(shape, dtype.real if isinstance(dtype, _DType) else np.dtype(dtype), _raw(buffer))
+
+
+def _from_buffer(buffer: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> Any:
+    return np.frombuffer(_raw(buffer), dtype.real).reshape(shape, order="F" if order == "F" else "C")
+
+
+def _raw(buffer: Any) -> Any:
+    if not isinstance(buffer, bytes | bytearray):
+        raise pickle.UnpicklingError(f"a {type(buffer).__name__} in place of an array's data")
+    return buffer
+
+
+def _scalar(dtype: Any, raw: Any) -> Any:
+    # By numpy's own, a dtype of a gigabyte would take one. As text: Python 2's pickles.
+    if dtype.real.hasobject:
+        return raw
+    return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else _raw(raw), dtype.real, 1)[0]
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Bytes of the file, and what they are; torch's own typed storage is deprecated."""
+
+    raw: torch.UntypedStorage
+    dtype: torch.dtype
+
+
+def _tensor(storage: _Storage, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
+    # An expanded tensor is as large as the file says, once something is computed from it.
+    held = storage.raw.nbytes() // storage.dtype.itemsize
+    if math.prod(size) > max(held, _EXPANDED):
+        raise pickle.UnpicklingError(f"a tensor of size {tuple(size)} with {held} values")
+    empty = torch.empty(0, dtype=storage.dtype, device=storage.raw.device)
+    return empty.set_(storage.raw, offset, tuple(size), tuple(stride))
+
+
+def _tensor_of_dtype(
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
+) -> Any:
+    return _tensor(_Storage(storage.raw, dtype), offset, size, stride)
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data
+
+
+def _of_type(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
+    return function(*arguments)  # a tensor with attributes, which nobody needs
+
+
+def _quantised(*_: Any) -> torch.Tensor:
+    return torch._empty_affine_quantized([0], scale=1.0, zero_point=0, dtype=torch.quint8)  # to be refused by its name
+
+
+class _Copies:
+    """Calls that copy what they are given, within a budget: a file can ask for copies of copies."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size + _EXPANDED
+
+    def spend(self, argument: Any) -> None:
+        self.left -= len(argument)
+        if self.left < 0:
+            raise pickle.UnpicklingError("copies of copies ask for memory")
+
+    def container(self, kind: Any) -> Callable[..., Any]:
+        def make(*arguments: Any) -> Any:
+            for argument in arguments:
+                if isinstance(argument, bytes | bytearray | list | tuple | dict | set | frozenset):
+                    self.spend(argument)
+                    if kind is tuple and any(isinstance(item, tuple) for item in argument):
+                        raise pickle.UnpicklingError("a tuple of tuples by another way than theirs")
+                elif kind is not collections.defaultdict or argument is not arguments[0]:
+                    raise pickle.UnpicklingError(f"{kind.__name__} of a {type(argument).__name__}")
+            return kind(*arguments)
+
+        return make
+
+    def plain(self, kind: Any) -> Callable[..., Any]:
+        """Bytes, text and numbers; of a number, bytes would ask for that much memory."""
+
+        def make(*arguments: Any) -> Any:
+            numbers = () if kind in (bytes, bytearray) else (int, float, complex, np.generic)
+            for argument in arguments[:1]:
+                if not isinstance(argument, (str, bytes, bytearray, *numbers)):
+                    raise pickle.UnpicklingError(f"{kind.__name__} of a {type(argument).__name__}")
+                if not isinstance(argument, numbers):
+                    self.spend(argument)
+            return kind(*arguments)
+
+        return make
+
+    def encode(self, text: str, encoding: str = "latin1") -> bytes:
+        # numpy pickles its bytes as text for Python 2's sake. Only its own encoding: codecs are looked up by import.
+        self.spend(text)
+        return _codecs.encode(text, "utf-8" if encoding.replace("_", "-").lower() == "utf-8" else "latin1")
+
+    def storage(self, raw: bytes) -> Any:
+        # torch's own function of this purpose unpickles without restriction.
+        self.spend(raw)
+        whole = torch.frombuffer(bytearray(raw), dtype=torch.uint8).untyped_storage()
+        return read_legacy(io.BytesIO(raw), whole, set())
+
+
+def allowed_names(size: int) -> dict[tuple[str, str], Any]:
+    """Return the names that are resolved: containers, tensor and array rebuilders, nothing that acts.
+
+    Args:
+        size: of the file; what is copied from it stays below that.
+    """
+    copies = _Copies(size)
+    names: dict[tuple[str, str], Any] = {}
+    for module in ("builtins", "__builtin__"):
+        names |= {(module, kind.__name__): copies.container(kind) for kind in (set, frozenset, list, dict, tuple)}
+        names |= {
+            (module, kind.__name__): copies.plain(kind) for kind in (int, float, complex, bool, str, bytes, bytearray)
+        }
+        names |= {(module, "unicode"): names[module, "str"], (module, "long"): names[module, "int"]}  # Python 2's
+    for kind in (collections.OrderedDict, collections.defaultdict, collections.Counter):
+        names["collections", kind.__name__] = copies.container(kind)
+    names |= {
+        ("torch", "Size"): copies.container(torch.Size),
+        ("torch", "device"): copies.plain(str),
+        ("torch._utils", "_rebuild_tensor"): _tensor,
+        ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+        ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_dtype,
+        ("torch._utils", "_rebuild_qtensor"): _quantised,
+        ("torch._utils", "_rebuild_parameter"): _parameter,
+        ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+        ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
+        ("torch.storage", "_load_from_bytes"): copies.storage,
+        ("numpy", "ndarray"): _array,
+        ("numpy", "dtype"): _DType,
+        ("_codecs", "encode"): copies.encode,
+    }
+    names |= {("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    for core in ("numpy.core", "numpy._core"):  # before and since numpy 2
+        names[f"{core}.multiarray", "_reconstruct"] = _empty_array
+        names[f"{core}.multiarray", "scalar"] = _scalar
+        names[f"{core}.numeric", "_frombuffer"] = _from_buffer
+    return names
+
+
+# Whose dtype the name of a storage's class tells.
+_STORAGES = {f"{name}Storage": dtype for name, dtype in {
+    "Double": torch.double, "Float": torch.float, "Half": torch.half, "BFloat16": torch.bfloat16,
+    "Long": torch.long, "Int": torch.int, "Short": torch.short, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "ComplexDouble": torch.cdouble, "ComplexFloat": torch.cfloat, "Untyped": torch.uint8,
+    "QUInt8": torch.uint8, "QInt8": torch.int8, "QInt32": torch.int32,
+}.items()}  # fmt: skip
+
+
+def _is_hostile(module: str, name: str) -> bool:
+    top = module.partition(".")[0]
+    if top in ("builtins", "__builtin__"):
+        return name.partition(".")[0] in _HOSTILE_BUILTINS
+    # A dotted name reaches through a module's attributes: torch.serialization's os.system.
+    inside = set(name.split(".")[:-1]) & _HOSTILE_MODULES if "." in name else set()
+    return top in _HOSTILE_MODULES or bool(inside) or (module, name) in _HOSTILE_NAMES
+
+
+_SET_STATE = (Stub, _DType, _Array)
+# Opcodes that change an object -> where it lies on the stack (None: before the last mark), and what it may be.
+_CHANGES: dict[str, tuple[int | None, tuple[type, ...]]] = {
+    "load_setitem": (-3, (dict,)),
+    "load_setitems": (None, (dict,)),
+    "load_append": (-2, (list, Stub)),
+    "load_appends": (None, (list, Stub)),
+    "load_additems": (None, (set, Stub)),
+}
+
+
+# Python's own unpickler, not C's: that one takes as much memory as the number of a memo's entry says.
+class Unpickler(pickle._Unpickler):
+    """Resolves only :func:`allowed_names` names and notes the others in ``stubbed``.
+
+    Args:
+        file: what is read.
+        allowed: of :func:`allowed_names`.
+        stubbed: the names that became stubs, added to.
+        storage: how an entry's data are found, by its key, dtype and number of values.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(
+        self,
+        file: Any,
+        allowed: dict[tuple[str, str], Any],
+        stubbed: set[str],
+        storage: Callable[[str, torch.dtype, int], Any] | None = None,
+    ) -> None:
+        super().__init__(file, encoding="latin1")  # as numpy asks for Python 2's pickles
+        self.allowed, self.stubbed, self.storage = allowed, stubbed, storage
+        self.stubs: dict[tuple[str, str], type[Stub]] = {}
+        self.storages: dict[str, Any] = {}
+        self.sizes: dict[int, tuple[int, Any]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what is allowed, or a class of stubs; refuse a hostile name."""
+        if (module, name) in self.allowed:
+            return self.allowed[module, name]
+        if module.partition(".")[0] == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if _is_hostile(module, name):
+            raise HostileError(f"{module}.{name}")
+        self.stubbed.add(f"{module}.{name}")
+        if (module, name) not in self.stubs:
+            self.stubs[module, name] = type(name.rpartition(".")[2], (Stub,), {"__module__": module})
+        return self.stubs[module, name]
+
+    def persistent_load(self, pid: Any) -> Any:
+        """Return the storage that torch's pickles refer to; each is looked up once."""
+        kind, *rest = pid
+        if kind == "module":  # torch.save before 1.6 kept the source of pickled modules
+            return rest[0]
+        dtype, key, _, count, *view = rest
+        if self.storage is None or kind != "storage" or any(part is not None for part in view):
+            raise pickle.UnpicklingError(f"unknown reference {str(pid)[:80]}")
+        if key not in self.storages:
+            self.storages[key] = _Storage(self.storage(key, dtype, count), dtype)
+        return self.storages[key]
+
+    def load_build(self) -> None:
+        """Set the state of a stub, a dtype or an array: nothing else has one that matters.
+
+        What a file names may be shared with the whole process, so no other object is touched.
+        """
+        state = self.stack.pop()  # type: ignore[attr-defined]
+        if isinstance(self.stack[-1], _SET_STATE):  # type: ignore[attr-defined]
+            self.stack[-1].__setstate__(state)  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def tuple_made(self) -> None:
+        """Refuse a tuple of tuples that is too large to be hashed: that follows each of them, on the C stack."""
+        made = self.stack[-1]  # type: ignore[attr-defined]
+        size = sum(self.sizes.get(id(item), (1, None))[0] for item in made if isinstance(item, tuple))
+        if size >= _NESTED:
+            raise pickle.UnpicklingError(f"tuples within tuples, {size} of them")
+        if size:
+            self.sizes[id(made)] = size + 1, made  # kept, so that no other gets its id
+
+
+def _guarded(change: str, place: int | None, kinds: tuple[type, ...]) -> Callable[[Any], None]:
+    def load(self: Any) -> None:
+        target = self.metastack[-1][-1] if place is None else self.stack[place]
+        if not isinstance(target, kinds):  # a tensor's item or sum can take any memory
+            raise pickle.UnpicklingError(f"{change} on a {type(target).__name__}")
+        getattr(pickle._Unpickler, change)(self)
+
+    return load
+
+
+def _counted(opcode: str) -> Callable[[Any], None]:
+    def load(self: Any) -> None:
+        getattr(pickle._Unpickler, f"load_{opcode}")(self)
+        self.tuple_made()
+
+    return load
+
+
+for _name in ("tuple", "tuple1", "tuple2", "tuple3"):
+    Unpickler.dispatch[getattr(pickle, _name.upper())[0]] = _counted(_name)
+for _change, _target in _CHANGES.items():
+    _opcode = getattr(pickle, _change.removeprefix("load_").upper())
+    Unpickler.dispatch[_opcode[0]] = _guarded(_change, *_target)
+
+
+def read_legacy(stream: Any, whole: torch.UntypedStorage, stubbed: set[str]) -> Any:
+    """Read what ``torch.save`` wrote before 1.6: pickles, and behind them the storages one after the other.
+
+    The pickle has to be read twice: where a storage lies depends on the dtypes of those before it. It stands here
+    because a pickle may hold such a file within itself (``torch.storage._load_from_bytes``).
+
+    Args:
+        stream: the file, at its beginning.
+        whole: its bytes.
+        stubbed: as in :class:`Unpickler`.
+    """
+    allowed = allowed_names(whole.nbytes())
+    for _ in range(3):  # magic number, version, sizes of the machine's numbers
+        Unpickler(stream, allowed, stubbed).load()
+    start, dtypes = stream.tell(), dict[str, torch.dtype]()
+
+    def unread(key: str, dtype: torch.dtype, count: int) -> Any:
+        dtypes[key] = dtype
+        return torch.UntypedStorage(count * dtype.itemsize, device="meta")
+
+    Unpickler(stream, allowed, stubbed, unread).load()
+    found = {}
+    for key in Unpickler(stream, allowed, stubbed).load():
+        (count,) = struct.unpack("<q", stream.read(8))
+        found[key] = section(whole, stream.tell(), count * dtypes[key].itemsize)
+        stream.seek(found[key].nbytes(), os.SEEK_CUR)
+
+    def storage(key: str, dtype: torch.dtype, count: int) -> Any:
+        return section(found[key], 0, count * dtype.itemsize)
+
+    stream.seek(start)
+    return Unpickler(stream, allowed, stubbed, storage).load()
+
+
+def section(whole: torch.UntypedStorage, start: int, size: int) -> Any:
+    """Return a view of a file's bytes.
+
+    Raises:
+        UnpicklingError: the file does not reach so far.
+    """
+    if start < 0 or size < 0 or start + size > whole.nbytes():
+        raise pickle.UnpicklingError(f"{size} bytes at {start} are asked for, of {whole.nbytes()}")
+    return whole[start : start + size]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as detectron2_get_cfg
 
@@ -240,12 +241,36 @@ def _config_root() -> Path:
 
 
 def _merge_file(cfg: CN, path: str, source: str) -> None:
+    given = flat(_read_file(path, source))
     try:
-        cfg.merge_from_file(path)
-    except (KeyError, AssertionError, ValueError) as error:
-        given = flat(CN.load_yaml_with_base(path, allow_unsafe=True))
+        cfg.merge_from_file(path, allow_unsafe=False)
+    except (KeyError, AssertionError, ValueError, TypeError) as error:
         problems = [*itertools.chain.from_iterable(_merge_one(cfg, key, value) for key, value in given.items())]
         raise ValueError("\n".join(f"{source}: {problem}" for problem in problems or [str(error)])) from error
+
+
+def _read_file(path: str, source: str) -> dict[str, Any]:
+    """Return the keys of a config file and of its ``_BASE_`` files, which may not run anything.
+
+    Detectron2's own reading would: a YAML tag can name any function. Configs come beside weights from strangers.
+
+    Raises:
+        ValueError: it is no YAML mapping, asks for code, or a ``_BASE_`` is missing or its own.
+    """
+    try:
+        given = CN.load_yaml_with_base(path)
+    except yaml.constructor.ConstructorError as error:
+        what = f"only plain values are read ({error.problem}): write out what it stands for"
+        raise ValueError(f"{source}: {what}") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: it, or a _BASE_ of it, is empty or no mapping, or _BASE_ is no path") from error
+    except RecursionError as error:
+        raise ValueError(f"{source}: a _BASE_ leads back to the file itself") from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, AssertionError) as error:
+        raise ValueError(f"{source}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{source}: holds a {type(given).__name__}, not keys with values")
+    return given
 
 
 def _merge_words(cfg: CN, opts: Sequence[str]) -> list[str]:
@@ -303,5 +328,5 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return ``{dotted key: value}`` of the leaves of a config, or of any tree of mappings."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves

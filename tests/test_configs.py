@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import detectron2.config
@@ -231,6 +232,28 @@ def test_all_unknown_keys_and_wrong_types_are_named_at_once(source: str, tmp_pat
     assert len(lines) == len(WRONG)
     for line, (_, complaint) in zip(lines, WRONG.values(), strict=True):
         assert line.startswith(f"{own if source == 'a file' else source}: {complaint}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("SEED: !!python/object/apply:os.mkdir [ran]", "only plain values"),
+        ("SEED: [1", "expected ',' or ']'"),
+        ("", "is empty"),
+        ("- SEED", "holds a list"),
+        ("1: 2", "no config key 1"),
+        ("_BASE_: nowhere.yaml", "No such file"),
+        ("_BASE_: it.yaml", "leads back to the file itself"),
+        ("_BASE_: 3", "_BASE_ is no path"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_config_is_refused_in_one_line_and_runs_nothing(text, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("it.yaml").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        load_cfg("it.yaml")
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("it.yaml: ")
+    assert not Path("ran").exists()
 
 
 def test_published_rows_of_the_paper():

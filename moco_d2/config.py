@@ -21,6 +21,7 @@ import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as detectron2_get_cfg
 
+from moco_d2.data.loader import MAX_PIXELS
 from moco_d2.methods import default_args
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def _add_data(cfg: CN) -> None:
     cfg.DATA.MAX_SKIPPED = 0.05
     # Pixels (width times height, from the header) above which an image is refused before it is decoded. PIL itself
     # warns above 89 478 485 and refuses twice as many.
-    cfg.DATA.MAX_PIXELS = 89_000_000
+    cfg.DATA.MAX_PIXELS = MAX_PIXELS
     # Shards (docs/scale.md): the images of so many are shuffled together, after the order of all shards is; 0: of all.
     cfg.DATA.SHUFFLE_SHARDS = 16
     # Parts of an epoch that run side by side, each batch taking its share of all. The order of the images depends on

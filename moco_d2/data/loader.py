@@ -21,7 +21,7 @@ from moco_d2.data.sampler import EpochSampler, stream_seed
 from moco_d2.data.skipped import Skip, SkipLog
 from moco_d2.data.sources import Source
 
-# Pixels above which an image is refused before it is decoded; PIL warns a little above, and refuses twice as many.
+# Default of DATA.MAX_PIXELS.
 MAX_PIXELS = 89_000_000
 
 

@@ -28,7 +28,6 @@ _SOLVER = (
     "IMS_PER_BATCH", "MAX_ITER", "MOMENTUM", "NESTEROV", "REFERENCE_BATCH", "SCHEDULE", "STEPS", "WEIGHT_DECAY",
 )  # fmt: skip
 
-
 # Where the settings that pretraining reads stand.
 _READ = (
     "SSL.", "DATA.", "SOLVER.", "ENGINE.", "DATALOADER.NUM_WORKERS", "DATASETS.TRAIN", "MODEL.DEVICE", "MODEL.WEIGHTS",
@@ -111,12 +110,17 @@ def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
         yield f"SOLVER.IMS_PER_BATCH is {batch}: {error}"
 
 
-def outline(cfg: CfgNode) -> SSLMethod:
-    """Return the method on the meta device, where it costs no memory and holds no values."""
+def configured_method(cfg: CfgNode) -> SSLMethod:
+    """Return the method that a config describes, with random weights."""
     ssl = cfg.SSL
     encoder = functools.partial(build_resnet, ssl.ENCODER.NAME, width=ssl.ENCODER.WIDTH, stem=ssl.ENCODER.STEM)
+    return build_method(ssl.METHOD, encoder, dict(ssl.ARGS))
+
+
+def outline(cfg: CfgNode) -> SSLMethod:
+    """Return the method on the meta device, where it costs no memory and holds no values."""
     with torch.device("meta"):
-        return build_method(ssl.METHOD, encoder, dict(ssl.ARGS))
+        return configured_method(cfg)
 
 
 def _argument_problems(ssl: CfgNode) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import weakref
@@ -19,12 +18,12 @@ from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
 from moco_d2.engine.loader import build_loader
 from moco_d2.engine.optim import build_schedule, build_sgd, total_steps, trajectory
-from moco_d2.engine.preflight import check_config
+from moco_d2.engine.preflight import check_config, configured_method
 from moco_d2.engine.step import PretrainStep, apply_switches, chosen_autocast, describe_switches
 from moco_d2.facts import BackboneFacts
 from moco_d2.layers.distributed import wrap_ddp
-from moco_d2.layers.resnet import build_resnet, describe
-from moco_d2.methods import SSLMethod, build_method
+from moco_d2.layers.resnet import describe
+from moco_d2.methods import SSLMethod
 from moco_d2.model_zoo import pretraining_changes
 from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, last_whole
 from moco_d2.running.preemption import StopWhenAsked
@@ -72,12 +71,9 @@ class PretrainTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> SSLMethod:
         """Build the method on its device, from ``SEED`` alone, with the switches of ``ENGINE``."""
-        encoder = functools.partial(
-            build_resnet, cfg.SSL.ENCODER.NAME, width=cfg.SSL.ENCODER.WIDTH, stem=cfg.SSL.ENCODER.STEM
-        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.SEED)
-            method = build_method(cfg.SSL.METHOD, encoder, dict(cfg.SSL.ARGS))
+            method = configured_method(cfg)
         return apply_switches(method.to(cfg.MODEL.DEVICE), cfg)
 
     @classmethod

@@ -82,3 +82,23 @@ def test_step_compares_with_its_encoders_the_authors_form_and_plain_ddp(tmp_path
     textbook, ours = (row["copies"] for row in content["memory"])
     assert textbook > 2.5 > ours
     assert "bottleneck: the encoders" in done.stdout and content["machine"]
+
+
+def test_scale_finds_every_shard_read_and_the_same_batches(tmp_path: Path) -> None:
+    words = ["--files", "3000", "--folders", "30", "--shards", "100", "--samples", "1100", "--images", "40"]
+    command = [sys.executable, str(ROOT / "tools/benchmark.py"), "scale", *words, "--repeats", "3"]
+    done = subprocess.run([*command, "-o", str(tmp_path / "scale.json")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "scale.json").read_text())
+    assert (content["shards"], content["samples"]) == (100, 1100)
+    listing = {row["what"]: row["ratio"] for row in content["listing 3000 files in 30 folders"]}
+    assert listing["os.walk, sorted"] == 1 > listing["remembered listing"]
+    opened = content["reading the first image of a shard of 40"]
+    assert [row["what"] for row in opened] == ["opened in an earlier run", "never opened"] and opened[1]["ratio"] > 1
+    epoch = content["shards of an epoch, and batches 500000 to 500004"]
+    assert [row["processes"] for row in epoch] == [1, 8, 32, 64]
+    for row in epoch:
+        assert row["batches as of one process"] and row["read by none"] == 0
+        mean = 100 / row["processes"]
+        assert row["each reads at least"] <= mean + 1 and mean <= row["at most"] <= mean + 2
+    assert "| at step 1000003 |" in done.stdout and content["machine"]

@@ -7,6 +7,8 @@
     tools/benchmark.py step                                      # a step of pretraining: some ten minutes
     tools/benchmark.py step --device cuda --batch 256 --size 224 --autocast bfloat16 --channels-last --compile
     tools/benchmark.py data                                      # from JPEG files to views: about a minute
+    tools/benchmark.py scale                                     # many files, shards, streams: about a minute
+    tools/benchmark.py scale --files 1300000 --folders 1000      # as many as ImageNet's; $TMPDIR names another disk
     tools/benchmark.py startup                                   # --help of every tool
 
 Prints a table and, with --output, writes it as JSON together with commit, command and versions.
@@ -99,6 +101,20 @@ def data(args: argparse.Namespace) -> None:
     tables(found, {**settings, "machine": machine("cpu"), "threads": 1}, args.output)
 
 
+def scale(args: argparse.Namespace) -> None:
+    """Time what sets of millions of images cost before and beside their pixels."""
+    for name, least in (("files", 1), ("folders", 1), ("shards", 64), ("samples", 1024), ("images", 1), ("repeats", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+
+    from benchmark_scale import Sizes, measure
+    from measure import machine, tables
+
+    sizes = Sizes(args.files, args.folders, args.shards, args.samples, args.images)
+    found = measure(sizes, args.repeats)
+    tables(found, {**asdict(sizes), "machine": machine("cpu")}, args.output)
+
+
 def startup(args: argparse.Namespace) -> None:
     """Time --help of every tool against ``import torch``."""
     from measure import tables, tools_help
@@ -135,6 +151,14 @@ def main() -> None:
     command.add_argument("--images", type=int, default=64, help="number of them (default: %(default)s)")
     command.add_argument("--size", type=int, default=224, help="side of a view in pixels (default: %(default)s)")
     command.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
+    command = commands.add_parser("scale", help="folders of many files, shards and streams")
+    command.set_defaults(run=scale)
+    command.add_argument("--files", type=int, default=100_000, help="listed in folders (default: %(default)s)")
+    command.add_argument("--folders", type=int, default=100, help="of them (default: %(default)s)")
+    command.add_argument("--shards", type=int, default=94_000, help="of the stream (default: %(default)s)")
+    command.add_argument("--samples", type=int, default=10_000, help="images in each (default: %(default)s)")
+    command.add_argument("--images", type=int, default=2000, help="packed and read (default: %(default)s)")
+    command.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
     command = commands.add_parser("startup", help="--help of every tool")
     command.set_defaults(run=startup)
     command.add_argument("--repeats", type=int, default=5, help="runs of each (default: %(default)s)")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import re
 import statistics
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from measure import timed
+from measure import STATUS, in_new_process, memory, timed
 from moco_d2.convert import can_prove, convert_checkpoint, prove
 from moco_d2.convert.report import convert_and_report
 from moco_d2.layers.resnet import build_resnet
 from moco_d2.provenance import sha256
 
 KEYS, CHANNELS = 65536, 128  # MoCo's queue
-STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -71,10 +67,10 @@ def rows(width: float, repeats: int) -> Iterator[Row]:
                     runs[work].append(_fresh(_clocked, function, path))
             medians = {work: [statistics.median(values) for values in zip(*runs[work], strict=True)] for work in works}
             for work, function in works.items():
-                memory = [bytes_ / size for bytes_ in _fresh(_peaks, function, path)]
+                peaks = [bytes_ / size for bytes_ in _fresh(_peaks, function, path)]
                 seconds, cpu = medians[work]
                 ratio = seconds / medians["torch.load"][0]
-                yield Row(f"{name}, {size / 1e6:.0f} MB", work, seconds, cpu, ratio, *memory)
+                yield Row(f"{name}, {size / 1e6:.0f} MB", work, seconds, cpu, ratio, *peaks)
 
 
 def _checkpoint(width: float) -> dict[str, Any]:
@@ -110,11 +106,8 @@ def _prove(path: Path, output: Path) -> Callable[[], Any]:
 
 
 def _fresh(measure: Callable[..., tuple[float, float]], *arguments: Any) -> tuple[float, float]:
-    """Measure in a new process, where no earlier work has left memory; a server keeps the imports for all of them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["moco_d2.convert.report", *(["detectron2.modeling"] if can_prove() else [])])
-    with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(measure, *arguments).result()
+    preload = ["moco_d2.convert.report", *(["detectron2.modeling"] if can_prove() else [])]
+    return in_new_process(preload, measure, *arguments)
 
 
 def _clocked(function: Callable[[Path, Path], Callable[[], Any]], path: Path) -> tuple[float, float]:
@@ -128,22 +121,17 @@ def _peaks(function: Callable[[Path, Path], Callable[[], Any]], path: Path) -> t
     if not STATUS.exists():
         return float("nan"), float("nan")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is there
-    before, private, done = _memory("VmHWM"), [_memory("RssAnon")], threading.Event()
+    before, private, done = memory("VmHWM"), [memory("RssAnon")], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.001):
-            private.append(_memory("RssAnon"))
+            private.append(memory("RssAnon"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     kept = work()  # a result is in memory when it is there
-    private.append(_memory("RssAnon"))
+    private.append(memory("RssAnon"))
     done.set()
     watcher.join()
     del kept
-    return _memory("VmHWM") - before, max(private) - private[0]
-
-
-def _memory(what: str) -> float:
-    found = re.search(rf"{what}:\s+(\d+) kB", STATUS.read_text())
-    return 1024 * float(found[1]) if found else float("nan")
+    return memory("VmHWM") - before, max(private) - private[0]

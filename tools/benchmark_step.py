@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from measure import peak_bytes
+from measure import alternate, compare, cpu_seconds, peak_bytes
 from moco_d2.engine.optim import build_sgd, scaled_lr
 from moco_d2.engine.pretrain import PretrainTrainer
 from moco_d2.engine.step import PretrainStep, chosen_autocast
@@ -146,38 +145,17 @@ def textbook(
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device)), logits
 
 
-def seconds(work: Callable[[], object], cuda: bool) -> float:
-    """Return the time that work takes: on the CPU its CPU seconds, which other programs hardly change."""
-    if not cuda:
-        start = time.process_time()
-        work()
-        return time.process_time() - start
+def take_turns(works: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Time each work in turns: on the CPU in CPU seconds, which other programs hardly change."""
+    return alternate(works, repeats, WARM_UP, cpu_seconds if device == "cpu" else _gpu_seconds)
+
+
+def _gpu_seconds(work: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     start = time.perf_counter()
     work()
     torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def alternate(works: dict[str, Callable[[], object]], repeats: int, cuda: bool) -> dict[str, list[float]]:
-    """Time each work ``repeats`` times, in turns, so that a machine that slows down slows all."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(WARM_UP + repeats):
-        for name, work in works.items():
-            taken = seconds(work, cuda)
-            if turn >= WARM_UP:
-                times[name].append(taken)
-    return times
-
-
-def rows(times: dict[str, list[float]], reference: str) -> list[dict[str, Any]]:
-    """Return name, median, quartiles and the ratio to the reference: the median of the turns' ratios."""
-    made = []
-    for name, taken in times.items():
-        low, middle, high = statistics.quantiles(taken, n=4, method="inclusive")
-        ratio = statistics.median(a / b for a, b in zip(taken, times[reference], strict=True))
-        made.append({"what": name, "seconds": middle, "quartiles": [low, high], "ratio": ratio})
-    return made
 
 
 def made_up_views(cfg: CfgNode, world_size: int = 1) -> list[torch.Tensor]:
@@ -192,8 +170,8 @@ def step_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:
     views = made_up_views(cfg)
     steps = [kind(cfg, views) for kind in (Encoders, Ours, Authors)]
     with EventStorage():
-        times = alternate({step.name: step.run for step in steps}, repeats, cfg.MODEL.DEVICE != "cpu")
-    return rows(times, Encoders.name)
+        times = take_turns({step.name: step.run for step in steps}, repeats, cfg.MODEL.DEVICE)
+    return compare(times)
 
 
 def part_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:
@@ -212,8 +190,8 @@ def part_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:
         "queue": lambda: queue.enqueue(k),
         "diagnostics (1 step in 20)": lambda: method._record(q, k),
     }
-    times = alternate(parts, repeats, cfg.MODEL.DEVICE != "cpu")
-    return rows(times, next(iter(parts)))
+    times = take_turns(parts, repeats, cfg.MODEL.DEVICE)
+    return compare(times)
 
 
 def memory_rows(cfg: CfgNode) -> list[dict[str, Any]]:
@@ -251,7 +229,7 @@ def ddp_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:
         torch.multiprocessing.spawn(_ddp_process, (cfg, repeats, folder), nprocs=2)
         results: list[dict[str, list[float]]] = [torch.load(Path(folder) / f"{rank}.pth") for rank in range(2)]
     together = {name: [a + b for a, b in zip(*(r[name] for r in results), strict=True)] for name in results[0]}
-    return rows(together, PlainDDP.name)
+    return compare(together)
 
 
 def _ddp_process(rank: int, cfg: CfgNode, repeats: int, folder: str) -> None:
@@ -260,7 +238,7 @@ def _ddp_process(rank: int, cfg: CfgNode, repeats: int, folder: str) -> None:
     views = made_up_views(cfg, world_size=2)
     with EventStorage():
         steps = [kind(cfg, views) for kind in (PlainDDP, Ours)]
-        times = alternate({step.name: step.run for step in steps}, repeats, cuda=False)
+        times = take_turns({step.name: step.run for step in steps}, repeats, cfg.MODEL.DEVICE)
     torch.save(times, Path(folder) / f"{rank}.pth")
     dist.barrier()  # gloo aborts a process whose peer goes before it
     dist.destroy_process_group()

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,63 @@ class Row:
     cpu_seconds: float
     ratio: float
     difference: float
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Return the CPU seconds that work takes in this process, over all cores: other programs hardly change them."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def alternate(
+    works: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warm_up: int,
+    seconds: Callable[[Callable[[], object]], float] = cpu_seconds,
+) -> dict[str, list[float]]:
+    """Time each work ``repeats`` times, in turns, so that a machine that slows down slows all.
+
+    Args:
+        works: what is timed, by name.
+        repeats: turns that count.
+        warm_up: turns before them, which do not.
+        seconds: the clock.
+    """
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(warm_up + repeats):
+        for name, work in works.items():
+            taken = seconds(work)
+            if turn >= warm_up:
+                times[name].append(taken)
+    return times
+
+
+def compare(times: Mapping[str, list[float]]) -> list[dict[str, Any]]:
+    """Return name, median, quartiles and the ratio to the first, the reference: the median of the turns' ratios."""
+    made, reference = [], next(iter(times.values()))
+    for name, taken in times.items():
+        low, middle, high = statistics.quantiles(taken, n=4, method="inclusive")
+        ratio = statistics.median(a / b for a, b in zip(taken, reference, strict=True))
+        made.append({"what": name, "seconds": middle, "quartiles": [low, high], "ratio": ratio})
+    return made
+
+
+def in_new_process(preload: Sequence[str], work: Callable[..., Result], *arguments: Any) -> Result:
+    """Return ``work(*arguments)`` of a new process, where no earlier work has left memory.
+
+    A server keeps the imports of the modules ``preload`` for all such processes.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*preload])
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def memory(what: str) -> float:
+    """Return a memory figure of this process in bytes: a field of Linux' ``/proc/self/status``; nan elsewhere."""
+    found = re.search(rf"{what}:\s+(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
+    return 1024 * float(found[1]) if found else float("nan")
 
 
 def timed(work: Callable[[], Result]) -> tuple[Result, float, float]:

@@ -103,20 +103,20 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def _windows(self, epoch: int, lane: int, skipped: int) -> Iterator[Indices]:
         """Yield a lane's images window by window, without the first ``skipped``."""
-        plan = self._plan(epoch, lane)
+        plan = self.plan(epoch, lane)
         for number, pieces in enumerate(plan):
             length = sum(stop - start for _, start, stop in pieces)
             if skipped >= length:
                 skipped -= length
                 continue
             if self.prepare:
-                after = plan[number + 1] if number + 1 < len(plan) else self._plan(epoch + 1, lane)[0]
+                after = plan[number + 1] if number + 1 < len(plan) else self.plan(epoch + 1, lane)[0]
                 self.prepare([span for span, *_ in pieces], [span for span, *_ in after])
             indices = np.concatenate([self.firsts[span] + np.arange(start, stop) for span, start, stop in pieces])
             yield np.random.default_rng(stream_seed(self.seed, epoch, lane, number)).permutation(indices)[skipped:]
             skipped = 0
 
-    def _plan(self, epoch: int, lane: int) -> list[list[tuple[int, int, int]]]:
+    def plan(self, epoch: int, lane: int) -> list[list[tuple[int, int, int]]]:
         """Return a lane's windows: lists of (span, first, end) with positions inside the span."""
         order = np.random.default_rng(stream_seed(self.seed, epoch, 0, 0, 1)).permutation(len(self.spans))
         ends = np.cumsum(self.spans[order])

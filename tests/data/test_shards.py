@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -37,7 +38,7 @@ from moco_d2.data import (
 )
 from moco_d2.data.backends import build_backend
 from moco_d2.data.packing import Packed, pack
-from moco_d2.data.shard_cache import Shard
+from moco_d2.data.shard_cache import Shard, base_name
 from moco_d2.data.shards import MANIFEST, ShardSource, expand, members, open_shards
 
 ROOT = Path(__file__).parents[2]
@@ -167,6 +168,13 @@ def test_mistakes_are_named(name: str, message: str, shards: Path, tmp_path: Pat
 def test_braces_expand_as_in_a_shell() -> None:
     assert expand("a{08..11}b{x,y}.tar") == [f"a{n}b{c}.tar" for n in ("08", "09", "10", "11") for c in "xy"]
     assert expand("plain") == ["plain"] and expand("{}{x}") == ["{}{x}"]
+
+
+@pytest.mark.parametrize("end", ["", "?signature=a/b", "#a/b", "?a=#/?/b", "#?x/y"])
+def test_an_address_has_the_name_that_urllib_reads(end: str) -> None:
+    for address in ("https://host/a/000000.tar", "http://host:80/x?y/z.tar"):
+        assert base_name(address + end) == os.path.basename(urllib.parse.urlsplit(address + end).path)
+    assert base_name(f"/data/a.tar{end}") == os.path.basename(f"/data/a.tar{end}")
 
 
 def make(images: Path, out: Path, size: int = 6) -> list[Packed]:
@@ -376,7 +384,7 @@ def test_the_window_ahead_is_fetched_in_time_and_only_by_whom_it_concerns(
     source = open_shards(f"{url}/{{000000..000007}}.tar", ShardCache(tmp_path, 1e9))
     sampler = EpochSampler(source.spans, 4, 1, rank=0, world_size=2, window=2, lanes=2, prepare=source.prepare)
     stream = iter(sampler)
-    plan = [span for window in sampler._plan(0, 0) for span, *_ in window]
+    plan = [span for window in sampler.plan(0, 0) for span, *_ in window]
     next(stream)
     wait_for(lambda: len(list(tmp_path.glob("*.tar"))) >= 4)
     assert set(handler.asked) - {MANIFEST} == {f"{span:06d}.tar" for span in plan[:4]}, "this window and the next"

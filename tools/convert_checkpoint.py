@@ -46,8 +46,7 @@ def main() -> int:
         parser().error("--picture goes with a conversion that is proven")
 
     # After the arguments, so that --help answers at once.
-    from moco_d2.convert import Choice, can_prove, convert_checkpoint
-    from moco_d2.convert.bake import convert_baked
+    from moco_d2.convert import Choice, can_prove
     from moco_d2.convert.report import convert_and_report, summary, write_report
 
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
@@ -63,8 +62,7 @@ def main() -> int:
     try:
         parts = tuple(filter(None, args.parts.split(",")))
         choice = Choice(source=args.source, prefix=args.prefix, norm=args.norm, parts=parts)
-        convert = convert_baked if args.bake else convert_checkpoint
-        content = convert_and_report(args.input, args.output, not args.no_proof, choice, convert, args.picture)
+        content = convert_and_report(args.input, args.output, not args.no_proof, choice, args.picture, args.bake)
         if args.report:
             write_report(content, args.report)
     except (ValueError, OSError) as error:

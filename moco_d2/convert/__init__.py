@@ -3,7 +3,8 @@
 ``convert_checkpoint`` does it all; ``read_checkpoint`` and ``read_facts`` are for every stage that opens a weight file.
 """
 
-from moco_d2.convert.convert import Conversion, convert_checkpoint, convert_state, save
+from moco_d2.convert.conversion import Conversion, write
+from moco_d2.convert.convert import convert_checkpoint, convert_state
 from moco_d2.convert.load import CheckpointError, read_checkpoint, read_facts
 from moco_d2.convert.prove import ProofError, can_prove, prove
 from moco_d2.convert.recognise import Choice
@@ -24,5 +25,5 @@ __all__ = [
     "prove",
     "read_checkpoint",
     "read_facts",
-    "save",
+    "write",
 ]

@@ -11,23 +11,24 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from moco_d2.atomic import atomic_write
 from moco_d2.convert.bake import bake
-from moco_d2.convert.load import CheckpointError, facts_in, read_checkpoint
+from moco_d2.convert.checks import shapes_of
+from moco_d2.convert.conversion import check_another
+from moco_d2.convert.load import CheckpointError, facts_in, read_checkpoint, some
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, Naming, rename_table
+from moco_d2.convert.trunk import as_tensor
 from moco_d2.facts import IMAGENET_RGB, BackboneFacts
-from moco_d2.layers.resnet import ARCHITECTURES, network_for
+from moco_d2.layers.resnet import ARCHITECTURES
 
 LAYOUTS = ("torchvision", "moco")
 
 _MOCO_PREFIX = "module.encoder_q."
 _CONV5 = "res5."  # what Detectron2's names in conv5 start with
-_SHOWN = 4  # names listed in a message
 
 
 @dataclass(frozen=True)
@@ -99,17 +100,16 @@ def take_back(content: Mapping[str, Any], path: str | os.PathLike[str]) -> Backb
         )
     home, state = _home(content, facts, path)
     names = rename_table(home.naming, TORCHVISION, facts.depth)
-    tensors = {new: torch.as_tensor(state[home.find(old)]).detach() for old, new in names.items()}
-    with torch.device("meta"):  # shapes only
-        expected = network_for(facts).state_dict()
-    _check(tensors, {name: tensor.shape for name, tensor in expected.items()}, path)
+    tensors = {new: as_tensor(state[home.find(old)]) for old, new in names.items()}
+    expected = shapes_of(facts)
+    _check(tensors, expected, path)
     notes = [f"the pretrained {', '.join(facts.parts)} has no place in a ResNet and is left out"] if facts.parts else []
     facts = replace(facts, parts=())
     if home.what.endswith("detector"):
         facts, notes = _after_fine_tuning(facts, state)
     tensors, facts, more = _fit_input(tensors, facts)
     # Some tools look for the counters, which no computation reads; frozen norms have none.
-    tensors |= {new: torch.as_tensor(state.get(home.find(old), 0)) for old, new in _counters(names).items()}
+    tensors |= {new: as_tensor(state.get(home.find(old), 0)) for old, new in _counters(names).items()}
     ordered = {name: tensors[name].contiguous() for name in expected}
     return Backbone(ordered, facts, (*notes, *more, *_standing_notes(facts)))
 
@@ -130,9 +130,7 @@ def restore(source: str | os.PathLike[str], output: str | os.PathLike[str], layo
         near = difflib.get_close_matches(layout, LAYOUTS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"the layout is {layout!r}; it must be {' or '.join(LAYOUTS)}{hint}")
-    output = Path(output)
-    if output.exists() and os.path.exists(source) and os.path.samefile(source, output):
-        raise ValueError(f"{output}: the output is the input; choose another name")
+    check_another(source, output)
     backbone = take_back(read_checkpoint(source), source)
     content: dict[str, Any] = {"state_dict": backbone.tensors, "facts": backbone.facts.as_dict()}
     if layout == "moco":
@@ -170,22 +168,23 @@ def _home(
             nearest = len(missing), home, missing
     total = len(TORCHVISION.names(facts.depth))
     if nearest is None or nearest[0] == total:
-        raise CheckpointError(f"{path}: holds no ResNet of ours; top-level keys: {_some(list(content))}")
+        raise CheckpointError(f"{path}: holds no ResNet of ours; top-level keys: {some(list(content))}")
     count, home, missing = nearest
     conv5 = [name for name in missing if _CONV5 in name or "layer4." in name]
     why = "it has no conv5 (res5), so no whole ResNet can be made of it" if len(conv5) == count else "it is incomplete"
     raise CheckpointError(
         f"{path}: {home.what}, but {why}: {count} of the {total} tensors of a ResNet-{facts.depth} are missing: "
-        f"{_some(missing)}"
+        f"{some(missing)}"
     )
 
 
-def _check(tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], path: str | os.PathLike[str]) -> None:
+def _check(
+    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], path: str | os.PathLike[str]
+) -> None:
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name]:
             raise CheckpointError(
-                f"{path}: its facts contradict its tensors: {name} is {tuple(tensor.shape)} instead of "
-                f"{tuple(shapes[name])}"
+                f"{path}: its facts contradict its tensors: {name} is {tuple(tensor.shape)} instead of {shapes[name]}"
             )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinity, so the run that wrote it had diverged")
@@ -243,7 +242,3 @@ def _counters(names: Mapping[str, str]) -> dict[str, str]:
         for old, new in names.items()
         if old.endswith(variance)
     }
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -8,19 +8,14 @@ mean colour, so both inputs must have the same mean.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from moco_d2.atomic import atomic_write
-from moco_d2.convert.convert import Conversion, check_output, config_path, config_yaml, convert_checkpoint, save
-from moco_d2.convert.load import CheckpointError, read_checkpoint
+from moco_d2.convert.conversion import Conversion
+from moco_d2.convert.load import CheckpointError
 from moco_d2.convert.names import DETECTRON2, TORCHVISION
-from moco_d2.convert.prove import prove, prove_parts
-from moco_d2.convert.recognise import Choice
 from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
 
 DETECTRON2_INPUT = CAFFE_BGR  # what Detectron2's default config feeds
@@ -73,84 +68,25 @@ def bake(
     return {**tensors, stem: weight.to(tensors[stem].dtype)}, replace(facts, pixels=pixels)
 
 
-def convert_baked(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    proof: bool = True,
-    choice: Choice | None = None,
-    picture: torch.Tensor | None = None,
-) -> tuple[Conversion, dict[str, float]]:
-    """Convert a checkpoint as :func:`moco_d2.convert.convert.convert_checkpoint` does, baked for Detectron2's input.
-
-    The conversion is proven first, under its own input, and then what was written.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read, converted or baked.
-        ValueError: the output's name is unusable, or a proof failed.
-    """
-    output = Path(output)
-    check_output(Path(source), output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as scratch:
-        part = Path(scratch) / output.name
-        conversion, _ = convert_checkpoint(source, part, proof, choice, picture)
-        baked = bake_conversion(conversion, source)
-        save(baked, part)
-        differences: dict[str, float] = {}
-        if proof:
-            written = {name: torch.as_tensor(tensor) for name, tensor in read_checkpoint(part)["model"].items()}
-            trunk = {name: tensor for name, tensor in written.items() if name in baked.tensors}
-            differences = prove_baked(conversion, baked.facts, trunk, picture)
-            differences |= prove_parts(baked.facts, baked.source_tensors, baked.parts, written, baked.norm)
-        os.replace(part, output)
-    with atomic_write(config_path(output)) as file:
-        file.write(config_yaml(baked, output).encode())
-    return baked, differences
-
-
-def bake_conversion(conversion: Conversion, path: str | os.PathLike[str]) -> Conversion:
+def baked(conversion: Conversion, path: str | os.PathLike[str]) -> Conversion:
     """Return a conversion with the weights baked for Detectron2's input; ``path`` is for messages.
+
+    The tensors of the source stay what they were: the proof compares both networks on the same pictures.
 
     Raises:
         CheckpointError: it cannot be exact.
     """
+    pixels = conversion.facts.pixels
     try:
         tensors, facts = bake(conversion.tensors, conversion.facts)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    source_tensors, _ = bake(conversion.source_tensors, conversion.facts)
-    pixels = conversion.facts.pixels
     notes = [
         f"baked: conv1 takes Detectron2's default input; it was {pixels.order}, mean {pixels.mean}, std {pixels.std}"
     ]
     if not facts.stride_in_1x1:
         notes.append("baked: MODEL.RESNETS.STRIDE_IN_1X1 False must still be set; strides are not a matter of weights")
-    return replace(
-        conversion, tensors=tensors, source_tensors=source_tensors, facts=facts, notes=(*conversion.notes, *notes)
-    )
-
-
-def prove_baked(
-    conversion: Conversion,
-    facts: BackboneFacts,
-    baked: Mapping[str, torch.Tensor],
-    picture: torch.Tensor | None = None,
-) -> dict[str, float]:
-    """Compare the source network under its own input with Detectron2's under the new one, on one picture.
-
-    Args:
-        conversion: with the weights as they were.
-        facts: of the baked weights.
-        baked: those, under Detectron2's names.
-        picture: as in :func:`moco_d2.convert.prove.prove`.
-
-    Returns:
-        Stage name -> largest relative difference, as in :func:`moco_d2.convert.prove.prove`.
-
-    Raises:
-        ProofError: the features differ, or Detectron2 is missing.
-    """
-    return prove(conversion.facts, conversion.source_tensors, baked, conversion.norm, picture, facts)
+    return replace(conversion, tensors=tensors, facts=facts, source_pixels=pixels, notes=(*conversion.notes, *notes))
 
 
 def _in_order(values: tuple[float, float, float], order: str, wanted: str) -> tuple[float, ...]:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -21,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import torch
 import yaml
 
 from moco_d2.atomic import atomic_write
-from moco_d2.convert.convert import convert_checkpoint
-from moco_d2.convert.load import CheckpointError, facts_in
+from moco_d2.convert.conversion import write
+from moco_d2.convert.convert import convert_state
+from moco_d2.convert.load import read_checkpoint
 from moco_d2.convert.prove import can_prove
 from moco_d2.convert.recognise import Choice
 from moco_d2.transfer import TransferError, megabytes, size_of, transfer
@@ -233,16 +232,9 @@ def _verify(entry: Entry, path: Path) -> str:
 def _convert(entry: Entry, raw: Path, converted: Path) -> None:
     """Convert the published file, with the facts that only the catalogue knows: which weights, by which recipe."""
     try:
-        with tempfile.TemporaryDirectory(dir=converted.parent, prefix=".") as scratch:
-            path = Path(scratch) / converted.name
-            convert_checkpoint(raw, path, can_prove(), Choice(source=entry.source))
-            content = torch.load(path, weights_only=True)
-        facts = facts_in(content, converted)
-        if facts is None:
-            raise CheckpointError(f"{converted}: the conversion wrote no facts")
-        content["facts"] = replace(facts, origin=f"{entry.title}, from {entry.url}", protocol=entry.recipe).as_dict()
-        with atomic_write(converted) as file:
-            torch.save(content, file)
+        conversion = convert_state(read_checkpoint(raw), raw, Choice(source=entry.source))
+        facts = replace(conversion.facts, origin=f"{entry.title}, from {entry.url}", protocol=entry.recipe)
+        write(replace(conversion, facts=facts), converted, can_prove())
     except ValueError as error:  # the file, the proof, or the catalogue's `source`
         raw.unlink()
         raise CatalogError(

@@ -14,7 +14,7 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,13 @@ class CheckpointError(ValueError):
     """A file cannot be used; the message is one line: the path, what was found, what to do."""
 
 
+def some(names: Iterable[str], shown: int = 6) -> str:
+    """Join the first few names for a message."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
 def _mapped(path: Path) -> Any:
     return torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
 
@@ -57,7 +64,7 @@ def _load_zip(path: Path) -> tuple[Any, set[str]]:
             f"{path}: a TorchScript program, not a checkpoint; save the module's state_dict() instead"
         )
     if "data.pkl" not in members:
-        raise CheckpointError(f"{path}: a zip archive, not a checkpoint ({_listing(members)}); unpack it first")
+        raise CheckpointError(f"{path}: a zip archive, not a checkpoint ({some(sorted(members))}); unpack it first")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(
             f"{path}: a compressed torch file, which torch.save does not write; unpack and save it again"
@@ -185,7 +192,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        raise CheckpointError(f"{path}: a folder, not a file; name the checkpoint in it ({_listing(os.listdir(path))})")
+        raise CheckpointError(
+            f"{path}: a folder, not a file; name the checkpoint in it ({some(sorted(os.listdir(path)))})"
+        )
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; check the path (the current folder is {Path.cwd()})")
     reader = _reader(path)
@@ -205,7 +214,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: damaged or truncated ({type(error).__name__}: {reason}); {_DOWNLOAD_AGAIN}"
         ) from error
     if stubbed:
-        logger.warning("%s: not read, because it would need code from the file: %s", path, _listing(stubbed))
+        logger.warning("%s: not read, because it would need code from the file: %s", path, some(sorted(stubbed)))
     if isinstance(content, Stub):
         name = f"{type(content).__module__}.{type(content).__qualname__}"
         raise CheckpointError(f"{path}: a pickled {name} object; load it where it was made and save its state_dict()")
@@ -236,10 +245,3 @@ def facts_in(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> Bac
         raise CheckpointError(
             f"{path}: its `facts` are not valid ({type(error).__name__}: {error}); it was written by another version"
         ) from error
-
-
-def _listing(names: Any, limit: int = 8) -> str:
-    """Join names for a message, the first few in order."""
-    names = sorted(map(str, names))
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -56,9 +56,9 @@ class Naming:
         """Whether normalisations have a running mean and variance."""
         return len(self.norm_tensors) == len(NORM_TENSORS)
 
-    def without_statistics(self) -> Naming:
-        """Return the naming of a network whose normalisations have none: GroupNorm."""
-        return replace(self, norm_tensors=self.norm_tensors[:2])
+    def with_statistics(self, there: bool) -> Naming:
+        """Return the naming, or that of a network whose normalisations have no statistics: GroupNorm."""
+        return self if there else replace(self, norm_tensors=self.norm_tensors[:2])
 
     def names(self, depth: int) -> list[str]:
         """Spell every tensor of a ResNet, in the order that all namings share (265 for depth 50)."""

@@ -18,6 +18,7 @@ from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops import FeaturePyramidNetwork
 
+from moco_d2.convert.load import some
 from moco_d2.convert.names import NORM_TENSORS
 from moco_d2.facts import BackboneFacts
 
@@ -122,8 +123,8 @@ def choose(parts: Sequence[Part], name: str, keys: Collection[str]) -> Part:
     if missing or unknown:
         raise ValueError(
             f"{part.what} is not the published one"
-            + (f": {len(missing)} of its {len(part.table())} tensors are missing: {_few(missing)}" if missing else "")
-            + (f": {len(unknown)} keys belong to no layer that is known: {_few(unknown)}" if unknown else "")
+            + (f": {len(missing)} of its {len(part.table())} tensors are missing: {some(missing)}" if missing else "")
+            + (f": {len(unknown)} keys belong to no layer that is known: {some(unknown)}" if unknown else "")
         )
     return part
 
@@ -146,7 +147,7 @@ def check_shapes(carried: Carried, facts: BackboneFacts) -> None:
         if tuple(own[other].shape) != expected[other]
     ]
     if wrong:
-        raise ValueError(f"{carried.part.what} does not fit: {len(wrong)} tensors have another shape: {_few(wrong)}")
+        raise ValueError(f"{carried.part.what} does not fit: {len(wrong)} tensors have another shape: {some(wrong)}")
 
 
 def rebuild(carried: Carried, facts: BackboneFacts) -> Any:
@@ -226,7 +227,3 @@ def _sizes(carried: Carried) -> dict[str, Any]:
 
 def _listed(parts: Sequence[Part]) -> str:
     return ", ".join(dict.fromkeys(part.name for part in parts))
-
-
-def _few(items: Sequence[str], count: int = 4) -> str:
-    return ", ".join(items[:count]) + (f" and {len(items) - count} more" if len(items) > count else "")

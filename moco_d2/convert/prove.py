@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from moco_d2.convert.parts import HOMES, LEVELS, Carried, as_torchvision, needs, part_of, rebuild
-from moco_d2.facts import BackboneFacts
+from moco_d2.facts import BackboneFacts, Pixels
 from moco_d2.layers.resnet import network_for
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -25,7 +25,7 @@ STAGES = ("res2", "res3", "res4", "res5")
 # network whose norms have small variances, as early in training. Any mistake differs by percents.
 TOLERANCE = 1e-5
 _SIDE, _SMALLEST = 512, 32  # pixels of a user's picture
-_IMAGES = (2, 3, 64, 96)  # not square, so that a swap of height and width shows
+_NOISE = (3, 64, 96)  # not square, so that a swap of height and width shows
 
 
 class ProofError(ValueError):
@@ -43,12 +43,12 @@ def prove(
     written: Mapping[str, torch.Tensor],
     norm: str = "BN",
     picture: torch.Tensor | None = None,
-    baked: BackboneFacts | None = None,
+    source_pixels: Pixels | None = None,
 ) -> dict[str, float]:
     """Compare the source network with Detectron2's, stage by stage, in eval mode, on noise and on a picture.
 
-    The picture goes through both preparations: RGB in 0..1 with mean and std for the source, the config's
-    ``INPUT.FORMAT``, ``PIXEL_MEAN`` and ``PIXEL_STD`` for Detectron2.
+    Both go through both preparations: RGB in 0..1 with mean and std for the source, the config's ``INPUT.FORMAT``,
+    ``PIXEL_MEAN`` and ``PIXEL_STD`` for Detectron2.
 
     Args:
         facts: what both networks are built from.
@@ -56,7 +56,7 @@ def prove(
         written: the tensors that were written, under Detectron2's names.
         norm: ``BN``, or ``GN`` for networks with GroupNorm.
         picture: (3, H, W), RGB, 0..255; without one, a scene is drawn.
-        baked: facts of what was written, where it takes another input; noise, which is no picture, is then left out.
+        source_pixels: the input of ``source``, where what was written takes another (:mod:`moco_d2.convert.bake`).
 
     Returns:
         Stage name -> max|a - b| / max|a| over all features of the stage, the larger of both images.
@@ -66,20 +66,16 @@ def prove(
     """
     if not can_prove():
         raise ProofError("the proof was not made: detectron2 is not installed")
-    noise = torch.randn(_IMAGES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)  # (N, 3, H, W)
-    scene = drawn_scene() if picture is None else picture
+    differences = dict.fromkeys(STAGES, 0.0)
     with torch.no_grad():
         original = _source_network(facts, source, norm)
-        config = _detectron2_config(baked or facts, norm)
+        config = _detectron2_config(facts, norm)
         copy = _detectron2_network(config, written)
-        inputs = [(_as_the_source_prepares(scene, facts), _as_detectron2_prepares(scene, config))]
-        inputs += [] if baked else [(noise, noise)]
-        pairs = [(_stages(original, one), copy(other)) for one, other in inputs]
-    differences = dict.fromkeys(STAGES, 0.0)
-    for wanted, got in pairs:
-        for stage, difference in _relative(wanted, got).items():
-            # Written so that a NaN stays.
-            differences[stage] = differences[stage] if differences[stage] > difference else difference
+        for image in (drawn_scene() if picture is None else picture, _noise()):
+            wanted = _stages(original, _as_the_source_prepares(image, source_pixels or facts.pixels))
+            for stage, difference in _relative(wanted, copy(_as_detectron2_prepares(image, config))).items():
+                # Written so that a NaN stays.
+                differences[stage] = differences[stage] if differences[stage] > difference else difference
     _check(differences)
     return differences
 
@@ -90,6 +86,7 @@ def prove_parts(
     parts: Sequence[Carried],
     written: Mapping[str, torch.Tensor],
     norm: str = "BN",
+    source_pixels: Pixels | None = None,
 ) -> dict[str, float]:
     """Compare a pyramid and a box head, rebuilt by torchvision, with Detectron2's, in eval mode, on noise.
 
@@ -101,6 +98,7 @@ def prove_parts(
         parts: those that were read.
         written: everything that was written, under Detectron2's names.
         norm: of the trunk, as in :func:`prove`.
+        source_pixels: as in :func:`prove`.
 
     Returns:
         Level (``p2``, ..., as far as the source trains what it is made of) or ``box_head`` -> largest relative
@@ -113,7 +111,8 @@ def prove_parts(
     with torch.no_grad():
         for carried in parts:
             if carried.part.name == "fpn":
-                trunk = _source_network(facts, source, norm)
+                image = _as_the_source_prepares(_noise(), source_pixels or facts.pixels)
+                trunk = _stages(_source_network(facts, source, norm), image)
                 differences |= _relative(*_pyramids(carried, facts, trunk, written, norm))
             else:
                 differences |= _relative(*_box_heads(carried, facts, written))
@@ -122,14 +121,18 @@ def prove_parts(
 
 
 def _pyramids(
-    carried: Carried, facts: BackboneFacts, trunk: Any, written: Mapping[str, torch.Tensor], norm: str
+    carried: Carried,
+    facts: BackboneFacts,
+    trunk: dict[str, torch.Tensor],
+    written: Mapping[str, torch.Tensor],
+    norm: str,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return both pyramids' levels; ``trunk``: what the source's one stands on."""
     from detectron2.layers import ShapeSpec
     from detectron2.modeling import build_backbone
 
-    noise = torch.randn(_IMAGES, generator=torch.Generator().manual_seed(2), dtype=torch.float64)  # (N, 3, H, W)
     original = _source_part(carried, facts)
-    wanted = {f"p{stage[-1]}": feature for stage, feature in original(_stages(trunk, noise)).items()}
+    wanted = {f"p{stage[-1]}": feature for stage, feature in original(trunk).items()}
     config = _detectron2_config(facts, norm)
     config.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     config.MODEL.FPN.IN_FEATURES = list(STAGES)
@@ -145,7 +148,7 @@ def _pyramids(
         f"fpn_{kind}{level}." for kind in ("lateral", "output") for level in LEVELS if f"{kind}{level}" not in roles
     ]
     _load(copy, tensors, "Detectron2's pyramid", fresh)
-    got = copy.double()(noise)
+    got = copy.double()(_as_detectron2_prepares(_noise(), config))
     # A level is made of its own output and of the laterals from the top down to it.
     whole = [f"p{n}" for n in LEVELS if {f"output{n}", *(f"lateral{m}" for m in LEVELS if m >= n)} <= set(roles)]
     return {level: wanted[level] for level in whole}, {level: got[level] for level in whole}
@@ -190,20 +193,23 @@ def _check(differences: Mapping[str, float]) -> None:
         raise ProofError(f"the proof failed: features differ at {shown} (limit {TOLERANCE:.0e})")
 
 
-def other_padding(facts: BackboneFacts, source: Mapping[str, torch.Tensor], padding: str) -> dict[str, float]:
+def other_padding(
+    facts: BackboneFacts, source: Mapping[str, torch.Tensor], padding: str, source_pixels: Pixels | None = None
+) -> dict[str, float]:
     """Measure how far torchvision's padding, which Detectron2 shares, is from the source's own, on a picture.
 
     Args:
         facts: what the network is built from.
         source: its tensors under torchvision's names.
         padding: ``pool`` (SAME in the max-pooling) or ``all`` (SAME everywhere), as TensorFlow and JAX pad.
+        source_pixels: as in :func:`prove`.
 
     Returns:
         Stage name -> mean|a - b| / mean|a|.
     """
     with torch.no_grad():
         network = _source_network(facts, source, "BN")
-        image = _as_the_source_prepares(drawn_scene(), facts)
+        image = _as_the_source_prepares(drawn_scene(), source_pixels or facts.pixels)
         even = _stages(network, image)
         for module in [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.MaxPool2d)]:
             strided = module.stride in (2, (2, 2)) and module.padding not in (0, (0, 0))
@@ -256,8 +262,13 @@ def drawn_scene(height: int = 128, width: int = 160) -> torch.Tensor:
     return (picture + 6 * grain).clamp(0, 255).round()
 
 
-def _as_the_source_prepares(picture: torch.Tensor, facts: BackboneFacts) -> torch.Tensor:
-    pixels = facts.pixels
+def _noise() -> torch.Tensor:
+    """Return (3, H, W) about as bright and varied as pictures, RGB."""
+    noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return 118 + 58 * noise
+
+
+def _as_the_source_prepares(picture: torch.Tensor, pixels: Pixels) -> torch.Tensor:
     image = (picture if pixels.order == "RGB" else picture.flip(0)).double()  # (3, H, W)
     mean, std = (_column(values) / 255 for values in (pixels.mean, pixels.std))
     return ((image / 255 - mean) / std)[None]

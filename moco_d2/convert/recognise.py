@@ -1,33 +1,27 @@
-"""Finding the network in a checkpoint, and whose it is, without guessing.
+"""Which network of a checkpoint is wanted, and whose it is, without guessing.
 
-First every complete ResNet in the file is found, wherever it lies and however it is spelled. Then the first record of
-``SOURCES`` that expects one of them at its place decides. What stays open is the user's to say (:class:`Choice`).
+Of the complete ResNets in the file (:mod:`moco_d2.convert.trunk`), the first record of ``SOURCES`` that expects one at
+its place decides. What stays open is the user's to say (:class:`Choice`).
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from moco_d2.convert.load import CheckpointError
-from moco_d2.convert.names import NAMINGS, TORCHVISION, Naming
+from moco_d2.convert.hub import read_beside
+from moco_d2.convert.load import CheckpointError, some
 from moco_d2.convert.parts import check_names
-from moco_d2.convert.sources import ANY, COMPANIONS, LOOKALIKES, SOURCES, WRAPPERS, CheckpointSource
-from moco_d2.convert.variables import byol_variables
+from moco_d2.convert.sources import ANY, COMPANIONS, LOOKALIKES, SOURCES, CheckpointSource
+from moco_d2.convert.traits import TRAITS, caffe, input_scale
+from moco_d2.convert.trunk import Trunk, equal, find_places, find_trunks, unwrap, unwrapped
 from moco_d2.facts import CAFFE_BGR, BackboneFacts
 
-SHOWN = 6  # names listed in a message before "and N more"
-_SEARCHED = 4  # levels of mappings below the top: VISSL's trunk lies so deep
 _NORMS = ("", "GN")
 
 
@@ -60,41 +54,6 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Trunk:
-    """A complete ResNet in a checkpoint.
-
-    Attributes:
-        place: dotted path of the mapping that holds it.
-        state: that mapping.
-        keys: key without wrappers -> key in the file.
-        prefix: what its keys start with.
-        naming: how they are spelled behind it.
-        depth: of the ResNet.
-        group_norm: whether its norms are GroupNorm, as the user said.
-    """
-
-    place: str
-    state: Mapping[Any, Any]
-    keys: dict[str, str]
-    prefix: str
-    naming: Naming
-    depth: int
-    group_norm: bool
-
-    @property
-    def where(self) -> str:
-        """Place and prefix."""
-        return f"{self.place}.{self.prefix}" if self.place else self.prefix
-
-    def tensors(self) -> dict[str, Any]:
-        """Return name under torchvision's naming -> value in the file."""
-        statistics = self.naming.statistics
-        target = (TORCHVISION if statistics else TORCHVISION.without_statistics()).names(self.depth)
-        names = self.naming.names(self.depth)
-        return {t: self.state[self.keys[self.prefix + n]] for t, n in zip(target, names, strict=True)}
-
-
-@dataclass(frozen=True)
 class Match:
     """A trunk and the source that it was recognised as; ``also`` are other sources that fit as well."""
 
@@ -115,14 +74,14 @@ def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: 
     Raises:
         CheckpointError: there is no complete ResNet of a known source, or more than one that could be meant.
     """
-    _check_names(checkpoint, path)
-    places = _places(checkpoint)
-    states = {place: _unwrapped(state, path) for place, state in places.items()}
-    trunks = list(_trunks(places, states, choice.norm))
+    _check_twin(checkpoint, path)
+    places = find_places(checkpoint)
+    states = {place: unwrapped(state, path) for place, state in places.items()}
+    trunks = list(find_trunks(places, states, choice.norm == "GN"))
     if choice.prefix is not None:
         wanted = _plain_prefix(choice.prefix)
         trunks = [trunk for trunk in trunks if trunk.prefix == wanted]
-    fitting = list(_fitting(checkpoint, trunks, choice))
+    fitting = _fitting(checkpoint, trunks, choice)
     if not fitting:
         raise _not_recognised(checkpoint, states, trunks, path, choice)
     trunk = fitting[0][1]
@@ -131,19 +90,26 @@ def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: 
     if stated:
         said = stated.pixels, stated.stride_in_1x1
         candidates = [source for source in candidates if (source.pixels, source.stride_in_1x1) == said] or candidates
+    else:
+        _check_input(candidates, trunk, choice, path)
     source = candidates[0]
-    if not stated and len({(s.pixels, s.stride_in_1x1) for s in candidates}) > 1:
+    if choice.prefix is None and not choice.source:
+        _check_others(source, trunk, trunks, path)
+    return Match(source, trunk, tuple(s.name for s in candidates[1:] if s.name != source.name))
+
+
+def _check_input(candidates: list[CheckpointSource], trunk: Trunk, choice: Choice, path: Any) -> None:
+    """Refuse a file whose input is open, or another than that of its source."""
+    if len({(s.pixels, s.stride_in_1x1) for s in candidates}) > 1:
         listed = "; ".join(f"--source {s.key} ({s.name}: {_feeding(s)})" for s in candidates)
         raise CheckpointError(f"{path}: the weights do not show which input they need; say it with one of {listed}")
-    if not (stated or choice.source) and source.pixels != CAFFE_BGR and _caffe(trunk):
+    source = candidates[0]
+    if not choice.source and source.pixels != CAFFE_BGR and caffe(trunk):
         raise CheckpointError(
             f"{path}: recognised as {source.name}, but its conv1 and bn1 were trained on inputs that were not divided "
             f"by a std (they varied by about {input_scale(trunk):.0f}); say --source caffe for BGR pixels in 0..255, "
             f"or --source {source.key} if the input was {_feeding(source)} all the same"
         )
-    if choice.prefix is None and not choice.source:
-        _check_others(source, trunk, trunks, path)
-    return Match(source, trunk, tuple(s.name for s in candidates[1:] if s.name != source.name))
 
 
 def _feeding(source: CheckpointSource) -> str:
@@ -153,110 +119,50 @@ def _feeding(source: CheckpointSource) -> str:
 
 
 def _plain_prefix(prefix: str) -> str:
-    prefix = ".".join(part for part in prefix.split(".") if part not in WRAPPERS)
+    prefix = unwrap(prefix)
     return prefix if not prefix or prefix[-1] in "./" else f"{prefix}."
-
-
-def _places(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
-    """Return dotted path -> mapping for all mappings inside, the outer ones first."""
-    found: dict[str, Mapping[Any, Any]] = {"": checkpoint}
-    seen = {id(checkpoint)}  # a file may hold a mapping in itself
-    level = [("", checkpoint)]
-    for _ in range(_SEARCHED):
-        below = []
-        for place, mapping in level:
-            for key, value in mapping.items():
-                # An optimizer's keys are numbers.
-                if isinstance(value, Mapping) and isinstance(key, str) and key != "optimizer" and id(value) not in seen:
-                    seen.add(id(value))
-                    below.append((f"{place}.{key}" if place else key, value))
-        found.update(below)
-        level = below
-    return {**found, **byol_variables(checkpoint)}
-
-
-def _unwrapped(state: Mapping[Any, Any], path: Any) -> dict[str, str]:
-    """Return key without wrappers -> key, for the entries that are tensors."""
-    keys: dict[str, str] = {}
-    for key, value in state.items():
-        if not isinstance(key, str) or not is_tensor(value):
-            continue
-        plain = unwrap(key)
-        if plain in keys:
-            raise CheckpointError(f"{path}: `{keys[plain]}` and `{key}` are the same tensor's name; keep one of them")
-        keys[plain] = key
-    return keys
-
-
-def unwrap(key: str) -> str:
-    """Remove what wrappers (DataParallel, torch.compile, FSDP) insert into a key."""
-    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
-
-
-def is_tensor(value: Any) -> bool:
-    """Return whether a value is a tensor or an array of numbers."""
-    return isinstance(value, torch.Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiu")
-
-
-def as_tensor(value: Any) -> torch.Tensor:
-    """Return a tensor for a tensor or an array."""
-    return value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
-
-
-def _trunks(
-    places: Mapping[str, Mapping[Any, Any]], states: Mapping[str, dict[str, str]], norm: str
-) -> Iterator[Trunk]:
-    """Yield every complete ResNet, whatever its place, prefix and naming."""
-    for place, keys in states.items():
-        for naming in NAMINGS:
-            naming = naming.without_statistics() if norm == "GN" else naming
-            stem, probe = naming.names(18)[0], naming.names(18)[1 + len(naming.norm_tensors)]
-            for plain in keys:
-                prefix = plain.removesuffix(stem)
-                if not plain.endswith(stem) or prefix + probe not in keys or (prefix and prefix[-1] not in "./"):
-                    continue
-                depth = naming.depth_of({key[len(prefix) :] for key in keys if key.startswith(prefix)})
-                if depth is not None:
-                    yield Trunk(place, places[place], keys, prefix, naming, depth, norm == "GN")
 
 
 def _fitting(
     checkpoint: Mapping[Any, Any], trunks: list[Trunk], choice: Choice
-) -> Iterator[tuple[CheckpointSource, Trunk]]:
-    """Yield (source, trunk) in the order of precedence."""
+) -> list[tuple[CheckpointSource, Trunk]]:
+    """Return (source, trunk) in the order of precedence."""
     sources = [s for s in SOURCES if (s.key == choice.source if choice.source else not s.on_request)]
-    found = False
-    for source in sources:
-        for place in source.nest:
-            for trunk in trunks:
-                if trunk.place == place and _fits(source, trunk, checkpoint, choice):
-                    found = True
-                    # A file of any prefix is marked by nothing that its likes have not.
-                    yield (replace(source, prefix=trunk.prefix, beside=()) if source.prefix == ANY else source), trunk
-    if choice.prefix is not None and not found:  # a prefix that no record knows; the naming says the rest
-        for trunk in trunks:
-            like = next(
-                (s for s in sources if _same_naming(s, trunk) and not s.marked and not s.prefix and "" in s.nest), None
-            )
-            like = like or next((s for s in sources if _same_naming(s, trunk)), None)
-            if like is not None:
-                note = f"the input is assumed to be that of {like.name}: {_feeding(like)}"
-                name = f"network under `{trunk.prefix}`"
-                origin = f"{trunk.where}*, no method's mark"
-                if choice.source:
-                    yield replace(like, prefix=trunk.prefix), trunk
-                else:
-                    yield (
-                        replace(
-                            like, name=name, origin=origin, arxiv="", variants=(), prefix=trunk.prefix, notes=(note,)
-                        ),
-                        trunk,
-                    )
-                return
+    fitting = [
+        # A file of any prefix is marked by nothing that its likes have not.
+        (replace(source, prefix=trunk.prefix, beside=()) if source.prefix == ANY else source, trunk)
+        for source in sources
+        for place in source.nest
+        for trunk in trunks
+        if trunk.place == place and _fits(source, trunk, checkpoint, choice)
+    ]
+    if fitting or choice.prefix is None:
+        return fitting
+    # A prefix that no record knows: the naming says the rest.
+    alike = ((_like(sources, trunk, choice), trunk) for trunk in trunks)
+    return [(source, trunk) for source, trunk in alike if source is not None][:1]
+
+
+def _like(sources: list[CheckpointSource], trunk: Trunk, choice: Choice) -> CheckpointSource | None:
+    """Return a record for a network at a place that none knows, after the plainest one of its naming."""
+    alike = [source for source in sources if _same_naming(source, trunk)]
+    plain = [source for source in alike if not source.marked and not source.prefix and "" in source.nest]
+    like = next(iter(plain + alike), None)
+    if like is None or choice.source:
+        return like and replace(like, prefix=trunk.prefix)
+    return replace(
+        like,
+        name=f"network under `{trunk.prefix}`",
+        origin=f"{trunk.where}*, no method's mark",
+        arxiv="",
+        variants=(),
+        prefix=trunk.prefix,
+        notes=(f"the input is assumed to be that of {like.name}: {_feeding(like)}",),
+    )
 
 
 def _same_naming(source: CheckpointSource, trunk: Trunk) -> bool:
-    return trunk.naming == (source.naming.without_statistics() if trunk.group_norm else source.naming)
+    return trunk.naming == source.naming.with_statistics(not trunk.group_norm)
 
 
 def _fits(source: CheckpointSource, trunk: Trunk, checkpoint: Mapping[Any, Any], choice: Choice) -> bool:
@@ -279,7 +185,7 @@ def _fits(source: CheckpointSource, trunk: Trunk, checkpoint: Mapping[Any, Any],
         )
         and all(any(re.search(mark, key) for key in trunk.keys) for mark in source.marks)
         and not (source.never and any(re.search(source.never, key) for key in trunk.keys))
-        and (not source.trait or _TRAITS[source.trait](trunk))
+        and (not source.trait or TRAITS[source.trait](trunk))
     )
 
 
@@ -287,76 +193,16 @@ def _filled(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value)
 
 
-def _shortcut_first(trunk: Trunk) -> bool:
-    order = {key: index for index, key in enumerate(trunk.keys)}
-    prefix = f"{trunk.prefix}layer1.0."
-    shortcut, conv = order.get(f"{prefix}downsample.0.weight"), order.get(f"{prefix}conv1.weight")
-    return shortcut is not None and conv is not None and shortcut < conv
-
-
-# A pixel of a picture resembles its neighbour by 0.95, and its own other colours by 0.9: natural pictures' statistics.
-_NEIGHBOURS, _COLOURS = 0.95, 0.9
-_UNDIVIDED = (
-    15.0  # inputs that vary by more are not divided by a std; measured: 0.4 to 2 for divided ones, 67 for Caffe
-)
-
-
-def input_scale(trunk: Trunk) -> float:
-    """Estimate the standard deviation of the pixels that a network was trained with, from its first two layers.
-
-    A norm's running variance is the variance of its convolution's outputs, which follows from the kernel and from the
-    statistics of natural pictures, but for the pixels' scale. 0 where it cannot be told.
-    """
-    tensors = trunk.tensors()
-    kernel = as_tensor(tensors["conv1.weight"]).double()
-    if trunk.naming.height_first:
-        kernel = kernel.permute(3, 2, 0, 1)
-    if "bn1.running_var" not in tensors or kernel.ndim != 4 or kernel.shape[1:] != (3, 7, 7):
-        return 0.0
-    variance = as_tensor(tensors["bn1.running_var"]).double().reshape(-1)  # (C,)
-    if len(variance) != len(kernel) or not torch.isfinite(kernel).all():
-        return 0.0
-    offsets = torch.arange(7.0, dtype=torch.float64)
-    line = _NEIGHBOURS ** (offsets[:, None] - offsets[None]).abs()
-    colours = torch.full((3, 3), _COLOURS, dtype=torch.float64).fill_diagonal_(1)
-    flat = kernel.reshape(len(kernel), -1)  # (C, 3 * 7 * 7)
-    expected = ((flat @ torch.kron(colours, torch.kron(line, line))) * flat).sum(1)
-    norms = flat.norm(dim=1)
-    alive = (norms > 0.05 * norms.max()) & (expected > 0)
-    ratio = (variance[alive] / expected[alive]).median().item() if alive.any() else 0.0
-    return math.sqrt(ratio) if 0 < ratio < math.inf else 0.0
-
-
-def _caffe(trunk: Trunk) -> bool:
-    """Return whether the input was not divided by a std, or the statistics are folded away, as in Caffe's files."""
-    return input_scale(trunk) > _UNDIVIDED or folded(trunk)
-
-
-def folded(trunk: Trunk) -> bool:
-    """Return whether bn1 has mean 0 and variance 1 though it is trained: an affine layer of Caffe's."""
-    tensors = {name: as_tensor(value).reshape(-1) for name, value in trunk.tensors().items() if name.startswith("bn1.")}
-    if "bn1.running_var" not in tensors:
-        return False
-    fresh = bool((tensors["bn1.weight"] == 1).all())
-    # Detectron2 takes its epsilon off a variance of 1.
-    unit = bool(((tensors["bn1.running_var"] - 1).abs() < 2e-5).all())
-    bias = trunk.keys.get(f"{trunk.prefix}conv1.bias")
-    # Folded here, or left to a bias in the convolution.
-    return unit and not bool(tensors["bn1.running_mean"].any()) and (not fresh or bias is not None)
-
-
-_TRAITS = {"caffe": _caffe, "shortcut first": _shortcut_first}
-
-
 def _check_others(source: CheckpointSource, trunk: Trunk, trunks: list[Trunk], path: Any) -> None:
     """Refuse a file with another network that might be meant."""
-    others = []
-    for other in trunks:
-        known = COMPANIONS.search(other.where) or (source.knows and re.search(source.knows, other.where))
-        if known or other.where == trunk.where:
-            continue
-        if not _equal(trunk, other):
-            others.append(other)
+    others = [
+        other
+        for other in trunks
+        if other.where != trunk.where
+        and not COMPANIONS.search(other.where)
+        and not (source.knows and re.search(source.knows, other.where))
+        and not equal(trunk, other)
+    ]
     if others:
         listed = ", ".join(
             f"--prefix {t.prefix or chr(39) * 2} (in {t.place or 'the top level'})" for t in (trunk, *others)
@@ -364,21 +210,14 @@ def _check_others(source: CheckpointSource, trunk: Trunk, trunks: list[Trunk], p
         raise CheckpointError(f"{path}: {len(others) + 1} different complete ResNets; say which is meant: {listed}")
 
 
-def _equal(one: Trunk, other: Trunk) -> bool:
-    if one.depth != other.depth:
-        return False
-    a, b = one.tensors(), other.tensors()
-    return all(torch.equal(as_tensor(a[name]), as_tensor(b[name])) for name in a if name in b)
-
-
 _TWIN = re.compile(r"(resnet|resnext)(aa|blur)\d|(resnet|resnext)\d+(aa|blur)", re.IGNORECASE)
 
 
-def _check_names(checkpoint: Mapping[Any, Any], path: Any) -> None:
+def _check_twin(checkpoint: Mapping[Any, Any], path: Any) -> None:
     """Refuse networks that only a name tells from torchvision's: the file's, or the architecture's."""
     arguments = checkpoint.get("args")
     arguments = getattr(arguments, "state", arguments)
-    told = [Path(path).name, checkpoint.get("arch"), beside(path).get("architecture")]
+    told = [Path(path).name, checkpoint.get("arch"), read_beside(path).get("architecture")]
     told += [arguments.get(name) for name in ("model", "arch")] if isinstance(arguments, Mapping) else []
     twin = next((name for name in told if isinstance(name, str) and _TWIN.search(name)), None)
     if twin:
@@ -386,22 +225,6 @@ def _check_names(checkpoint: Mapping[Any, Any], path: Any) -> None:
             f"{path}: an anti-aliased ResNet, as the name `{twin}` shows; its tensors fit Detectron2's ResNet, but its "
             "features differ by 10 to 50 %; use the plain one"
         )
-
-
-def beside(path: Any) -> dict[str, Any]:
-    """Return the config.json beside a file of Hugging Face's hub, or nothing."""
-    try:
-        content = json.loads((Path(path).parent / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def some(names: Any) -> str:
-    """Join the first few names for a message."""
-    names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def look_alike(keys: Any, path: Any) -> CheckpointError | None:
@@ -456,7 +279,7 @@ def _not_recognised(
 
 
 def _is_group_norm(states: Mapping[str, dict[str, str]]) -> bool:
-    return any(True for _ in _trunks({place: {} for place in states}, states, "GN"))
+    return any(find_trunks({place: {} for place in states}, states, group_norm=True))
 
 
 def _incomplete(states: Mapping[str, dict[str, str]], path: Any) -> CheckpointError | None:
@@ -489,5 +312,4 @@ def _groups(states: Mapping[str, dict[str, str]]) -> str:
             parts = key.split(".")
             start = f"{'.'.join(parts[:2])}.*" if len(parts) > 2 else key
             counts[f"{place}: {start}" if place else start] += 1
-    shown = [f"{prefix} ({count})" for prefix, count in counts.most_common(SHOWN)]
-    return ", ".join(shown) + (f" and {len(counts) - SHOWN} more groups" if len(counts) > SHOWN else "")
+    return some(f"{prefix} ({count})" for prefix, count in counts.most_common())

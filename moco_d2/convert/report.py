@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from moco_d2.atomic import atomic_write
-from moco_d2.convert.convert import Conversion, config_path, convert_checkpoint
+from moco_d2.convert.conversion import Conversion, config_path
+from moco_d2.convert.convert import convert_checkpoint
 from moco_d2.convert.parts import part_of
 from moco_d2.convert.prove import TOLERANCE, other_padding, read_picture
 from moco_d2.convert.recognise import Choice
+from moco_d2.convert.trunk import unwrap
 from moco_d2.provenance import provenance, sha256
 
 _GROUPS = 8  # of foreign keys that the summary lists
@@ -24,14 +26,14 @@ def convert_and_report(
     output: str | os.PathLike[str],
     proof: bool = True,
     choice: Choice | None = None,
-    convert: Callable[..., tuple[Conversion, dict[str, float]]] = convert_checkpoint,
     picture: str | os.PathLike[str] | None = None,
+    bake: bool = False,
 ) -> dict[str, Any]:
-    """Convert a checkpoint by ``convert`` and return the account; see :func:`convert_checkpoint` and :func:`report`."""
+    """Convert a checkpoint and return the account; see :func:`convert_checkpoint` and :func:`report`."""
     image = None if picture is None else read_picture(picture)
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(sha256, os.fspath(source))  # on another core: hashlib lets other threads run
-        conversion, differences = convert(source, output, proof, choice, image)
+        conversion, differences = convert_checkpoint(source, output, proof, choice, image, bake)
     content = report(conversion, differences, source, output, digest.result())
     if picture is not None and proof:
         content["proof"]["picture"] = {"path": str(picture), "sha256": sha256(os.fspath(picture))}
@@ -74,7 +76,9 @@ def report(
         "norm": conversion.norm,
         "notes": list(conversion.notes),
         "proof": {"made": bool(differences), "tolerance": TOLERANCE, "differences": dict(differences)},
-        "source_padding": other_padding(conversion.facts, conversion.source_tensors, record.padding)
+        "source_padding": other_padding(
+            conversion.facts, conversion.source_tensors, record.padding, conversion.source_pixels
+        )
         if record.padding
         else {},
         "input": {"path": str(source), "sha256": digest or sha256(os.fspath(source))},
@@ -116,7 +120,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     )
     lines.append("keys     " + ", ".join(f"{count} {what}" for what, count in content["counts"].items()))
     lines += [f"         dropped {n}: {reason}" for reason, n in Counter(content["dropped"].values()).items()]
-    foreign = Counter(key.removeprefix("module.").partition(".")[0] for key in content["foreign"]).most_common()
+    foreign = Counter(unwrap(key).partition(".")[0] for key in content["foreign"]).most_common()
     lines += [f"         foreign {n}: {group}" for group, n in foreign[:_GROUPS]]
     lines += [f"         and {len(foreign) - _GROUPS} more groups of foreign keys"] if len(foreign) > _GROUPS else []
     beside = ", ".join(f"{key} ({n} tensors)" if n else key for key, n in content["elsewhere"].items())

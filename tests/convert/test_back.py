@@ -16,7 +16,6 @@ from torchvision.models import resnet50
 from moco_d2.config import load_cfg
 from moco_d2.convert import CheckpointError, convert_checkpoint, convert_state, read_checkpoint, read_facts
 from moco_d2.convert.back import restore, take_back
-from moco_d2.convert.bake import convert_baked
 from moco_d2.detection.weights import load_weights
 from moco_d2.facts import IMAGENET_RGB, BackboneFacts
 
@@ -151,7 +150,7 @@ def test_other_tools_load_it(tmp_path: Path) -> None:
 
 
 def test_detectron2s_input_is_refolded_for_torchvisions(net: nn.Module, files: Path, tmp_path: Path) -> None:
-    convert_baked(files / "backbone.pth", tmp_path / "baked.pth", proof=False)
+    convert_checkpoint(files / "backbone.pth", tmp_path / "baked.pth", proof=False, bake=True)
     backbone = take_back(read_checkpoint(tmp_path / "baked.pth"), "baked.pth")
     assert backbone.facts == facts(net) and backbone.facts.pixels == IMAGENET_RGB
     torch.testing.assert_close(backbone.tensors["conv1.weight"], net.conv1.weight.detach(), rtol=3e-7, atol=0)

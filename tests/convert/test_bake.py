@@ -9,8 +9,17 @@ import yaml
 from checkpoint_layouts import LAYOUTS, network
 from torch import nn
 
-from moco_d2.convert import CheckpointError, Conversion, ProofError, convert_state, read_checkpoint, read_facts
-from moco_d2.convert.bake import bake, bake_conversion, convert_baked, prove_baked
+from moco_d2.convert import (
+    CheckpointError,
+    Conversion,
+    ProofError,
+    convert_checkpoint,
+    convert_state,
+    prove,
+    read_checkpoint,
+    read_facts,
+)
+from moco_d2.convert.bake import bake, baked
 from moco_d2.facts import CAFFE_BGR, IMAGENET_RGB, BackboneFacts, Pixels
 from moco_d2.layers.resnet import network_for
 
@@ -40,13 +49,13 @@ def test_baked_weights_agree_under_detectron2s_default_input(
     conversion: Conversion, pixels: Pixels, stride_in_1x1: bool
 ) -> None:
     source = fed(conversion, pixels, stride_in_1x1=stride_in_1x1)
-    baked = bake_conversion(source, "x.pth")
+    made = baked(source, "x.pth")
     # Nothing else changes, neither among the tensors nor among the facts: the stride's config key stays what it was.
-    assert baked.facts == replace(source.facts, pixels=CAFFE_BGR)
-    changed = {n for n, t in baked.tensors.items() if not torch.equal(t, conversion.tensors[n])}
+    assert made.facts == replace(source.facts, pixels=CAFFE_BGR)
+    changed = {n for n, t in made.tensors.items() if not torch.equal(t, conversion.tensors[n])}
     assert changed == ({"stem.conv1.weight"} if pixels != CAFFE_BGR else set())
-    assert baked.tensors.keys() == conversion.tensors.keys()
-    assert max(prove_baked(source, baked.facts, baked.tensors).values()) < 2e-6
+    assert made.tensors.keys() == conversion.tensors.keys()
+    assert max(prove(made.facts, source.source_tensors, made.tensors, source_pixels=pixels).values()) < 2e-6
 
 
 def test_the_first_convolution_agrees_to_float32_at_full_width() -> None:
@@ -71,7 +80,7 @@ def test_the_first_convolution_agrees_to_float32_at_full_width() -> None:
 )
 def test_another_mean_is_refused(conversion: Conversion, pixels: Pixels, words: str) -> None:
     with pytest.raises(CheckpointError) as refusal:
-        bake_conversion(fed(conversion, pixels), "some.pth")
+        baked(fed(conversion, pixels), "some.pth")
     assert str(refusal.value).startswith("some.pth: it cannot be baked exactly") and words in str(refusal.value)
 
 
@@ -92,21 +101,21 @@ def test_a_wrong_fold_fails_the_proof(conversion: Conversion) -> None:
     tensors, facts = bake(conversion.tensors, conversion.facts)
     unflipped = {**tensors, "stem.conv1.weight": tensors["stem.conv1.weight"].flip(1)}
     with pytest.raises(ProofError, match="res2"):
-        prove_baked(conversion, facts, unflipped)
+        prove(facts, conversion.source_tensors, unflipped, source_pixels=conversion.facts.pixels)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_a_baked_file_says_what_it_wants(suffix: str, tmp_path: Path) -> None:
     torch.save(LAYOUTS["moco-v2-released"].build(network()), tmp_path / "in.pth")
-    baked, differences = convert_baked(tmp_path / "in.pth", tmp_path / f"out{suffix}")
+    made, differences = convert_checkpoint(tmp_path / "in.pth", tmp_path / f"out{suffix}", bake=True)
     assert max(differences.values()) < 2e-6
-    assert read_facts(tmp_path / f"out{suffix}") == baked.facts and baked.facts.pixels == CAFFE_BGR
+    assert read_facts(tmp_path / f"out{suffix}") == made.facts and made.facts.pixels == CAFFE_BGR
     config = yaml.safe_load((tmp_path / "out.yaml").read_text())
     assert config["INPUT"]["FORMAT"] == "BGR" and config["MODEL"]["PIXEL_STD"] == [1.0, 1.0, 1.0]
     assert config["MODEL"]["RESNETS"]["STRIDE_IN_1X1"] is False and config["MODEL"]["WEIGHTS"].endswith(f"out{suffix}")
     written = torch.as_tensor(read_checkpoint(tmp_path / f"out{suffix}")["model"]["stem.conv1.weight"])
-    assert torch.equal(written, baked.tensors["stem.conv1.weight"])
-    assert any("it was RGB" in note for note in baked.notes) and any("STRIDE_IN_1X1 False" in n for n in baked.notes)
+    assert torch.equal(written, made.tensors["stem.conv1.weight"])
+    assert any("it was RGB" in note for note in made.notes) and any("STRIDE_IN_1X1 False" in n for n in made.notes)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", f"out{suffix}", "out.yaml"]
 
 
@@ -117,10 +126,10 @@ def test_a_refusal_leaves_what_was_there(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "in.pth")
     (tmp_path / "out.pth").write_bytes(b"an earlier result")
     with pytest.raises(CheckpointError, match="no mean"):
-        convert_baked(tmp_path / "in.pth", tmp_path / "out.pth")
+        convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth", bake=True)
     assert (tmp_path / "out.pth").read_bytes() == b"an earlier result" and len(list(tmp_path.iterdir())) == 2
     with pytest.raises(ValueError, match="the output is the input"):
-        convert_baked(tmp_path / "in.pth", tmp_path / "in.pth")
+        convert_checkpoint(tmp_path / "in.pth", tmp_path / "in.pth", bake=True)
 
 
 def test_unbaking_restores_the_weights(conversion: Conversion) -> None:

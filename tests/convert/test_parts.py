@@ -22,7 +22,6 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from moco_d2.convert import CheckpointError, Choice, convert_checkpoint, convert_state, read_facts
 from moco_d2.convert.back import take_back
-from moco_d2.convert.bake import convert_baked
 from moco_d2.convert.load import read_checkpoint
 from moco_d2.convert.prove import ProofError, prove_parts
 from moco_d2.facts import CAFFE_BGR
@@ -234,7 +233,7 @@ def test_the_proof_sees_swapped_levels_and_layers(file: dict[str, Any]) -> None:
 
 def test_baked_and_taken_back(file: dict[str, Any], tmp_path: Path) -> None:
     torch.save(file, tmp_path / "in.pth")
-    baked, differences = convert_baked(tmp_path / "in.pth", tmp_path / "out.pth", choice=BOTH)
+    baked, differences = convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth", choice=BOTH, bake=True)
     assert baked.facts.pixels == CAFFE_BGR and baked.facts.parts == BOTH.parts and "box_head" in differences
     written = torch.load(tmp_path / "out.pth", weights_only=True)
     assert torch.equal(

@@ -12,7 +12,8 @@ import torch
 from checkpoint_layouts import LAYOUTS, network
 from PIL import Image
 
-from moco_d2.convert import Conversion, ProofError, convert, convert_checkpoint, convert_state, prove
+from moco_d2.convert import Conversion, ProofError, convert_checkpoint, convert_state, prove
+from moco_d2.convert import conversion as outcome
 from moco_d2.convert.prove import read_picture
 
 
@@ -75,13 +76,13 @@ def test_missing_and_misshapen_tensors_fail(conversion: Conversion) -> None:
 def test_the_written_file_is_what_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(network().state_dict(), tmp_path / "in.pth")
     (tmp_path / "out.pth").write_bytes(b"an earlier result")
-    save = convert.save
+    save = outcome.save
 
     def damaging_save(conversion: Conversion, output: Any) -> None:
         tensors = swapped(conversion.tensors, "res2.1.conv1.weight", "res2.2.conv1.weight")
         save(Conversion(**{**vars(conversion), "tensors": tensors}), output)
 
-    monkeypatch.setattr(convert, "save", damaging_save)
+    monkeypatch.setattr(outcome, "save", damaging_save)
     with pytest.raises(ProofError, match="differ at res2"):
         convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.pth"]

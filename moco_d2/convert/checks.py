@@ -1,0 +1,99 @@
+"""Whether tensors are those of a sound ResNet that Detectron2 can build: its stem, its shapes, its values."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from moco_d2.convert.load import CheckpointError, some
+from moco_d2.facts import BackboneFacts
+from moco_d2.layers.resnet import network_for
+
+_VARIANCES = ("_var", "_riv", "_variance", "var_ema|average")
+
+
+def check_stem(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse a network for other images than RGB, or for small ones.
+
+    Raises:
+        CheckpointError: of ``path``, as in all of these.
+    """
+    shape = tuple(tensors["conv1.weight"].shape)
+    if len(shape) != 4 or shape[1] != 3:
+        raise CheckpointError(
+            f"{path}: conv1.weight has shape {shape}; only networks for 3-channel images can be converted"
+        )
+    if shape[2:] == (3, 3):
+        raise CheckpointError(
+            f"{path}: a CIFAR stem (conv1.weight has shape {shape}, a 3x3 convolution without pooling); Detectron2's "
+            "ResNet has a 7x7 convolution and a pooling there; pretrain with the imagenet stem"
+        )
+
+
+def shapes_of(facts: BackboneFacts) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the network that facts describe, under torchvision's names, in its order.
+
+    Raises:
+        ValueError: no network is like that.
+    """
+    try:
+        with torch.device("meta"), _NoFilling():
+            return {name: tuple(tensor.shape) for name, tensor in network_for(facts).state_dict().items()}
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"no ResNet has these widths ({error}): {facts}") from error
+
+
+class _NoFilling(TorchFunctionMode):
+    """Skips the initialisation of parameters, which on the meta device takes longer than all else."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if function in (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_):
+            return arguments[0]
+        return function(*arguments, **(named or {}))
+
+
+def check_shapes(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Compare with the network that the facts describe; its tensors, no more and no less, are expected."""
+    try:
+        expected = shapes_of(facts)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    group_norm = "bn1.running_mean" not in tensors
+    unwanted = ("num_batches_tracked", *(("running_mean", "running_var") if group_norm else ()))
+    shapes = {name: shape for name, shape in expected.items() if not name.endswith(unwanted)}
+    if set(shapes) != set(tensors):  # the names come from the same depth's table
+        raise CheckpointError(f"{path}: names differ from a ResNet-{facts.depth}'s: {some(set(shapes) ^ set(tensors))}")
+    wrong = [
+        f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
+        for name, shape in shapes.items()
+        if tuple(tensors[name].shape) != shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: {len(wrong)} tensors have the wrong shape for a ResNet-{facts.depth}: {some(wrong)}"
+        )
+
+
+def check_values(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse tensors that cannot come from a sound run or download.
+
+    A normalisation's weight, bias and mean may be all zero: they are, before the first step.
+    """
+    # One pass over the weights: a NaN shows in both ends of the range.
+    ranges = {k: [end.item() for end in t.float().aminmax()] for k, t in tensors.items() if t.is_floating_point()}
+    nonzero = [key for key in ranges if tensors[key].ndim == 4 or key.endswith(_VARIANCES)]
+    for what, wrong in (
+        ("are not floating point", [key for key in tensors if key not in ranges]),
+        ("hold NaN or infinity", [key for key, ends in ranges.items() if not all(map(math.isfinite, ends))]),
+        ("are all zero", [key for key in nonzero if ranges[key] == [0, 0]]),
+        ("hold negative variances", [key for key in ranges if key.endswith(_VARIANCES) and ranges[key][0] < 0]),
+    ):
+        if wrong:
+            raise CheckpointError(
+                f"{path}: {len(wrong)} tensors {what}: {some(wrong)}; the run diverged, or the file is damaged"
+            )

@@ -73,8 +73,13 @@ def measure(sizes: Sizes, repeats: int) -> dict[str, Any]:
 def rows(works: Mapping[str, Callable[[], object]], repeats: int, unit: str, per: int = 1) -> list[dict[str, Any]]:
     """Time works in turns, in s, ms or us of CPU time, a ``per``-th of each; the first one is the reference."""
     factor = {"s": 1, "ms": 1e3, "us": 1e6}[unit] / per
-    times = {name: [factor * one for one in taken] for name, taken in alternate(works, repeats, 1).items()}
-    return [{f"CPU {unit}" if k == "seconds" else k: v for k, v in row.items()} for row in compare(times)]
+    times = {name: [factor * one for one in taken] for name, taken in alternate(works, repeats, warm_up=1).items()}
+    return as_cpu(compare(times), unit)
+
+
+def as_cpu(compared: list[dict[str, Any]], unit: str) -> list[dict[str, Any]]:
+    """Say in the column's name that times are CPU times, and their unit."""
+    return [{f"CPU {unit}" if key == "seconds" else key: value for key, value in row.items()} for row in compared]
 
 
 def listing(root: Path, sizes: Sizes, repeats: int) -> dict[str, Any]:
@@ -131,9 +136,11 @@ def served(folder: Path, sizes: Sizes) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as http:
         thread = threading.Thread(target=http.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{http.server_port}/"
-        http.shutdown()
-        thread.join()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}/"
+        finally:
+            http.shutdown()
+            thread.join()
 
 
 def opening(url: str, fetched: Path, repeats: int) -> dict[str, Any]:
@@ -151,7 +158,7 @@ def opening(url: str, fetched: Path, repeats: int) -> dict[str, Any]:
             cpu, size = in_new_process(["moco_d2.data"], work)
             times[name].append(cpu)
             held[name].append(size / 2**20)
-    found = [{**row, "MiB it holds": statistics.median(held[row["what"]])} for row in compare(times)]
+    found = [{**row, "MiB it holds": statistics.median(held[row["what"]])} for row in as_cpu(compare(times), "s")]
     return {f"a stream, its shards.json of {manifest.stat().st_size / 1e6:.1f} MB": found}
 
 

@@ -32,7 +32,15 @@ from lightly.utils.benchmarking import OnlineLinearClassifier
 from timm.models import save_for_hf
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
-from transformers import ResNetBackbone, ResNetConfig, ResNetForImageClassification, ResNetModel
+from transformers import (
+    AutoImageProcessor,
+    ConvNextImageProcessor,
+    ResNetBackbone,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ResNetModel,
+)
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from moco_d2.convert import CheckpointError, Choice, Conversion, convert_checkpoint
 from moco_d2.facts import IMAGENET_RGB, Pixels
@@ -257,6 +265,43 @@ def test_what_only_config_json_tells_is_refused(option: dict[str, Any], words: s
     hugging_face(tmp_path, **option)
     with pytest.raises(CheckpointError, match=words):
         convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out.pth")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # 0.5 and 0.5
+        {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD},
+        {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.2, 0.3]},
+        {"do_rescale": False, "image_mean": [120.0, 110.0, 100.0], "image_std": [60.0, 61.0, 62.0]},
+        {"do_normalize": False, "rescale_factor": 1 / 127.5},
+    ],
+    ids=["default", "ImageNet's", "other statistics", "unscaled", "not normalised"],
+)
+def test_transformers_with_an_image_processor(options: dict[str, Any], tmp_path: Path) -> None:
+    """Detectron2's features on its own input are the library's on what its processor makes of the same picture."""
+    net = hugging_face(tmp_path)
+    ConvNextImageProcessor(**options).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    picture = torch.randint(256, (3, *IMAGE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    theirs = processor(picture, do_resize=False, return_tensors="pt")["pixel_values"].double()
+    conversion = converts(tmp_path / "model.safetensors", lambda _: of_transformers(net)(theirs), "transformers")
+    ours = conversion.facts.pixels
+    torch.testing.assert_close(prepared(picture, ours.mean, ours.std), theirs, rtol=1e-5, atol=1e-5)
+    assert (ours == IMAGENET_RGB) == (options.get("image_mean") == IMAGENET_DEFAULT_MEAN)
+    assert any("those of the preprocessor_config.json" in note for note in conversion.notes) == (ours != IMAGENET_RGB)
+
+
+def test_transformers_with_an_image_processor_that_says_nothing(tmp_path: Path) -> None:
+    hugging_face(tmp_path)
+    beside = tmp_path / "preprocessor_config.json"
+    for content in ("{", "[]", '{"size": {"shortest_edge": 224}}'):
+        beside.write_text(content)
+        conversion, _ = convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out.pth", proof=False)
+        assert conversion.facts.pixels == IMAGENET_RGB and any("says no mean and std" in n for n in conversion.notes)
+    beside.write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.0, 0.5]}')
+    with pytest.raises(CheckpointError, match=r"model.safetensors: the preprocessor_config.json.*127\.5, 0\.0"):
+        convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out.pth", proof=False)
 
 
 class Benchmark(lightning.LightningModule):

@@ -26,6 +26,11 @@ _SOCO_BOX_HEAD = Part(
     layers=(*(Layer(f"conv{n}", f"head.conv{n}", f"head.bn{n}") for n in range(1, 5)), Layer("fc1", "head.fc1")),
 )
 
+_BESIDE = (
+    "`downsample_in_bottleneck` (stride in the 1x1 convolution) is read from the config.json beside the file, mean and "
+    "std from the preprocessor_config.json; without them, strides in the 3x3 convolution and ImageNet's are assumed"
+)
+
 ENCODER = (
     CheckpointSource(
         name="Hugging Face ResNet",
@@ -35,10 +40,7 @@ ENCODER = (
         nest=("",),
         naming=HUGGING_FACE,
         dropped=((r"^classifier\.", "classifier"),),
-        notes=(
-            "`downsample_in_bottleneck` (stride in the 1x1 convolution) is read from the config.json beside the file; "
-            "without one, strides in the 3x3 convolution are assumed",
-        ),
+        notes=(_BESIDE,),
     ),
     CheckpointSource(
         name="Hugging Face ResNet with a head",
@@ -49,10 +51,7 @@ ENCODER = (
         prefix="resnet.",
         naming=HUGGING_FACE,
         dropped=((r"^classifier\.", "classifier"),),
-        notes=(
-            "`downsample_in_bottleneck` (stride in the 1x1 convolution) is read from the config.json beside the file; "
-            "without one, strides in the 3x3 convolution are assumed",
-        ),
+        notes=(_BESIDE,),
     ),
     CheckpointSource(
         name="SimSiam",

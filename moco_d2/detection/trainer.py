@@ -31,7 +31,7 @@ from moco_d2.detection.preflight import changes, check_run, fit_to_machine, scal
 from moco_d2.detection.segmentation import build_segmentation_mapper
 from moco_d2.detection.step import build_step
 from moco_d2.detection.subsets import training_set
-from moco_d2.detection.weights import WeightsRecord, all_names, facts_of, load_weights
+from moco_d2.detection.weights import WeightsRecord, all_names, load_weights, random_weights
 from moco_d2.layers.distributed import broadcast_module, wrap_ddp
 from moco_d2.model_zoo import config_changes
 from moco_d2.provenance import provenance
@@ -102,7 +102,7 @@ class TransferTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         self._trainer = build_step(cfg, wrap_ddp(model), self.build_train_loader(cfg), optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.weights = WeightsRecord(cfg.MODEL.WEIGHTS, facts_of(cfg))
+        self.weights = random_weights(cfg)
         self.checkpointer = TransferCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -191,24 +191,39 @@ class TransferTrainer(DefaultTrainer):
                 start would overwrite a run.
         """
         path, resuming = starting_point(self.cfg, resume)
+        if not resuming:
+            self.weights = load_weights(self.checkpointer, self.cfg, path)
+        # Saved in every checkpoint, so that the finished detector, too, says how it must be fed.
+        self.checkpointer.add_checkpointable("facts", self.weights)
         if resuming:
-            self.checkpointer.add_checkpointable("facts", self.weights)
             load_weights(self.checkpointer, self.cfg, path, all_names, checkpointables=None)
             self.start_iter = self.iter + 1
             self.data_loader.batch_sampler.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE
             logger.info("resuming at iteration %d of %d", self.start_iter, self.max_iter)
-        else:
-            self.weights = load_weights(self.checkpointer, self.cfg, path)
-            # Saved in every checkpoint, so that the finished detector, too, says how it must be fed.
-            self.checkpointer.add_checkpointable("facts", self.weights)
+        logger.info("the weights at the start are %s, SHA-256 %s", self.weights.path or "random", self.weights.sha256)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loop's state: iteration, optimizer, scheduler, and what the run follows from."""
-        return {**super().state_dict(), "run": self._run()}
+        """Return the loop's state: iteration, optimizer, scheduler, what the run began with and follows from."""
+        weights = {"path": self.weights.path, "sha256": self.weights.sha256}
+        return {**super().state_dict(), "run": self._run(), "weights": weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; warn if the run cannot go on exactly as it would have."""
-        changed = changed_settings(state.get("run", {}), self._run())
+        """Restore :meth:`state_dict`; warn if the run cannot go on exactly as it would have.
+
+        Raises:
+            ValueError: the batch is another one.
+        """
+        # Not this command's MODEL.WEIGHTS, which may be left out, nor the file as it is by now. Detectron2's own
+        # checkpoints do not say.
+        began = state.get("weights", {"path": self.cfg.MODEL.WEIGHTS, "sha256": ""})
+        self.weights.path, self.weights.sha256 = began["path"], began["sha256"]
+        then, now = state.get("run", {}), self._run()
+        if then and then["SOLVER.IMS_PER_BATCH"] != now["SOLVER.IMS_PER_BATCH"]:
+            raise ValueError(
+                f"a run of {_batch(then)} cannot go on with {_batch(now)}: the checkpoint's lr and iteration belong to "
+                "its batch. Processes times SOLVER.ACCUMULATE must be what they were"
+            )
+        changed = changed_settings(then, now)
         kept = [changed.pop(key) for key in [f"SOLVER.{name}" for name in _OPTIMIZER] if key in changed]
         if changed:
             logger.warning("the run goes on, but not as it would have gone: %s", "; ".join(changed.values()))
@@ -241,6 +256,13 @@ class TransferTrainer(DefaultTrainer):
                 "config_changes": config_changes(self.asked),
             }
             write_json(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), result)
+
+
+def _batch(run: Mapping[str, Any]) -> str:
+    batch, accumulate, processes = (
+        run[key] for key in ("SOLVER.IMS_PER_BATCH", "SOLVER.ACCUMULATE", "number of processes")
+    )
+    return f"{batch} images a step ({processes} process(es), SOLVER.ACCUMULATE {accumulate})"
 
 
 def run_seed(cfg: CfgNode) -> int:

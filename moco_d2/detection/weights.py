@@ -13,7 +13,8 @@ import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 from urllib.parse import urlparse
 
@@ -39,31 +40,27 @@ _COUNTER = "num_batches_tracked"
 
 @dataclass
 class WeightsRecord:
-    """What a detector was started from. It is saved in every checkpoint, under ``facts`` like in a backbone's file.
+    """What a detector was started from. Its facts are saved in every checkpoint, as in a backbone's file.
 
     Attributes:
         path: ``MODEL.WEIGHTS``, empty for random initialisation.
         facts: the file's facts, or those of the config where the file carries none.
-        sha256: of the file, empty where there is none (any more).
     """
 
     path: str
     facts: BackboneFacts
-    sha256: str = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Take the file's SHA-256."""
-        try:
-            self.sha256 = sha256(_local_path(self.path)) if self.path else ""
-        except ValueError:  # A run is resumed, and the file that it started from is gone.
-            self.sha256 = ""
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file when it is first asked for; empty for random initialisation."""
+        return sha256(_local_path(self.path)) if self.path else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the facts; Detectron2's checkpointer calls this."""
         return self.facts.as_dict()
 
     def load_state_dict(self, facts: Mapping[str, Any]) -> None:
-        """Take the facts of a checkpoint that is resumed: the file the run started from may be gone by now."""
+        """Take the facts of a checkpoint that is resumed."""
         self.facts = BackboneFacts.from_dict(facts)
 
 
@@ -128,7 +125,7 @@ def load_weights(
     check_source(path)
     if not path:
         logger.info("MODEL.WEIGHTS is empty: the detector starts from random weights")
-        return WeightsRecord("", replace(facts_of(cfg), origin="random initialisation"))
+        return random_weights(cfg)
     content = _read(path)
     record = _check_facts(content, cfg, path)
     model = checkpointer.model
@@ -158,6 +155,11 @@ def load_weights(
         if parts:
             logger.info("%s also fills %s: another protocol than a pretrained backbone", path, ", ".join(parts))
     return record
+
+
+def random_weights(cfg: CfgNode) -> WeightsRecord:
+    """Return what is known about a detector that no file was loaded into."""
+    return WeightsRecord("", replace(facts_of(cfg), origin="random initialisation"))
 
 
 def facts_of(cfg: CfgNode) -> BackboneFacts:
@@ -205,8 +207,10 @@ def _check_parts(path: str, content: Mapping[str, Any], cfg: CfgNode, model: nn.
     facts = facts_in(content, path)
     # A trained detector may be taken in part, as for other classes; it has no heuristics, by which only ours are known.
     parts = facts.parts if facts and content.get("matching_heuristics") else ()
-    state, shapes = content.get("model", content), {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    held = {name: tuple(t.shape) for name, t in state.items() if part_of(name) in parts and _COUNTER not in name}
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    held = {
+        name: tuple(t.shape) for name, t in _tensors(content).items() if part_of(name) in parts and _COUNTER not in name
+    }
     # What the detector does not have reaches load_state_dict too.
     homeless = [name for name in held if name not in filled & shapes.keys()]
     biases = [name for name in homeless if name.endswith(".bias") and _normed(model, name.removesuffix(".bias"))]
@@ -249,7 +253,12 @@ def _is_msra(content: Mapping[str, Any], path: str) -> bool:
 
     Their first convolution has a bias, which no other file under Caffe2's names has.
     """
-    return "ImageNetPretrained/MSRA/" in path or {"conv1_b", "res2_0_branch2a_w"} <= set(content)
+    return "ImageNetPretrained/MSRA/" in path or {"conv1_b", "res2_0_branch2a_w"} <= set(_tensors(content))
+
+
+def _tensors(content: Mapping[str, Any]) -> Any:
+    """Return what a file holds by name, wherever Detectron2 would look for it; hopefully tensors."""
+    return content.get("model", content.get("blobs", content))
 
 
 def _local_path(path: str) -> str:
@@ -274,7 +283,7 @@ def _read(path: str) -> Mapping[str, Any]:
     """Read a file's content, having checked that it is one Detectron2 can load."""
     convert = _convert_hint(path)
     content = read_checkpoint(_local_path(path))
-    state = content.get("model", content.get("blobs", content))
+    state = _tensors(content)
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{path} holds no weights: its model is empty{convert}")
     foreign = [str(key) for key, value in state.items() if not hasattr(value, "shape")]
@@ -301,7 +310,7 @@ def _record_filled(model: nn.Module) -> Iterator[set[str]]:
 
 
 def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, missing: list[str], total: int) -> str:
-    state = content.get("model", content)
+    state = _tensors(content)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     lines, misshapen = [], 0
     for name in missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from moco_d2.detection.evaluators import build_evaluator
 from moco_d2.detection.preflight import check_run, fit_to_machine
 from moco_d2.detection.trainer import TransferTrainer, evaluate
 from moco_d2.detection.voc_evaluation import VOCEvaluator
+from moco_d2.provenance import sha256
 
 # Detectron2's own: meshgrid in the old way, masks handed to numpy 2 in the old way, classes without any box in VOC.
 pytestmark = [
@@ -93,6 +95,30 @@ def test_a_resume_with_another_lr_says_that_the_checkpoints_goes_on(converted_fi
         "checkpoint's optimizer goes on, whatever the config says: SOLVER.BASE_LR was 0.001 and is 0.01." in warnings[1]
     )
     assert {group["initial_lr"] for group in again.optimizer.param_groups} == {0.001}
+
+
+def test_a_resumed_run_names_the_weights_that_it_began_with(converted_file, tmp_path):
+    opts = [*SHORT, *VOC_SETS, "DATASETS.TEST", "()", "OUTPUT_DIR", tmp_path]
+    weights = shutil.copy(converted_file, tmp_path / "mine.pth")
+    first = TransferTrainer(small_cfg(VOC_C4, *opts, "MODEL.WEIGHTS", weights))
+    first.resume_or_load(resume=False)
+    first.checkpointer.save("model_0000000", iteration=0)
+    weights.write_bytes(b"another file by now")
+    for name, words in ((VOC_C4, ["MODEL.WEIGHTS", weights]), (VOC_C4, []), (VOC_C4 + "_random", [])):
+        again = TransferTrainer(small_cfg(name, *opts, *words))
+        again.resume_or_load(resume=True)
+        assert (again.weights, again.weights.sha256) == (first.weights, sha256(converted_file))
+
+
+def test_a_resume_with_another_batch_is_refused(tmp_path):
+    # As on one GPU instead of eight: the config's lr would be an eighth, the checkpoint's is the whole.
+    opts = [*SHORT, *VOC_SETS, "DATASETS.TEST", "()", "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path]
+    opts += ["SOLVER.IMS_PER_BATCH", 16, "SOLVER.REFERENCE_WORLD_SIZE", 8]
+    TransferTrainer(small_cfg(VOC_C4, *opts, "SOLVER.ACCUMULATE", 8)).checkpointer.save("model_0000000", iteration=0)
+    with pytest.raises(
+        ValueError, match=r"16 images a step \(1 .*ACCUMULATE 8\) cannot go on with 2 images a step \(1 "
+    ):
+        TransferTrainer(small_cfg(VOC_C4, *opts)).resume_or_load(resume=True)
 
 
 def test_two_cpu_processes_train_and_give_what_the_saved_detector_gives(dataset_root, tmp_path):

@@ -201,9 +201,11 @@ def test_msra_weights_need_bgr_wherever_they_lie(altered, monkeypatch):
     message = refusal(small_cfg(VOC_C4), "detectron2://ImageNetPretrained/MSRA/R-50.pkl")
     assert "INPUT.FORMAT is RGB in the config, but the weights need BGR" in message
     caffe = path.with_suffix(".pkl")
-    caffe.write_bytes(pickle.dumps({name: torch.zeros(2).numpy() for name in ("conv1_b", "res2_0_branch2a_w")}))
     monkeypatch.undo()
-    assert "MODEL.RESNETS.STRIDE_IN_1X1 is False" in refusal(small_cfg(COCO_FPN), caffe)
+    tensors = {name: np.zeros(2) for name in ("conv1_b", "res2_0_branch2a_w")}
+    for content in (tensors, {"blobs": tensors}):
+        caffe.write_bytes(pickle.dumps(content))
+        assert "MODEL.RESNETS.STRIDE_IN_1X1 is False" in refusal(small_cfg(COCO_FPN), caffe)
 
 
 def test_caffe2_names_as_of_the_msra_file_fill_everything(converted_file, tmp_path):

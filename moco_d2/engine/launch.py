@@ -12,14 +12,13 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from multiprocessing import connection, resource_tracker
 from multiprocessing.process import BaseProcess
@@ -112,8 +111,6 @@ def launch(
         preemption.listen()
         main(args)
         return
-    if dist_url == "auto":
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
     groups = [
         _Group(dist_url, num_gpus * num_machines, machine_rank * num_gpus + local, local, num_gpus, timeout, cuda)
         for local in range(num_gpus)
@@ -123,9 +120,13 @@ def launch(
 
 @dataclass(frozen=True)
 class _Group:
-    """A process's place among the processes."""
+    """A process's place among the processes.
 
-    address: str
+    Attributes:
+        address: where they meet: a URL, or the port of the launcher's store on this machine.
+    """
+
+    address: str | int
     world_size: int
     rank: int
     local_rank: int
@@ -139,10 +140,12 @@ class _Group:
         timeout = timedelta(seconds=self.timeout)
         if self.cuda:
             torch.cuda.set_device(self.local_rank)
+        meet: dict[str, Any] = {"init_method": self.address}
+        if isinstance(self.address, int):
+            meet = {"store": dist.TCPStore("127.0.0.1", self.address, is_master=False, timeout=timeout)}
         dist.init_process_group(
-            "nccl" if self.cuda else "gloo", init_method=self.address, rank=self.rank, world_size=self.world_size,
-            timeout=timeout,
-        )  # fmt: skip
+            "nccl" if self.cuda else "gloo", **meet, rank=self.rank, world_size=self.world_size, timeout=timeout
+        )
         if self.cuda:  # Detectron2 sends objects through a gloo group of its own, made with torch's half an hour.
             dist.distributed_c10d._set_pg_timeout(timeout, comm._get_global_gloo_group())
         comm.create_local_process_group(self.local_world_size)
@@ -198,12 +201,17 @@ def _start_all(main: Callable[[Any], None], args: Any, groups: list[_Group]) -> 
     """
     context, method = multiprocessing.get_context("spawn"), multiprocessing.get_start_method()
     with tempfile.TemporaryDirectory() as folder:
+        resource_tracker.ensure_running()  # The first start would do it, and unblock SIGTERM.
+        # Blocked signals are inherited: a process that has just begun cannot be killed before it listens, and the
+        # store's thread takes none from the main one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
+        if groups[0].address == "auto":
+            # The store is kept here: a port that is looked for now and opened by rank 0 is another's by then, at times.
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            groups = [replace(group, address=store.port) for group in groups]
         # The launcher's own number: it may be gone before a rank has imported what it takes to ask for its parent.
         more = folder, method, os.getpid()
         ranks = {group.rank: context.Process(target=_rank_main, args=(main, args, group, *more)) for group in groups}
-        resource_tracker.ensure_running()  # The first start would do it, and unblock SIGTERM.
-        # Blocked signals are inherited: a process that has just begun cannot be killed before it listens.
-        signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
         try:
             for process in ranks.values():
                 process.start()
@@ -280,9 +288,3 @@ def _signal(processes: Iterable[BaseProcess], signum: int) -> None:
     for process in processes:
         if process.pid is not None and process.exitcode is None:
             os.kill(process.pid, signum)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -45,6 +45,9 @@ class Pixels:
                 raise ValueError(f"pixel {name} is {values}; it must be three numbers (std: positive)")
             object.__setattr__(self, name, values)
 
+    def __str__(self) -> str:
+        return f"{self.order}, mean {list(self.mean)}, std {list(self.std)}"
+
 
 IMAGENET_RGB = Pixels()
 CAFFE_BGR = Pixels("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))

@@ -20,7 +20,7 @@ from moco_d2.convert.bake import bake
 from moco_d2.convert.checks import shapes_of
 from moco_d2.convert.conversion import check_another
 from moco_d2.convert.load import CheckpointError, facts_in, read_checkpoint, some
-from moco_d2.convert.names import DETECTRON2, TORCHVISION, Naming, rename_table
+from moco_d2.convert.names import DETECTRON2, DETECTRON2_C4, TORCHVISION, Naming, rename_table
 from moco_d2.convert.trunk import as_tensor
 from moco_d2.facts import IMAGENET_RGB, BackboneFacts
 from moco_d2.layers.resnet import ARCHITECTURES
@@ -28,7 +28,6 @@ from moco_d2.layers.resnet import ARCHITECTURES
 LAYOUTS = ("torchvision", "moco")
 
 _MOCO_PREFIX = "module.encoder_q."
-_CONV5 = "res5."  # what Detectron2's names in conv5 start with
 
 
 @dataclass(frozen=True)
@@ -40,23 +39,17 @@ class _Home:
         prefix: what its names start with.
         naming: how they go on.
         what: what such a file is.
-        conv5: what conv5's names start with, where it lives apart.
     """
 
     place: str
     prefix: str
     naming: Naming
     what: str
-    conv5: str = ""
-
-    def find(self, name: str) -> str:
-        """Return the key of one of the naming's names."""
-        return (self.conv5 if self.conv5 and name.startswith(_CONV5) else self.prefix) + name
 
 
 _HOMES = (
     _Home("model", "backbone.bottom_up.", DETECTRON2, "a detector"),  # FPN, dilated C5, RetinaNet
-    _Home("model", "backbone.", DETECTRON2, "a C4 detector", conv5="roi_heads."),
+    _Home("model", "", DETECTRON2_C4, "a C4 detector"),
     _Home("model", "backbone.", DETECTRON2, "a detector"),  # FCN
     _Home("model", "", DETECTRON2, "a converted file"),
     _Home("model", "encoder_q.", TORCHVISION, "a pretraining checkpoint"),
@@ -98,10 +91,10 @@ def take_back(content: Mapping[str, Any], path: str | os.PathLike[str]) -> Backb
             f"{path}: it carries no facts, so how it was fed and where it strides is unknown; the files of moco_d2 "
             "carry them: give a backbone.pth, a converted file or a detector trained with tools/train_net.py"
         )
+    expected = shapes_of(facts, path)
     home, state = _home(content, facts, path)
     names = rename_table(home.naming, TORCHVISION, facts.depth)
-    tensors = {new: as_tensor(state[home.find(old)]) for old, new in names.items()}
-    expected = shapes_of(facts)
+    tensors = {new: as_tensor(state[home.prefix + old]) for old, new in names.items()}
     _check(tensors, expected, path)
     notes = [f"the pretrained {', '.join(facts.parts)} has no place in a ResNet and is left out"] if facts.parts else []
     facts = replace(facts, parts=())
@@ -109,7 +102,7 @@ def take_back(content: Mapping[str, Any], path: str | os.PathLike[str]) -> Backb
         facts, notes = _after_fine_tuning(facts, state)
     tensors, facts, more = _fit_input(tensors, facts)
     # Some tools look for the counters, which no computation reads; frozen norms have none.
-    tensors |= {new: as_tensor(state.get(home.find(old), 0)) for old, new in _counters(names).items()}
+    tensors |= {new: as_tensor(state.get(home.prefix + old, torch.tensor(0))) for old, new in _counters(names).items()}
     ordered = {name: tensors[name].contiguous() for name in expected}
     return Backbone(ordered, facts, (*notes, *more, *_standing_notes(facts)))
 
@@ -160,8 +153,8 @@ def _home(
         state = content.get(home.place)
         if not isinstance(state, Mapping):
             continue
-        names = home.naming.names(facts.depth)
-        missing = [home.find(name) for name in names if home.find(name) not in state]
+        keys = [home.prefix + name for name in home.naming.names(facts.depth)]
+        missing = [key for key in keys if key not in state]
         if not missing:
             return home, state
         if nearest is None or len(missing) < nearest[0]:
@@ -170,7 +163,7 @@ def _home(
     if nearest is None or nearest[0] == total:
         raise CheckpointError(f"{path}: holds no ResNet of ours; top-level keys: {some(list(content))}")
     count, home, missing = nearest
-    conv5 = [name for name in missing if _CONV5 in name or "layer4." in name]
+    conv5 = [name for name in missing if "res5." in name or "layer4." in name]
     why = "it has no conv5 (res5), so no whole ResNet can be made of it" if len(conv5) == count else "it is incomplete"
     raise CheckpointError(
         f"{path}: {home.what}, but {why}: {count} of the {total} tensors of a ResNet-{facts.depth} are missing: "
@@ -214,12 +207,8 @@ def _fit_input(
     try:
         refolded, new = bake(tensors, facts, IMAGENET_RGB)
     except ValueError:
-        return tensors, facts, [f"its input is {_input(facts)}; other tools feed {_input(BackboneFacts())}"]
-    return refolded, new, [f"conv1 was refolded for torchvision's input ({_input(new)}); it was {_input(facts)}"]
-
-
-def _input(facts: BackboneFacts) -> str:
-    return f"{facts.pixels.order}, mean {list(facts.pixels.mean)}, std {list(facts.pixels.std)}"
+        return tensors, facts, [f"its input is {facts.pixels}; other tools feed {IMAGENET_RGB}"]
+    return refolded, new, [f"conv1 was refolded for torchvision's input ({IMAGENET_RGB}); it was {facts.pixels}"]
 
 
 def _standing_notes(facts: BackboneFacts) -> list[str]:

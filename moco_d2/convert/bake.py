@@ -81,9 +81,7 @@ def baked(conversion: Conversion, path: str | os.PathLike[str]) -> Conversion:
         tensors, facts = bake(conversion.tensors, conversion.facts)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    notes = [
-        f"baked: conv1 takes Detectron2's default input; it was {pixels.order}, mean {pixels.mean}, std {pixels.std}"
-    ]
+    notes = [f"baked: conv1 takes Detectron2's default input; it was {pixels}"]
     if not facts.stride_in_1x1:
         notes.append("baked: MODEL.RESNETS.STRIDE_IN_1X1 False must still be set; strides are not a matter of weights")
     return replace(conversion, tensors=tensors, facts=facts, source_pixels=pixels, notes=(*conversion.notes, *notes))

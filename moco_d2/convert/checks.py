@@ -35,17 +35,13 @@ def check_stem(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]
         )
 
 
-def shapes_of(facts: BackboneFacts) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the network that facts describe, under torchvision's names, in its order.
-
-    Raises:
-        ValueError: no network is like that.
-    """
+def shapes_of(facts: BackboneFacts, path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the network that facts describe, under torchvision's names, in its order."""
     try:
         with torch.device("meta"), _NoFilling():
             return {name: tuple(tensor.shape) for name, tensor in network_for(facts).state_dict().items()}
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"no ResNet has these widths ({error}): {facts}") from error
+        raise CheckpointError(f"{path}: there is no such ResNet ({error}): {facts}") from error
 
 
 class _NoFilling(TorchFunctionMode):
@@ -59,13 +55,9 @@ class _NoFilling(TorchFunctionMode):
 
 def check_shapes(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
     """Compare with the network that the facts describe; its tensors, no more and no less, are expected."""
-    try:
-        expected = shapes_of(facts)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     group_norm = "bn1.running_mean" not in tensors
     unwanted = ("num_batches_tracked", *(("running_mean", "running_var") if group_norm else ()))
-    shapes = {name: shape for name, shape in expected.items() if not name.endswith(unwanted)}
+    shapes = {name: shape for name, shape in shapes_of(facts, path).items() if not name.endswith(unwanted)}
     if set(shapes) != set(tensors):  # the names come from the same depth's table
         raise CheckpointError(f"{path}: names differ from a ResNet-{facts.depth}'s: {some(set(shapes) ^ set(tensors))}")
     wrong = [

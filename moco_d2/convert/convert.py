@@ -17,13 +17,12 @@ import numpy as np
 import torch
 
 from moco_d2.convert.bake import baked
-from moco_d2.convert.checks import check_shapes as check_trunk
-from moco_d2.convert.checks import check_stem, check_values
+from moco_d2.convert.checks import check_shapes, check_stem, check_values
 from moco_d2.convert.conversion import Conversion, check_output, write, write_config
 from moco_d2.convert.hub import told_beside
 from moco_d2.convert.load import CheckpointError, facts_in, read_checkpoint, some
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
-from moco_d2.convert.parts import Carried, Part, check_shapes, choose
+from moco_d2.convert.parts import Carried, Part, check_part, choose
 from moco_d2.convert.recognise import Choice, Match, look_alike, recognise
 from moco_d2.convert.sources import COMPANIONS, COUNTERS, SOURCES, UNSEEN, CheckpointSource
 from moco_d2.convert.traits import input_scale
@@ -90,7 +89,7 @@ def convert_state(
     facts = _facts(tensors, told, path)
     if stated:
         _check_stated(stated, facts, path)
-    check_trunk(facts, tensors, path)
+    check_shapes(facts, tensors, path)
     read, written = (naming.with_statistics(not trunk.group_norm) for naming in (TORCHVISION, DETECTRON2))
     to_detectron2 = rename_table(read, written, trunk.depth)
     key_of = {name: key for key, name in mapped.items()}
@@ -130,7 +129,7 @@ def _carried(part: Part, trunk: Trunk, facts: BackboneFacts, path: str | os.Path
     tensors = [tensor.to(torch.float32).contiguous() for tensor in held.values()]
     carried = Carried(part, dict(zip(part.table().values(), tensors, strict=True)))
     try:
-        check_shapes(carried, facts)
+        check_part(carried, facts)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return carried

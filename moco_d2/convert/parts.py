@@ -129,7 +129,7 @@ def choose(parts: Sequence[Part], name: str, keys: Collection[str]) -> Part:
     return part
 
 
-def check_shapes(carried: Carried, facts: BackboneFacts) -> None:
+def check_part(carried: Carried, facts: BackboneFacts) -> None:
     """Check that a part fits its ResNet and itself.
 
     Raises:

@@ -113,9 +113,7 @@ def _check_input(candidates: list[CheckpointSource], trunk: Trunk, choice: Choic
 
 
 def _feeding(source: CheckpointSource) -> str:
-    mean, std = source.pixels.mean, source.pixels.std
-    stride = "1x1" if source.stride_in_1x1 else "3x3"
-    return f"{source.pixels.order}, mean {list(mean)}, std {list(std)}, stride in the {stride}"
+    return f"{source.pixels}, stride in the {'1x1' if source.stride_in_1x1 else '3x3'}"
 
 
 def _plain_prefix(prefix: str) -> str:

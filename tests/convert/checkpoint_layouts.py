@@ -318,7 +318,7 @@ def _vissl(net: nn.Module, prefix: str = "_feature_blocks.") -> dict[str, Any]:
     }
 
 
-def _caffe(net: nn.Module) -> State:
+def caffe(net: nn.Module) -> State:
     """The statistics are folded into weight and bias, as in Caffe's affine layers."""
     state = trunk(net)
     for key in [key for key in state if key.endswith("running_var")]:
@@ -658,7 +658,7 @@ LAYOUTS = {
             param_schedulers=[],
         ),
     ),
-    "mmdet-caffe": Layout("caffe", _caffe, weights=_caffe),
+    "mmdet-caffe": Layout("caffe", caffe, weights=caffe),
     "vissl": Layout("vissl", _vissl),
     "vissl-converted": Layout("vissl", nested("model_state_dict", "_feature_blocks.")),
     "vissl-base": Layout("vissl-base", lambda net: _vissl(net, "base_model._feature_blocks.")),

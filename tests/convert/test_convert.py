@@ -19,7 +19,7 @@ from checkpoint_layouts import (
     FACTS,
     LAYOUTS,
     State,
-    _caffe,
+    caffe,
     caffe2,
     detectron2,
     facts,
@@ -135,7 +135,7 @@ def test_on_request_the_moving_average_is_taken(net: nn.Module) -> None:
 
 
 def test_the_weights_show_that_the_input_was_not_divided(net: nn.Module) -> None:
-    """As in shared/msra: mean and variance are there, and only their size tells Caffe's input."""
+    """As in MSRA's ResNet-50 with its statistics: only their size tells Caffe's input."""
     state = {key: t * 4000 if key == "bn1.running_var" else t for key, t in own_tensors(net.state_dict()).items()}
     conversion = convert_state(state, "x.pth")
     assert conversion.source.key == "caffe" and conversion.facts.pixels == CAFFE_BGR and conversion.facts.stride_in_1x1
@@ -171,7 +171,7 @@ def test_split_norms_are_averaged(net: nn.Module) -> None:
 def test_affine_layers_get_their_statistics_back(net: nn.Module) -> None:
     state = {
         key: value
-        for key, value in caffe2(_caffe(net), ("s", "b", "rm", "riv")).items()
+        for key, value in caffe2(caffe(net), ("s", "b", "rm", "riv")).items()
         if key[-3:] not in ("_rm", "riv")
     }
     conversion = convert_state(state, "x.pkl")

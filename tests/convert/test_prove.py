@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import runpy
@@ -14,7 +15,7 @@ from PIL import Image
 
 from moco_d2.convert import Conversion, ProofError, convert_checkpoint, convert_state, prove
 from moco_d2.convert import conversion as outcome
-from moco_d2.convert.prove import read_picture
+from moco_d2.convert.prove import drawn_scene, read_picture
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_the_written_file_is_what_is_proven(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("bake", [(), ("--bake",)])
-def test_the_users_picture_is_what_the_networks_are_compared_on(
+def test_the_report_names_the_users_picture(
     bake: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(LAYOUTS["moco-v2-released"].build(network()), tmp_path / "in.pth")
@@ -109,8 +110,15 @@ def test_the_users_picture_is_what_the_networks_are_compared_on(
     )
     assert "picture" not in reports["drawn"]
     assert 0 < max(reports["mine"]["differences"].values()) < 1e-5
-    # Noise alone would give the same numbers for any picture.
-    assert not bake or reports["mine"]["differences"] != reports["drawn"]["differences"]
+
+
+@pytest.mark.parametrize("bake", [False, True])
+def test_the_proof_is_made_on_the_users_picture(bake: bool, tmp_path: Path) -> None:
+    torch.save(LAYOUTS["moco-v2-released"].build(network()), tmp_path / "in.pth")
+    for picture, refusal in ((drawn_scene(), None), (drawn_scene() / 0, "the proof cannot be made")):
+        context = pytest.raises(ProofError, match=refusal) if refusal else contextlib.nullcontext()
+        with context:
+            convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth", picture=picture, bake=bake)
 
 
 def test_a_picture_that_is_none_is_refused_before_the_work(

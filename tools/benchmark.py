@@ -25,11 +25,21 @@ from typing import Any
 import cli
 
 
+def check(args: argparse.Namespace, **least: int) -> None:
+    """Raise ValueError for a number that is too small.
+
+    Args:
+        args: the command line.
+        least: the smallest number that each option takes.
+    """
+    for name, smallest in least.items():
+        if getattr(args, name) < smallest:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {smallest}")
+
+
 def evaluation(args: argparse.Namespace) -> None:
     """Time every COCO backend, and VOC's evaluator against Detectron2's."""
-    for name in ("images", "detections"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    check(args, images=1, detections=1)
 
     from benchmark_evaluation import coco_rows, voc_rows
     from measure import machine, tables
@@ -41,8 +51,7 @@ def evaluation(args: argparse.Namespace) -> None:
 
 def conversion(args: argparse.Namespace) -> None:
     """Time the conversion of a MoCo v2 training checkpoint against ``torch.load`` of it."""
-    if args.repeats < 1:
-        raise ValueError(f"--repeats is {args.repeats}; it must be at least 1")
+    check(args, repeats=1)
 
     from benchmark_conversion import rows
     from measure import machine, tables
@@ -53,14 +62,15 @@ def conversion(args: argparse.Namespace) -> None:
 
 def step(args: argparse.Namespace) -> None:
     """Time a step of pretraining against its encoders alone, the authors' form of it, and plain DDP."""
-    if args.repeats < 2:
-        raise ValueError(f"--repeats is {args.repeats}; the spread needs at least 2")
+    check(args, repeats=2, batch=1, size=1)  # the spread needs two
     import logging
 
     import torch
 
     from moco_d2.config import load_cfg
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, and torch finds no GPU here; without --device the CPU measures")
     opts = {
         "MODEL.DEVICE": args.device, "SOLVER.IMS_PER_BATCH": args.batch, "DATA.CROP_SIZE": args.size,
         "SSL.ENCODER.NAME": args.encoder, "ENGINE.AUTOCAST": args.autocast, "SEED": 0,
@@ -89,9 +99,7 @@ def step(args: argparse.Namespace) -> None:
 
 def data(args: argparse.Namespace) -> None:
     """Time every backend of the loader against the authors' loader."""
-    for name in ("images", "size", "repeats"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    check(args, images=1, size=1, repeats=1)
 
     from benchmark_data import RECIPE, measure
     from measure import machine, tables
@@ -103,9 +111,7 @@ def data(args: argparse.Namespace) -> None:
 
 def scale(args: argparse.Namespace) -> None:
     """Time what sets of millions of images cost before and beside their pixels."""
-    for name, least in (("files", 1), ("folders", 1), ("shards", 64), ("samples", 1024), ("images", 1), ("repeats", 2)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+    check(args, files=1, folders=1, shards=64, samples=16, images=1, repeats=2)  # a batch of 1024 in 64 processes
 
     from benchmark_scale import Sizes, measure
     from measure import machine, tables
@@ -117,6 +123,8 @@ def scale(args: argparse.Namespace) -> None:
 
 def startup(args: argparse.Namespace) -> None:
     """Time --help of every tool against ``import torch``."""
+    check(args, repeats=1)
+
     from measure import tables, tools_help
 
     tables({"startup": tools_help(args.repeats)}, {}, args.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import numpy as np
 
 from moco_d2.atomic import atomic_write
 from moco_d2.data.shard_cache import Shard
-from moco_d2.data.shards import MANIFEST, PLAN, members, write_manifest
+from moco_d2.data.shards import MANIFEST, PLAN, members, refuse_half_made, write_manifest
 from moco_d2.data.sources import FileSource
 
 logger = logging.getLogger(__name__)
@@ -114,13 +115,19 @@ def _write(path: Path, entries: Sequence[tuple[str, int]], source: FileSource) -
 def index(out: Path) -> int:
     """Write ``shards.json`` for a folder of shards that another program made; return the number of images.
 
+    Of a set of ours it stays known what it was made of, so that :func:`pack` takes it for its own.
+
     Raises:
-        ValueError: no shards.
+        ValueError: no shards, or not all of them yet.
         OSError: a shard is damaged.
     """
+    refuse_half_made(out)
     paths = sorted(out.glob("*.tar"))
     if not paths:
         raise ValueError(f"no *.tar in {out}")
     shards = [Shard(path.name, path.stat().st_size, sum(1 for _ in members(path))) for path in paths]
-    write_manifest(out, shards, "indexed")
+    origin = "indexed"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        origin = str(json.loads((out / MANIFEST).read_bytes())["origin"])
+    write_manifest(out, shards, origin)
     return sum(shard.samples for shard in shards)

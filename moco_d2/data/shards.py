@@ -354,8 +354,7 @@ def _manifest(folder: str, cache: ShardCache, needed: bool = False) -> dict[str,
     """Return ``{location: shard}`` of the ``shards.json`` in a folder or at an address; empty if there is none."""
     if not is_url(folder):
         path = Path(folder) / MANIFEST
-        if path.with_name(PLAN).exists():
-            raise ValueError(f"the set in {folder or '.'} is half made: run tools/make_shards.py again as it was begun")
+        refuse_half_made(path.parent)
         return _read_manifest(path, folder) if path.is_file() else {}
     path = cache.folder / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}-{MANIFEST}"
     with filelock.FileLock(cache.folder / ".lock-manifest"):
@@ -368,6 +367,12 @@ def _manifest(folder: str, cache: ShardCache, needed: bool = False) -> dict[str,
                 return {}
             raise ValueError(f"{folder}/{MANIFEST} cannot be fetched: {answer(error)}") from error
         return _read_manifest(path, folder)
+
+
+def refuse_half_made(folder: Path) -> None:
+    """Raise ValueError for a folder in which shards are still being made."""
+    if (folder / PLAN).exists():
+        raise ValueError(f"the set in {folder} is half made: run tools/make_shards.py again as it was begun")
 
 
 def _read_manifest(path: Path, folder: str) -> dict[str, Shard]:

@@ -197,6 +197,8 @@ def test_making_is_deterministic_resumes_and_refuses(images: Path, shards: Path,
     begun = {path: path.stat().st_mtime_ns for path in killed.glob("0*.tar")}
     with pytest.raises(ValueError, match=r"is half made: run tools/make_shards.py again"):
         open_source([f"{killed}/*.tar"])
+    with pytest.raises(ValueError, match="is half made"):
+        packing.index(killed)
     packed = make(images, killed, 1)
     assert sum(shard.kept for shard in packed) == len(begun) == 2
     assert all(path.stat().st_mtime_ns == written for path, written in begun.items()), "what is done is kept"
@@ -204,6 +206,7 @@ def test_making_is_deterministic_resumes_and_refuses(images: Path, shards: Path,
     assert all((whole / name).read_bytes() == (killed / name).read_bytes() for name in os.listdir(whole))
     again = tmp_path / "again"
     make(images, again)
+    assert packing.index(again) == 47 and all(shard.kept for shard in make(images, again)), "still what it was made of"
     assert all((again / name).read_bytes() == (shards / name).read_bytes() for name in os.listdir(shards))
     for folder, out, size in ((images, shards, 7), (images / "class0", shards, 6), (images, images, 6)):
         with pytest.raises(ValueError, match="name another folder"):

@@ -185,7 +185,6 @@ def test_what_is_missing_is_named(files: Path) -> None:
         ({k: v for k, v in converted.items() if k != "facts"}, ["carries no facts", "train_net.py"]),
         ({"facts": BackboneFacts().as_dict(), "epoch": 3}, ["no ResNet of ours", "facts, epoch"]),
         (stated(converted, depth=51), ["no such ResNet", "depth is 51"]),
-        (stated(converted, groups=3), ["no such ResNet", "divisible"]),
         (stated(converted, stem_channels=64), ["contradict", "conv1.weight is (16, 3, 7, 7) instead of (64, 3, 7, 7)"]),
     ):
         with pytest.raises(CheckpointError) as refusal:

@@ -22,7 +22,7 @@ from typing import Any
 
 import detectron2
 import numpy as np
-from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, coco_evaluation
 from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -30,8 +30,6 @@ from pycocotools.cocoeval import COCOeval
 from moco_d2.atomic import atomic_write
 
 logger = logging.getLogger(__name__)
-
-RESULTS_FILE = "coco_instances_results.json"
 
 
 @dataclass(frozen=True)
@@ -112,28 +110,31 @@ def choose_backend(name: str) -> Backend:
     return backend
 
 
-class ExactCOCOEvaluator(COCOEvaluator):
-    """Detectron2's ``COCOEvaluator`` with a choice of the library that computes, none of which changes the numbers."""
+class SavedDetections(DatasetEvaluator):
+    """What the evaluators of COCO and LVIS add to Detectron2's, before which they name this class among their bases.
 
-    def __init__(self, dataset_name: str, backend: str = "auto", **kwargs: Any) -> None:
-        """Read the labels.
+    Detections are saved and can be evaluated again from the file. What libraries might read in different ways is left
+    to the reference.
 
-        Args:
-            dataset_name: a registered data set.
-            backend: the value of ``TEST.COCO_BACKEND``.
-            **kwargs: see :class:`detectron2.evaluation.COCOEvaluator`.
+    Attributes:
+        results_file: name of the file.
+        first_id: category id of class 0 where the metadata have none.
+        reference: the library whose numbers are right.
+    """
 
-        Raises:
-            ValueError: see :func:`choose_backend`; or the labels are not plain and the backend was named.
-        """
-        super().__init__(dataset_name, use_fast_impl=False, **kwargs)
-        self._name, self._asked, self._backend = dataset_name, backend, choose_backend(backend)
-        problem = labels_problem(self._coco_api.dataset) if self._do_evaluation else None
-        if problem:
+    results_file: str
+    first_id = 0
+    reference: Any
+
+    def _begin(
+        self, dataset_name: str, backend: Any, labels: Any, check: Callable[[Mapping[str, Any]], str | None]
+    ) -> None:
+        self._name, self._backend, self._labels = dataset_name, backend, labels
+        if self._do_evaluation and (problem := check(labels.dataset)):
             self._leave_to_reference(f"{self._metadata.json_file}: {problem}")
 
     def evaluate_file(self, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
-        """Return what :meth:`evaluate` returns for the detections that it saved to this file, or others in COCO's form.
+        """Return what ``evaluate`` returns for the detections that it saved to this file, or others in COCO's form.
 
         Raises:
             ValueError: the file does not hold detections in COCO's form.
@@ -144,56 +145,75 @@ class ExactCOCOEvaluator(COCOEvaluator):
         tasks = self._tasks_from_predictions(results) if results else self._tasks or ("bbox",)
         return self._score(results, tasks)
 
-    def _eval_predictions(self, predictions: Sequence[Mapping[str, Any]], img_ids: Sequence[int] | None = None) -> None:
+    def _eval_predictions(self, predictions: Sequence[Mapping[str, Any]], **options: Any) -> None:
         results = list(itertools.chain(*(image["instances"] for image in predictions)))
         tasks = self._tasks or self._tasks_from_predictions(results)
-        to_dataset_ids(results, self._metadata.get("thing_dataset_id_to_contiguous_id"))
+        to_dataset_ids(results, self._metadata.get("thing_dataset_id_to_contiguous_id"), self.first_id)
         if self._output_dir:
-            with atomic_write(os.path.join(self._output_dir, RESULTS_FILE)) as file:
+            with atomic_write(os.path.join(self._output_dir, self.results_file)) as file:
                 file.write(json.dumps(results).encode())
         if not self._do_evaluation:
             logger.info("%s has no labels: nothing to evaluate", self._name)
             return
-        self._results.update(self._score(results, tasks, img_ids))
+        self._results.update(self._score(results, tasks, **options))
 
     def _score(
-        self, results: list[dict[str, Any]], tasks: Iterable[str], img_ids: Sequence[int] | None = None
+        self, results: list[dict[str, Any]], tasks: Iterable[str], **options: Any
     ) -> dict[str, dict[str, float]]:
-        known = set(self._coco_api.getImgIds())
-        if foreign := {found["image_id"] for found in results} - known:
+        if foreign := {found["image_id"] for found in results} - set(self._labels.imgs):
             raise ValueError(f"a detection is of image {min(foreign, key=str)!r}, which is not in {self._name!r}")
         if problem := detections_problem(results):
             self._leave_to_reference(problem)
         scores = {}
         for task in sorted(tasks):
-            evaluated = self._evaluate(results, task, img_ids) if results else None
-            scores[task] = self._derive_coco_results(evaluated, task, class_names=self._metadata.get("thing_classes"))
+            try:
+                scores[task] = self._score_task(results, task, **options)
+            except Exception as error:
+                if self._backend == self.reference:
+                    raise
+                self._leave_to_reference(f"{self._backend} failed ({type(error).__name__}: {error})")
+                scores[task] = self._score_task(results, task, **options)
+            evaluated_with[self._name] = str(self._backend)
+            logger.info("%s, %s: evaluated with %s", self._name, task, self._backend)
         return scores
 
-    def _evaluate(self, results: list[dict[str, Any]], task: str, img_ids: Sequence[int] | None) -> Any:
-        options = {"kpt_oks_sigmas": self._kpt_oks_sigmas, "img_ids": img_ids}
-        path = PathManager.get_local_path(self._metadata.json_file)
-        try:
-            evaluated = evaluate_coco(self._backend, path, results, task, **options)
-        except Exception as error:
-            if self._asked != "auto" or self._backend is REFERENCE:
-                raise
-            self._leave_to_reference(f"{self._backend} failed ({type(error).__name__}: {error})")
-            evaluated = evaluate_coco(self._backend, path, results, task, **options)
-        evaluated_with[self._name] = str(self._backend)
-        logger.info("%s, %s: evaluated with %s", self._name, task, self._backend)
-        return evaluated
-
     def _leave_to_reference(self, why: str) -> None:
-        """Take pycocotools from here on."""
-        if self._backend is REFERENCE:
-            return
-        if self._asked != "auto":
-            raise ValueError(
-                f"{why}: {self._backend} might give other numbers than pycocotools; pass TEST.COCO_BACKEND auto"
-            )
-        logger.warning("%s: %s evaluates instead of %s, and slowly", why, REFERENCE, self._backend)
-        self._backend = REFERENCE
+        """Take the reference from here on, also where another was asked for: after days of training figures count."""
+        if self._backend != self.reference:
+            logger.warning("%s: %s evaluates instead of %s, and slowly", why, self.reference, self._backend)
+            self._backend = self.reference
+
+
+class ExactCOCOEvaluator(SavedDetections, COCOEvaluator):
+    """Detectron2's ``COCOEvaluator`` with a choice of the library that computes, none of which changes the numbers."""
+
+    results_file = "coco_instances_results.json"
+    reference = REFERENCE
+
+    def __init__(self, dataset_name: str, backend: str = "auto", **kwargs: Any) -> None:
+        """Read the labels.
+
+        Args:
+            dataset_name: a registered data set.
+            backend: the value of ``TEST.COCO_BACKEND``.
+            **kwargs: see :class:`detectron2.evaluation.COCOEvaluator`.
+
+        Raises:
+            ValueError: see :func:`choose_backend`.
+        """
+        super().__init__(dataset_name, use_fast_impl=False, **kwargs)
+        self._begin(dataset_name, choose_backend(backend), self._coco_api, labels_problem)
+
+    def _score_task(
+        self, results: list[dict[str, Any]], task: str, img_ids: Sequence[int] | None = None
+    ) -> dict[str, float]:
+        path, evaluated = PathManager.get_local_path(self._metadata.json_file), None
+        if results:
+            options = {"kpt_oks_sigmas": self._kpt_oks_sigmas, "img_ids": img_ids}
+            evaluated = evaluate_coco(self._backend, path, results, task, **options)
+        classes = self._metadata.get("thing_classes")
+        scores: dict[str, float] = self._derive_coco_results(evaluated, task, class_names=classes)
+        return scores
 
 
 def evaluate_coco(backend: Backend, labels: str, results: list[dict[str, Any]], task: str, **options: Any) -> Any:

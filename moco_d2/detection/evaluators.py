@@ -23,7 +23,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 import moco_d2
-from moco_d2.detection.coco_evaluation import ExactCOCOEvaluator, choose_backend, evaluated_with
+from moco_d2.detection.coco_evaluation import ExactCOCOEvaluator, SavedDetections, choose_backend, evaluated_with
 from moco_d2.detection.lvis_evaluation import ExactLVISEvaluator, choose_lvis_library
 from moco_d2.detection.old_numpy import old_numpy_names
 from moco_d2.detection.voc_evaluation import VOCEvaluator
@@ -75,13 +75,13 @@ def evaluate_file(cfg: CfgNode, dataset_name: str, path: str | os.PathLike[str])
     Args:
         cfg: config; its ``TEST`` and ``OUTPUT_DIR`` are used.
         dataset_name: a registered data set.
-        path: see the ``RESULTS_FILE`` of the data set's evaluator.
+        path: the file, as the data set's evaluator saves it.
 
     Raises:
         ValueError: the file is of another form or another data set, or no file can be evaluated on this one.
     """
     evaluator = build_evaluator(cfg, dataset_name)
-    if not isinstance(evaluator, (ExactCOCOEvaluator, ExactLVISEvaluator, VOCEvaluator)):
+    if not isinstance(evaluator, (SavedDetections, VOCEvaluator)):
         raise ValueError(
             f"{dataset_name!r} (evaluator_type {evaluator_type(dataset_name)}) cannot be evaluated from a file"
         )
@@ -176,7 +176,7 @@ def _version(package: str) -> str:
 
 EVALUATORS: dict[str, Evaluator] = {
     "coco": Evaluator(_coco, lambda backend: str(choose_backend(backend))),
-    "lvis": Evaluator(_lvis, lambda backend: _version(choose_lvis_library(backend)), ("lvis",)),
+    "lvis": Evaluator(_lvis, lambda backend: str(choose_lvis_library(backend)), ("lvis",)),
     "pascal_voc": Evaluator(_pascal_voc, lambda _: f"moco_d2 {moco_d2.__version__}"),
     "cityscapes_instance": Evaluator(
         _cityscapes_instance, lambda _: _version("cityscapesscripts"), ("cityscapesscripts", "shapely")

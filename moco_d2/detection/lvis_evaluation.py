@@ -12,10 +12,9 @@ import contextlib
 import copy
 import io
 import itertools
-import json
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
@@ -23,93 +22,13 @@ from detectron2.evaluation import LVISEvaluator
 from detectron2.utils.logger import create_small_table
 from pycocotools import mask as mask_api
 
-from moco_d2.atomic import atomic_write
-from moco_d2.detection.coco_evaluation import (
-    BACKENDS,
-    detections_problem,
-    evaluated_with,
-    labels_problem,
-    read_results,
-    to_dataset_ids,
-)
+from moco_d2.detection.coco_evaluation import BACKENDS, SavedDetections, labels_problem
 from moco_d2.detection.old_numpy import old_numpy_names
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE = "lvis_instances_results.json"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 MAX_DETECTIONS = 300  # per image
-
-
-def choose_lvis_library(backend: str) -> str:
-    """Return the package that evaluates LVIS under a ``TEST.COCO_BACKEND``: hotcoco for it and ``auto``, else lvis."""
-    return "hotcoco" if backend in ("auto", "hotcoco") and BACKENDS[0].installed else "lvis"
-
-
-class ExactLVISEvaluator(LVISEvaluator):
-    """Detectron2's ``LVISEvaluator`` on today's NumPy, and fast."""
-
-    def __init__(self, dataset_name: str, backend: str = "auto", **kwargs: Any) -> None:
-        """Read the labels.
-
-        Args:
-            dataset_name: a registered data set.
-            backend: the value of ``TEST.COCO_BACKEND``.
-            **kwargs: see :class:`detectron2.evaluation.LVISEvaluator`.
-        """
-        super().__init__(dataset_name, **kwargs)
-        self._name, self._library = dataset_name, choose_lvis_library(backend)
-        if self._do_evaluation and (problem := _labels_problem(self._lvis_api.dataset)):
-            self._leave_to_reference(f"{self._metadata.json_file}: {problem}")
-
-    def evaluate_file(self, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
-        """Return what :meth:`evaluate` returns for the detections that it saved to this file.
-
-        Raises:
-            ValueError: the file does not hold detections in COCO's form.
-        """
-        results = read_results(path)
-        if not self._do_evaluation:
-            raise ValueError(f"{self._name!r} has no labels: nothing to evaluate")
-        tasks = self._tasks_from_predictions(results) if results else self._tasks or ("bbox",)
-        return self._score(results, tasks)
-
-    def _eval_predictions(self, predictions: Sequence[Mapping[str, Any]]) -> None:
-        results = list(itertools.chain(*(image["instances"] for image in predictions)))
-        tasks = self._tasks or self._tasks_from_predictions(results)
-        to_dataset_ids(results, self._metadata.get("thing_dataset_id_to_contiguous_id"), first=1)
-        if self._output_dir:
-            with atomic_write(os.path.join(self._output_dir, RESULTS_FILE)) as file:
-                file.write(json.dumps(results).encode())
-        if not self._do_evaluation:
-            logger.info("%s has no labels: nothing to evaluate", self._name)
-            return
-        self._results.update(self._score(results, tasks))
-
-    def _score(self, results: list[dict[str, Any]], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-        if foreign := {found["image_id"] for found in results} - set(self._lvis_api.imgs):
-            raise ValueError(f"a detection is of image {min(foreign, key=str)!r}, which is not in {self._name!r}")
-        if problem := detections_problem(results):
-            self._leave_to_reference(problem)
-        limit = MAX_DETECTIONS if self._max_dets_per_image is None else self._max_dets_per_image
-        scores = {}
-        for task in sorted(tasks):
-            scores[task] = dict.fromkeys(METRICS, float("nan"))
-            if results:
-                evaluate = _by_hotcoco if self._library == "hotcoco" else _by_lvis
-                found = evaluate(self._lvis_api, _without_boxes(results) if task == "segm" else results, task, limit)
-                scores[task] = {metric: float(found[metric] * 100) for metric in METRICS}
-            evaluated_with[self._name] = f"{self._library} {metadata.version(self._library)}"
-            logger.info(
-                "%s, %s, %d detections per image: evaluated with %s\n%s",
-                self._name, task, limit, evaluated_with[self._name], create_small_table(scores[task]),
-            )  # fmt: skip
-        return scores
-
-    def _leave_to_reference(self, why: str) -> None:
-        if self._library != "lvis":
-            logger.warning("%s: lvis evaluates instead of %s, and slowly", why, self._library)
-            self._library = "lvis"
 
 
 def _labels_problem(dataset: Mapping[str, Any]) -> str | None:
@@ -169,3 +88,52 @@ def _area(found: Mapping[str, Any], task: str) -> float:
     if task == "segm":
         return float(mask_api.area(found["segmentation"]))
     return float(found["bbox"][2] * found["bbox"][3])
+
+
+@dataclass(frozen=True)
+class Library:
+    """A package that computes LVIS's metrics, and how."""
+
+    package: str
+    evaluate: Callable[[Any, Sequence[Mapping[str, Any]], str, int], Mapping[str, float]]
+
+    def __str__(self) -> str:
+        return f"{self.package} {metadata.version(self.package)}"
+
+
+HOTCOCO, REFERENCE = Library("hotcoco", _by_hotcoco), Library("lvis", _by_lvis)
+
+
+def choose_lvis_library(backend: str) -> Library:
+    """Return what evaluates LVIS under a ``TEST.COCO_BACKEND``: hotcoco for it and ``auto``, else lvis."""
+    return HOTCOCO if backend in ("auto", "hotcoco") and BACKENDS[0].installed else REFERENCE
+
+
+class ExactLVISEvaluator(SavedDetections, LVISEvaluator):
+    """Detectron2's ``LVISEvaluator`` on today's NumPy, and fast."""
+
+    results_file = "lvis_instances_results.json"
+    first_id = 1
+    reference = REFERENCE
+
+    def __init__(self, dataset_name: str, backend: str = "auto", **kwargs: Any) -> None:
+        """Read the labels.
+
+        Args:
+            dataset_name: a registered data set.
+            backend: the value of ``TEST.COCO_BACKEND``.
+            **kwargs: see :class:`detectron2.evaluation.LVISEvaluator`.
+        """
+        super().__init__(dataset_name, **kwargs)
+        self._begin(dataset_name, choose_lvis_library(backend), self._lvis_api, _labels_problem)
+
+    def _score_task(self, results: list[dict[str, Any]], task: str) -> dict[str, float]:
+        if not results:
+            return dict.fromkeys(METRICS, float("nan"))
+        limit = MAX_DETECTIONS if self._max_dets_per_image is None else self._max_dets_per_image
+        found = self._backend.evaluate(
+            self._lvis_api, _without_boxes(results) if task == "segm" else results, task, limit
+        )
+        scores = {metric: float(found[metric] * 100) for metric in METRICS}
+        logger.info("%s, %d detections per image:\n%s", task, limit, create_small_table(scores))
+        return scores

@@ -201,24 +201,37 @@ def test_where_backends_might_differ_pycocotools_evaluates_and_the_log_says_so(h
     path, saved = written(labels, tmp_path / "labels.json"), written(found, tmp_path / "found.json")
     name = registered(json_file=path, evaluator_type="coco")
     expected = by_pycocotools(path, found, "bbox").stats[:3] * 100
+    for backend in ("auto", "hotcoco"):  # also one that was named: the error would come after the training
+        caplog.clear()
+        ours.evaluated_with.clear()
+        with caplog.at_level(logging.WARNING):
+            got = ours.ExactCOCOEvaluator(name, backend).evaluate_file(saved)["bbox"]
+        assert [got["AP"], got["AP50"], got["AP75"]] == expected.tolist()
+        assert "pycocotools 2.0.11 evaluates instead of hotcoco" in caplog.text
+        assert ours.evaluated_with[name].startswith("pycocotools ")
+
+
+def test_a_library_that_fails_is_replaced_by_the_reference(tmp_path, registered, caplog, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("hotcoco.COCO", fail)
+    labels, found = lvis_case(3, "bbox")
+    path, saved = written(labels, tmp_path / "labels.json"), written(found, tmp_path / "found.json")
     with caplog.at_level(logging.WARNING):
-        got = ours.ExactCOCOEvaluator(name).evaluate_file(saved)["bbox"]
-    assert [got["AP"], got["AP50"], got["AP75"]] == expected.tolist()
-    assert "pycocotools 2" in caplog.text
-    assert ours.evaluated_with[name].startswith("pycocotools ")
-    with pytest.raises(ValueError, match="might give other numbers"):
-        ours.ExactCOCOEvaluator(name, "hotcoco").evaluate_file(saved)
+        got = ExactLVISEvaluator(registered(json_file=path, evaluator_type="lvis")).evaluate_file(saved)["bbox"]
+    assert "hotcoco 1.3.0 failed (RuntimeError: out of luck): lvis" in caplog.text
+    assert got == by_lvis(path, found, "bbox", 300, monkeypatch)
 
 
-def test_a_backend_that_fails_is_replaced_only_where_none_was_named(tmp_path, registered, caplog):
+def test_what_no_library_can_read_is_an_error(tmp_path, registered, caplog):
     # A polygon of two points: each library has its own opinion, and hotcoco's is an error for a mask of another size.
     labels, found = coco_case(3, "segm")
     found[0]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": 7}
     saved = written(found, tmp_path / "found.json")
     name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
-    for backend in ("auto", "hotcoco"):
-        with pytest.raises((TypeError, ValueError, AttributeError)), caplog.at_level(logging.WARNING):
-            ours.ExactCOCOEvaluator(name, backend).evaluate_file(saved)
+    with pytest.raises((TypeError, ValueError, AttributeError)), caplog.at_level(logging.WARNING):
+        ours.ExactCOCOEvaluator(name).evaluate_file(saved)
     assert caplog.text.count("hotcoco 1.3.0 failed") == 1
 
 
@@ -256,7 +269,7 @@ def test_the_coco_evaluator_gives_detectron2s_metrics_and_its_file_gives_them_ag
     assert len(results[0]["segm"]) == 6 + len(ids)
     # As text, because nan is not nan.
     assert repr(dict(results[1])) == repr(dict(results[0]))
-    again = evaluate_file(cfg, name, tmp_path / "inference" / name / ours.RESULTS_FILE)
+    again = evaluate_file(cfg, name, tmp_path / "inference" / name / "coco_instances_results.json")
     assert repr(again) == repr(dict(results[0]))
     assert describe_backend(cfg) == {name: "hotcoco 1.3.0"}
 

@@ -239,12 +239,14 @@ def _join_split_norms(tensors: dict[str, torch.Tensor]) -> int:
 
 def _elsewhere(checkpoint: Mapping[str, Any], state: Mapping[Any, Any]) -> dict[str, int]:
     """Count the tensors of a file outside of the state dict, by top-level key."""
+    seen = {id(state)}  # a small file may hold a list of a million times the same million
 
     def count(value: Any, depth: int) -> int:
-        if value is state or depth < 0:
-            return 0
         if isinstance(value, torch.Tensor | np.ndarray):
-            return 1
+            return int(depth >= 0)
+        if id(value) in seen or depth < 0:
+            return 0
+        seen.add(id(value))
         inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
         return sum(count(item, depth - 1) for item in inside)
 

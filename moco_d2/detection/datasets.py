@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -162,26 +162,23 @@ def register_custom(cfg: CfgNode, *, labels: bool = True, train: bool = True) ->
     Raises:
         ValueError: names the first problem: file, line and record.
     """
-    _register_all(cfg, labels, train, False, _raise)
-    comm.synchronize()  # no process reads what the first one writes before it is there
+    _register_all(cfg, _raise, labels=labels, train=train)
 
 
-def custom_problems(cfg: CfgNode, *, labels: bool = True, train: bool = True) -> Iterator[str]:
-    """Yield all problems of the sets of ``DATASETS.CUSTOM`` that are used, and register what can be read.
+def custom_problems(cfg: CfgNode) -> list[str]:
+    """Return all problems of the sets of ``DATASETS.CUSTOM`` that are used, and register what can be read.
 
-    More thorough than :func:`register_custom`: every picture is opened and its size compared with its labels'.
-
-    Args:
-        cfg: config.
-        labels: see :func:`register_custom`.
-        train: see :func:`register_custom`.
+    Call it in every process. More thorough than :func:`register_custom`: every picture is opened and its size compared
+    with its labels'.
     """
     problems: list[str] = []
-    _register_all(cfg, labels, train, True, problems.append)
-    yield from problems
+    _register_all(cfg, problems.append, sizes=True)
+    return problems
 
 
-def _register_all(cfg: CfgNode, labels: bool, train: bool, sizes: bool, report: Report) -> None:
+def _register_all(
+    cfg: CfgNode, report: Report, *, labels: bool = True, train: bool = True, sizes: bool = False
+) -> None:
     used = {*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if labels else ())}
     folder = Path(cfg.OUTPUT_DIR) / "datasets"
     points, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
@@ -203,6 +200,7 @@ def _register_all(cfg: CfgNode, labels: bool, train: bool, sizes: bool, report: 
             _register_coco(entry, Needs.of(cfg, sizes), folder, report)
         else:
             _register_voc(entry, Needs.of(cfg, sizes), folder, report)
+    comm.synchronize()  # no process reads what the first one writes before it is there
 
 
 def _register_coco(entry: Entry, needs: Needs, folder: Path, report: Report) -> None:

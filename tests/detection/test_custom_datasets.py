@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,13 @@ from small_detector import COCO_FPN, SHORT, VOC_C4, small_cfg
 
 from moco_d2.config import load_cfg
 from moco_d2.data import list_images
+from moco_d2.detection import datasets
 from moco_d2.detection.custom_coco import record_lines
 from moco_d2.detection.datasets import LabelIndexHandler, custom_problems, load_sem_seg, register_custom, voc_colors
 from moco_d2.detection.evaluators import build_evaluator
 from moco_d2.detection.preflight import check_run
 from moco_d2.detection.trainer import TransferTrainer
+from moco_d2.engine.launch import launch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning"),
@@ -122,7 +126,7 @@ BOXES = ("MODEL.MASK_ON", False)
 def test_what_tools_write_trains_and_its_own_labels_score_100(coco, tmp_path):
     cfg = config(coco(), opts=["MODEL.ROI_HEADS.NUM_CLASSES", 2, "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path / "run"])
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    assert list(custom_problems(cfg)) == []
+    assert custom_problems(cfg) == []
     register_custom(cfg)
     register_custom(cfg)  # again, as another stage in the same process would
     meta = MetadataCatalog.get("parts")
@@ -139,7 +143,7 @@ def test_what_tools_write_trains_and_its_own_labels_score_100(coco, tmp_path):
 def test_a_voc_folder_trains_and_its_own_labels_score_100(voc, tmp_path):
     opts = ["MODEL.ROI_HEADS.NUM_CLASSES", 2, "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path / "run"]
     cfg = config(voc(), base=VOC_C4, opts=opts)
-    assert list(custom_problems(cfg)) == []
+    assert custom_problems(cfg) == []
     register_custom(cfg)
     meta = MetadataCatalog.get("tools")
     assert meta.thing_classes == ["hammer & nail", "wrench"]
@@ -276,7 +280,7 @@ def test_a_dry_run_names_all_problems_even_those_of_pixels(coco, voc, tmp_path):
     entries = [coco(change), voc(_split("a 1\nnobody\n")), {"name": "x", "format": "yolo", "roots": ""}]
     cfg = config(*entries, opts=BOXES)
     picture(tmp_path / "voc/JPEGImages/a 1.png", size=(90, 80))
-    found = list(custom_problems(cfg))
+    found = custom_problems(cfg)
     expected = [
         "no key 'roots'; did you mean 'root'", "format is 'yolo'; it must be voc or coco", "80 x 100 pixels, but",
         "zero area", "100 x 80 pixels, but", "train.txt:2: missing annotation", "empty split",
@@ -286,6 +290,26 @@ def test_a_dry_run_names_all_problems_even_those_of_pixels(coco, voc, tmp_path):
         assert part in problem
 
 
+def count_in_every_process(entry):
+    """Look for problems, then count the pictures; the main process takes its time to write."""
+    write = datasets.atomic_write
+
+    @contextlib.contextmanager
+    def slow(path):
+        with write(path) as file:
+            yield file
+            time.sleep(2)
+
+    datasets.atomic_write = slow
+    assert custom_problems(config(entry)) == []
+    assert len(DatasetCatalog.get("parts")) == 4
+
+
+def test_processes_of_a_dry_run_wait_for_the_plain_labels(coco, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the output folder
+    launch(count_in_every_process, 2, 1, 0, "auto", coco())
+
+
 def test_turned_photographs_are_measured_as_they_are_read(voc, tmp_path):
     cfg = config(voc(), base=VOC_C4)
     turn = Image.Exif()
@@ -293,7 +317,7 @@ def test_turned_photographs_are_measured_as_they_are_read(voc, tmp_path):
     path = tmp_path / "voc/JPEGImages/b.JPG"
     Image.new("RGB", (80, 100)).save(path, exif=turn)  # lies on its side
     assert read_image(str(path)).shape[:2] == (80, 100)
-    assert list(custom_problems(cfg)) == []
+    assert custom_problems(cfg) == []
 
 
 def test_the_order_of_classes_may_be_given_and_must_agree(coco, voc):

@@ -18,12 +18,13 @@ from detectron2.config import CfgNode
 
 from moco_d2.config import INITS, flat, list_configs, load_cfg
 
-# Keys in which runs of one protocol may differ: weights and how they are fed, machine, bookkeeping, and the switches
-# that leave the mathematics alone.
+# Keys in which runs of one protocol may differ: weights and how they are fed, machine (accumulation stands in for more
+# processes, and is told like their number), bookkeeping, and the switches that leave the mathematics alone.
 _FREE = (
     "MODEL.WEIGHTS", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1", "INPUT.FORMAT",
     "MODEL.DEVICE", "OUTPUT_DIR", "SEED", "VERSION", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_",
-    "TEST.EVAL_PERIOD", "TEST.COCO_BACKEND", "CUDNN_BENCHMARK", "VIS_PERIOD", "ENGINE.", "SSL.", "DATA.",
+    "SOLVER.ACCUMULATE=", "TEST.EVAL_PERIOD", "TEST.COCO_BACKEND", "CUDNN_BENCHMARK", "VIS_PERIOD", "ENGINE.", "SSL.",
+    "DATA.",
 )  # fmt: skip
 # Keys that make a pretraining what it is, and exceptions: bookkeeping, limits, and the order of a shuffled set.
 _PRETRAINING = ("SSL.", "DATA.", "DATASETS.TRAIN=", "SOLVER.", "MODEL.WEIGHTS=")

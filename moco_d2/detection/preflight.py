@@ -74,6 +74,8 @@ def scale_to_processes(cfg: CfgNode, world_size: int) -> CfgNode:
     scaled.defrost()
     forward = scaled.SOLVER.IMS_PER_BATCH / accumulate  # images that pass through the network at once
     scaled.TEST.PRECISE_BN.NUM_ITER = round(cfg.TEST.PRECISE_BN.NUM_ITER * cfg.SOLVER.IMS_PER_BATCH / forward)
+    period = max(1, cfg.SOLVER.CHECKPOINT_PERIOD)
+    scaled.SOLVER.CHECKPOINT_KEEP_EVERY = cfg.SOLVER.CHECKPOINT_KEEP_EVERY * scaled.SOLVER.CHECKPOINT_PERIOD // period
     scaled.freeze()
     return scaled
 
@@ -153,6 +155,8 @@ def _batch_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
         yield f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of the {world_size} processes" + (
             f" times SOLVER.ACCUMULATE {accumulate}" if accumulate > 1 else ""
         )
+    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+        yield f"SOLVER.CHECKPOINT_PERIOD is {cfg.SOLVER.CHECKPOINT_PERIOD}; it must be at least 1"
     if cfg.ENGINE.AUTOCAST not in ("", "bfloat16"):
         yield f"ENGINE.AUTOCAST is {cfg.ENGINE.AUTOCAST!r}; it must be bfloat16, or empty"
     if cfg.SOLVER.AMP.ENABLED and (accumulate > 1 or cfg.ENGINE.AUTOCAST):

@@ -51,6 +51,8 @@ _SCHEDULE = (
     "LR_SCHEDULER_NAME", "MAX_ITER", "STEPS", "GAMMA", "NUM_DECAYS", "BASE_LR_END", "RESCALE_INTERVAL",
     "WARMUP_FACTOR", "WARMUP_ITERS", "WARMUP_METHOD",
 )  # fmt: skip
+# Of ENGINE, those that concern detectors.
+_SWITCHES = ("AUTOCAST", "CHANNELS_LAST", "COMPILE")
 
 
 class TransferCheckpointer(DetectionCheckpointer):
@@ -305,7 +307,8 @@ def describe_result(cfg: CfgNode, metrics: Mapping[str, Any], weights: WeightsRe
         "metrics": {cfg.DATASETS.TEST[0]: metrics} if len(cfg.DATASETS.TEST) == 1 else metrics,
         "schedule": {key: solver[key] for key in ("IMS_PER_BATCH", "BASE_LR", "STEPS", "MAX_ITER", "WARMUP_ITERS")},
         "evaluators": describe_backend(cfg),
-        "engine": {**cfg.ENGINE, "AMP": solver.AMP.ENABLED, "ACCUMULATE": solver.ACCUMULATE},
+        "engine": {key: cfg.ENGINE[key] for key in _SWITCHES}
+        | {"AMP": solver.AMP.ENABLED, "ACCUMULATE": solver.ACCUMULATE},
         "seed": cfg.SEED,
         "processes": comm.get_world_size(),
         "device": torch.cuda.get_device_name() if cuda else "cpu",

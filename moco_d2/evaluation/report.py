@@ -29,15 +29,6 @@ COLUMNS = ("pre-train", "protocol", "test set", "AP", "AP50", "AP75", "mask AP",
 FLAG = "⚑"
 
 
-def read_result(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the ``results.json`` that a fine-tuning run leaves in its folder.
-
-    Raises:
-        ValueError: the run has none, because it did not finish or is no fine-tuning run.
-    """
-    return dict(summary.read_run(folder).result)
-
-
 def rows(init: str, result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the table's rows of a run, one a test set, as ``COLUMNS``; a metric without a value is a dash."""
 
@@ -67,7 +58,9 @@ def table(runs: list[tuple[str, str | os.PathLike[str]]]) -> str:
     Raises:
         ValueError: a run has no result.
     """
-    return _markdown_table(COLUMNS, [row for init, folder in runs for row in rows(init, read_result(folder))])
+    return _markdown_table(
+        COLUMNS, [row for init, folder in runs for row in rows(init, summary.read_run(folder).result)]
+    )
 
 
 def write_report(
@@ -236,6 +229,7 @@ def provenance(run: Run) -> dict[str, str]:
         "weights": str(weights.get("path") or ""),
         "weights SHA-256": run.sha256,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "switches": run.switches,
         "departures": "not recorded" if run.changes is None else " ".join(run.changes),
         "scaled": run.scaled,
         "command": str(result.get("command") or ""),
@@ -291,9 +285,10 @@ def _cell_records(tables: Sequence[Table]) -> Iterator[dict[str, str]]:
 
 
 def _csv(records: Iterable[Mapping[str, str]]) -> str:
+    """Return records as CSV; those without a column of another one leave it empty."""
     listed = list(records)
     file = io.StringIO()
-    writer = csv.DictWriter(file, list(listed[0]) if listed else [], lineterminator="\n")
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for r in listed for key in r)), "", lineterminator="\n")
     writer.writeheader()
     writer.writerows(listed)
     return file.getvalue()

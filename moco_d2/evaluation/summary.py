@@ -16,11 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moco_d2.config import load_cfg
+from moco_d2.config import INITS, load_cfg
 from moco_d2.model_zoo import Protocol, Published, config_changes, get_protocol
 
-RESULTS = "results.json"
-BASELINES = ("supervised", "random")
+RESULTS = "results.json"  # what a training leaves when it is done
+RECORD = "trial.json"  # what run_trials was asked for
+BASELINES = tuple(init for init in INITS if init != "moco")
 TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint", "sem_seg": ""}  # in a report's order, in words
 MAIN = ("AP", "AP50", "AP75", "mIoU")  # the metrics that papers print; the others are in the CSV files
 PER_CLASS = ("AP-", "IoU-", "ACC-")  # as Detectron2's evaluators name them
@@ -103,7 +104,19 @@ class Run:
         """In words, what was fitted to the number of processes; empty when nothing was."""
         changed = self.result.get("scaled") or {}
         parts = (f"{key.rpartition('.')[2]} {before} -> {after}" for key, (before, after) in sorted(changed.items()))
-        return f"fitted to {self.processes} process(es): {', '.join(parts)}" if changed else ""
+        batches = self.engine.get("ACCUMULATE", 1)
+        each = f" of {batches} batches a step" if batches > 1 else ""
+        return f"fitted to {self.processes} process(es){each}: {', '.join(parts)}" if changed else ""
+
+    @property
+    def engine(self) -> Mapping[str, Any]:
+        """The switches that leave the mathematics alone, and batches a step."""
+        return self.result.get("engine") or {}
+
+    @property
+    def switches(self) -> str:
+        """In words, those that were on."""
+        return ", ".join(f"{key} {value}" for key, value in self.engine.items() if value and key != "ACCUMULATE")
 
     @property
     def processes(self) -> str:
@@ -250,7 +263,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     folder = Path(folder)
     if not (folder / RESULTS).is_file():
         raise ValueError(f"{folder / RESULTS} is missing: the run has not finished, or is no fine-tuning run")
-    return Run(folder, _read_json(folder / RESULTS), _read_json(folder / "trial.json"))
+    return Run(folder, read_json(folder / RESULTS), read_json(folder / RECORD))
 
 
 def build_tables(runs: Iterable[Run]) -> list[Table]:
@@ -360,6 +373,8 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{row.label}: seed {', '.join(twice)} is there more than once, so its runs are not independent"
         if any(cell.n != len(row.runs) for metric, cell in row.cells.items() if not _is_per_class(metric)):
             yield f"{row.label}: some of its {len(row.runs)} runs lack a metric; n is in parentheses"
+        if len(ways := {run.switches for run in row.runs}) > 1:
+            yield f"{row.label}: its runs had other switches on: {'; '.join(sorted(way or 'none' for way in ways))}"
     commits = {run.result["commit"] for row in rows for run in row.runs if run.result.get("commit")}
     if len(commits) > 1:
         yield f"the runs are of {len(commits)} different commits"
@@ -391,7 +406,12 @@ def _order(metric: str) -> tuple[int, int, str]:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where there is no file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     try:
         content = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:

@@ -30,16 +30,15 @@ from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.preflight import check_run, check_weights, scale_to_processes
 from moco_d2.detection.subsets import check_percent
 from moco_d2.detection.weights import check_source
+from moco_d2.evaluation.summary import BASELINES, RECORD, RESULTS, read_json
 from moco_d2.model_zoo import get_config, get_protocol
 from moco_d2.provenance import sha256
 
-RECORD = "trial.json"
 ENVIRONMENT = "environment.txt"
 LOG = "trial.log"
 LOCK = ".lock"
-BASELINES = tuple(init for init in INITS if init != "moco")  # words that --weights takes
 # Where a run finds its weights and leaves its files, and on what it computes, is no part of what it is.
-PLACES = ("MODEL.WEIGHTS", "MODEL.DEVICE", "OUTPUT_DIR", "DATALOADER.NUM_WORKERS")
+PLACES = ("MODEL.WEIGHTS", "MODEL.DEVICE", "OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "TEST.COCO_BACKEND")
 # Keys that have an option of their own.
 RESERVED = {
     "SEED": "--seeds", "OUTPUT_DIR": "--output", "MODEL.WEIGHTS": "--weights", "PROTOCOL": "--protocol",
@@ -163,17 +162,16 @@ def state(trial: Trial) -> str:
         ValueError: the folder holds another run.
     """
     folder = trial.folder
-    begun, done = ((folder / name).is_file() for name in ("last_checkpoint", "results.json"))
-    recorded = _read_json(folder / RECORD)
-    if recorded is None:
+    begun, done = ((folder / name).is_file() for name in ("last_checkpoint", RESULTS))
+    recorded = read_json(folder / RECORD)
+    if not recorded:
         if begun or done:
             raise ValueError(f"{folder} holds a run that run_trials did not start; choose another --output")
         return "new"
     differences = list(_differences(recorded, trial))
-    result = _read_json(folder / "results.json") or {}
-    used, asked = result.get("weights", {}).get("sha256"), trial.init.sha256
+    used, asked = read_json(folder / RESULTS).get("weights", {}).get("sha256"), trial.init.sha256
     if used and used != asked:
-        differences.append(f"weights: results.json names SHA-256 {used[:12]}, asked for is {asked[:12] or 'none'}")
+        differences.append(f"weights: {RESULTS} names SHA-256 {used[:12]}, asked for is {asked[:12] or 'none'}")
     if differences:
         raise ValueError(
             f"{folder} holds another run than the one asked for:\n"
@@ -256,6 +254,8 @@ def _trial(protocol: str, base: str, init: Init, seed: int, percent: float, outp
 
 
 def _check(cfg: CfgNode, processes: int) -> None:
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty: there would be nothing to compare")
     with tempfile.TemporaryDirectory() as folder:  # for users' labels that are written anew to OUTPUT_DIR
         cfg = cfg.clone()
         cfg.defrost()
@@ -283,7 +283,3 @@ def _settings(cfg: CfgNode) -> dict[str, Any]:
     """Return ``{dotted key: value}`` as JSON gives it back."""
     settings: dict[str, Any] = json.loads(json.dumps(flat(cfg)))
     return settings
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None

@@ -34,7 +34,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb, read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
-from detectron2.utils.env import seed_all_rng
 from PIL import Image
 
 from moco_d2.atomic import atomic_write
@@ -76,7 +75,6 @@ def samples_page(cfg: CfgNode, folder: str | os.PathLike[str], count: int = 24) 
         ValueError: the folder is in use, or the data sets are not in order.
     """
     folder = _new_folder(folder)
-    seed_all_rng(max(cfg.SEED, 0))  # the same page again
     figures = []
     with tempfile.TemporaryDirectory() as scratch:
         cfg = _with_output(cfg, scratch)

@@ -14,7 +14,7 @@ from torch import nn
 from moco_d2.detection.preflight import changes, check_run, scale_to_processes
 from moco_d2.detection.step import AccumulatingTrainer, build_step
 from moco_d2.detection.trainer import TransferTrainer
-from moco_d2.model_zoo import get_config, list_protocols
+from moco_d2.model_zoo import config_changes, get_config, list_protocols
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 PROTOCOLS = [name for name in list_protocols() if not name.startswith("quick_")]
@@ -49,6 +49,15 @@ def test_accumulation_stands_in_for_processes():
     assert changes(cfg, scaled) == {"TEST.PRECISE_BN.NUM_ITER": (200, 1600)}
     half = scale_to_processes(small_cfg(VOC_C4, "SOLVER.ACCUMULATE", 4), 1).SOLVER
     assert (half.IMS_PER_BATCH, half.BASE_LR, half.MAX_ITER) == (8, 0.01, 48000)
+    # No more a departure than another number of processes is.
+    assert config_changes(get_config("voc0712_faster_rcnn_R_50_C4_24k", opts=["SOLVER.ACCUMULATE", "8"])) == []
+
+
+def test_checkpoints_to_keep_stay_multiples_of_the_scaled_period():
+    opts = ["SOLVER.CHECKPOINT_PERIOD", 5000, "SOLVER.CHECKPOINT_KEEP_EVERY", 20000]
+    for processes, expected in ((1, (40000, 160000)), (8, (5000, 20000)), (12, (3333, 13332))):
+        solver = scale_to_processes(small_cfg(VOC_C4, *opts), processes).SOLVER
+        assert [solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP_EVERY] == list(expected)
 
 
 def test_what_cannot_be_scaled_or_shared_is_refused():
@@ -57,9 +66,11 @@ def test_what_cannot_be_scaled_or_shared_is_refused():
     ):
         scale_to_processes(small_cfg(VOC_C4, "SOLVER.IMS_PER_BATCH", 4), 1)
     opts = ["SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.ACCUMULATE", 3, "ENGINE.AUTOCAST", "float16"]
+    opts += ["SOLVER.CHECKPOINT_PERIOD", 0]
     with pytest.raises(ValueError) as caught:
         check_run(small_cfg(VOC_C4, *opts), world_size=2)
     assert "multiple of the 2 processes times SOLVER.ACCUMULATE 3" in str(caught.value)
+    assert "SOLVER.CHECKPOINT_PERIOD is 0; it must be at least 1" in str(caught.value)
     assert "ENGINE.AUTOCAST is 'float16'; it must be bfloat16" in str(caught.value)
 
 

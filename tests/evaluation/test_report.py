@@ -44,7 +44,7 @@ def test_a_row_for_each_run_and_test_set(tmp_path: Path) -> None:
 
 def test_a_metric_without_a_value_is_a_dash(tmp_path: Path) -> None:
     run = _run(tmp_path / "run", coco_2017_val={"bbox": {"AP": 0.0, "AP75": None}})
-    (row,) = report.rows("random", report.read_result(run))
+    (row,) = report.rows("random", summary.read_run(run).result)
     assert row[3:7] == ("0.00", "-", "-", "-")
 
 
@@ -142,6 +142,30 @@ def test_a_curve_of_a_resumed_run(tmp_path: Path) -> None:
     with (run / "metrics.json").open("a") as file:
         file.write('{"iteration": 80, "tot')  # killed while writing
     assert summary.read_run(run).curve("total_loss") == [(0, 1.0), (20, 2.0), (40, 2.0), (60, 2.0)]
+
+
+def test_two_baselines_of_one_name_in_a_later_table(tmp_path: Path) -> None:
+    record(tmp_path / "first", "moco_v2", 0, _voc(39.0), protocol="coco_mask_rcnn_R_50_C4_1x")
+    record(tmp_path / "moco", "moco_v2", 0, _voc(57.0))
+    record(tmp_path / "a", "supervised", 0, _voc(53.0))
+    record(tmp_path / "b", "supervised", 0, _voc(54.0), weights=WEIGHTS["supervised"] | {"sha256": "ef" * 32})
+    report.write_report([tmp_path], tmp_path / "report")
+    with (tmp_path / "report/report.csv").open(newline="") as file:
+        cells = {(row["protocol"], row["pre-train"]): row for row in csv.DictReader(file) if row["metric"] == "bbox/AP"}
+    moco = cells["voc0712_faster_rcnn_R_50_C4_24k", "moco_v2"]
+    assert [moco[f"minus supervised [{digest}]"] for digest in ("cdcdcdcd", "efefefef")] == ["+4.0000", "+3.0000"]
+
+
+def test_accumulation_is_told_and_compared_and_switches_are_noted(tmp_path: Path) -> None:
+    for seed, autocast in ((0, ""), (1, "bfloat16")):
+        record(
+            tmp_path / f"seed{seed}", "moco_v2", seed, _voc(57.0), processes=1,
+            scaled={"TEST.PRECISE_BN.NUM_ITER": [200, 1600]},
+            engine={"AUTOCAST": autocast, "CHANNELS_LAST": False, "ACCUMULATE": 8},
+        )  # fmt: skip
+    (table,) = summary.build_tables(summary.find_runs([tmp_path]))
+    assert table.variant == "fitted to 1 process(es) of 8 batches a step: NUM_ITER 200 -> 1600" and table.comparable
+    assert table.notes == ("moco_v2: its runs had other switches on: AUTOCAST bfloat16; none",)
 
 
 class _Page(HTMLParser):

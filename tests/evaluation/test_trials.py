@@ -150,7 +150,8 @@ def test_what_differs_is_refused_and_nothing_is_mixed(plan, tmp_path):
     (trial,) = plan(["random"])
     finish(trial, path="", sha256=None)
     assert trials.state(plan(["random"])[0]) == "done"
-    assert trials.state(plan(["random"], "DATALOADER.NUM_WORKERS", "3")[0]) == "done", "no part of the experiment"
+    for words in (["DATALOADER.NUM_WORKERS", "3"], ["TEST.COCO_BACKEND", "pycocotools"]):
+        assert trials.state(plan(["random"], *words)[0]) == "done", "no part of the experiment"
     with pytest.raises(ValueError, match=r"holds another run.*\n +SOLVER\.BASE_LR: 0\.02 there, 0\.01 asked for"):
         plan(["random"], "SOLVER.BASE_LR", "0.01")
     finish(trial, path="x.pth", sha256="f" * 64)
@@ -197,6 +198,8 @@ def test_mistakes_are_named_before_the_first_run(plan, weights, more, message):
 def test_missing_data_and_keys_with_an_option_of_their_own(plan):
     with pytest.raises(ValueError, match="no data set 'tiny_vo' is registered; did you mean tiny_voc"):
         plan(["random"], "DATASETS.TRAIN", "('tiny_vo',)")
+    with pytest.raises(ValueError, match=r"DATASETS\.TEST is empty"):
+        plan(["random"], "DATASETS.TEST", "()")
     with pytest.raises(ValueError, match="SEED is set by --seeds"):
         plan(["random"], "SEED", "3")
 

@@ -10,6 +10,7 @@ This module is the floor of the package: standard library only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -41,8 +42,8 @@ class Pixels:
             raise ValueError(f"pixel order is {self.order!r}; it must be 'RGB' or 'BGR'")
         for name in ("mean", "std"):
             values = tuple(float(v) for v in getattr(self, name))
-            if len(values) != 3 or (name == "std" and min(values) <= 0):
-                raise ValueError(f"pixel {name} is {values}; it must be three numbers (std: positive)")
+            if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+                raise ValueError(f"pixel {name} is {values}; it must be three finite numbers (std: positive)")
             object.__setattr__(self, name, values)
 
     def __str__(self) -> str:

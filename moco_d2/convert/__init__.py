@@ -1,4 +1,4 @@
-"""Anyone's ResNet checkpoint -> a file that Detectron2 loads whole, with facts and a proof. Needs torch only.
+"""Anyone's ResNet checkpoint -> a file that Detectron2 loads whole, with facts and a proof (which needs Detectron2).
 
 ``convert_checkpoint`` does it all; ``read_checkpoint`` and ``read_facts`` are for every stage that opens a weight file.
 """

@@ -44,7 +44,7 @@ def told_beside(source: CheckpointSource, path: Any) -> tuple[dict[str, Any], li
             stride = bool(config.get("downsample_in_bottleneck"))
     try:
         pixels = _pixels(fed)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: the {name} beside it cannot be followed: {error}") from error
     notes = []
     if pixels is None and name == _PREPROCESSOR and (Path(path).parent / name).exists():

@@ -299,9 +299,15 @@ def test_transformers_with_an_image_processor_that_says_nothing(tmp_path: Path) 
         beside.write_text(content)
         conversion, _ = convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out.pth", proof=False)
         assert conversion.facts.pixels == IMAGENET_RGB and any("says no mean and std" in n for n in conversion.notes)
-    beside.write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.0, 0.5]}')
-    with pytest.raises(CheckpointError, match=r"model.safetensors: the preprocessor_config.json.*127\.5, 0\.0"):
-        convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out.pth", proof=False)
+    for std, words in (
+        ("0.0", "std is .*three finite numbers"),
+        ("NaN", "nan"),
+        ('"x"', "'x'"),
+        ("9" * 400, "too large"),
+    ):
+        beside.write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, %s, 0.5]}' % std)
+        with pytest.raises(CheckpointError, match=f"model.safetensors: the preprocessor_config.json.*{words}"):
+            convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out.pth", proof=False)
 
 
 class Benchmark(lightning.LightningModule):

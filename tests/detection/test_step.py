@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from small_detector import COCO_FPN, VOC_C4, small_cfg
 from torch import nn
@@ -14,6 +15,8 @@ from torch import nn
 from moco_d2.detection.preflight import changes, check_run, scale_to_processes
 from moco_d2.detection.step import AccumulatingTrainer, build_step
 from moco_d2.detection.trainer import TransferTrainer
+from moco_d2.engine.launch import launch
+from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.model_zoo import config_changes, get_config, list_protocols
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
@@ -55,9 +58,9 @@ def test_accumulation_stands_in_for_processes():
 
 def test_checkpoints_to_keep_stay_multiples_of_the_scaled_period():
     opts = ["SOLVER.CHECKPOINT_PERIOD", 5000, "SOLVER.CHECKPOINT_KEEP_EVERY", 20000]
-    for processes, expected in ((1, (40000, 160000)), (8, (5000, 20000)), (12, (3333, 13332))):
+    for processes, period in ((1, 40000), (8, 5000), (12, 3333)):
         solver = scale_to_processes(small_cfg(VOC_C4, *opts), processes).SOLVER
-        assert [solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP_EVERY] == list(expected)
+        assert (solver["CHECKPOINT_PERIOD"], solver["CHECKPOINT_KEEP_EVERY"]) == (period, 4 * period)
 
 
 def test_what_cannot_be_scaled_or_shared_is_refused():
@@ -86,11 +89,11 @@ class Squares(nn.Module):
         return {"loss_a": out[:, 0].square().mean(), "loss_b": out[:, 1].abs().mean()}
 
 
-def one_step(trainer_class, batches, *args):
+def two_steps(trainer_class, batches, *args):
     torch.manual_seed(0)
     model = Squares()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    trainer = trainer_class(model, batches, optimizer, *args)
+    trainer = trainer_class(wrap_ddp(model), batches, optimizer, *args)
     with EventStorage() as storage:
         trainer.iter = trainer.max_iter = 0
         trainer.run_step()
@@ -99,14 +102,28 @@ def one_step(trainer_class, batches, *args):
     return model.linear.weight.detach().clone(), logged
 
 
+IMAGES = list(torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+
+
 def test_four_small_batches_are_one_large_batch():
-    images = list(torch.randn(16, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
-    large = [images[:8], images[8:]]
-    small = [images[i : i + 2] for i in range(0, 16, 2)]
-    weight, logged = one_step(SimpleTrainer, large)
-    accumulated, logged_small = one_step(AccumulatingTrainer, small, 4, "")
+    weight, logged = two_steps(SimpleTrainer, [IMAGES[:8], IMAGES[8:]])
+    small = [IMAGES[i : i + 2] for i in range(0, 16, 2)]
+    accumulated, logged_small = two_steps(AccumulatingTrainer, small, 4, "")
     torch.testing.assert_close(accumulated, weight, rtol=1e-12, atol=0)
     assert logged_small == pytest.approx(logged)
+
+
+def two_batches_in_each_process(folder):
+    """Save what this process's weights are after steps of two batches of two pictures, each process its own ones."""
+    small = [IMAGES[i : i + 2] for i in range(2 * comm.get_rank(), 16, 4)]
+    torch.save(two_steps(AccumulatingTrainer, small, 2, "")[0], folder / f"{comm.get_rank()}.pth")
+
+
+def test_small_batches_of_two_processes_are_one_large_batch_too(tmp_path):
+    launch(two_batches_in_each_process, 2, 1, 0, "auto", tmp_path)
+    weight, _ = two_steps(SimpleTrainer, [IMAGES[:8], IMAGES[8:]])
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pth"), weight, rtol=1e-12, atol=0)
 
 
 def test_without_switches_the_step_is_detectron2s_own():

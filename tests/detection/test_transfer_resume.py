@@ -29,7 +29,8 @@ def test_batches_are_those_of_detectron2s_grouping_and_begin_anywhere(sampler: s
     draws = SAMPLERS[sampler]()
     grouped = AspectRatioGroupedDataset((records[i] for i in draws), 4)
     expected = [[record["index"] for record in batch] for batch in itertools.islice(grouped, 100)]
-    stream = BatchStream(draws, 4, [int(width > height) for width, height in sizes])
+    groups = [int(width > height) for width, height in sizes]
+    stream = BatchStream(draws, 4, groups)
     whole = list(itertools.islice(stream, 100))
     assert [[index for _, index in batch] for batch in whole] == expected
     order = [index for _, index in sorted(itertools.chain(*whole))]
@@ -37,6 +38,10 @@ def test_batches_are_those_of_detectron2s_grouping_and_begin_anywhere(sampler: s
     for start in (1, 17, 63):
         stream.start = start
         assert list(itertools.islice(stream, 20)) == whole[start : start + 20]
+    common = list(itertools.islice(draws, 200))
+    for rank in (0, 1):  # a draw has one number, and so one augmentation, whoever makes it
+        keys = list(itertools.chain(*BatchStream(common[rank::2], 4, groups, rank, 2)))
+        assert len(keys) > 90 and all(draw % 2 == rank and common[draw] == index for draw, index in keys)
 
 
 def flattened(batch):
@@ -79,7 +84,8 @@ def options(iterations: int) -> list[Any]:
 
 
 def test_two_kills_and_a_request_to_stop(kill_and_resume, dataset_root) -> None:
-    kill_and_resume("transfer", VOC_C4, options(5), cuts=3, DETECTRON2_DATASETS=str(dataset_root))
+    words = [*options(5), "SOLVER.ACCUMULATE", 2]
+    kill_and_resume("transfer", VOC_C4, words, cuts=3, DETECTRON2_DATASETS=str(dataset_root))
 
 
 @pytest.mark.slow

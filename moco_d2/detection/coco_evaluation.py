@@ -8,7 +8,6 @@ file is therefore left to pycocotools, and the log says so.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.util
 import io
 import itertools
@@ -98,9 +97,7 @@ def choose_backend(name: str) -> Backend:
         return next(backend for backend in BACKENDS if backend.installed)
     names = [backend.name for backend in BACKENDS]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"TEST.COCO_BACKEND is {name!r}; it must be auto or one of {', '.join(names)}{hint}")
+        raise ValueError(unknown_name("TEST.COCO_BACKEND", name, ["auto", *names]))
     backend = BACKENDS[names.index(name)]
     if not backend.installed:
         how = "build Detectron2 from source" if name == "detectron2" else f"pip install {backend.package}"

@@ -8,7 +8,6 @@ them or raises: one path serves the run that stops at the first and ``--dry-run`
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +83,7 @@ def _entry_problems(item: Any) -> Iterator[str]:
         return
     for key in item:
         if key not in _KEYS:
-            yield f"no key {key!r}{nearest(str(key), _KEYS)}; the keys are {', '.join(_KEYS)}"
+            yield f"no key {key!r}{did_you_mean(str(key), _KEYS)}; the keys are {', '.join(_KEYS)}"
     for key in ("name", "format"):
         if not isinstance(item.get(key), str) or not item[key]:
             yield f"{key} is missing"
@@ -119,12 +118,6 @@ def _entry(item: Mapping[str, Any]) -> Entry:
     if item["format"] == "coco" and under["images"] is None:
         under["images"] = root
     return Entry(item["name"], item["format"], root, split=split, classes=tuple(item.get("classes", ())), **under)
-
-
-def nearest(value: str, choices: Sequence[str]) -> str:
-    """Return a hint at the choice that was probably meant, or nothing."""
-    near = difflib.get_close_matches(value, choices, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def listed(names: Sequence[str]) -> str:

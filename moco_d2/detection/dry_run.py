@@ -130,13 +130,10 @@ def _check_all(cfg: CfgNode, full: CfgNode) -> dict[str, int]:
             check_weights(full)
         except ValueError as error:
             problems.append(str(error))
-    counts = {}
-    for name in () if problems else (*full.DATASETS.TRAIN, *full.DATASETS.TEST):
-        with quiet():
-            counts[name] = len(DatasetCatalog.get(name))
     if problems:
         raise ValueError("\n".join(" ".join(problem.split()) for problem in problems))
-    return counts
+    with quiet():
+        return {name: len(DatasetCatalog.get(name)) for name in (*full.DATASETS.TRAIN, *full.DATASETS.TEST)}
 
 
 def _shorten(full: CfgNode, world_size: int) -> CfgNode:
@@ -158,7 +155,9 @@ def _shorten(full: CfgNode, world_size: int) -> CfgNode:
 
 def _schedule(full: CfgNode, cfg: CfgNode) -> str:
     solver = full.SOLVER
-    text = f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images, lr {solver.BASE_LR:g}, steps {solver.STEPS}"
+    batches = f" in {solver.ACCUMULATE} batches" if solver.ACCUMULATE > 1 else ""
+    text = f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images{batches}, lr {solver.BASE_LR:g}"
+    text += f", steps {solver.STEPS}"
     asked = cfg.SOLVER
     if solver.MAX_ITER != asked.MAX_ITER:
         given = f"{asked.MAX_ITER} of {asked.IMS_PER_BATCH}, lr {asked.BASE_LR:g}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import logging
 import os
@@ -167,9 +166,7 @@ def _batch_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
 
 def _dataset_problems(cfg: CfgNode, name: str) -> Iterator[str]:
     if name not in DatasetCatalog:
-        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        yield f"no data set {name!r} is registered{hint}"
+        yield f"no data set {name!r} is registered{did_you_mean(name, DatasetCatalog.list(), most=3)}"
         return
     meta = MetadataCatalog.get(name)
     files = {path: PathManager.exists(path) for path in _dataset_files(name)}

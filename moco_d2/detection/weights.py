@@ -24,7 +24,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from moco_d2.convert.load import facts_in, read_checkpoint
+from moco_d2.convert.load import facts_in, read_checkpoint, some
 from moco_d2.convert.parts import HOMES, needs, part_of
 from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
 from moco_d2.provenance import sha256
@@ -289,7 +289,7 @@ def _read(path: str) -> Mapping[str, Any]:
     foreign = [str(key) for key, value in state.items() if not hasattr(value, "shape")]
     if foreign:
         raise ValueError(
-            f"{path} is not in Detectron2's form: {_few(foreign)} {'is' if len(foreign) == 1 else 'are'} no tensor"
+            f"{path} is not in Detectron2's form: {some(foreign, 3)} {'is' if len(foreign) == 1 else 'are'} no tensor"
             + ("s" if len(foreign) > 1 else "") + convert
         )  # fmt: skip
     return content
@@ -328,7 +328,7 @@ def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, mi
             "\n  The file holds another network: check MODEL.RESNETS.DEPTH, the width keys beside it, and NUM_CLASSES"
         )
     elif len(missing) == total:
-        text += f"\n  The file holds names such as {_few(list(state))}.{_convert_hint(path)}"
+        text += f"\n  The file holds names such as {some(state, 3)}.{_convert_hint(path)}"
     else:
         text += "\n  The file is incomplete: convert the original again with tools/convert_checkpoint.py"
     return text
@@ -346,7 +346,3 @@ def _convert_hint(path: str) -> str:
 def _listed(lines: Sequence[str]) -> str:
     more = [f"    ... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
     return "\n".join([f"    {line}" for line in lines[:_SHOWN]] + more)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -89,3 +90,5 @@ def test_the_schedule_for_one_process_is_shown_beside_the_protocols():
         "192000 iterations of 2 images, lr 0.0025, steps (144000, 176000) "
         "(written for 8 processes: 24000 of 16, lr 0.02)"
     )
+    findings = dict(itertools.islice(rehearse(small_cfg(VOC_C4, "SOLVER.ACCUMULATE", 8)), 2))
+    assert findings["schedule"] == "24000 iterations of 16 images in 8 batches, lr 0.02, steps (18000, 22000)"

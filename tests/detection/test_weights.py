@@ -243,7 +243,7 @@ def test_an_official_training_checkpoint_is_refused(backbone_file, tmp_path):
     path = tmp_path / "checkpoint_0199.pth.tar"
     torch.save({"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {}}, path)
     message = refusal(small_cfg(COCO_FPN), path)
-    assert "not in Detectron2's form: epoch, arch, state_dict, ... are no tensors" in message
+    assert "not in Detectron2's form: epoch, arch, state_dict and 1 more are no tensors" in message
     assert "Convert it first" in message
 
 

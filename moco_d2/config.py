@@ -23,6 +23,7 @@ from detectron2.config import get_cfg as detectron2_get_cfg
 
 from moco_d2.data.loader import MAX_PIXELS
 from moco_d2.methods import default_args
+from moco_d2.nearest import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -289,8 +290,7 @@ def _merge_one(cfg: CN, key: str, value: Any) -> Iterator[str]:
     if isinstance(group, CN) and group.is_new_allowed():
         return
     if key not in keys:
-        near = difflib.get_close_matches(key, list(keys), n=3, cutoff=0.5)
-        yield f"no config key {key}" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        yield f"no config key {key}{did_you_mean(key, keys, most=3)}"
         return
     try:
         cfg.merge_from_list([key, value])

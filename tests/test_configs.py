@@ -204,9 +204,9 @@ def test_unknown_protocols_and_inits_are_named_with_the_nearest():
 
 
 WRONG = {  # key: (value, complaint)
-    "SOLVER.BASE_LRR": ("3", "no config key SOLVER.BASE_LRR; did you mean SOLVER.BASE_LR or"),
+    "SOLVER.BASE_LRR": ("3", "no config key SOLVER.BASE_LRR; did you mean 'SOLVER.BASE_LR' or"),
     "SOLVER.GAMMA": ("x", "SOLVER.GAMMA is 'x'; it must be a float, as 0.1 is"),
-    "SOLVER.MOMENTUM.X": ("1", "no config key SOLVER.MOMENTUM.X; did you mean SOLVER.MOMENTUM or"),
+    "SOLVER.MOMENTUM.X": ("1", "no config key SOLVER.MOMENTUM.X; did you mean 'SOLVER.MOMENTUM' or"),
     "SOLVER.STEPS": ("5", "SOLVER.STEPS is 5; it must be a list or tuple, as ("),
     "SEED": ("two", "SEED is 'two'; it must be an int, as "),
     "DATA": ("5", "DATA is a group of keys, not one that can be set to 5; it has RECIPE, CROP_SIZE"),

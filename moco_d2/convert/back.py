@@ -7,7 +7,6 @@ checkpoints, which their linear classification and many other scripts take.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from moco_d2.convert.names import DETECTRON2, DETECTRON2_C4, TORCHVISION, Naming
 from moco_d2.convert.trunk import as_tensor
 from moco_d2.facts import IMAGENET_RGB, BackboneFacts
 from moco_d2.layers.resnet import ARCHITECTURES
+from moco_d2.nearest import unknown_name
 
 LAYOUTS = ("torchvision", "moco")
 
@@ -120,9 +120,7 @@ def restore(source: str | os.PathLike[str], output: str | os.PathLike[str], layo
         ValueError: an unknown layout, or the output is the input.
     """
     if layout not in LAYOUTS:
-        near = difflib.get_close_matches(layout, LAYOUTS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"the layout is {layout!r}; it must be {' or '.join(LAYOUTS)}{hint}")
+        raise ValueError(unknown_name("the layout", layout, LAYOUTS))
     check_another(source, output)
     backbone = take_back(read_checkpoint(source), source)
     content: dict[str, Any] = {"state_dict": backbone.tensors, "facts": backbone.facts.as_dict()}

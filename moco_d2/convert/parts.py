@@ -6,7 +6,6 @@ fine-tuning a detector whose FPN or box head is pretrained is another protocol t
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -21,6 +20,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from moco_d2.convert.load import some
 from moco_d2.convert.names import NORM_TENSORS
 from moco_d2.facts import BackboneFacts
+from moco_d2.nearest import unknown_name
 
 # What Detectron2's names in a part start with.
 HOMES = {"fpn": "backbone.fpn_", "box_head": "roi_heads.box_head."}
@@ -94,9 +94,7 @@ def check_names(wanted: Sequence[str]) -> None:
     """
     for name in wanted:
         if name not in HOMES:
-            near = difflib.get_close_matches(name, HOMES, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"unknown part {name!r}{hint}; choose of {', '.join(HOMES)}")
+            raise ValueError(unknown_name("a part", name, HOMES))
     if len(set(wanted)) < len(wanted):
         raise ValueError(f"the parts {', '.join(wanted)} name one twice")
 

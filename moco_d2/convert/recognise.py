@@ -6,7 +6,6 @@ its place decides. What stays open is the user's to say (:class:`Choice`).
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from moco_d2.convert.sources import ANY, COMPANIONS, LOOKALIKES, SOURCES, Checkp
 from moco_d2.convert.traits import TRAITS, caffe, input_scale
 from moco_d2.convert.trunk import Trunk, equal, find_places, find_trunks, unwrap, unwrapped
 from moco_d2.facts import CAFFE_BGR, BackboneFacts
+from moco_d2.nearest import unknown_name
 
 _NORMS = ("", "GN")
 
@@ -45,9 +45,7 @@ class Choice:
         """Check the names."""
         keys = [source.key for source in SOURCES]
         if self.source and self.source not in keys:
-            near = difflib.get_close_matches(self.source, keys, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"unknown source {self.source!r}{hint}; choose one of {', '.join(keys)}")
+            raise ValueError(unknown_name("the source", self.source, keys))
         if self.norm not in _NORMS:
             raise ValueError(f"norm is {self.norm!r}; it must be 'GN' or empty")
         check_names(self.parts)

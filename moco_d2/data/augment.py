@@ -7,15 +7,15 @@ with which the authors' code is written.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
 from moco_d2.facts import IMAGENET_RGB, Pixels
+from moco_d2.nearest import unknown_name
 
 LARGEST_BLUR = 2.4  # radius; batched.REACH holds the box of no larger one
 CIFAR_RGB = Pixels("RGB", (125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255))
@@ -227,14 +227,6 @@ def moco_cifar(size: int) -> Recipe:
 
 
 RECIPES: dict[str, Callable[[int], Recipe]] = {"moco_v1": moco_v1, "moco_v2": moco_v2, "moco_cifar": moco_cifar}
-
-
-def unknown_name(key: str, name: str, choices: Iterable[str]) -> str:
-    """Return the complaint about a name that is none of the choices."""
-    known = list(choices)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{key} is {name!r}; it must be one of {', '.join(known)}{hint}"
 
 
 def build_recipe(name: str, size: int) -> Recipe:

@@ -27,6 +27,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from moco_d2.atomic import atomic_write
+from moco_d2.nearest import unknown_name
 
 logger = logging.getLogger(__name__)
 

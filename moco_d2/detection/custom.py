@@ -17,6 +17,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from PIL import Image
 
+from moco_d2.nearest import did_you_mean
+
 Report = Callable[[str], None]
 
 _KEYS = ("name", "format", "root", "json", "images", "split", "classes")
@@ -83,7 +85,7 @@ def _entry_problems(item: Any) -> Iterator[str]:
         return
     for key in item:
         if key not in _KEYS:
-            yield f"no key {key!r}{did_you_mean(str(key), _KEYS)}; the keys are {', '.join(_KEYS)}"
+            yield f"no key {key!r}{did_you_mean(key, _KEYS)}; the keys are {', '.join(_KEYS)}"
     for key in ("name", "format"):
         if not isinstance(item.get(key), str) or not item[key]:
             yield f"{key} is missing"

@@ -16,7 +16,8 @@ from xml.parsers import expat
 from detectron2.structures import BoxMode
 
 from moco_d2.data.listing import EXTENSIONS
-from moco_d2.detection.custom import Entry, Needs, Report, box_problem, listed, nearest, picture_size, size_problem
+from moco_d2.detection.custom import Entry, Needs, Report, box_problem, listed, picture_size, size_problem
+from moco_d2.nearest import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _voc_object(
     where = f"{path}:{item.get('line')}"
     name = _text(item, "name")
     if name not in classes:
-        report(f"{where}: unknown class {name!r}{nearest(name, classes)}; the classes are {listed(classes)}")
+        report(f"{where}: unknown class {name!r}{did_you_mean(name, classes)}; the classes are {listed(classes)}")
         return None
     texts = [_text(item, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
     try:

@@ -17,10 +17,10 @@ from detectron2.config import CfgNode
 
 from moco_d2.config import flat, get_cfg, wrong_type
 from moco_d2.data import BACKENDS, RECIPES
-from moco_d2.data.augment import unknown_name
 from moco_d2.engine.step import AUTOCAST
 from moco_d2.layers.resnet import ARCHITECTURES, build_resnet
 from moco_d2.methods import METHODS, SSLMethod, build_method, default_args, method_class
+from moco_d2.nearest import unknown_name
 
 # What pretraining reads of SOLVER. Detectron2 has more, for detectors: set, they would be ignored without a word.
 _SOLVER = (

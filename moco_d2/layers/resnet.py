@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from moco_d2.facts import BackboneFacts, Pixels
+from moco_d2.nearest import unknown_name
 
 # depth: (block, blocks per stage)
 DEPTHS: dict[int, tuple[Any, tuple[int, int, int, int]]] = {
@@ -68,9 +68,7 @@ def build_resnet(name: str = "resnet50", num_classes: int = 1000, width: float =
         ValueError: an unknown name or stem, or an impossible width.
     """
     if name not in ARCHITECTURES:
-        near = difflib.get_close_matches(name, ARCHITECTURES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"unknown encoder {name!r}{hint}; choose one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(unknown_name("the encoder", name, ARCHITECTURES))
     if stem not in ("imagenet", "cifar"):
         raise ValueError(f"encoder stem is {stem!r}; it must be 'imagenet' or 'cifar'")
     depth, groups, width_per_group = ARCHITECTURES[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from moco_d2.nearest import did_you_mean, unknown_name
 
 METHODS: dict[str, type[SSLMethod]] = {}
 
@@ -77,7 +78,7 @@ def method_class(name: str) -> type[SSLMethod]:
         ValueError: unknown name; the message lists the known ones.
     """
     if name not in METHODS:
-        raise ValueError(f"SSL.METHOD is {name!r}; known methods are {', '.join(sorted(METHODS))}")
+        raise ValueError(unknown_name("SSL.METHOD", name, METHODS))
     return METHODS[name]
 
 
@@ -101,8 +102,6 @@ def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str,
     accepted = default_args(name)
     for key in args:
         if key not in accepted:
-            near = difflib.get_close_matches(key, accepted, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"SSL.ARGS has {key!r}{hint}; {name} accepts {', '.join(accepted)}")
+            raise ValueError(f"SSL.ARGS has {key!r}; {name} accepts {', '.join(accepted)}{did_you_mean(key, accepted)}")
     constructor: Callable[..., SSLMethod] = method_class(name)
     return constructor(encoder, **args)

@@ -123,7 +123,7 @@ def test_what_a_file_does_not_show_is_asked_for(name: str, net: nn.Module) -> No
 
 
 def test_choices_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"unknown source 'moko'.*did you mean 'moco'"):
+    with pytest.raises(ValueError, match=r"the source is 'moko'.*did you mean 'moco'"):
         Choice(source="moko")
     with pytest.raises(ValueError, match="norm is 'LN'"):
         Choice(norm="LN")

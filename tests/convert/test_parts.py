@@ -304,7 +304,7 @@ def test_the_tool(
         return int(runpy.run_path(str(TOOL))["main"]())
 
     assert run(tmp_path / "in.pth", tmp_path / "out.pth", "--with", "fpn,box-head") == 2
-    assert "unknown part 'box-head' (did you mean 'box_head'?)" in capsys.readouterr().err
+    assert "a part is 'box-head'; it must be one of fpn, box_head; did you mean 'box_head'?" in capsys.readouterr().err
     assert run(tmp_path / "in.pth", tmp_path / "out.pth", "--with", "fpn,box_head") == 0
     shown = capsys.readouterr().out
     for words in ("parts    fpn (40 tensors), box_head (22 tensors)", "another protocol", "p5 ", "box_head ",

@@ -61,7 +61,7 @@ def test_recipes_are_the_published_ones_op_for_op(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "size", "message"),
-    [("moco_v9", 224, r"moco_v1, moco_v2, .*; did you mean moco_v\d\?"), ("moco_v2", 0, "at least one")],
+    [("moco_v9", 224, r"moco_v1, moco_v2, .*; did you mean 'moco_v\d'\?"), ("moco_v2", 0, "at least one")],
 )
 def test_unknown_recipes_and_sizes_are_refused(name: str, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -71,7 +71,9 @@ def test_unknown_recipes_and_sizes_are_refused(name: str, size: int, message: st
 def test_auto_is_the_device_where_there_is_a_gpu_and_opencv_elsewhere() -> None:
     assert isinstance(build_backend("auto", CPU), BACKENDS["cv2"])
     assert isinstance(build_backend("auto", torch.device("cuda")), BACKENDS["device"])
-    with pytest.raises(ValueError, match=r"DATA\.BACKEND is 'vice'; it must be one of auto, .*; did you mean device\?"):
+    with pytest.raises(
+        ValueError, match=r"DATA\.BACKEND is 'vice'; it must be one of auto, .*; did you mean 'device'\?"
+    ):
         build_backend("vice", CPU)
 
 

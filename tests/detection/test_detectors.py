@@ -8,6 +8,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import transforms as T
 from detectron2.layers import ShapeSpec
+from detectron2.layers.batch_norm import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
@@ -132,6 +133,7 @@ def test_extra_norm_has_the_authors_names_and_width(c4):
         "roi_heads.res5.norm.num_batches_tracked": ()
     }
     assert c4.roi_heads.box_predictor.cls_score.in_features == 512
+    assert type(c4.roi_heads.res5.norm) is type(c4.backbone.stem.conv1.norm) is NaiveSyncBatchNorm
 
 
 def test_extra_norm_is_applied_last(c4):

@@ -293,7 +293,7 @@ def test_mistakes_in_files_and_keys_are_named(tmp_path, registered):
     with pytest.raises(ValueError, match="not hold detections in COCO's form"):
         evaluate_file(cfg, name, written(labels, tmp_path / "found.json"))
     cfg.TEST.COCO_BACKEND = "hotcocoa"
-    with pytest.raises(ValueError, match="did you mean hotcoco"):
+    with pytest.raises(ValueError, match="did you mean 'hotcoco'"):
         evaluator_type(name, cfg)
     with pytest.raises(ValueError, match=r"lack dirname, split, year, thing_classes"):
         build_evaluator(cfg, registered(evaluator_type="pascal_voc"))

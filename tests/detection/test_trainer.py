@@ -197,7 +197,7 @@ def test_missing_data_are_refused_with_the_expected_files():
     assert "nowhere/coco/annotations/x.json" in message
     assert "DETECTRON2_DATASETS" in message
     assert "datasets/README.md" in message
-    assert "no data set 'tiny_cocoo' is registered; did you mean tiny_coco" in message
+    assert "no data set 'tiny_cocoo' is registered; did you mean 'tiny_coco" in message
 
 
 def test_a_batch_that_processes_cannot_share_is_refused():

@@ -87,7 +87,7 @@ def test_mistakes_end_in_lines_and_exit_code_2(images: str, tmp_path: Path) -> N
     words = ("SOLVER.SCHEDULE", "cosin", "SSL.ARGS.momentum", 7, "SOLVER.BASE_LRR", 3, "SOLVER.GAMMA", "x")
     done = dry_run(tmp_path, "DATASETS.TRAIN", f'("{images}",)', *words)
     assert done.returncode == 2 and not done.stdout
-    for said in ("did you mean cosine?", "SSL.ARGS.momentum is 7", "no config key SOLVER.BASE_LRR", "GAMMA is 'x'"):
+    for said in ("did you mean 'cosine'?", "SSL.ARGS.momentum is 7", "no config key SOLVER.BASE_LRR", "GAMMA is 'x'"):
         assert said in done.stderr, "unknown keys, types and ranges, all at once"
     assert done.stderr.count("\n") == 4, done.stderr
     gone = dry_run(tmp_path, "DATASETS.TRAIN", '("no/such/folder",)')

@@ -196,7 +196,7 @@ def test_mistakes_are_named_before_the_first_run(plan, weights, more, message):
 
 
 def test_missing_data_and_keys_with_an_option_of_their_own(plan):
-    with pytest.raises(ValueError, match="no data set 'tiny_vo' is registered; did you mean tiny_voc"):
+    with pytest.raises(ValueError, match="no data set 'tiny_vo' is registered; did you mean 'tiny_voc"):
         plan(["random"], "DATASETS.TRAIN", "('tiny_vo',)")
     with pytest.raises(ValueError, match=r"DATASETS\.TEST is empty"):
         plan(["random"], "DATASETS.TEST", "()")

@@ -7,10 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_pascal_voc
 from small_detector import COCO_FPN, QUARTER, SHORT, VOC_C4, small_cfg
 
+from moco_d2.detection import dry_run
 from moco_d2.detection.dry_run import rehearse
 
 pytestmark = [
@@ -54,6 +59,37 @@ def test_a_run_that_will_work_is_told_what_to_expect(tool, converted_file, tmp_p
     assert not list(tmp_path.iterdir())  # nothing is left behind
 
 
+@pytest.fixture
+def tiny_voc(dataset_root, tmp_path):
+    """Registered pictures, and a short run on them."""
+    register_pascal_voc("tiny_voc", str(dataset_root / "VOC2007"), "trainval", 2007)
+    MetadataCatalog.get("tiny_voc").evaluator_type = "pascal_voc"
+    sets = ["DATASETS.TRAIN", "('tiny_voc',)", "DATASETS.TEST", "('tiny_voc',)"]
+    yield small_cfg(VOC_C4, *SHORT, *sets, "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 1000)
+    DatasetCatalog.remove("tiny_voc")
+    MetadataCatalog.remove("tiny_voc")
+
+
+def test_the_time_of_a_whole_run_is_reckoned_from_a_little_of_it(tiny_voc, monkeypatch):
+    # A step, with half of the pictures, and the evaluation, of two of the four pictures, take 3 seconds by this clock.
+    monkeypatch.setattr(dry_run, "IMAGES", 2)
+    assert len(dry_run.Rehearsal.build_test_loader(tiny_voc, "tiny_voc").dataset) == 2
+    monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=itertools.count(0, 3).__next__))
+    said = dict(rehearse(tiny_voc))
+    assert said["training"].endswith("6.00 s a step (reckoned from 50% of a batch)")
+    assert said["ETA"] == "training 1:40:00, each evaluation 0:00:06, at this speed"
+
+
+def test_a_checkpoint_that_differs_from_the_detector_is_noticed(tiny_voc):
+    trainer = dry_run.Rehearsal(tiny_voc)
+    trainer.checkpointer.save("model_final")
+    assert dry_run._reload(trainer).endswith("bit for bit")
+    with torch.no_grad():
+        trainer.model.backbone.stem.conv1.weight[0, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match=r"does not hold what was saved: backbone\.stem\.conv1\.weight"):
+        dry_run._reload(trainer)
+
+
 def test_two_processes_rehearse_together_and_speak_once(tool, tmp_path):
     done = tool(COCO_FPN + "_random", "--num-gpus", 2, *QUARTER, *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -73,7 +109,7 @@ def test_all_problems_are_told_at_once_a_line_each_with_its_remedy(tool, backbon
     assert "Traceback" not in done.stderr
     for line, said in zip(error, [
         "SOLVER.IMS_PER_BATCH is 2; it must be a multiple of the 1 processes times SOLVER.ACCUMULATE 3",
-        "did you mean voc_2007_trainval",
+        "did you mean 'voc_2007_trainval",
         "pass MODEL.ROI_HEADS.NUM_CLASSES 80",
         "TEST.COCO_BACKEND",
         "Convert it first: python tools/convert_checkpoint.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from small_detector import COCO_C4, COCO_FPN, QUARTER, SHORT, VOC_C4, small_cfg
 from moco_d2.detection.coco_evaluation import ExactCOCOEvaluator
 from moco_d2.detection.evaluators import build_evaluator
 from moco_d2.detection.preflight import check_run, fit_to_machine
-from moco_d2.detection.trainer import TransferTrainer, evaluate
+from moco_d2.detection.trainer import RepeatablePreciseBN, TransferTrainer, evaluate
 from moco_d2.detection.voc_evaluation import VOCEvaluator
 from moco_d2.provenance import sha256
 
@@ -54,11 +55,13 @@ def detections(folder, dataset):
 
 def test_voc_training_evaluation_resuming_and_evaluation_only(converted_file, tmp_path):
     opts = [*SHORT, *VOC_SETS, "MODEL.WEIGHTS", converted_file, "OUTPUT_DIR", tmp_path]
-    trainer = TransferTrainer(small_cfg(VOC_C4, *opts))
+    trainer = TransferTrainer(small_cfg(VOC_C4, *opts, "TEST.EVAL_PERIOD", 1))
     trainer.resume_or_load(resume=False)
     before = trainer.model.backbone.stem.conv1.weight.clone()
     trainer.train()
     assert not torch.equal(before, trainer.model.backbone.stem.conv1.weight)
+
+    assert len(trainer.storage.history("bbox/AP").values()) == 2, "after each of the two steps"
 
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["protocol"] == "voc0712_faster_rcnn_R_50_C4_24k"
@@ -119,6 +122,23 @@ def test_a_resume_with_another_batch_is_refused(tmp_path):
         ValueError, match=r"16 images a step \(1 .*ACCUMULATE 8\) cannot go on with 2 images a step \(1 "
     ):
         TransferTrainer(small_cfg(VOC_C4, *opts)).resume_or_load(resume=True)
+
+
+def test_batches_are_parts_of_the_chosen_pictures_by_their_shape_and_precise_bn_has_its_own(tmp_path):
+    opts = [*SHORT, *VOC_SETS, "DATASETS.TEST", "()", "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path]
+    loader = TransferTrainer.build_train_loader(small_cfg(VOC_C4, *opts, "SOLVER.IMS_PER_BATCH", 4))
+    sizes = [(record["width"], record["height"]) for record in loader.dataset.records]
+    assert loader.batch_sampler.groups.tolist() == [width > height for width, height in sizes] == [True, False] * 2
+
+    opts += ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.ACCUMULATE", 2, "DATASETS.FRACTION", 50.0]
+    trainer = TransferTrainer(small_cfg(VOC_C4, *opts))
+    (precise,) = (hook for hook in trainer._hooks if isinstance(hook, RepeatablePreciseBN))
+    drawn = []
+    for loader in (trainer.data_loader, precise._data_loader):
+        assert len(loader.dataset) == 2
+        drawn.append(list(itertools.islice(loader.batch_sampler, 20)))
+        assert {len(batch) for batch in drawn[-1]} == {2}
+    assert drawn[0] != drawn[1] and trainer.data_loader.dataset.seed != precise._data_loader.dataset.seed
 
 
 def test_two_cpu_processes_train_and_give_what_the_saved_detector_gives(dataset_root, tmp_path):

@@ -224,7 +224,9 @@ def test_pages_of_segments(folders, segments):
     assert len(pictures_of(page)) == 4
     assert "mean IoU" in page.read_text()
     cfg = load_cfg(folders / "a/config.yaml", ["INPUT.CROP.SIZE", "[65, 65]"])
-    assert len(pictures_of(samples_page(cfg, folders / "samples", count=3))) == 3
+    page = samples_page(cfg, folders / "samples", count=3)
+    assert len(pictures_of(page)) == 3
+    assert page.read_text().count(", 65 x 65</figcaption>") == 3  # the pictures are 64 high: scaled, cropped and filled
 
 
 def test_the_tool_shows_samples_of_custom_data(tmp_path):

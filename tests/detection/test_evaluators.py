@@ -283,6 +283,18 @@ def test_a_detector_that_finds_nothing_keeps_its_columns(tmp_path, registered):
     assert all(np.isnan(value) for scores in result.values() for value in scores.values())
 
 
+def test_the_sigmas_of_keypoints_are_the_configs(tmp_path, registered):
+    labels, found = coco_case(3, "keypoints")
+    path, saved = written(labels, tmp_path / "labels.json"), written(found, tmp_path / "found.json")
+    cfg = load_cfg("", ["OUTPUT_DIR", str(tmp_path), "MODEL.KEYPOINT_ON", "True"])
+    name, aps = registered(json_file=path, evaluator_type="coco"), []
+    for sigmas in ([], [0.02] * 17):
+        cfg.TEST.KEYPOINT_OKS_SIGMAS = sigmas
+        aps.append(evaluate_file(cfg, name, saved)["keypoints"]["AP"])
+        assert aps[-1] == by_pycocotools(path, found, "keypoints", sigmas).stats[0] * 100
+    assert aps[0] != aps[1]
+
+
 def test_mistakes_in_files_and_keys_are_named(tmp_path, registered):
     labels, found = coco_case(3)
     name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")

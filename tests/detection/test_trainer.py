@@ -157,6 +157,9 @@ def test_two_cpu_processes_train_and_give_what_the_saved_detector_gives(dataset_
     assert "SyncBN does not work in CPU processes: MODEL.FPN.NORM is naiveSyncBN" in done.stdout
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["processes"] == 2
+    assert result["scaled"]["MODEL.FPN.NORM"] == ["SyncBN", "naiveSyncBN"], "what the machine changed"
+    changed = {change.partition("=")[0] for change in result["config_changes"]}
+    assert "SOLVER.MAX_ITER" in changed and "MODEL.FPN.NORM" not in changed, "what the user changed"
     assert set(result["metrics"]["coco_2017_val"]) == {"bbox", "segm"}
 
     # Processes end precise-BN with statistics of their own; the evaluation must be of the detector that was saved.

@@ -168,6 +168,16 @@ def test_accumulation_is_told_and_compared_and_switches_are_noted(tmp_path: Path
     assert table.notes == ("moco_v2: its runs had other switches on: AUTOCAST bfloat16; none",)
 
 
+def test_what_makes_a_mean_doubtful_is_noted(tmp_path: Path) -> None:
+    record(tmp_path / "a", "moco_v2", 0, _voc(57.0))
+    record(tmp_path / "b", "moco_v2", 1, {"AP": 57.5, "AP50": 82.5, "AP75": None}, commit="decaf")
+    (table,) = summary.build_tables(summary.find_runs([tmp_path]))
+    assert table.rows[0].cells["bbox/AP75"].n == 1
+    assert table.notes == (
+        "moco_v2: some of its 2 runs lack a metric; n is in parentheses", "the runs are of 2 different commits",
+    )  # fmt: skip
+
+
 class _Page(HTMLParser):
     """Collects ids, local links, addresses that would be fetched, and tags left open."""
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc
+from detectron2.structures import BoxMode
 from PIL import Image
 
 from moco_d2.config import load_cfg
@@ -178,7 +179,11 @@ def test_other_weights_of_the_same_name_are_refused(plan, tmp_path):
             assert trials.state(plan([str(path)])[0]) == "done"
     with pytest.raises(ValueError, match=r"weights: \S+mine\.pth \(SHA-256 \w{12}\) there"):
         plan([str(path)])
-    assert [t.folder.parent.name for t in plan([f"other={path}", "random"])] == ["other", "random"]
+    both = plan([f"other={path}", "random"], seeds=(0, 1))
+    assert [t.name for t in both] == ["other seed 0", "random seed 0", "other seed 1", "random seed 1"]
+    torch.save({"model": {"conv1.weight": torch.zeros(1)}}, tmp_path / "raw.pth")
+    with pytest.raises(ValueError, match="Convert it first"):
+        plan([str(tmp_path / "raw.pth"), "random"])
 
 
 @pytest.mark.parametrize(("weights", "more", "message"), [
@@ -243,6 +248,23 @@ def test_subsets_are_nested_and_follow_from_ids_and_seed_alone():
     assert np.abs(counts / counts.sum() - 0.1).max() < 0.01
     with pytest.raises(ValueError, match="at most 100"):
         select(ids, 101)
+
+
+def test_persons_without_keypoints_are_no_labels(tmp_path):
+    item = {"bbox": [1, 1, 9, 9], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    records = [
+        {"file_name": f"{i}.jpg", "image_id": i, "annotations": [{**item, "keypoints": [5, 5, 2 * (i > 0)] * 17}]}
+        for i in range(4)
+    ]
+    DatasetCatalog.register("few_points", lambda: records)
+    MetadataCatalog.get("few_points").thing_classes = ["person"]
+    words = ["DATASETS.TRAIN", "('few_points',)", "DATASETS.FRACTION", "99.9", "OUTPUT_DIR", str(tmp_path)]
+    try:
+        chosen = training_set(load_cfg("COCO-Keypoints/keypoint_rcnn_R_50_FPN_2x", words))
+    finally:
+        DatasetCatalog.remove("few_points")
+        MetadataCatalog.remove("few_points")
+    assert [record["image_id"] for record in chosen] == [1, 2, 3]
 
 
 def test_the_training_set_is_a_part_of_the_labelled_images_and_is_written_down(plan, tmp_path):

@@ -188,7 +188,7 @@ def test_other_mistakes_are_explained(caplog: pytest.LogCaptureFixture) -> None:
         MoCo(_headless, dim=4)
     with pytest.raises(ValueError, match="did you mean 'temperature'"):
         build_method("MoCo", small, {"temprature": 0.1})
-    with pytest.raises(ValueError, match="SSL.METHOD is 'MoCoo'; it must be one of MoCo; did you mean 'MoCo'"):
+    with pytest.raises(ValueError, match=r"SSL\.METHOD is 'MoCoo'; it must be one of MoCo; did you mean 'MoCo'"):
         build_method("MoCoo", small, {})
     with caplog.at_level(logging.WARNING):
         make(bn_groups=1)

@@ -81,6 +81,7 @@ class TransferTrainer(DefaultTrainer):
         seed: what is random in training follows from it, the step, and the process.
         weights: what the detector was started from; set by :meth:`resume_or_load`.
         scaled: the keys that ``SOLVER.REFERENCE_WORLD_SIZE`` changed, as ``{key: (config's value, value used)}``.
+        kept: ``KEY=value`` of the optimizer's settings that a resumed run keeps against its config.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -104,7 +105,7 @@ class TransferTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         self._trainer = build_step(cfg, wrap_ddp(model), self.build_train_loader(cfg), optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.weights = random_weights(cfg)
+        self.weights, self.kept = random_weights(cfg), list[str]()
         self.checkpointer = TransferCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -226,15 +227,20 @@ class TransferTrainer(DefaultTrainer):
                 "its batch. Processes times SOLVER.ACCUMULATE must be what they were"
             )
         changed = changed_settings(then, now)
-        kept = [changed.pop(key) for key in [f"SOLVER.{name}" for name in _OPTIMIZER] if key in changed]
+        kept = {key: changed.pop(key) for key in [f"SOLVER.{name}" for name in _OPTIMIZER] if key in changed}
         if changed:
             logger.warning("the run goes on, but not as it would have gone: %s", "; ".join(changed.values()))
         if kept:
             logger.warning(
                 "the checkpoint's optimizer goes on, whatever the config says: %s. For the config's, start a new run "
                 "in another OUTPUT_DIR with MODEL.WEIGHTS set to a checkpoint of this one",
-                "; ".join(kept),
+                "; ".join(kept.values()),
             )
+            # What results.json says is what was trained with, and it is compared with no published row.
+            self.kept = [f"{key}={then[key]} (kept on resuming)" for key in kept]
+            self.cfg.defrost()
+            self.cfg.merge_from_list([word for key in kept for word in (key, then[key])])
+            self.cfg.freeze()
         super().load_state_dict(state)
 
     def _run(self) -> dict[str, Any]:
@@ -252,10 +258,11 @@ class TransferTrainer(DefaultTrainer):
         super().train()
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
             result = describe_result(self.cfg, self._last_eval_results, self.weights)
+            departures = config_changes(self.asked)
             result |= {
                 "iterations": self.max_iter,
                 "scaled": self.scaled,
-                "config_changes": config_changes(self.asked),
+                "config_changes": None if departures is None else [*departures, *self.kept],
             }
             write_json(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), result)
 

@@ -87,7 +87,7 @@ def test_voc_training_evaluation_resuming_and_evaluation_only(converted_file, tm
 
 
 def test_a_resume_with_another_lr_says_that_the_checkpoints_goes_on(converted_file, tmp_path, caplog):
-    opts = [*SHORT, *VOC_SETS, "DATASETS.TEST", "()", "MODEL.WEIGHTS", converted_file, "OUTPUT_DIR", tmp_path]
+    opts = [*SHORT, *VOC_SETS, "MODEL.WEIGHTS", converted_file, "OUTPUT_DIR", tmp_path]
     TransferTrainer(small_cfg(VOC_C4, *opts)).checkpointer.save("model_0000000", iteration=0)
     again = TransferTrainer(small_cfg(VOC_C4, *opts, "SOLVER.BASE_LR", 0.01, "SOLVER.GAMMA", 0.5))
     again.resume_or_load(resume=True)
@@ -98,6 +98,10 @@ def test_a_resume_with_another_lr_says_that_the_checkpoints_goes_on(converted_fi
         "checkpoint's optimizer goes on, whatever the config says: SOLVER.BASE_LR was 0.001 and is 0.01." in warnings[1]
     )
     assert {group["initial_lr"] for group in again.optimizer.param_groups} == {0.001}
+    again.train()
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert result["schedule"]["BASE_LR"] == 0.001
+    assert "SOLVER.BASE_LR=0.001 (kept on resuming)" in result["config_changes"]
 
 
 def test_a_resumed_run_names_the_weights_that_it_began_with(converted_file, tmp_path):

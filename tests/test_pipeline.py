@@ -1,6 +1,7 @@
 """The demo, with three iterations a training: every stage's real command, from drawn pictures to the table."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,20 @@ def test_the_detectors_started_from_what_was_pretrained(output: Path) -> None:
         assert results["random"]["weights"]["path"] == results["random"]["weights"]["sha256"] == ""
         assert results["MoCo"]["schedule"] == results["random"]["schedule"], "the same budget"
     assert "res5" in (output / "logs" / "convert_and_prove.log").read_text(), "the proof was made"
+
+
+def test_a_detector_is_evaluated_again_in_its_runs_folder_and_the_run_stays_as_it_was(output: Path) -> None:
+    run = output / "VOC_R50-C4_random"
+    config = (run / "config.yaml").read_bytes()
+    command = [sys.executable, str(DEMO.with_name("train_net.py")), "--config-file", str(run / "config.yaml")]
+    subprocess.run(
+        [*command, "--eval-only", "MODEL.WEIGHTS", str(run / "model_final.pth")],
+        env={**os.environ, "DETECTRON2_DATASETS": str(output / "datasets")}, check=True, capture_output=True,
+    )  # fmt: skip
+    trained, evaluated = (json.loads((run / f"{name}.json").read_text()) for name in ("results", "results_eval_only"))
+    assert evaluated["metrics"] == trained["metrics"]
+    assert (run / "config.yaml").read_bytes() == config
+    assert str(run / "model_final.pth") in (run / "eval_only" / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", ["pretraining", "views", "detections_VOC", "detections_COCO"])

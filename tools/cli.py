@@ -46,16 +46,21 @@ def setup(args: argparse.Namespace) -> Any:
     from moco_d2.running.checkpoints import recorded_seed
 
     cfg = load_cfg(args.config_file, args.opts)
-    if not (args.resume or getattr(args, "eval_only", False)):
+    evaluates = getattr(args, "eval_only", False)
+    if not (args.resume or evaluates):
         refuse_to_overwrite(cfg.OUTPUT_DIR)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
+    # An evaluation may have its run's folder, where config.yaml says how the run was trained.
+    notes = os.path.join(cfg.OUTPUT_DIR, "eval_only") if evaluates else cfg.OUTPUT_DIR
+    setup_logger(notes, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
     use_device_there_is(cfg)
     if cfg.SEED < 0:  # Drawn here, so that the run's config.yaml records it.
         drawn = recorded_seed(cfg.OUTPUT_DIR) if args.resume else None
         cfg.SEED = comm.shared_random_seed() % 2**31 if drawn is None else drawn
-    cfg.freeze()
     args.config_file = str(config_files(args.config_file)[0])  # which default_setup writes into the log
-    default_setup(cfg, args)
+    noted = cfg.clone()
+    noted.OUTPUT_DIR = notes
+    default_setup(noted, args)
+    cfg.freeze()
     return cfg
 
 

@@ -5,7 +5,7 @@ Examples:
     tools/pretrain_net.py --config-file configs/Pretrain/moco_v2_R50_200ep.yaml --num-gpus 8 OUTPUT_DIR output/moco_v2
     tools/pretrain_net.py --config-file ... DATASETS.TRAIN '("/folder/of/images",)' SOLVER.IMS_PER_BATCH 64
     tools/pretrain_net.py --config-file ... --dry-run    # a minute before a week: settings, data, speed, ETA
-    torchrun --nproc-per-node 8 tools/pretrain_net.py --config-file ...
+    torchrun --standalone --nproc-per-node 8 tools/pretrain_net.py --config-file ...
 """
 
 import argparse

@@ -5,7 +5,7 @@ r"""Fine-tune a detector from converted weights, and evaluate it.
         MODEL.WEIGHTS moco_v2.pth OUTPUT_DIR output/voc_moco_v2
     tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/voc_moco_v2/model_final.pth
     tools/train_net.py --config-file ... --dry-run MODEL.WEIGHTS moco_v2.pth    # two minutes before two days
-    torchrun --nproc-per-node 8 tools/train_net.py --config-file ... MODEL.WEIGHTS moco_v2.pth
+    torchrun --standalone --nproc-per-node 8 tools/train_net.py --config-file ... MODEL.WEIGHTS moco_v2.pth
 
 Configs that end in _supervised and _random need no MODEL.WEIGHTS.
 """

@@ -277,7 +277,7 @@ def test_weight_decay_reaches_every_parameter(images: str, tmp_path: Path) -> No
 
 
 def run_tool(*words: str, module: str | None = None) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", module, "--nproc-per-node", "2"] if module else []
+    launcher = ["-m", module, "--standalone", "--nproc-per-node", "2"] if module else []
     command = [sys.executable, *launcher, str(TOOL), "--config-file", "Pretrain/moco_v2_R50_200ep", *words]
     # Sums are split among threads, so their last bits depend on how many there are; torchrun sets one.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -27,18 +27,20 @@ _EXPANDED = 1 << 20  # values of a tensor that has fewer in the file; bytes that
 _NESTED = 1 << 14  # tuples within tuples
 
 
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Modules and names that no checkpoint needs, and by which a pickle acts on the machine. A file that names one is
 # refused; every other name that is not allowed is harmless, because it becomes a stub.
-_HOSTILE_MODULES = frozenset(
-    """
+_HOSTILE_MODULES = _words("""
     _io _pickle _posixsubprocess _socket _thread _winapi aiohttp asyncio bdb cffi code codeop commands cProfile ctypes
     ftplib http httpx importlib io linecache marshal mmap msvcrt multiprocessing nt ntpath os pdb pickle pip pkgutil
     popen2 posix posixpath profile pty pydoc requests runpy setuptools shelve shlex shutil signal smtplib socket
     socketserver sqlite3 ssl subprocess sys tempfile threading timeit trace urllib uuid venv webbrowser zipimport
-""".split()
-)
-_HOSTILE_BUILTINS = frozenset(
-    "__import__ breakpoint compile delattr eval exec execfile exit globals input locals open quit setattr vars".split()
+""")
+_HOSTILE_BUILTINS = _words(
+    "__import__ breakpoint compile delattr eval exec execfile exit globals input locals open quit setattr vars"
 )
 _HOSTILE_NAMES = frozenset(
     (module, name)
@@ -53,7 +55,7 @@ _HOSTILE_NAMES = frozenset(
         "types": "CodeType FunctionType",
         "functools": "reduce",
     }.items()
-    for name in names.split()
+    for name in _words(names)
 )
 
 

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 INSTALL_DETECTRON2 = "python -m moco_d2.install_detectron2"
 
-_TORCH_ONLY = ("moco_d2.layers", "moco_d2.methods", "moco_d2.convert", "moco_d2.facts", "moco_d2.atomic")
+_TORCH_ONLY = ("moco_d2.layers", "moco_d2.methods", "moco_d2.convert", "moco_d2.facts", "moco_d2.io")
 _NEEDS_NOTHING = ("moco_d2.doctor", "moco_d2.install_detectron2")
 
 

@@ -95,9 +95,9 @@ class Demo:
     def report(self) -> None:
         """Write the table and the pictures."""
         os.environ["DETECTRON2_DATASETS"] = self.environment["DETECTRON2_DATASETS"]
-        from moco_d2.atomic import atomic_write
         from moco_d2.config import load_cfg
         from moco_d2.evaluation import pictures, report
+        from moco_d2.io.files import atomic_write
 
         table = report.table([(init, self.run_folder(name, init)) for name in DETECTORS for init in INITS])
         with atomic_write(self.output / "table.md") as file:

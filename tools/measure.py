@@ -175,7 +175,7 @@ def tables(
     """
     from tabulate import tabulate
 
-    from moco_d2.atomic import atomic_write
+    from moco_d2.io.files import atomic_write
     from moco_d2.provenance import provenance
 
     for title, content in found.items():

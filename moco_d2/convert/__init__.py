@@ -5,10 +5,10 @@
 
 from moco_d2.convert.conversion import Conversion, write
 from moco_d2.convert.convert import convert_checkpoint, convert_state
-from moco_d2.convert.load import CheckpointError, read_checkpoint, read_facts
 from moco_d2.convert.prove import ProofError, can_prove, prove
 from moco_d2.convert.recognise import Choice
 from moco_d2.convert.sources import LOOKALIKES, SOURCES, CheckpointSource, Lookalike
+from moco_d2.io.checkpoints import CheckpointError, read_checkpoint, read_facts
 
 __all__ = [
     "LOOKALIKES",

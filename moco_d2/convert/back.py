@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from moco_d2.atomic import atomic_write
 from moco_d2.convert.bake import bake
 from moco_d2.convert.checks import shapes_of
 from moco_d2.convert.conversion import check_another
-from moco_d2.convert.load import CheckpointError, facts_in, read_checkpoint, some
 from moco_d2.convert.names import DETECTRON2, DETECTRON2_C4, TORCHVISION, Naming, rename_table
 from moco_d2.convert.trunk import as_tensor
 from moco_d2.facts import IMAGENET_RGB, BackboneFacts
+from moco_d2.io.checkpoints import CheckpointError, facts_in, read_checkpoint, some
+from moco_d2.io.files import atomic_write
 from moco_d2.layers.resnet import ARCHITECTURES
 from moco_d2.nearest import unknown_name
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 
 from moco_d2.convert.conversion import Conversion
-from moco_d2.convert.load import CheckpointError
 from moco_d2.convert.names import DETECTRON2, TORCHVISION
 from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
+from moco_d2.io.checkpoints import CheckpointError
 
 DETECTRON2_INPUT = CAFFE_BGR  # what Detectron2's default config feeds
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from moco_d2.convert.load import CheckpointError, some
 from moco_d2.facts import BackboneFacts
+from moco_d2.io.checkpoints import CheckpointError, some
 from moco_d2.layers.resnet import network_for
 
 _VARIANCES = ("_var", "_riv", "_variance", "var_ema|average")

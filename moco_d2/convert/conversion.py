@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import yaml
 
-from moco_d2.atomic import atomic_write
-from moco_d2.convert.load import read_checkpoint
 from moco_d2.convert.parts import Carried, needs
 from moco_d2.convert.prove import prove, prove_parts
 from moco_d2.convert.sources import CheckpointSource
 from moco_d2.convert.trunk import as_tensor
 from moco_d2.facts import BackboneFacts, Pixels
+from moco_d2.io.checkpoints import read_checkpoint
+from moco_d2.io.files import atomic_write
 
 OUTPUT_SUFFIXES = (".pth", ".pkl")
 AUTHOR = "moco_d2"

@@ -20,7 +20,6 @@ from moco_d2.convert.bake import baked
 from moco_d2.convert.checks import check_shapes, check_stem, check_values
 from moco_d2.convert.conversion import Conversion, check_output, write, write_config
 from moco_d2.convert.hub import told_beside
-from moco_d2.convert.load import CheckpointError, facts_in, read_checkpoint, some
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
 from moco_d2.convert.parts import Carried, Part, check_part, choose
 from moco_d2.convert.recognise import Choice, Match, look_alike, recognise
@@ -28,6 +27,7 @@ from moco_d2.convert.sources import COMPANIONS, COUNTERS, SOURCES, UNSEEN, Check
 from moco_d2.convert.traits import input_scale
 from moco_d2.convert.trunk import Trunk, as_tensor
 from moco_d2.facts import BackboneFacts
+from moco_d2.io.checkpoints import CheckpointError, facts_in, read_checkpoint, some
 from moco_d2.layers.resnet import facts_from_shapes
 
 _EPSILON = 1e-5  # of every norm here

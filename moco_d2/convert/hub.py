@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moco_d2.convert.load import CheckpointError
 from moco_d2.convert.sources import CheckpointSource
 from moco_d2.facts import Pixels
+from moco_d2.io.checkpoints import CheckpointError
 
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 

@@ -17,9 +17,9 @@ from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops import FeaturePyramidNetwork
 
-from moco_d2.convert.load import some
 from moco_d2.convert.names import NORM_TENSORS
 from moco_d2.facts import BackboneFacts
+from moco_d2.io.checkpoints import some
 from moco_d2.nearest import unknown_name
 
 # What Detectron2's names in a part start with.

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from moco_d2.convert.hub import read_beside
-from moco_d2.convert.load import CheckpointError, some
 from moco_d2.convert.parts import check_names
 from moco_d2.convert.sources import ANY, COMPANIONS, LOOKALIKES, SOURCES, CheckpointSource
 from moco_d2.convert.traits import TRAITS, caffe, input_scale
 from moco_d2.convert.trunk import Trunk, equal, find_places, find_trunks, unwrap, unwrapped
 from moco_d2.facts import CAFFE_BGR, BackboneFacts
+from moco_d2.io.checkpoints import CheckpointError, some
 from moco_d2.nearest import unknown_name
 
 _NORMS = ("", "GN")

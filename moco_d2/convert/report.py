@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from moco_d2.atomic import atomic_write
 from moco_d2.convert.conversion import Conversion, config_path
 from moco_d2.convert.convert import convert_checkpoint
 from moco_d2.convert.parts import part_of
 from moco_d2.convert.prove import TOLERANCE, other_padding, read_picture
 from moco_d2.convert.recognise import Choice
 from moco_d2.convert.trunk import unwrap
+from moco_d2.io.files import atomic_write
 from moco_d2.provenance import provenance, sha256
 
 _GROUPS = 8  # of foreign keys that the summary lists

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from moco_d2.convert.load import CheckpointError
 from moco_d2.convert.names import NAMINGS, TORCHVISION, Naming, rename_table
 from moco_d2.convert.sources import WRAPPERS
 from moco_d2.convert.variables import byol_variables
+from moco_d2.io.checkpoints import CheckpointError
 
 _SEARCHED = 4  # levels of mappings below the top: VISSL's trunk lies so deep
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moco_d2.convert.unpickle import Stub
+from moco_d2.io.unpickle import Stub
 
 # The fields of the named tuple that DeepMind's BYOL pickles, whose class is a stub here.
 _BYOL_FIELDS = ("online_params", "target_params", "online_state", "target_state", "opt_state")

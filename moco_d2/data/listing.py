@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from moco_d2.atomic import atomic_write
+from moco_d2.io.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

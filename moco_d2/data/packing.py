@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moco_d2.atomic import atomic_write
 from moco_d2.data.shard_cache import Shard
 from moco_d2.data.shards import MANIFEST, PLAN, members, refuse_half_made, write_manifest
 from moco_d2.data.sources import FileSource
+from moco_d2.io.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

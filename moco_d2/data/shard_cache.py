@@ -14,7 +14,7 @@ from pathlib import Path
 
 import filelock
 
-from moco_d2.transfer import size_of, transfer
+from moco_d2.io.download import size_of, transfer
 
 logger = logging.getLogger(__name__)
 

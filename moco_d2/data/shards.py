@@ -27,10 +27,10 @@ import filelock
 import numpy as np
 import numpy.typing as npt
 
-from moco_d2.atomic import atomic_write
 from moco_d2.data.listing import EXTENSIONS, cache_folder, fingerprint
 from moco_d2.data.shard_cache import Shard, ShardCache, answer, base_name, index_of, is_url, start_fetching
-from moco_d2.transfer import TransferError, size_of, transfer
+from moco_d2.io.download import TransferError, size_of, transfer
+from moco_d2.io.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

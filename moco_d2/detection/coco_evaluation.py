@@ -26,7 +26,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from moco_d2.atomic import atomic_write
+from moco_d2.io.files import atomic_write
 from moco_d2.nearest import unknown_name
 
 logger = logging.getLogger(__name__)

@@ -22,11 +22,11 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 
-from moco_d2.atomic import atomic_write
 from moco_d2.data.listing import EXTENSIONS
 from moco_d2.detection.custom import Entry, Needs, Report, parse_entries
 from moco_d2.detection.custom_coco import JsonFile, keypoint_metadata, read_coco
 from moco_d2.detection.custom_voc import VocFolder, read_voc, walk
+from moco_d2.io.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

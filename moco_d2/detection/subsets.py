@@ -19,7 +19,7 @@ from detectron2.config import CfgNode
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.utils import comm
 
-from moco_d2.atomic import atomic_write
+from moco_d2.io.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import moco_d2
-from moco_d2.atomic import atomic_write
 from moco_d2.data import stream_seed
 from moco_d2.detection.evaluators import build_evaluator, describe_backend
 from moco_d2.detection.loader import build_loader
@@ -32,6 +31,7 @@ from moco_d2.detection.segmentation import build_segmentation_mapper
 from moco_d2.detection.step import build_step
 from moco_d2.detection.subsets import training_set
 from moco_d2.detection.weights import WeightsRecord, all_names, load_weights, random_weights
+from moco_d2.io.files import atomic_write
 from moco_d2.layers.distributed import broadcast_module, wrap_ddp
 from moco_d2.model_zoo import config_changes
 from moco_d2.provenance import provenance

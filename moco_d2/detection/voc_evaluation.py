@@ -25,8 +25,8 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
-from moco_d2.atomic import atomic_write
 from moco_d2.detection.coco_evaluation import read_json
+from moco_d2.io.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from moco_d2.convert.load import facts_in, read_checkpoint, some
 from moco_d2.convert.parts import HOMES, needs, part_of
 from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
+from moco_d2.io.checkpoints import facts_in, read_checkpoint, some
 from moco_d2.provenance import sha256
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
-from moco_d2.convert.load import read_checkpoint
 from moco_d2.facts import BackboneFacts
+from moco_d2.io.checkpoints import read_checkpoint
 from moco_d2.methods import SSLMethod
 from moco_d2.running.checkpoints import point_to, save_run, write_tensors
 

@@ -13,12 +13,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from moco_d2.atomic import atomic_write
 from moco_d2.config import use_device_there_is
 from moco_d2.data import ViewLoader
 from moco_d2.engine.optim import scaled_lr, total_steps
 from moco_d2.engine.preflight import check_config, outline
 from moco_d2.engine.pretrain import PretrainTrainer
+from moco_d2.io.files import atomic_write
 from moco_d2.model_zoo import pretraining_changes
 from moco_d2.rehearsal import duration, parameters, peak_memory, quiet, recipe
 

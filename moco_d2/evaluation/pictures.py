@@ -22,10 +22,10 @@ from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.colors import hsv_to_rgb
 
-from moco_d2.atomic import atomic_write
 from moco_d2.config import load_cfg, use_device_there_is
 from moco_d2.data import ViewDataset, build_backend, build_recipe, open_source
 from moco_d2.detection.weights import all_names, load_weights
+from moco_d2.io.files import atomic_write
 
 FolderLike = str | os.PathLike[str]
 

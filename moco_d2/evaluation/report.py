@@ -20,9 +20,9 @@ from markupsafe import Markup
 from tabulate import tabulate
 
 import moco_d2
-from moco_d2.atomic import atomic_write
 from moco_d2.evaluation import curves, summary
 from moco_d2.evaluation.summary import Difference, Row, Run, Table, heading
+from moco_d2.io.files import atomic_write
 from moco_d2.model_zoo import Published
 
 COLUMNS = ("pre-train", "protocol", "test set", "AP", "AP50", "AP75", "mask AP", "iterations")

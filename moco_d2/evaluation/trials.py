@@ -23,7 +23,6 @@ from detectron2.config import CfgNode
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.file_io import PathManager
 
-from moco_d2.atomic import atomic_write
 from moco_d2.config import INITS, flat, get_cfg
 from moco_d2.convert import read_facts
 from moco_d2.detection.datasets import register_custom
@@ -31,6 +30,7 @@ from moco_d2.detection.preflight import check_run, check_weights, scale_to_proce
 from moco_d2.detection.subsets import check_percent
 from moco_d2.detection.weights import check_source
 from moco_d2.evaluation.summary import BASELINES, RECORD, RESULTS, read_json
+from moco_d2.io.files import atomic_write
 from moco_d2.model_zoo import get_config, get_protocol
 from moco_d2.provenance import sha256
 

@@ -36,11 +36,11 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from PIL import Image
 
-from moco_d2.atomic import atomic_write
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.preflight import check_run
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.evaluation.pictures import Scene, draw_scene, load_predictor
+from moco_d2.io.files import atomic_write
 
 logger = logging.getLogger(__name__)
 

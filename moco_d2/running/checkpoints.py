@@ -19,7 +19,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
-from moco_d2.atomic import atomic_write, remove_leftovers
+from moco_d2.io.files import atomic_write, remove_leftovers
 
 logger = logging.getLogger(__name__)
 

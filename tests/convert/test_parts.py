@@ -22,9 +22,9 @@ from torchvision.ops import FeaturePyramidNetwork
 
 from moco_d2.convert import CheckpointError, Choice, convert_checkpoint, convert_state, read_facts
 from moco_d2.convert.back import take_back
-from moco_d2.convert.load import read_checkpoint
 from moco_d2.convert.prove import ProofError, prove_parts
 from moco_d2.facts import CAFFE_BGR
+from moco_d2.io.checkpoints import read_checkpoint
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 BOTH = Choice(parts=("fpn", "box_head"))

@@ -12,9 +12,9 @@ from detectron2.modeling import build_model
 from small_detector import COCO_C4, COCO_FPN, VOC_C4, small_cfg
 
 from moco_d2.convert import Choice, convert_checkpoint
-from moco_d2.convert.load import read_checkpoint
 from moco_d2.detection.preflight import check_weights, starting_point
 from moco_d2.detection.weights import WeightsRecord, all_names, facts_of, load_weights, pretrained_names
+from moco_d2.io.checkpoints import read_checkpoint
 
 COCO_FPN_4CONV = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_4conv1fc_1x"
 

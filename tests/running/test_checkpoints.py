@@ -16,8 +16,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from moco_d2.atomic import atomic_write
 from moco_d2.detection.trainer import TransferCheckpointer
+from moco_d2.io.files import atomic_write
 from moco_d2.running.checkpoints import (
     NotWrittenError,
     PeriodicCheckpoint,

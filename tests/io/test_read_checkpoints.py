@@ -25,8 +25,8 @@ import safetensors.torch
 import torch
 
 from moco_d2.convert import CheckpointError, read_checkpoint, read_facts
-from moco_d2.convert.unpickle import Stub
 from moco_d2.facts import CAFFE_BGR, BackboneFacts
+from moco_d2.io.unpickle import Stub
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 

@@ -1,6 +1,6 @@
 """Reading anyone's checkpoint, whatever its format and its name, without running code from it.
 
-Pickles are read by :mod:`moco_d2.convert.unpickle`. Tensors are views of the mapped file: what nobody looks at is never
+Pickles are read by :mod:`moco_d2.io.unpickle`. Tensors are views of the mapped file: what nobody looks at is never
 read.
 """
 
@@ -23,8 +23,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from moco_d2.convert.unpickle import HostileError, Stub, Unpickler, allowed_names, read_legacy, section
 from moco_d2.facts import BackboneFacts
+from moco_d2.io.unpickle import HostileError, Stub, Unpickler, allowed_names, read_legacy, section
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Files: written atomically, downloaded, and checkpoints read without running code from them."""

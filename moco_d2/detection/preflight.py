@@ -36,8 +36,8 @@ def fit_to_machine(cfg: CfgNode, world_size: int) -> CfgNode:
     """Return the config as this machine can run it; every change is logged.
 
     Without a GPU the device is the CPU. There, in several processes, ``nn.SyncBatchNorm`` does not work and
-    Detectron2's naiveSyncBN, which synchronises through plain collectives, takes its place. In the heads it is the
-    variant that weighs processes by their number of boxes and so accepts none.
+    naiveSyncBN, which synchronises through plain collectives (:mod:`moco_d2.detection.sync_norm`), takes its place. In
+    the heads it is the variant that weighs processes by their number of boxes.
     """
     cfg = cfg.clone()
     cfg.defrost()

@@ -30,6 +30,7 @@ from moco_d2.detection.preflight import changes, check_run, fit_to_machine, scal
 from moco_d2.detection.segmentation import build_segmentation_mapper
 from moco_d2.detection.step import build_step
 from moco_d2.detection.subsets import training_set
+from moco_d2.detection.sync_norm import stabilise_sync_norms
 from moco_d2.detection.weights import WeightsRecord, all_names, load_weights, random_weights
 from moco_d2.io.files import atomic_write
 from moco_d2.layers.distributed import broadcast_module, wrap_ddp
@@ -113,7 +114,7 @@ class TransferTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build the detector, with the switches of ``ENGINE`` that concern it."""
-        model = super().build_model(cfg)
+        model = stabilise_sync_norms(super().build_model(cfg))
         if cfg.ENGINE.CHANNELS_LAST:
             model.backbone.to(memory_format=torch.channels_last)
         if cfg.ENGINE.COMPILE:

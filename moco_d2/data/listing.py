@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from moco_d2.io.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# What every Pillow reads; Chrome and Windows save JPEGs as .jfif. What is left out is counted and said.
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".jpe", ".jif", ".jfi",
+    ".apng", ".dib", ".jp2", ".j2k", ".jpf", ".jpx", ".pbm", ".pnm",
+)  # fmt: skip
+# What systems put beside pictures: often copies or thumbnails of them under a picture's name. In lower case.
+_SYSTEMS_OWN = frozenset({
+    "__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "system volume information", "lost+found",
+    "thumbs.db", "desktop.ini",
+})  # fmt: skip
 
 # Below so many images a walk takes no time and nothing is kept.
 REMEMBERED_FROM = 1000
@@ -25,8 +35,31 @@ REMEMBERED_FROM = 1000
 # coarsest file systems (FAT) stamps have steps of two seconds.
 _TICK = 2.0
 
-# What is known of a folder: [inode, mtime, ctime, images, subfolders, number of other files].
+# What is known of a folder: [inode, mtime, ctime, images, subfolders, {kind: number of other files}].
 Record = list[Any]
+_FORMAT = 2  # of the remembered listings: another rule of what is an image has another number
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a file or folder is hidden or a system's own, so that no picture is looked for there.
+
+    Such are ``.ipynb_checkpoints``, macOS's ``._a.jpg`` and ``__MACOSX``, and what a NAS or Windows keeps. A folder
+    that a user names is searched whatever its name.
+    """
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _SYSTEMS_OWN
+
+
+def kind_of(name: str) -> str:
+    """Return what a file that is no image is counted as: its extension, or that it has none."""
+    return os.path.splitext(name)[1].lower() or "without extension"
+
+
+def counted(kinds: Mapping[str, int], most: int = 6) -> str:
+    """Return numbers of files in words, the largest first: ``10 .heic, 3 .txt, 2 hidden``."""
+    order = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
+    said = [f"{kinds[kind]} {kind}" for kind in order[:most]]
+    rest = sum(kinds[kind] for kind in order[most:])
+    return ", ".join([*said, f"{rest} of other kinds"] if rest else said)
 
 
 def cache_folder() -> Path:
@@ -42,19 +75,19 @@ def cache_folder() -> Path:
 class Listing:
     """The images below a folder, sorted, a folder's own before those of its subfolders.
 
-    Links are followed, a link to a folder above itself is not. Every folder's entries are kept under its inode, mtime
+    Hidden files and folders (:func:`is_hidden`) are left out. Links are followed, a link to a folder above itself is not. Every folder's entries are kept under its inode, mtime
     and ctime, and asked of the disk again when one of the three differs: adding, removing or renaming an entry changes
     them, and no program can set the ctime back.
 
     Attributes:
         files: paths of the images.
-        others: number of other files.
+        others: number of files that were left out, by their kind; hidden ones, folders too, are one kind.
         unreadable: (folder, error) of those that could not be read.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.files: list[str] = []
-        self.others = 0
+        self.others: Counter[str] = Counter()
         self.unreadable: list[tuple[str, str]] = []
         self._cache = cache_folder() / "listings" / f"{_digest(os.path.realpath(folder))}.json"
         self._known, self._records = _load(self._cache), dict[str, Record]()
@@ -80,28 +113,31 @@ class Listing:
         self._records[relative] = record
         prefix = os.path.join(folder, "")
         self.files += [prefix + name for name in record[3]]
-        self.others += record[5]
+        self.others.update(record[5])
         for name in record[4]:
             self._walk(prefix + name, os.path.join(relative, name), (*above, (status.st_dev, status.st_ino)))
 
     def _scan(self, folder: str, stamp: list[int]) -> Record:
         self._read += 1
-        images, folders, others = [], [], 0
+        images, folders, others = [], [], Counter[str]()
         with os.scandir(folder) as entries:
             for entry in entries:
-                if _is_dir(entry):
+                if is_hidden(entry.name):
+                    others["hidden"] += 1
+                elif _is_dir(entry):
                     folders.append(entry.name)
                 elif entry.name.lower().endswith(EXTENSIONS):
                     images.append(entry.name)
                 else:
-                    others += 1
+                    others[kind_of(entry.name)] += 1
         settled = time.time() - max(stamp[1:]) / 1e9 > _TICK
         return [*(stamp if settled else [0, 0, 0]), sorted(images), sorted(folders), others]
 
     def _save(self) -> None:
         try:
             with atomic_write(self._cache) as file:
-                file.write(json.dumps({"extensions": EXTENSIONS, "folders": self._records}).encode())
+                content = {"format": _FORMAT, "extensions": EXTENSIONS, "folders": self._records}
+                file.write(json.dumps(content).encode())
         except OSError as error:
             logger.warning("the listing cannot be kept in %s (%s); MOCO_D2_CACHE names another folder",
                            self._cache.parent, error)  # fmt: skip
@@ -117,11 +153,11 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
 def _load(path: Path) -> dict[str, Record]:
     try:
         content = json.loads(path.read_bytes())
-        if content["extensions"] == list(EXTENSIONS):
+        if (content.get("format"), content["extensions"]) == (_FORMAT, list(EXTENSIONS)):
             return dict(content["folders"])
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is damaged and is made anew (%s)", path, error)
     return {}
 

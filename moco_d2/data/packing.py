@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from moco_d2.data.shard_cache import Shard
-from moco_d2.data.shards import MANIFEST, PLAN, members, refuse_half_made, write_manifest
+from moco_d2.data.shard_index import members, read_index, say_left_out
+from moco_d2.data.shards import MANIFEST, PLAN, refuse_half_made, write_manifest
 from moco_d2.data.sources import FileSource
 from moco_d2.io.files import atomic_write
 
@@ -125,7 +126,11 @@ def index(out: Path) -> int:
     paths = sorted(out.glob("*.tar"))
     if not paths:
         raise ValueError(f"no *.tar in {out}")
-    shards = [Shard(path.name, path.stat().st_size, sum(1 for _ in members(path))) for path in paths]
+    indexes = {path: read_index(path) for path in paths}
+    if problems := [index.problem for index in indexes.values() if index.problem]:
+        raise OSError("; ".join(problems))
+    say_left_out(str(out), *(sum(getattr(index, kind) for index in indexes.values()) for kind in ("lost", "further")))
+    shards = [Shard(path.name, path.stat().st_size, len(index.table)) for path, index in indexes.items()]
     origin = "indexed"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         origin = str(json.loads((out / MANIFEST).read_bytes())["origin"])

@@ -1,8 +1,7 @@
 """Tar shards in WebDataset's format, on a disk or streamed over http(s), read by number.
 
-A shard's images are its members ``KEY.EXTENSION``: as in WebDataset, the key ends at the first dot of the base name,
-and an image has nothing but an image's extension behind it (``a.jpg``, not ``a.mask.png``); a key's first one counts.
-``shards.json`` beside the shards tells their sizes and numbers of images; shards without it are read once.
+:mod:`moco_d2.data.shard_index` says which members are images. ``shards.json`` beside the shards tells their sizes and
+numbers of images; shards without it are read once.
 """
 
 from __future__ import annotations
@@ -17,18 +16,19 @@ import logging
 import os
 import queue
 import re
-import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import filelock
 import numpy as np
 import numpy.typing as npt
 
-from moco_d2.data.listing import EXTENSIONS, cache_folder, fingerprint
+from moco_d2.data.listing import EXTENSIONS, fingerprint
+from moco_d2.data.mistaken import mistaken
 from moco_d2.data.shard_cache import Shard, ShardCache, answer, base_name, index_of, is_url, start_fetching
+from moco_d2.data.shard_index import RULE, Index, look, names, say_left_out
 from moco_d2.io.download import TransferError, size_of, transfer
 from moco_d2.io.files import atomic_write
 
@@ -48,7 +48,7 @@ def is_shards(name: str) -> bool:
     """Tell whether a name in DATASETS.TRAIN means shards: an address, a tar, a pattern of tars, a folder of ours."""
     return bool(
         (re.match(r"\w+:", name) and not os.path.exists(name))
-        or name.endswith(".tar")
+        or name.lower().endswith(".tar")
         or os.path.basename(name) == MANIFEST
         or os.path.isfile(os.path.join(name, MANIFEST))
     )
@@ -69,30 +69,6 @@ def expand(pattern: str) -> list[str]:
     parts = choices.split(",") if choices else [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
     rests = expand(pattern[match.end() :])
     return [pattern[: match.start()] + part + rest for part in parts for rest in rests]
-
-
-def members(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, offset, size) of the images in a shard, without their bytes.
-
-    Raises:
-        OSError: at the place where the shard is cut short or damaged.
-    """
-    last_key = None
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                key, dot, extension = base.partition(".")
-                if member.isreg() and key and (dot + extension).lower() in EXTENSIONS and (folder, key) != last_key:
-                    last_key = folder, key
-                    yield member.name, member.offset_data, member.size
-            # tarfile takes a header that it cannot read for the end.
-            file.seek(tar.offset)
-            while rest := file.read(1 << 20):
-                if rest.strip(b"\0"):
-                    raise OSError(f"{os.fspath(path)}: damaged or cut short behind byte {tar.offset}")
-    except tarfile.TarError as error:
-        raise OSError(f"{os.fspath(path)}: {error}") from error
 
 
 class ShardSource:
@@ -116,8 +92,8 @@ class ShardSource:
     def _forget(self) -> None:
         self._wanted: queue.SimpleQueue[Shard] | None = None
         self._open = functools.lru_cache(_OPEN)(_Open)
-        self._look = functools.lru_cache(_KNOWN)(_look)
-        self._names = functools.lru_cache(2)(_names)
+        self._look = functools.lru_cache(_KNOWN)(look)
+        self._names = functools.lru_cache(2)(names)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out open files and threads, which do not travel to another process."""
@@ -157,9 +133,12 @@ class ShardSource:
 
     def _read(self, number: int, position: int) -> bytes:
         path, streamed = self._file(number), is_url(self.shards[number].location)
-        table, _ = self._look(path, index_of(path) if streamed else None)
+        table = self._look(path, index_of(path) if streamed else None).table
         if position >= len(table):
-            raise OSError(f"{path} is cut short: it has {len(table)} images and this is number {position}")
+            raise OSError(
+                f"{path} is cut short, or its {MANIFEST} was written for another rule of what is an image: it has "
+                f"{len(table)} images and this is number {position}"
+            )
         offset, size = table[position].tolist()
         if streamed:  # not kept open: when it makes room, its bytes would stay on the disk
             with open(path, "rb", buffering=0) as file:
@@ -204,45 +183,6 @@ class _Open:
             os.close(self.descriptor)
 
 
-def _look(path: Path, kept: Path | None = None) -> tuple[npt.NDArray[np.int64], str]:
-    """Return (offset, size) of a shard's images, and what is wrong with it.
-
-    The index is kept in ``kept``, else in the cache folder under path, size and time of the shard.
-    """
-    if kept is None:
-        status = path.stat()
-        mark = f"{path.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
-        name = hashlib.sha256(mark.encode(errors="surrogateescape")).hexdigest()[:24]
-        kept = cache_folder() / "indexes" / f"{name}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        return np.asarray(np.load(kept), np.int64), ""
-    rows, problem = [], ""
-    try:
-        for _, offset, size in members(path):
-            rows.append((offset, size))
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        problem = f"{error}; its first {len(rows)} images are used"
-        logger.warning("%s", problem)
-    table = np.array(rows, np.int64).reshape(-1, 2)
-    if not problem:
-        try:
-            with atomic_write(kept) as file:
-                np.save(file, table)
-        except OSError as error:
-            logger.warning("the index of %s cannot be kept in %s: %s", path, kept.parent, error)
-    return table, problem
-
-
-def _names(path: Path) -> list[str]:
-    names = []
-    with contextlib.suppress(OSError):  # those before the place where it is cut short will do
-        for name, _, _ in members(path):
-            names.append(name)
-    return names
-
-
 def open_shards(name: str, cache: ShardCache) -> ShardSource:
     """Open the shards that a name in DATASETS.TRAIN means.
 
@@ -252,8 +192,11 @@ def open_shards(name: str, cache: ShardCache) -> ShardSource:
         cache: where streamed shards are kept.
 
     Raises:
-        ValueError: another protocol, nothing there, or no images; the message says what was looked for.
+        ValueError: another protocol, nothing there, something else than tars, or no images; the message says what was
+            looked for.
     """
+    if os.path.basename(name) != MANIFEST and (what := mistaken(name)):
+        raise ValueError(f"DATASETS.TRAIN names {name!r}, {what}")
     if re.match(r"\w+:", name) and not is_url(name):
         raise ValueError(f"DATASETS.TRAIN names {name!r}; shards are paths or http(s) addresses, with braces for many")
     if is_url(name):
@@ -274,13 +217,15 @@ def open_shards(name: str, cache: ShardCache) -> ShardSource:
         folders = dict.fromkeys(os.path.dirname(path) for path in locations if not (is_url(path) and "?" in path))
         manifests = {folder: _manifest(folder, cache) for folder in folders}
         known = {path: manifests.get(os.path.dirname(path), {}).get(path) for path in locations}
-    shards, unreadable = _describe(known, cache)
+    seen = _describe(name, known, cache)
+    shards, problems = [one.shard for one in seen], [(one.shard.location, one.problem) for one in seen if one.problem]
     if not sum(shard.samples for shard in shards):
         raise ValueError(
             f"no images in the {len(shards)} shard(s) of {name}: members are KEY.EXTENSION with one of "
-            f"{' '.join(EXTENSIONS)} and no other dot in the base name"
+            f"{' '.join(EXTENSIONS)}, no other dot in the base name, and in no hidden folder"
+            + "".join(f"; {problem}" for _, problem in problems[:1])
         )
-    return ShardSource(shards, cache, unreadable)
+    return ShardSource(shards, cache, problems)
 
 
 def _glob(pattern: str) -> list[str]:
@@ -303,38 +248,49 @@ def neighbours(path: str) -> str:
     return f"; nearest: {', '.join(os.path.join(folder, name) for name in near)}" if near else ""
 
 
-def _describe(known: Mapping[str, Shard | None], cache: ShardCache) -> tuple[list[Shard], list[tuple[str, str]]]:
-    """Return the shards at the locations, and (location, error) of damaged ones.
+@dataclass(frozen=True)
+class _Seen:
+    """A shard that was looked into: it, what was left out (see :class:`Index`), and what is wrong with it."""
 
-    Those of which no manifest tells are read once, with progress.
-    """
-    found, damaged, said = [], [], time.monotonic()
+    shard: Shard
+    lost: int = 0
+    further: int = 0
+    problem: str = ""
+
+    @classmethod
+    def by(cls, location: str, size: int, index: Index) -> _Seen:
+        return cls(Shard(location, size, len(index.table)), index.lost, index.further, index.problem)
+
+
+def _describe(name: str, known: Mapping[str, Shard | None], cache: ShardCache) -> list[_Seen]:
+    """Return the shards at the locations. Those of which no manifest tells are read once, with progress."""
+    found, said = [], time.monotonic()
     for location, shard in known.items():
-        problem = ""
         if shard is None and is_url(location):
-            shard, problem = _look_into(location, cache)
+            seen = _look_into(location, cache)
         elif shard is None:
-            table, problem = _look(Path(location))
-            shard = Shard(location, size_of(Path(location)), len(table))
-        elif not is_url(location) and (there := size_of(Path(location))) != shard.bytes:
-            logger.warning("%s has %d bytes, its %s says %d: it is cut short or was replaced; what it lacks counts as "
-                           "unreadable", location, there, MANIFEST, shard.bytes)  # fmt: skip
-        found.append(shard)
-        if problem:
-            damaged.append((location, problem))
+            seen = _Seen.by(location, size_of(Path(location)), look(Path(location)))
+        else:
+            seen = _Seen(shard)
+            if not is_url(location) and (there := size_of(Path(location))) != shard.bytes:
+                logger.warning("%s has %d bytes, its %s says %d: it is cut short or was replaced; what it lacks counts "
+                               "as unreadable", location, there, MANIFEST, shard.bytes)  # fmt: skip
+        found.append(seen)
         if time.monotonic() - said > _SAY_EVERY:
             said = time.monotonic()
             logger.info("looked into %d of %d shards; %s beside them saves this", len(found), len(known), MANIFEST)
-    return found, damaged
+    say_left_out(name, sum(seen.lost for seen in found), sum(seen.further for seen in found))
+    return found
 
 
-def _look_into(location: str, cache: ShardCache) -> tuple[Shard, str]:
+def _look_into(location: str, cache: ShardCache) -> _Seen:
     """Fetch a shard to see its size, number of images and damage, and write them down: it may have to make room."""
     note = cache.note(location)
     with filelock.FileLock(cache.folder / ".lock-look"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             found = json.loads(note.read_bytes())
-            return Shard(location, int(found["bytes"]), int(found["samples"])), str(found["problem"])
+            if found.pop("rule") == RULE:
+                return _Seen(Shard(**found.pop("shard")), **found)
         try:
             fetched = cache.get(Shard(location, 0, 0))
         except OSError as error:
@@ -343,11 +299,10 @@ def _look_into(location: str, cache: ShardCache) -> tuple[Shard, str]:
         path = cache.path(Shard(location, size, 0))
         index_of(path).unlink(missing_ok=True)
         os.replace(fetched, path)
-        table, problem = _look(path, index_of(path))
-        shard = Shard(location, size, len(table))
+        seen = _Seen.by(location, size, look(path, index_of(path)))
         with atomic_write(note) as file:
-            file.write(json.dumps({**asdict(shard), "problem": problem}).encode())
-    return shard, problem
+            file.write(json.dumps({**asdict(seen), "rule": RULE}).encode())
+    return seen
 
 
 def _manifest(folder: str, cache: ShardCache, needed: bool = False) -> dict[str, Shard]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import stat
 from collections.abc import Sequence
@@ -13,10 +14,15 @@ import numpy as np
 import numpy.typing as npt
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from moco_d2.data.listing import EXTENSIONS, Listing, Paths, cache_folder, fingerprint
+from moco_d2.data.listing import EXTENSIONS, Listing, Paths, cache_folder, counted, fingerprint
+from moco_d2.data.mistaken import mistaken
 from moco_d2.data.shard_cache import ShardCache
 from moco_d2.data.shards import is_shards, neighbours, open_shards
 
+logger = logging.getLogger(__name__)
+
+# Part of the number of images from which files that are left out are warned of.
+MANY_LEFT_OUT = 0.1
 # Bytes from which a file is taken for something else, rather than read into memory.
 LARGEST_FILE = 1 << 30
 # Beside shards, files are shuffled as if so many lay in one.
@@ -170,6 +176,9 @@ def _list_one(source: str, unreadable: list[tuple[str, str]] | None) -> list[str
         return _list_registered(source)
     if os.path.isdir(source):
         return list_folder(source, unreadable)
+    what = mistaken(source) or ("a file that is no tar: name a folder of pictures" if os.path.isfile(source) else "")
+    if what:
+        raise ValueError(f"DATASETS.TRAIN names {source!r}, {what}")
     near = difflib.get_close_matches(source, DatasetCatalog.list(), n=3)
     hint = f"; nearest names: {', '.join(near)}" if near else neighbours(source)
     raise ValueError(
@@ -196,7 +205,7 @@ def _list_registered(name: str) -> list[str]:
 
 
 def list_folder(folder: str | os.PathLike[str], unreadable: list[tuple[str, str]] | None = None) -> list[str]:
-    """List the images in a folder and its subfolders, sorted.
+    """List the images in a folder and its subfolders, sorted, and log what else is there.
 
     Raises:
         ValueError: there are none.
@@ -204,12 +213,20 @@ def list_folder(folder: str | os.PathLike[str], unreadable: list[tuple[str, str]
     listing = Listing(folder)
     if unreadable is not None:
         unreadable += listing.unreadable
+    left_out = sum(listing.others.values())
     if not listing.files:
         refused = "".join(f"; cannot read {path}: {error}" for path, error in listing.unreadable[:1])
+        there = f"found {left_out} other file(s) ({counted(listing.others)})" if left_out else "found nothing"
         raise ValueError(
-            f"no images in {os.fspath(folder)} or its subfolders: looked for {' '.join(EXTENSIONS)} and found "
-            f"{listing.others} other file(s){refused}; tar shards are named as FOLDER/*.tar"
+            f"no images in {os.fspath(folder)} or its subfolders: looked for {' '.join(EXTENSIONS)} and "
+            f"{there}{refused}; tar shards are named as FOLDER/*.tar"
         )
+    if left_out:
+        many = left_out - listing.others["hidden"] > MANY_LEFT_OUT * len(listing.files)
+        logger.log(
+            logging.WARNING if many else logging.INFO,
+            "left out of %s, as they have no picture's extension or are hidden: %s", folder, counted(listing.others),
+        )  # fmt: skip
     return listing.files
 
 

@@ -15,7 +15,7 @@ from xml.parsers import expat
 
 from detectron2.structures import BoxMode
 
-from moco_d2.data.listing import EXTENSIONS
+from moco_d2.data.listing import EXTENSIONS, is_hidden
 from moco_d2.detection.custom import Entry, Needs, Report, box_problem, listed, picture_size, size_problem
 from moco_d2.nearest import did_you_mean
 
@@ -95,10 +95,10 @@ class VocFolder:
 
 
 def walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yield (path in the folder without extension, path) of all files, sorted."""
+    """Yield (path in the folder without extension, path) of all files that are not hidden, sorted."""
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted(names):
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for name in sorted(name for name in names if not is_hidden(name)):
             path = Path(parent, name)
             yield str(path.relative_to(folder).with_suffix("")), path
 

@@ -17,9 +17,8 @@ from moco_d2.config import use_device_there_is
 from moco_d2.data import ViewLoader
 from moco_d2.engine.optim import scaled_lr, total_steps
 from moco_d2.engine.preflight import check_config, outline
-from moco_d2.engine.pretrain import PretrainTrainer
+from moco_d2.engine.pretrain import PretrainTrainer, recipe_changes
 from moco_d2.io.files import atomic_write
-from moco_d2.model_zoo import pretraining_changes
 from moco_d2.rehearsal import duration, parameters, peak_memory, quiet, recipe
 
 STEPS = 2
@@ -63,9 +62,11 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
         trainer.resume_or_load(resume=False)
     images = len(trainer.data_loader.dataset)
     steps = total_steps(full, images // full.SOLVER.IMS_PER_BATCH)
-    yield "recipe", recipe(full.PROTOCOL, pretraining_changes(full))
+    yield "recipe", recipe(full.PROTOCOL, recipe_changes(full, trainer.method))
     yield "data", f"{', '.join(full.DATASETS.TRAIN)}: {images} images"
     yield "schedule", _schedule(full, steps)
+    for warning in trainer.method.advice(images, full.SOLVER.IMS_PER_BATCH, steps):
+        yield "advice", warning
     yield "weights", full.MODEL.WEIGHTS or f"none: random values of seed {small.SEED}"
     yield "model", f"{full.SSL.METHOD}, {full.SSL.ENCODER.NAME}: {parameters(trainer.method)}"
     with quiet():

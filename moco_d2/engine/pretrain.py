@@ -89,7 +89,7 @@ class PretrainTrainer(DefaultTrainer):
         origin = f"moco_d2 {self.cfg.SSL.METHOD} on {images}, {done} of {self.max_iter} iterations"
         origin += f" ({switches})" if (switches := describe_switches(self.cfg)) else ""
         # Results are compared with published ones by this name; only the whole recipe, unchanged, may bear it.
-        notes = ["unfinished"] * (done < self.max_iter) + ["modified"] * bool(pretraining_changes(self.cfg))
+        notes = ["unfinished"] * (done < self.max_iter) + ["modified"] * bool(recipe_changes(self.cfg, self.method))
         protocol = self.cfg.PROTOCOL + (f" ({', '.join(notes)})" if notes else "")
         return describe(self.method.backbone(), pixels, origin=origin, protocol=protocol)
 
@@ -101,7 +101,8 @@ class PretrainTrainer(DefaultTrainer):
             check=self._trainer.flush,
         )  # fmt: skip
         return [
-            StepSeed(self.seed),  # the same in all processes, which is what a shared permutation wants
+            # Processes draw apart (dropout, masks); what they share, as MoCo's permutation, rank 0 draws for all.
+            StepSeed(self.seed, stream=comm.get_rank()),
             MethodSchedule(self.method),
             hooks.IterationTimer(),
             hooks.LRScheduler(self._trainer.optimizer, self.scheduler),
@@ -152,14 +153,16 @@ class PretrainTrainer(DefaultTrainer):
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: seed, batch, data, length, recipe, optimizer or schedule differ from the interrupted run's, so
-                it could not go on exactly.
+            ValueError: seed, batch, data, length, recipe, optimizer or schedule differ from the interrupted run's, or
+                what its number of processes made of the method, so that it could not go on exactly.
         """
-        changed = changed_settings(state["run"], self._run())
+        then = {**self.method.settings(), **state["run"]}  # Older checkpoints do not have the method's own.
+        changed = changed_settings(then, self._run())
         if changed:
             raise ValueError(
-                f"cannot resume exactly: {'; '.join(changed.values())}. Restore the setting, or start a new run in "
-                "another OUTPUT_DIR with MODEL.WEIGHTS set to a checkpoint of this one"
+                f"cannot resume exactly: {'; '.join(changed.values())}. Restore the setting (or the number of processes "
+                "that it follows from), or start a new run in another OUTPUT_DIR with MODEL.WEIGHTS set to a "
+                "checkpoint of this one"
             )
         super().load_state_dict(state)
 
@@ -175,12 +178,29 @@ class PretrainTrainer(DefaultTrainer):
             "DATA.RECIPE": self.cfg.DATA.RECIPE,
             "DATA.CROP_SIZE": self.cfg.DATA.CROP_SIZE,
             **loader.sampler.settings(),
+            **self.method.settings(),
         }
 
     def _announce(self, images: int) -> None:
         length = f"{self.cfg.SOLVER.EPOCHS} epochs, " if self.cfg.SOLVER.EPOCHS else ""
+        batch = self.cfg.SOLVER.IMS_PER_BATCH
         logger.info(
             "%s (%s, width %g) on %d images: %s%d iterations of %d images in %d process(es), recipe %s at %d px",
             self.cfg.SSL.METHOD, self.cfg.SSL.ENCODER.NAME, self.cfg.SSL.ENCODER.WIDTH, images, length, self.max_iter,
-            self.cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE,
+            batch, comm.get_world_size(), self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE,
         )  # fmt: skip
+        for name, value in self.method.settings().items():
+            logger.info("%s: %s", name, value)
+        for departure in self.method.departures():
+            logger.warning("%s: the weights will say that the recipe was modified", departure)
+        for warning in self.method.advice(images, batch, self.max_iter):
+            logger.warning("%s", warning)
+
+
+def recipe_changes(cfg: CfgNode, method: SSLMethod) -> list[str] | None:
+    """List where a run departs from the shipped recipe whose name it bears: its settings, then its processes.
+
+    None where the config names no shipped recipe.
+    """
+    changes = pretraining_changes(cfg)
+    return None if changes is None else [*changes, *method.departures()]

@@ -56,7 +56,7 @@ class ScaledResNet(ResNet):
 
 
 def build_resnet(name: str = "resnet50", num_classes: int = 1000, width: float = 1.0, stem: str = "imagenet") -> ResNet:
-    """Build a ResNet with torchvision's names and initialisation.
+    """Build a ResNet with torchvision's names and initialisation (the demo's for a CIFAR stem).
 
     Args:
         name: a key of ``ARCHITECTURES``.
@@ -79,8 +79,8 @@ def build_resnet(name: str = "resnet50", num_classes: int = 1000, width: float =
         width, block, list(blocks), num_classes=num_classes, groups=groups, width_per_group=width_per_group
     )
     if stem == "cifar":
+        # With PyTorch's own initialisation, unlike the other convolutions: the demo replaces this one afterwards, too.
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
     return network
 

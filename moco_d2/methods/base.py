@@ -49,6 +49,27 @@ class SSLMethod(nn.Module, ABC):
     def check_batch(self, size: int) -> None:
         """Raise ValueError if the method cannot take ``size`` images per process in training (default: any)."""
 
+    def settings(self) -> dict[str, Any]:
+        """Return, by name, what is computed that follows from the number of processes (default: nothing does).
+
+        It is logged, and a resumed run must have the same.
+        """
+        return {}
+
+    def departures(self) -> list[str]:
+        """Return, in words, where :meth:`settings` are not what the arguments stand for (default: nowhere)."""
+        return []
+
+    def advice(self, images: int, batch: int, steps: int) -> list[str]:
+        """Return warnings, with remedies, on a run that can be made and will not learn much (default: none).
+
+        Args:
+            images: size of the data set.
+            batch: images of a step, in all processes.
+            steps: length of the run.
+        """
+        return []
+
     def networks(self) -> list[nn.Module]:
         """Return the networks that forward calls, for compilation (default: the children that have parameters)."""
         return [child for child in self.children() if next(child.parameters(), None) is not None]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +76,8 @@ class MoCo(SSLMethod):
         self.symmetric = symmetric
         self.shuffle = shuffle
         self.bn_groups = bn_groups or max(1, PAPER_GROUPS // world_size())
-        if shuffle and self.bn_groups * world_size() == 1:
+        self.groups_in_all, self._groups_meant = self.bn_groups * world_size(), bn_groups or PAPER_GROUPS
+        if shuffle and self.groups_in_all == 1:
             logger.warning("shuffling BN has no effect with a single BN group: set SSL.ARGS.bn_groups to 2 or more")
 
         self.encoder_q = encoder(num_classes=dim)
@@ -152,6 +155,42 @@ class MoCo(SSLMethod):
                 f"{size} images per process cannot be split into {self.bn_groups} BN groups; "
                 f"make the batch a multiple of it, or set SSL.ARGS.bn_groups"
             )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the number of BN groups in all processes."""
+        return {"number of BN groups in all processes": self.groups_in_all}
+
+    def departures(self) -> list[str]:
+        """Return the number of BN groups in all processes where it is neither the paper's nor the argument's.
+
+        A positive ``bn_groups`` is meant for one process, as in the authors' CIFAR demo.
+        """
+        if self.groups_in_all in (PAPER_GROUPS, self._groups_meant):
+            return []
+        return [f"{self.groups_in_all} BN groups in all {world_size()} process(es), not {self._groups_meant}"]
+
+    def advice(self, images: int, batch: int, steps: int) -> list[str]:
+        """Warn of a queue that is longer than an epoch, and of a run too short for the key encoder to follow."""
+        found = []
+        size, keys = len(self.queue.features), images * (2 if self.symmetric else 1)  # keys of an epoch
+        if size > keys:
+            fits = 1 << max(0, (keys // 4).bit_length() - 1)  # the largest power of two up to a quarter
+            smaller = f" and SOLVER.IMS_PER_BATCH {fits} or less" if batch > fits else ""
+            remedy = f"SSL.ARGS.queue_size {fits}{smaller}" if fits >= 16 else "these are too few images"
+            found.append(
+                f"the queue (SSL.ARGS.queue_size {size}) holds the keys of {size / keys:,.1f} epochs of your {images} "
+                "images: the negatives of each image include its own earlier keys. It should hold at most a quarter "
+                f"of an epoch: {remedy}"
+            )
+        left = self.momentum**steps
+        if left > 0.5:
+            enough = math.ceil(math.log(0.01) / math.log(self.momentum)) if self.momentum < 1 else 0
+            longer = f"take {enough} steps or more (SOLVER.EPOCHS, a smaller SOLVER.IMS_PER_BATCH), or " * bool(enough)
+            found.append(
+                f"after all {steps} steps the key encoder is still to {left:.0%} what it was at the start: {longer}"
+                f"lower SSL.ARGS.momentum, {self.momentum:g}"
+            )
+        return found
 
     def backbone(self) -> nn.Module:
         """Return the query encoder without its head: MoCo transfers f_q."""

@@ -14,18 +14,23 @@ from moco_d2.data import stream_seed
 
 
 class StepSeed(HookBase):
-    """Seed every generator (Python, numpy, torch on each device) before every step from (seed, iteration).
+    """Seed every generator (Python, numpy, torch on each device) before every step from (seed, iteration, stream).
 
     So a step's randomness does not depend on the past.
     """
 
-    def __init__(self, *seed: int) -> None:
-        """Take the seed, in one part or several (seed, rank): processes with equal parts draw alike."""
-        self.seed = seed
+    def __init__(self, *seed: int, stream: int = 0) -> None:
+        """Take what the draws follow from.
+
+        Args:
+            seed: in one part or several (seed, rank).
+            stream: another number in each process that shall draw other values; 0 draws as (seed, iteration) alone.
+        """
+        self.seed, self.stream = seed, [stream] if stream else []
 
     def before_step(self) -> None:
         """Seed the step."""
-        seed_all(stream_seed(*self.seed, self.trainer.iter))
+        seed_all(stream_seed(*self.seed, self.trainer.iter, *self.stream))
 
 
 def seed_all(seed: int) -> None:

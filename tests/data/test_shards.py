@@ -35,11 +35,13 @@ from moco_d2.data import (
     list_folder,
     open_source,
     packing,
+    shard_index,
 )
 from moco_d2.data.backends import build_backend
 from moco_d2.data.packing import Packed, pack
 from moco_d2.data.shard_cache import Shard, base_name
-from moco_d2.data.shards import MANIFEST, ShardSource, expand, members, open_shards
+from moco_d2.data.shard_index import members
+from moco_d2.data.shards import MANIFEST, ShardSource, expand, open_shards
 
 ROOT = Path(__file__).parents[2]
 RNG = np.random.default_rng(0)
@@ -125,6 +127,92 @@ def test_foreign_tars_are_read(tmp_path: Path, cache: Path, images: Path) -> Non
     assert packing.index(tmp_path) == len(source) == len(open_source([str(tmp_path)]))
 
 
+def write_tar(path: Path, names: list[str], data: bytes) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_image_files_that_the_rule_leaves_out_are_said_at_every_start(
+    tmp_path: Path, images: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    jpeg = next(images.rglob("*.jpg")).read_bytes()
+    lost = ["x.0.jpg", "x.1.jpg", "x.json", "IMG.2021.05.JPG"]  # no key of theirs has an image
+    masks = ["a.mask.png", "a.jpg", "a.png", "./sub/b.jfif", "./sub/b.seg.png"]
+    hidden = ["._a.jpg", ".ipynb_checkpoints/a-checkpoint.jpg", "__MACOSX/c.jpg"]
+    (tmp_path / "set").mkdir()
+    write_tar(tmp_path / "set/0.tar", [*lost, *masks, *hidden], jpeg)
+    with serve(tmp_path / "set") as (url, _), caplog.at_level("INFO"):
+        shards_cache = ShardCache(tmp_path / "cache", 1e9)
+        for name in 2 * [str(tmp_path / "set/0.tar"), f"{url}/0.tar"]:  # read, then remembered
+            caplog.clear()
+            source = open_shards(name, shards_cache)
+            assert [source.name(i).rpartition("/")[2] for i in range(len(source))] == ["a.jpg", "b.jfif"]
+            said = [(r.levelname, r.getMessage()) for r in caplog.records if "left out" in r.getMessage()]
+            assert [level for level, _ in said] == ["WARNING", "INFO"]
+            assert said[0][1].startswith(f"{name}: 3 image file(s) are left out") and "make_shards" in said[0][1]
+            assert said[1][1].startswith(f"{name}: 3 image file(s) are left out whose sample has a picture")
+    caplog.clear()
+    assert packing.index(tmp_path / "set") == 2 and "3 image file(s)" in caplog.text
+
+
+def test_an_index_that_an_older_rule_made_is_not_taken_over(tmp_path: Path, cache: Path, images: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", ["a.jpg", "b.jpg"], next(images.rglob("*.jpg")).read_bytes())
+    assert len(open_source([str(tar)])) == 2
+    (kept,) = (cache / "indexes").iterdir()
+    rows = np.load(kept)
+    for older in (rows[2:3], rows[3:], np.concatenate([[[1 - shard_index.RULE, 0], [0, 0]], rows[2:3]])):
+        np.save(kept, older)
+        assert len(open_source([str(tar)])) == 2
+    with serve(tmp_path) as (url, _):
+        shards_cache = ShardCache(tmp_path / "cache", 1e9)
+        assert len(open_shards(f"{url}/a.tar", shards_cache)) == 2
+        note = shards_cache.note(f"{url}/a.tar")
+        note.write_text(json.dumps({"bytes": tar.stat().st_size, "samples": 1, "problem": ""}))  # as it was kept
+        assert len(open_shards(f"{url}/a.tar", shards_cache)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x.tar.gz", "a compressed tar.*unpack it \\(tar -xf x.tar.gz -C FOLDER\\)"),
+        ("sets/{0..3}.tgz", "a compressed tar"),
+        ("https://host/x.tar.zst?token=1", "a compressed tar.*tar -xf x.tar.zst "),
+        ("x.tar.bz2", "a compressed tar"),
+        ("x.ZIP", "an archive: unpack it and name the folder"),
+        ("x.rar", "an archive"),
+        ("clip.mp4", "a video.*ffmpeg -i clip.mp4 FOLDER"),
+        ("train.csv", "a list or table: name the folder of its pictures"),
+        ("list.txt", "a list or table"),
+        ("x.parquet", "a list or table"),
+        ("labels.json", "a file of labels.*DATASETS.CUSTOM"),
+        ("pictures/*.jpg", "one picture, or a pattern of pictures: name the folder"),
+        ("notes", "a file that is no tar"),
+    ],
+)
+def test_what_people_name_instead_is_told_with_its_remedy(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for there in (False, True):
+        if there and "/" not in name:
+            Path(name).touch()
+        if there or name != "notes":
+            with pytest.raises(ValueError, match=message):
+                open_source([name])
+
+
+@pytest.mark.parametrize(("mode", "form"), [("w:gz", "gzip"), ("w:bz2", "bzip2"), ("w:xz", "xz")])
+def test_a_compressed_tar_under_a_plain_name_is_told(mode: str, form: str, tmp_path: Path, images: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", mode) as tar:  # type: ignore[call-overload]
+        tar.add(next(images.rglob("*.jpg")), "a.jpg")
+    with pytest.raises(ValueError, match=f"no images in the 1 shard.*a {form} file, no plain tar.*unpack it"):
+        open_source([str(tmp_path / "a.tar")])
+
+
 def test_shards_and_folders_mix(images: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moco_d2.data.sources.FILES_IN_A_SPAN", 10)
     source = open_source([str(shards), str(images)])
@@ -146,7 +234,7 @@ def test_shards_and_folders_mix(images: Path, shards: Path, monkeypatch: pytest.
         ("SHARDS/none*.tar", "no file is like it"),
         ("pipe:curl http://x/y.tar", "paths or http"),
         ("s3://bucket/x.tar", "paths or http"),
-        ("EMPTY", r"found 1 other file\(s\); tar shards are named as FOLDER/\*.tar"),
+        ("EMPTY", r"found 1 other file\(s\) \(1 .tar\); tar shards are named as FOLDER/\*.tar"),
         ("EMPTY/text.tar", "no images in the 1 shard"),
         ("BROKEN", "shards.json is damaged: its format is 'other'"),
     ],

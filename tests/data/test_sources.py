@@ -1,6 +1,7 @@
 """Folders that are listed once and then remembered, and an order of spans that any process can start anywhere."""
 
 import itertools
+import json
 import os
 import pwd
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 
 from moco_d2.data import EpochSampler, list_folder, listing, open_source, stream_seed
 from moco_d2.data.listing import Listing, Paths
+from moco_d2.detection.custom_voc import walk
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +153,66 @@ def test_paths_are_kept_whatever_their_bytes() -> None:
     names = ["a", "", "ö/ü", os.fsdecode(b"\xff\xfe"), "x" * 5000]
     paths = Paths(names)
     assert len(paths) == 5 and [paths[i] for i in range(5)] == names
+
+
+@pytest.fixture
+def messy(tmp_path: Path) -> Path:
+    """A hidden folder that a user may name, with three pictures, their copies, and other files."""
+    root = tmp_path / ".data" / "pictures"
+    (root / "sub").mkdir(parents=True)
+    for name in ("a.jpg", "b.JFIF", "sub/c.jpe"):
+        (root / name).touch()
+    for name in ("d.heic", "e.HEIC", "f.txt", "g", "h.JPG_large"):
+        (root / name).touch()
+    for name in (".ipynb_checkpoints/a-checkpoint.jpg", "__MACOSX/._a.jpg", "sub/@eaDir/c.jpg", "._a.jpg", "Thumbs.db"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def test_hidden_copies_are_left_out_in_both_stages_and_all_that_is_left_out_is_said(
+    messy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        assert list_folder(messy) == [str(messy / name) for name in ("a.jpg", "b.JFIF", "sub/c.jpe")]
+    (said,) = caplog.records
+    assert said.levelname == "WARNING", "five files beside three pictures are many"
+    kinds = "5 hidden, 2 .heic, 1 .jpg_large, 1 .txt, 1 without extension"
+    assert said.getMessage().endswith(f"hidden: {kinds}") and str(messy) in said.getMessage()
+    assert {str(path) for _, path in walk(messy) if path.suffix.lower() in listing.EXTENSIONS} == set(
+        list_folder(messy)
+    ), "as fine-tuning finds them"
+    caplog.clear()
+    for number in range(60):
+        (messy / f"{number}.png").touch()
+    with caplog.at_level("INFO"):
+        list_folder(messy)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_a_folder_without_pictures_says_what_it_has(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no images in .* and found nothing; tar"):
+        list_folder(tmp_path)
+    for name in ("a.heic", "b.heic", ".c.jpg"):
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"found 3 other file\(s\) \(2 .heic, 1 hidden\)"):
+        list_folder(tmp_path)
+
+
+def test_a_listing_that_an_older_rule_made_is_not_taken_over(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = grow(tmp_path / "set", 20, 60)
+    settled(monkeypatch)
+    files = Listing(root).files
+    (kept,) = (cache / "listings").iterdir()
+    older = json.loads(kept.read_text())
+    older["folders"]["n0000"][3].append("._copy.jpg")
+    for content in ({**older, "format": 1}, {name: older[name] for name in ("extensions", "folders")}):
+        kept.write_text(json.dumps(content))
+        assert Listing(root).files == files
+    kept.write_text(json.dumps(older))
+    assert len(Listing(root).files) == len(files) + 1, "this one would be"
 
 
 def list_in_two_processes(folders: tuple[Path, Path]) -> None:

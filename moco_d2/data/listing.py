@@ -75,9 +75,9 @@ def cache_folder() -> Path:
 class Listing:
     """The images below a folder, sorted, a folder's own before those of its subfolders.
 
-    Hidden files and folders (:func:`is_hidden`) are left out. Links are followed, a link to a folder above itself is not. Every folder's entries are kept under its inode, mtime
-    and ctime, and asked of the disk again when one of the three differs: adding, removing or renaming an entry changes
-    them, and no program can set the ctime back.
+    Hidden files and folders (:func:`is_hidden`) are left out. Links are followed, a link to a folder above itself is
+    not. Every folder's entries are kept under its inode, mtime and ctime, and asked of the disk again when one of the
+    three differs: adding, removing or renaming an entry changes them, and no program can set the ctime back.
 
     Attributes:
         files: paths of the images.

@@ -17,13 +17,12 @@ import os
 import queue
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import filelock
 import numpy as np
-import numpy.typing as npt
 
 from moco_d2.data.listing import EXTENSIONS, fingerprint
 from moco_d2.data.mistaken import mistaken

@@ -160,8 +160,8 @@ class PretrainTrainer(DefaultTrainer):
         changed = changed_settings(then, self._run())
         if changed:
             raise ValueError(
-                f"cannot resume exactly: {'; '.join(changed.values())}. Restore the setting (or the number of processes "
-                "that it follows from), or start a new run in another OUTPUT_DIR with MODEL.WEIGHTS set to a "
+                f"cannot resume exactly: {'; '.join(changed.values())}. Restore the setting, or the number of "
+                "processes that it follows from, or start a new run in another OUTPUT_DIR with MODEL.WEIGHTS set to a "
                 "checkpoint of this one"
             )
         super().load_state_dict(state)

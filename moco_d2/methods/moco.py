@@ -170,7 +170,7 @@ class MoCo(SSLMethod):
         return [f"{self.groups_in_all} BN groups in all {world_size()} process(es), not {self._groups_meant}"]
 
     def advice(self, images: int, batch: int, steps: int) -> list[str]:
-        """Warn of a queue that is longer than an epoch, and of a run too short for the key encoder to follow."""
+        """Warn of a queue longer than an epoch, a run too short for the key encoder, and BN groups of one image."""
         found = []
         size, keys = len(self.queue.features), images * (2 if self.symmetric else 1)  # keys of an epoch
         if size > keys:
@@ -189,6 +189,11 @@ class MoCo(SSLMethod):
             found.append(
                 f"after all {steps} steps the key encoder is still to {left:.0%} what it was at the start: {longer}"
                 f"lower SSL.ARGS.momentum, {self.momentum:g}"
+            )
+        if batch // self.groups_in_all == 1:
+            found.append(
+                f"each of the {self.groups_in_all} BN groups has one image, which tells no batch's statistics: take a "
+                "larger SOLVER.IMS_PER_BATCH, or fewer groups (SSL.ARGS.bn_groups)"
             )
         return found
 

@@ -3,7 +3,6 @@
 import itertools
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from detectron2.layers import NaiveSyncBatchNorm, get_norm

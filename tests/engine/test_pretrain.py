@@ -7,6 +7,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +18,14 @@ from detectron2.utils import comm
 from PIL import Image
 
 from moco_d2.config import flat, get_cfg, load_cfg
+from moco_d2.data import stream_seed
 from moco_d2.engine.optim import lr_factor, scaled_lr
-from moco_d2.engine.pretrain import PretrainTrainer
+from moco_d2.engine.pretrain import PretrainTrainer, recipe_changes
 from moco_d2.facts import BackboneFacts
 from moco_d2.layers.resnet import network_for
-from moco_d2.methods.moco import to_official
+from moco_d2.methods.moco import MoCo, to_official
 from moco_d2.model_zoo import pretraining_changes
+from moco_d2.running.seeds import StepSeed
 
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain_net.py"
 
@@ -98,6 +101,52 @@ def test_only_the_whole_recipe_bears_its_name(images: str, tmp_path: Path) -> No
     assert sorted(pretraining_changes(changed) or ()) == ["SOLVER.EPOCHS=199", "SSL.ARGS.momentum=0.99"]
 
 
+def test_what_the_processes_make_of_the_method_is_recorded_and_must_be_the_same_to_resume(
+    images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = ("SSL.ARGS.bn_groups", 0, "SOLVER.IMS_PER_BATCH", 16, "SOLVER.EPOCHS", 4, "SOLVER.CHECKPOINT_PERIOD", 2)
+    words = options(images, tmp_path, *more)
+    with caplog.at_level("INFO"), pytest.raises(Killed):
+        train(words, stop_at=1)
+    assert "number of BN groups in all processes: 8" in caplog.text
+    assert "holds the keys of 1.2 epochs of your 20 images" in caplog.text and "100% what it was" in caplog.text
+    caplog.clear()
+
+    # Three processes would make six groups. Nothing else here needs the other two.
+    with monkeypatch.context() as patch:
+        patch.setattr("moco_d2.methods.moco.world_size", lambda: 3)
+        patch.setattr(MoCo, "check_batch", lambda *_: None)
+        recipe = load_cfg("Pretrain/moco_v2_R50_200ep")
+        trainer = PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", words))
+        assert recipe_changes(recipe, trainer.method) == ["6 BN groups in all 3 process(es), not 8"]
+        assert "6 BN groups in all 3 process(es), not 8: the weights will say" in caplog.text
+        trainer.cfg = recipe
+        assert trainer.facts().protocol == "moco_v2_R50_200ep (unfinished, modified)"
+        with pytest.raises(ValueError, match=r"number of BN groups in all processes was 8 and is 6\. Restore"):
+            PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", words)).resume_or_load(True)
+
+    # A checkpoint that an older version wrote does not say.
+    state = torch.load(tmp_path / "model_0000001.pth")
+    assert state["trainer"]["run"].pop("number of BN groups in all processes") == 8
+    torch.save(state, tmp_path / "model_0000001.pth")
+    assert train(words, resume=True).start_iter == 2
+
+
+def test_processes_draw_apart_and_rank_0_as_ever() -> None:
+    def drawn(*seed: int, step: int, **stream: int) -> float:
+        hook = StepSeed(*seed, **stream)
+        hook.trainer = SimpleNamespace(iter=step)
+        hook.before_step()
+        return torch.rand(()).item()
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(7, 5))
+        before = torch.rand(()).item()
+        assert drawn(7, step=5, stream=0) == drawn(7, step=5) == before
+        values = [drawn(7, step=step, stream=rank) for step in range(4) for rank in range(4)]
+    assert len(set(values)) == 16
+
+
 def test_every_checkpoint_comes_with_a_backbone_that_any_torchvision_user_can_load(images: str, tmp_path: Path) -> None:
     trainer = train(options(images, tmp_path, "PROTOCOL", "mine"))
     saved = torch.load(tmp_path / "backbone.pth", weights_only=True)
@@ -169,8 +218,11 @@ def run_spoilt_rank(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     comm.create_local_process_group(2)
+    trainer = spoil(folder, "loss")
+    (seeds,) = (hook for hook in trainer._hooks if isinstance(hook, StepSeed))
+    assert seeds.stream == [1] * rank, "each process's own"
     with pytest.raises(FloatingPointError) as caught:
-        spoil(folder, "loss").train()
+        trainer.train()
     Path(folder, f"said{rank}").write_text(str(caught.value))
     comm.synchronize()
     dist.destroy_process_group()

@@ -1,60 +1,64 @@
 """A run says when it waits for its loader, what helps, and when it no longer waits."""
 
 import logging
-import time
-from collections.abc import Sequence
-from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from detectron2.engine import HookBase
-from detectron2.utils.events import get_event_storage
-from PIL import Image
+import torch
+from detectron2.utils.events import EventStorage
 
-from moco_d2.config import load_cfg
-from moco_d2.data.augment import Plan
-from moco_d2.data.backends import PilBackend
-from moco_d2.data.decode import Picture
-from moco_d2.engine.pretrain import PretrainTrainer
+from moco_d2.data.backends import Backend, Cv2Backend, DeviceBackend, PilBackend
+from moco_d2.engine.hooks import PretrainMetrics
+
+PERIOD = 20
 
 
-class SlowBackend(PilBackend):
-    """Takes its time over every image."""
+def messages(
+    waits: list[float], caplog: pytest.LogCaptureFixture, backend: Backend, device: str = "cpu"
+) -> list[tuple[int, str]]:
+    """Return what is said, with the step, of a run whose steps take a second, of which ``waits`` for images."""
+    loader = SimpleNamespace(
+        skips=SimpleNamespace(paths=()), workers=3, device=torch.device(device),
+        dataset=SimpleNamespace(backend=backend),
+    )  # fmt: skip
+    hook = PretrainMetrics(SimpleNamespace(metrics={}, recording=True), 8, 1, PERIOD)  # type: ignore[arg-type]
+    hook.trainer = SimpleNamespace(iter=0, start_iter=0, max_iter=len(waits), data_loader=loader)
+    said = []
+    with EventStorage() as storage, caplog.at_level(logging.INFO, logger="moco_d2.engine.hooks"):
+        for step, wait in enumerate(waits):
+            hook.trainer.iter = storage.iter = step
+            hook.before_step()
+            storage.put_scalars(time=1.0, data_time=wait)
+            caplog.clear()
+            hook.after_step()
+            said += [(step + 1, record.getMessage()) for record in caplog.records]
+        assert storage.latest()["images_per_second"][0] == 8
+    return said
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan], size: int) -> list[np.ndarray]:
-        time.sleep(0.003)
-        return super().prepare(picture, plans, size)
+
+def test_waiting_is_said_once_and_so_is_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    said = messages([0.5] * 60 + [0.0] * 40, caplog, PilBackend())
+    assert [step for step, _ in said] == [40, 80], "not in the first period, when workers start"
+    assert said[0][1].startswith("the loader is the bottleneck: 50 % of a step is spent waiting for images (0.500 of 1.")
+    assert said[1][1] == "the loader keeps up again: 0 % of a step is spent waiting for images"
 
 
-class Relief(HookBase):
-    """Gives a faster backend after 40 steps, and steps so long that waiting no longer counts."""
-
-    def before_step(self) -> None:
-        if self.trainer.iter == 40:
-            self.trainer.data_loader.dataset.backend = PilBackend()
-        if self.trainer.iter > 40:
-            time.sleep(20 * get_event_storage().history("data_time").latest())
+def test_a_tenth_of_a_step_is_no_reason_to_say_anything(caplog: pytest.LogCaptureFixture) -> None:
+    assert messages([0.09] * 100, caplog, PilBackend()) == []
 
 
-def test_waiting_for_the_loader_is_said_once_with_its_remedies(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("backend", "device", "remedies"),
+    [
+        (PilBackend(), "cpu", ", DATA.BACKEND cv2"),
+        (Cv2Backend(), "cpu", ""),
+        (Cv2Backend(), "cuda", ", DATA.BACKEND device"),
+        (PilBackend(), "cuda", ", DATA.BACKEND device"),
+        (DeviceBackend(), "cuda", ""),
+    ],
+)
+def test_the_remedies_are_those_there_are(
+    backend: Backend, device: str, remedies: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    words = [
-        "DATASETS.TRAIN", f'("{tmp_path}",)', "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu", "SEED", 7,
-        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", 0.125, "SSL.ARGS.queue_size", 24, "SSL.ARGS.dim", 16,
-        "SSL.ARGS.bn_groups", 2, "SOLVER.IMS_PER_BATCH", 8, "SOLVER.EPOCHS", 60, "DATALOADER.NUM_WORKERS", 0,
-        "DATA.CROP_SIZE", 32, "DATA.BACKEND", "pil",
-    ]  # fmt: skip
-    trainer = PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", [str(word) for word in words]))
-    trainer.data_loader.dataset.backend = SlowBackend()
-    trainer.register_hooks([Relief()])
-    with caplog.at_level(logging.INFO, logger="moco_d2.engine.hooks"):
-        trainer.train()
-    said = [record.getMessage() for record in caplog.records if "the loader" in record.getMessage()]
-    assert len(said) == 2
-    assert said[0].startswith("the loader is the bottleneck: ")
-    assert said[0].endswith("Remedies: more worker processes (DATALOADER.NUM_WORKERS is 0), DATA.BACKEND cv2")
-    assert said[1].startswith("the loader keeps up again: ")
+    ((_, said),) = messages([0.5] * 40, caplog, backend, device)
+    assert said.endswith(f"Remedies: more worker processes (DATALOADER.NUM_WORKERS is 3){remedies}")

@@ -200,6 +200,21 @@ def test_unit_width_computes_what_torchvision_does() -> None:
     assert torch.equal(network.eval()(x), reference.eval()(x))
 
 
+def test_the_cifar_stem_begins_as_the_authors_demo_and_the_rest_as_torchvision() -> None:
+    """The demo replaces conv1 after torchvision's initialisation: uniform in +-1/sqrt(fan in), PyTorch's default."""
+    torch.manual_seed(0)
+    network = build_resnet("resnet18", width=4, stem="cifar")
+    bound = 1 / math.sqrt(3 * 3 * 3)
+    drawn = (network.conv1.weight.detach().double().flatten() / bound + 1) / 2  # uniform in [0, 1]
+    assert len(drawn) == 256 * 27 and drawn.min() >= 0 and drawn.max() <= 1
+    steps = torch.arange(1, len(drawn) + 1, dtype=torch.float64) / len(drawn)
+    distance = (drawn.sort().values - steps).abs().max().item()  # Kolmogorov's: above 1.95 / sqrt(n) once in 1000
+    assert distance < 1.95 / math.sqrt(len(drawn))
+    other = network.layer1[0].conv1.weight
+    assert other.std().item() == pytest.approx(math.sqrt(2 / (256 * 9)), rel=0.01), "kaiming normal by fan out"
+    assert other.abs().max() > 3 * other.std(), "no uniform distribution reaches so far"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

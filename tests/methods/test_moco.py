@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,55 @@ def test_other_mistakes_are_explained(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         make(bn_groups=1)
     assert "shuffling BN has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("processes", "bn_groups", "in_all", "departs"),
+    [(1, 0, 8, False), (8, 0, 8, False), (3, 0, 6, True), (16, 0, 16, True), (1, 8, 8, False), (2, 8, 16, True),
+     (8, 1, 8, False), (1, 2, 2, False), (1, 1, 1, False), (2, 1, 2, True)],
+)  # fmt: skip
+def test_bn_groups_in_all_processes_are_known_and_told_where_they_are_not_as_published(
+    processes: int, bn_groups: int, in_all: int, departs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moco_d2.methods.moco.world_size", lambda: processes)
+    model = make(bn_groups=bn_groups)
+    assert model.settings() == {"number of BN groups in all processes": in_all}
+    assert [said.startswith(f"{in_all} BN groups in all {processes} ") for said in model.departures()] == [
+        True
+    ] * departs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "images", "batch", "steps", "said"),
+    [
+        ({"queue_size": 64}, 64, 16, 10**4, []),  # an epoch's keys, no more
+        ({"queue_size": 4096}, 2000, 32, 10**4, ["holds the keys of 2.0 epochs of your 2000 images.*queue_size 256$"]),
+        ({"queue_size": 4096, "symmetric": True}, 2048, 32, 10**4, []),  # both views' keys are queued
+        ({"queue_size": 4096}, 500, 256, 10**4, ["8.2 epochs.*queue_size 64 and SOLVER.IMS_PER_BATCH 64 or less$"]),
+        ({"queue_size": 4096}, 3, 2, 10**4, ["1,365.3 epochs.*these are too few images$"]),
+        ({"momentum": 0.999, "queue_size": 8}, 5000, 256, 200, ["82% what it was at the start: take 4603 steps or"]),
+        ({"momentum": 1.0, "queue_size": 8}, 5000, 256, 10**6, ["100% what.*start: lower SSL.ARGS.momentum, 1$"]),
+        ({"momentum": 0.0, "queue_size": 8}, 5000, 256, 1, []),
+        ({"bn_groups": 8, "queue_size": 8}, 5000, 8, 10**5, ["each of the 8 BN groups has one image"]),
+    ],
+)  # fmt: skip
+def test_runs_that_will_not_learn_much_are_warned_of_with_a_remedy(
+    arguments: dict, images: int, batch: int, steps: int, said: list[str]
+) -> None:
+    with torch.device("meta"):
+        model = MoCo(small, **arguments)
+    found = model.advice(images, batch, steps)
+    assert len(found) == len(said) and all(re.search(*pair) for pair in zip(said, found, strict=True)), found
+
+
+def test_the_advised_settings_are_not_warned_of() -> None:
+    for images in (70, 500, 3000, 50_000, 10**6):
+        with torch.device("meta"):
+            model = MoCo(small, queue_size=2**21)
+        advised = dict(re.findall(r"([\w.]+) (\d+)", model.advice(images, 2**14, 10**5)[0].rpartition(": ")[2]))
+        with torch.device("meta"):
+            model = MoCo(small, queue_size=int(advised["SSL.ARGS.queue_size"]))
+        assert model.advice(images, int(advised.get("SOLVER.IMS_PER_BATCH", 2**14)), 10**5) == []
 
 
 def _headless(num_classes: int) -> nn.Module:

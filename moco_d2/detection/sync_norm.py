@@ -48,12 +48,11 @@ class StableSyncBatchNorm(NaiveSyncBatchNorm):
         return (centred * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).to(x.dtype)
 
 
-def stabilise_sync_norms(model: nn.Module) -> nn.Module:
-    """Let every naiveSyncBN inside a model compute as :class:`StableSyncBatchNorm`; returns the model.
+def stabilise_sync_norms(model: nn.Module) -> None:
+    """Let every naiveSyncBN of a model compute as :class:`StableSyncBatchNorm`, in place.
 
     Only the class changes: parameters, buffers, hooks and whoever else holds the module are left alone.
     """
     for module in model.modules():
         if type(module) is NaiveSyncBatchNorm:
             module.__class__ = StableSyncBatchNorm
-    return model

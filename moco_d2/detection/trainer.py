@@ -114,7 +114,8 @@ class TransferTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build the detector, with the switches of ``ENGINE`` that concern it."""
-        model = stabilise_sync_norms(super().build_model(cfg))
+        model = super().build_model(cfg)
+        stabilise_sync_norms(model)
         if cfg.ENGINE.CHANNELS_LAST:
             model.backbone.to(memory_format=torch.channels_last)
         if cfg.ENGINE.COMPILE:

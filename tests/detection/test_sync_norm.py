@@ -53,7 +53,8 @@ def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = []
     for case, (dtype, (name, counts), _, _) in enumerate(CASES):
-        norm = stabilise_sync_norms(nn.Sequential(get_norm(name, CHANNELS)))[0].train()
+        norm = get_norm(name, CHANNELS)
+        stabilise_sync_norms(norm)
         norm.double() if dtype == torch.float64 else norm.float()  # under autocast parameters are float32
         x, grad = (whole.split(counts)[rank] for whole in batch(case))
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):

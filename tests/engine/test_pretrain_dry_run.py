@@ -48,13 +48,13 @@ def test_a_rehearsal_says_what_the_run_will_be(images: str, tmp_path: Path, proc
     assert done.returncode == 0, done.stderr[-3000:]
     lines = dict(re.findall(r"^(\w+(?: run)?) +(.+)$", done.stdout, flags=re.MULTILINE))
     assert list(lines) == [
-        "recipe", "data", "schedule", "advice", "weights", "model", "training", "checkpoint", "memory", "bottleneck", "ETA",
-        "dry run",
+        "recipe", "data", "schedule", "advice", "weights", "model", "training", "checkpoint", "memory", "bottleneck",
+        "ETA", "dry run",
     ]  # fmt: skip
     assert lines["recipe"].startswith("moco_v2_R50_200ep, modified: ")
     assert "SSL.ENCODER.WIDTH=0.125" in lines["recipe"] and lines["data"] == f"{images}: 70 images"
     assert lines["schedule"] == "200 epochs, 200 iterations of 64 images, lr 0.0075"
-    assert "advice      the queue (SSL.ARGS.queue_size 128) holds the keys of 1.8 epochs of your 70 images" in done.stdout
+    assert "advice      the queue (SSL.ARGS.queue_size 128) holds the keys of 1.8 epochs of your 70" in done.stdout
     assert lines["advice"].startswith("after all 200 steps the key encoder is still to 82% what it was")
     assert f"(reckoned from {lanes} images of 64)" in lines["training"]
     assert lines["checkpoint"].endswith("saved and resumed to the same weights, bit for bit")

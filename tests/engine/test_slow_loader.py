@@ -39,7 +39,7 @@ def messages(
 def test_waiting_is_said_once_and_so_is_its_end(caplog: pytest.LogCaptureFixture) -> None:
     said = messages([0.5] * 60 + [0.0] * 40, caplog, PilBackend())
     assert [step for step, _ in said] == [40, 80], "not in the first period, when workers start"
-    assert said[0][1].startswith("the loader is the bottleneck: 50 % of a step is spent waiting for images (0.500 of 1.")
+    assert said[0][1].startswith("the loader is the bottleneck: 50 % of a step is spent waiting for images (0.500 of ")
     assert said[1][1] == "the loader keeps up again: 0 % of a step is spent waiting for images"
 
 

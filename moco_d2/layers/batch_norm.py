@@ -23,11 +23,18 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         self.groups = groups
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise (N, C, H, W); in training N must be a multiple of the number of groups."""
+        """Normalise (N, C, H, W).
+
+        Raises:
+            ValueError: in training, N is no multiple of the number of groups.
+        """
         if not self.training or self.groups == 1:
             return super().forward(x)
+        if len(x) % self.groups:
+            raise ValueError(f"a batch of {len(x)} cannot be split into {self.groups} BN groups of the same size")
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        momentum = 0.1 if self.momentum is None else self.momentum
+        # Without a momentum BatchNorm2d keeps the mean of all batches.
+        momentum = 1 / (int(self.num_batches_tracked) + 1) if self.momentum is None else self.momentum
         means, variances = self.running_mean.repeat(self.groups, 1), self.running_var.repeat(self.groups, 1)  # (G, C)
         y = [
             F.batch_norm(part, mean, var, self.weight, self.bias, True, momentum, self.eps)

@@ -170,6 +170,30 @@ def test_group_batch_norm_normalises_each_group_by_itself() -> None:
     assert grouped.num_batches_tracked.item() == 1
     grouped.eval(), plain.load_state_dict(grouped.state_dict())
     assert torch.equal(grouped(x), plain.eval()(x)), "evaluation is plain BN"
+    for wrong in (10, 2):  # chunks of 3, 3, 3 and 1 would be groups of other sizes than was asked for
+        with pytest.raises(ValueError, match=f"a batch of {wrong} cannot be split into 3 BN groups"):
+            grouped.train()(x[:wrong])
+
+
+def test_group_batch_norm_without_momentum_keeps_the_mean_of_all_batches() -> None:
+    torch.manual_seed(0)
+    plain, grouped = nn.BatchNorm2d(2, momentum=None), GroupBatchNorm2d(2, groups=2, momentum=None)
+    for _ in range(3):
+        x = torch.randn(8, 2, 4, 4)
+        plain(x), grouped(x)
+    torch.testing.assert_close(grouped.running_mean, plain.running_mean)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_group_batch_norm_is_right_in_every_type_at_a_large_mean(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(12, 3, 6, 6) * 20 + 3000).to(dtype)
+    grouped = GroupBatchNorm2d(3, groups=3)
+    y = grouped(x)
+    expected = torch.cat([F.batch_norm(part.double(), None, None, training=True) for part in x.chunk(3)])
+    assert y.dtype == dtype and (y.double() - expected).abs().max() < {torch.float32: 1e-4}.get(dtype, 2e-2)
+    variances = torch.stack([part.double().var((0, 2, 3)) for part in x.chunk(3)]).mean(0)
+    torch.testing.assert_close(grouped.running_var.double(), 0.9 + 0.1 * variances, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

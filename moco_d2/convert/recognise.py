@@ -85,7 +85,8 @@ def _check_input(
         return Answer(words, (of_source, replace(of_source, prefix=said_prefix(trunk, trunks))))
 
     if len({(s.pixels, s.stride_in_1x1) for s in candidates}) > 1:
-        answers = [answer(s.key, f"{s.name}: {_feeding(s)}") for s in candidates]
+        names = {s.key: s.name for s in SOURCES}  # a candidate may be named after its prefix
+        answers = [answer(s.key, f"{names[s.key]}: {_feeding(s)}") for s in candidates]
         raise Question(path, "the weights do not show which input they need", choice, answers)
     source = candidates[0]
     if not choice.source and source.pixels != CAFFE_BGR and caffe(trunk):

@@ -83,6 +83,7 @@ OTHER_NAMES = (
         nest=("",),
         prefix="ema_model/base_model/",
         naming=TENSORFLOW,
+        dropped=((r"/(Momentum|Adam|Adam_1)$", "optimizer"),),
         pixels=UNIT_RGB,
         padding="pool",
         notes=(_SAME_POOLING,),

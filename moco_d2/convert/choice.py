@@ -6,6 +6,7 @@ so that a message never advises what the converter then refuses.
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from moco_d2.nearest import unknown_name
 
 _NORMS = ("", "GN")
 _TRIED = 8  # answers of one question; a file may hold a hundred networks
+_JOINED = 4  # answers to one question after the other: a prefix, a norm, a source, keys to drop
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,12 @@ class Answer:
     Attributes:
         words: what it means.
         choices: ways to say it, each with what was said before; the first that leads to a conversion is shown.
+        where: place and prefix of the network that it means; None: whichever the choices lead to.
     """
 
     words: str
     choices: tuple[Choice, ...]
+    where: str | None = None
 
     def shown(self, before: Choice) -> str:
         """Return the options to type, and which of those ``before`` to leave out."""
@@ -119,49 +123,62 @@ class Question(CheckpointError):
         super().__init__(f"{path}: {found}; convert it {ways}")
         self.path, self.found, self.choice, self.answers, self.otherwise = path, found, choice, answers, otherwise
 
-    def tried(self, convert: Callable[[Choice], object]) -> CheckpointError:
+    def tried(self, convert: Callable[[Choice], str]) -> CheckpointError:
         """Return the question with those answers that lead to a conversion, or the refusal if none does.
 
         Where an answer leads to another question, the answers to both are joined.
 
         Args:
-            convert: converts the file with a choice.
+            convert: converts the file with a choice and returns the place and prefix of the network that it took.
         """
         refusals: list[CheckpointError] = []
-        working = list(self._working(convert, {self.choice}, refusals))
+        ways = self._working(functools.cache(_outcome(convert)), (self.choice,), refusals)
+        working = {answer.choices: answer for answer in reversed(list(ways))}
         if working:
-            return Question(self.path, self.found, self.choice, working)
+            return Question(self.path, self.found, self.choice, list(working.values())[::-1])
         return self.otherwise or next(iter(refusals), CheckpointError(f"{self.path}: {self.found}"))
 
     def _working(
-        self, convert: Callable[[Choice], object], seen: set[Choice], refusals: list[CheckpointError]
+        self, outcome: _Outcome, before: tuple[Choice, ...], refusals: list[CheckpointError]
     ) -> Iterator[Answer]:
+        """Yield the answers that lead to a conversion, each with one choice; ``before`` are those that led here."""
         for answer in self.answers[:_TRIED]:
             for choice in answer.choices:
-                if choice in seen:
+                if choice in before or len(before) > _JOINED:
                     continue
-                seen.add(choice)
-                found = list(self._finals(answer.words, choice, convert, seen, refusals))
-                yield from found
-                if found:
+                finals = list(_finals(answer, choice, outcome, (*before, choice), refusals))
+                finals = [final for final in finals if answer.where in (None, final.where)]
+                yield from finals
+                if finals:
                     break
 
-    def _finals(
-        self,
-        words: str,
-        choice: Choice,
-        convert: Callable[[Choice], object],
-        seen: set[Choice],
-        refusals: list[CheckpointError],
-    ) -> Iterator[Answer]:
-        """Yield the answer that says a choice, or its joins with the answers to the question that it leads to."""
+
+_Outcome = Callable[[Choice], "str | CheckpointError"]
+
+
+def _outcome(convert: Callable[[Choice], str]) -> _Outcome:
+    """Return a function that returns the refusal of a conversion instead of raising it."""
+
+    def outcome(choice: Choice) -> str | CheckpointError:
         try:
-            convert(choice)
-        except Question as further:
-            refusals += [further.otherwise] if further.otherwise else []
-            for final in further._working(convert, seen, refusals):
-                yield final if words == final.words else replace(final, words=f"{words}; {final.words}")
+            return convert(choice)
         except CheckpointError as refusal:
-            refusals.append(refusal)
-        else:
-            yield Answer(words, (choice,))
+            return refusal
+
+    return outcome
+
+
+def _finals(
+    answer: Answer, choice: Choice, outcome: _Outcome, before: tuple[Choice, ...], refusals: list[CheckpointError]
+) -> Iterator[Answer]:
+    """Yield the answer that says a choice, or its joins with the answers to the question that it leads to."""
+    got = outcome(choice)
+    if isinstance(got, str):
+        yield Answer(answer.words, (choice,), got)
+    elif isinstance(got, Question):
+        refusals += [got.otherwise] if got.otherwise else []
+        for final in got._working(outcome, before, refusals):
+            words = [*dict.fromkeys([answer.words, *final.words.split("; ")])]
+            yield replace(final, words="; ".join(words))
+    else:
+        refusals.append(got)

@@ -84,7 +84,12 @@ def convert_state(
     try:
         return _convert(checkpoint, path, choice)
     except Question as question:
-        raise question.tried(lambda answer: _convert(checkpoint, path, answer)) from None
+        raise question.tried(lambda answer: _where(_convert(checkpoint, path, answer))) from None
+
+
+def _where(conversion: Conversion) -> str:
+    place, prefix = conversion.place, conversion.source.prefix
+    return f"{place}.{prefix}" if place else prefix  # as Trunk.where
 
 
 def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice: Choice) -> Conversion:

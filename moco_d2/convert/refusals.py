@@ -70,7 +70,7 @@ def _which(trunks: Sequence[Trunk], states: Mapping[str, dict[str, str]], choice
         file_decides, its_own = replace(as_said, source=""), replace(placed, source="")
         # A prefix that is wrong says nothing about the source.
         ways = (as_said, file_decides, placed) if choice.prefix is None else (as_said, placed, file_decides)
-        answers.append(Answer(_described(trunk), (*ways, its_own)))
+        answers.append(Answer(_described(trunk), (*ways, its_own), trunk.where))
     return Question(path, _why(trunks, states, choice), choice, answers, refusal)
 
 
@@ -169,11 +169,14 @@ def _incomplete(states: Mapping[str, dict[str, str]], choice: Choice, path: Any)
     found = _nearest(states)
     if found is None:
         return None
-    records = [
-        s for s in SOURCES if found.place in s.nest and s.prefix == found.prefix and s.naming == found.naming
-    ]  # fmt: skip
-    plain = [s for s in records if not s.marked] + records
-    name = plain[0].name if plain else f"ResNet under `{found.prefix}`"
+    name = next(
+        (
+            s.name
+            for s in SOURCES
+            if not s.marked and (s.prefix, s.naming) == (found.prefix, found.naming) and found.place in s.nest
+        ),
+        f"ResNet under `{found.prefix}`",
+    )
     return CheckpointError(
         f"{path}: an incomplete {name}: {found.words}; found {_groups(states)}; only a complete ResNet can be "
         "converted: save the whole network's state_dict()"

@@ -37,7 +37,7 @@ TOOL = ROOT / "tools" / "convert_checkpoint.py"
 PARSER = runpy.run_path(str(TOOL))["parser"]()
 
 # "with OPTIONS (words)" or "without OPTIONS (words)"; "with A and without B" names all that is to be typed in A.
-_WAY = re.compile(r"(?<!and )\b(with|without) ((?:--[a-z]+ (?:'[^']*'|[^\s()]+) ?)+)(?=\(|and without)")
+_WAY = re.compile(r"(?<!and )\b(with|without) ((?:--[a-z]+ (?:'[^']*'|\"[^\"]*\"|[^\s()'\"])+ ?)+)(?=\(|and without)")
 
 
 def asked(options: str) -> Choice:

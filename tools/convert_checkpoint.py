@@ -21,6 +21,8 @@ def parser() -> argparse.ArgumentParser:
     built.add_argument("output", nargs="?", help="file to write: .pth (tensors only) or .pkl (numpy arrays)")
     built.add_argument("--source", default="", metavar="KEY", help="whose file it is, where the file does not show it")
     built.add_argument("--prefix", help="what the keys of the wanted network start with, where there are several")
+    built.add_argument("--drop", action="append", default=[], metavar="REGEX", help="leave out the keys in which it is "
+                       "found, such as '^my_head\\.'; never the backbone's (may be repeated)")  # fmt: skip
     built.add_argument("--with", dest="parts", default="", metavar="PARTS", help="keep what SoCo and ReSim pretrain "
                        "beside the ResNet: fpn, or fpn,box_head")  # fmt: skip
     built.add_argument("--norm", default="", choices=("GN",), help="GN: accept a network with GroupNorm")
@@ -39,9 +41,11 @@ def main() -> int:
     args = parser().parse_args()
     if not args.list and args.output is None:
         parser().error("the following arguments are required: input, output")
-    if args.parts and (args.list or args.to):
-        parser().error(f"--with goes with a conversion, not with {'--list' if args.list else '--to'}")
-
+    of_conversions = {"--source": args.source, "--prefix": args.prefix, "--drop": args.drop, "--with": args.parts,
+                      "--norm": args.norm, "--report": args.report}  # fmt: skip
+    for option, given in of_conversions.items():
+        if given and (args.list or args.to):
+            parser().error(f"{option} goes with a conversion, not with {'--list' if args.list else '--to'}")
     if args.picture and (args.list or args.to or args.no_proof):
         parser().error("--picture goes with a conversion that is proven")
 
@@ -61,7 +65,7 @@ def main() -> int:
         return 2
     try:
         parts = tuple(filter(None, args.parts.split(",")))
-        choice = Choice(source=args.source, prefix=args.prefix, norm=args.norm, parts=parts)
+        choice = Choice(source=args.source, prefix=args.prefix, norm=args.norm, parts=parts, drop=tuple(args.drop))
         content = convert_and_report(args.input, args.output, not args.no_proof, choice, args.picture, args.bake)
         if args.report:
             write_report(content, args.report)

@@ -88,8 +88,9 @@ def take_back(content: Mapping[str, Any], path: str | os.PathLike[str]) -> Backb
     facts = facts_in(content, path)
     if facts is None:
         raise CheckpointError(
-            f"{path}: it carries no facts, so how it was fed and where it strides is unknown; the files of moco_d2 "
-            "carry them: give a backbone.pth, a converted file or a detector trained with tools/train_net.py"
+            f"{path}: it carries no facts, so how it was fed and where it strides is unknown; give a file of moco_d2, "
+            "which carries them (a backbone.pth, a converted file, a detector trained with tools/train_net.py), or "
+            "convert this one without --to first, and then what was written"
         )
     expected = shapes_of(facts, path)
     home, state = _home(content, facts, path)

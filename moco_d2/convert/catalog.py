@@ -22,10 +22,10 @@ from typing import Any
 import filelock
 import yaml
 
+from moco_d2.convert.choice import Choice
 from moco_d2.convert.conversion import write
 from moco_d2.convert.convert import convert_state
 from moco_d2.convert.prove import can_prove
-from moco_d2.convert.recognise import Choice
 from moco_d2.io.checkpoints import read_checkpoint
 from moco_d2.io.download import TransferError, megabytes, size_of, transfer
 from moco_d2.io.files import atomic_write

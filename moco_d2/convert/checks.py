@@ -17,12 +17,28 @@ from moco_d2.layers.resnet import network_for
 _VARIANCES = ("_var", "_riv", "_variance", "var_ema|average")
 
 
-def check_stem(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Refuse a network for other images than RGB, or for small ones.
+def check_kinds(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse tensors that are no plain arrays of floating-point numbers.
 
     Raises:
         CheckpointError: of ``path``, as in all of these.
     """
+    for what, remedy, wrong in (
+        ("are quantised", "convert the float checkpoint that they were made from", lambda t: t.is_quantized),
+        ("have no values (meta device)", "save the network after its weights are loaded", lambda t: t.is_meta),
+        ("are sparse", "save them with to_dense()", lambda t: t.layout != torch.strided),
+        ("are empty", "a part of a sharded checkpoint (DeepSpeed ZeRO-3, FSDP); gather it first, for example with "
+         "DeepSpeed's zero_to_fp32.py", lambda t: t.numel() == 0),
+        ("are not floating point", "the network was quantised, or the file is damaged: convert the float checkpoint "
+         "that it was made from", lambda t: not t.is_floating_point()),
+    ):  # fmt: skip
+        keys = [key for key, tensor in tensors.items() if wrong(tensor)]
+        if keys:
+            raise CheckpointError(f"{path}: {len(keys)} tensors {what}: {some(keys)}; {remedy}")
+
+
+def check_stem(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Refuse a network for other images than RGB, or for small ones."""
     shape = tuple(tensors["conv1.weight"].shape)
     if len(shape) != 4 or shape[1] != 3:
         raise CheckpointError(
@@ -77,10 +93,9 @@ def check_values(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[st
     A normalisation's weight, bias and mean may be all zero: they are, before the first step.
     """
     # One pass over the weights: a NaN shows in both ends of the range.
-    ranges = {k: [end.item() for end in t.float().aminmax()] for k, t in tensors.items() if t.is_floating_point()}
+    ranges = {key: [end.item() for end in tensor.float().aminmax()] for key, tensor in tensors.items()}
     nonzero = [key for key in ranges if tensors[key].ndim == 4 or key.endswith(_VARIANCES)]
     for what, wrong in (
-        ("are not floating point", [key for key in tensors if key not in ranges]),
         ("hold NaN or infinity", [key for key, ends in ranges.items() if not all(map(math.isfinite, ends))]),
         ("are all zero", [key for key in nonzero if ranges[key] == [0, 0]]),
         ("hold negative variances", [key for key in ranges if key.endswith(_VARIANCES) and ranges[key][0] < 0]),

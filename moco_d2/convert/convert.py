@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from moco_d2.convert.account import Account, account
 from moco_d2.convert.bake import baked
-from moco_d2.convert.checks import check_shapes, check_stem, check_values
+from moco_d2.convert.checks import check_kinds, check_shapes, check_stem, check_values
+from moco_d2.convert.choice import Answer, Choice, Question
 from moco_d2.convert.conversion import Conversion, check_output, write, write_config
 from moco_d2.convert.hub import told_beside
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
 from moco_d2.convert.parts import Carried, Part, check_part, choose
-from moco_d2.convert.recognise import Choice, Match, look_alike, recognise
-from moco_d2.convert.sources import COMPANIONS, COUNTERS, SOURCES, UNSEEN, CheckpointSource
+from moco_d2.convert.recognise import Match, recognise
+from moco_d2.convert.sources import DETECTOR_HEADS, SOURCES, UNSEEN
 from moco_d2.convert.traits import input_scale
-from moco_d2.convert.trunk import Trunk, as_tensor
+from moco_d2.convert.trunk import Trunk, as_tensor, is_tensor, unwrap
 from moco_d2.facts import BackboneFacts
-from moco_d2.io.checkpoints import CheckpointError, facts_in, read_checkpoint, some
+from moco_d2.io.checkpoints import CheckpointError, facts_in, read_checkpoint
 from moco_d2.layers.resnet import facts_from_shapes
 
 _EPSILON = 1e-5  # of every norm here
@@ -78,11 +80,25 @@ def convert_state(
     Raises:
         CheckpointError: no known source, an incomplete network, unknown keys, or unusable tensors.
     """
-    stated, choice = facts_in(checkpoint, path), choice or Choice()
+    choice = choice or Choice()
+    try:
+        return _convert(checkpoint, path, choice)
+    except Question as question:
+        raise question.tried(lambda answer: _where(_convert(checkpoint, path, answer))) from None
+
+
+def _where(conversion: Conversion) -> str:
+    place, prefix = conversion.place, conversion.source.prefix
+    return f"{place}.{prefix}" if place else prefix  # as Trunk.where
+
+
+def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice: Choice) -> Conversion:
+    """Convert with what the user says; a question is asked as it comes."""
+    stated = facts_in(checkpoint, path)
     match = recognise(checkpoint, path, choice, stated)
     trunk = match.trunk
-    parts = [_part(match, name, path) for name in choice.parts]
-    mapped, dropped, foreign = _account(match, parts, path)
+    parts = [_part(match, name, choice, path) for name in choice.parts]
+    keys = account(match, parts, choice, path)
     tensors, notes = _tensors(trunk, path)
     check_stem(tensors, path)
     told, unseen = (stated, []) if stated else _told(match, path)
@@ -92,38 +108,54 @@ def convert_state(
     check_shapes(facts, tensors, path)
     read, written = (naming.with_statistics(not trunk.group_norm) for naming in (TORCHVISION, DETECTRON2))
     to_detectron2 = rename_table(read, written, trunk.depth)
-    key_of = {name: key for key, name in mapped.items()}
+    key_of = {name: key for key, name in keys.mapped.items()}
     check_values({key_of.get(to_detectron2[name], name): tensor for name, tensor in tensors.items()}, path)
     tensors = {name: t.to(torch.float32).contiguous() for name, t in tensors.items()}
+    offers = {name: _offer(match, name, facts, path) for name in set(keys.parts.values())}
     return Conversion(
         source=match.source,
         facts=replace(facts, parts=choice.parts),
         tensors={to_detectron2[name]: tensor for name, tensor in tensors.items()},
         source_tensors=tensors,
-        mapped=mapped,
-        dropped=dropped,
-        foreign=foreign,
+        mapped=keys.mapped,
+        dropped={key: why + offers.get(keys.parts.get(key, ""), "") for key, why in keys.dropped.items()},
+        foreign=keys.foreign,
         place=trunk.place,
         elsewhere=_elsewhere(checkpoint, trunk.state),
         norm="GN" if trunk.group_norm else "BN",
         also=match.also,
-        notes=(*notes, *(part.note for part in parts if part.note), *unseen),
-        parts=tuple(_carried(part, trunk, facts, path) for part in parts),
+        notes=(*notes, *_beside(match, keys), *(part.note for part in parts if part.note), *unseen),
+        parts=tuple(_carried(part, match, facts, choice, path) for part in parts),
     )
 
 
-def _part(match: Match, name: str, path: str | os.PathLike[str]) -> Part:
+def _part(match: Match, name: str, choice: Choice, path: str | os.PathLike[str]) -> Part:
     try:
         return choose(match.source.parts, name, match.trunk.keys)
     except ValueError as error:
         known = "; ".join(f"{s.name}: {', '.join(dict.fromkeys(p.name for p in s.parts))}" for s in SOURCES if s.parts)
-        raise CheckpointError(
-            f"{path}: recognised as {match.source.name}; {error} (sources with parts: {known})"
-        ) from error
+        found = f"recognised as {match.source.name}; {error} (sources with parts: {known})"
+        raise Question(path, found, choice, [_without_part(name, choice)]) from error
 
 
-def _carried(part: Part, trunk: Trunk, facts: BackboneFacts, path: str | os.PathLike[str]) -> Carried:
+def _without_part(name: str, choice: Choice) -> Answer:
+    left = tuple(other for other in choice.parts if other != name)
+    return Answer(f"the backbone {f'and {left[0]} ' if left else ''}alone", (replace(choice, parts=left),))
+
+
+def _offer(match: Match, name: str, facts: BackboneFacts, path: str | os.PathLike[str]) -> str:
+    """Return the words that offer a part, if the whole of it is there."""
+    asked = Choice(parts=(name,))
+    try:
+        _carried(_part(match, name, asked, path), match, facts, asked, path)
+    except CheckpointError:
+        return ""
+    return f" (--with {name} keeps it)"
+
+
+def _carried(part: Part, match: Match, facts: BackboneFacts, choice: Choice, path: str | os.PathLike[str]) -> Carried:
     """Take a part's tensors out of the file, in the order of its table."""
+    trunk = match.trunk
     held = {trunk.keys[key]: as_tensor(trunk.state[trunk.keys[key]]) for key in part.table()}
     check_values(held, path)
     tensors = [tensor.to(torch.float32).contiguous() for tensor in held.values()]
@@ -131,63 +163,32 @@ def _carried(part: Part, trunk: Trunk, facts: BackboneFacts, path: str | os.Path
     try:
         check_part(carried, facts)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise Question(path, str(error), choice, [_without_part(part.name, choice)]) from error
     return carried
 
 
-def _account(
-    match: Match, parts: Sequence[Part], path: str | os.PathLike[str]
-) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Sort every key into mapped, dropped and foreign."""
-    source, trunk = match.source, match.trunk
-    table = rename_table(trunk.naming, DETECTRON2.with_statistics(trunk.naming.statistics), trunk.depth)
-    carried = {key: name for part in parts for key, name in part.table().items()}
-    taken = [part.name for part in parts]
-    left = [(p.keys, COUNTERS[1] if p.name in taken else f"{p.what} (--with {p.name} keeps it)") for p in source.parts]
-    mapped, dropped, unknown = {}, {}, []
-    tensors = set(trunk.keys.values())
-    foreign = [str(key) for key in trunk.state if key not in tensors]  # numbers and the like among the tensors
-    for plain, key in trunk.keys.items():
-        inside = plain.startswith(trunk.prefix)
-        name = plain.removeprefix(trunk.prefix)
-        # Batch counters of another network (an encoder_k) are as foreign as the rest of it.
-        patterns = (*([COUNTERS] if inside else []), *source.dropped, *left)
-        reason = next((why for pattern, why in patterns if re.search(pattern, plain)), None)
-        if inside and name in table:
-            mapped[key] = table[name]
-        elif plain in carried:
-            mapped[key] = carried[plain]
-        elif inside and name == "conv1.bias" and trunk.naming == TORCHVISION:
-            dropped[key] = "bias of conv1, subtracted from the mean of bn1 (the same computation)"
-        elif reason is not None:
-            dropped[key] = reason
-        elif inside and not _of_companion(source, plain):
-            unknown.append(key)
-        else:
-            foreign.append(key)
-    if unknown:
-        raise look_alike(unknown, path) or CheckpointError(
-            f"{path}: {len(unknown)} keys belong neither to a ResNet-{trunk.depth} nor to what is known of "
-            f"{source.name}: {some(unknown)}; the network is another one than its other names say, or the file holds "
-            "more than one"
+def _beside(match: Match, keys: Account) -> list[str]:
+    """Return notes on what the file holds beside the backbone that is of use, or of consequence."""
+    notes = [f"--source {match.average} converts the moving average, which the file holds too"] if match.average else []
+    left = [key for key in (*keys.dropped, *keys.foreign) if key in match.trunk.state]
+    if any(re.search(DETECTOR_HEADS, unwrap(key)) for key in left):
+        notes.append(
+            "the file holds a detector, of which the backbone alone was converted; the whole of a Detectron2 detector "
+            "is loaded by MODEL.WEIGHTS without a conversion"
         )
-    order = {name: index for index, name in enumerate((*table.values(), *carried.values()))}
-    return dict(sorted(mapped.items(), key=lambda item: order[item[1]])), dropped, foreign
-
-
-def _of_companion(source: CheckpointSource, plain: str) -> bool:
-    # Only where there is no prefix to tell: a network of TensorFlow's or JAX's lies beside its moving average.
-    return source.prefix == "" and source.naming.height_first and COMPANIONS.search(plain) is not None
+    for key in left:
+        value = match.trunk.state[key]
+        if re.search(r"(^|[._])(mean|std)$", key) and is_tensor(value) and as_tensor(value).numel() == 3:
+            shown = [round(number, 4) for number in as_tensor(value).flatten().tolist()]
+            notes.append(f"`{key}` holds {shown}: the network prepares pixels itself; compare them with the input")
+    return notes
 
 
 def _tensors(trunk: Trunk, path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the trunk's tensors under torchvision's names as its source computes with them, and what was done."""
     tensors = {name: as_tensor(value) for name, value in trunk.tensors().items()}
-    quantised = next((name for name, tensor in tensors.items() if tensor.is_quantized), None)
-    if quantised:
-        raise CheckpointError(
-            f"{path}: a quantised network ({quantised}); convert the float checkpoint it was made from"
-        )
+    key_of = {name: trunk.keys[key] for key, name in trunk.names().items()}
+    check_kinds({key_of[name]: tensor for name, tensor in tensors.items()}, path)
     notes = []
     if trunk.naming.height_first:
         tensors = _channels_first(tensors)

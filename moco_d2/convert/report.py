@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from moco_d2.convert.account import dropped_by
+from moco_d2.convert.choice import Choice
 from moco_d2.convert.conversion import Conversion, config_path
 from moco_d2.convert.convert import convert_checkpoint
 from moco_d2.convert.parts import part_of
 from moco_d2.convert.prove import TOLERANCE, other_padding, read_picture
-from moco_d2.convert.recognise import Choice
 from moco_d2.convert.trunk import unwrap
 from moco_d2.io.files import atomic_write
 from moco_d2.provenance import provenance, sha256
@@ -35,6 +36,8 @@ def convert_and_report(
         digest = pool.submit(sha256, os.fspath(source))  # on another core: hashlib lets other threads run
         conversion, differences = convert_checkpoint(source, output, proof, choice, image, bake)
     content = report(conversion, differences, source, output, digest.result())
+    reasons = Counter(conversion.dropped.values())
+    content["drop"] = {pattern: reasons[dropped_by(pattern)] for pattern in (choice.drop if choice else ())}
     if picture is not None and proof:
         content["proof"]["picture"] = {"path": str(picture), "sha256": sha256(os.fspath(picture))}
     return content

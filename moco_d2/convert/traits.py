@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from moco_d2.convert.trunk import Trunk, as_tensor
+from moco_d2.convert.trunk import Trunk, as_tensor, is_plain
 
 # A pixel of a picture resembles its neighbour by 0.95, and its own other colours by 0.9: natural pictures' statistics.
 _NEIGHBOURS, _COLOURS = 0.95, 0.9
@@ -42,6 +42,9 @@ def input_scale(trunk: Trunk) -> float:
 
 def caffe(trunk: Trunk) -> bool:
     """Return whether the input was not divided by a std, or the statistics are folded away, as in Caffe's files."""
+    stem = [as_tensor(value) for name, value in trunk.tensors().items() if name.startswith(("conv1.", "bn1."))]
+    if not all(is_plain(tensor) for tensor in stem):  # refused later, with the reason
+        return False
     return input_scale(trunk) > _UNDIVIDED or _folded(trunk)
 
 

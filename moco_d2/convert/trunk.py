@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from moco_d2.convert.choice import Answer, Choice, Question
 from moco_d2.convert.names import NAMINGS, TORCHVISION, Naming, rename_table
 from moco_d2.convert.sources import WRAPPERS
 from moco_d2.convert.variables import byol_variables
-from moco_d2.io.checkpoints import CheckpointError
+from moco_d2.layers.resnet import DEPTHS
 
-_SEARCHED = 4  # levels of mappings below the top: VISSL's trunk lies so deep
+_SEARCHED = 8  # levels of mappings and lists below the top; VISSL's trunk lies four deep
+_LISTED = 100  # entries of a list that are looked at
 
 
 @dataclass(frozen=True)
@@ -44,45 +47,75 @@ class Trunk:
         """Place and prefix."""
         return f"{self.place}.{self.prefix}" if self.place else self.prefix
 
+    def names(self) -> dict[str, str]:
+        """Return key without wrappers -> name under torchvision's naming, for every tensor."""
+        table = rename_table(self.naming, TORCHVISION.with_statistics(self.naming.statistics), self.depth)
+        return {self.prefix + name: target for name, target in table.items()}
+
     def tensors(self) -> dict[str, Any]:
         """Return name under torchvision's naming -> value in the file."""
-        table = rename_table(self.naming, TORCHVISION.with_statistics(self.naming.statistics), self.depth)
-        return {target: self.state[self.keys[self.prefix + name]] for name, target in table.items()}
+        return {target: self.state[self.keys[key]] for key, target in self.names().items()}
 
 
 def find_places(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
-    """Return dotted path -> mapping for all mappings inside, the outer ones first."""
+    """Return dotted path -> mapping for all mappings inside, also in lists, the outer ones first."""
     found: dict[str, Mapping[Any, Any]] = {"": checkpoint}
     seen = {id(checkpoint)}  # a file may hold a mapping in itself
-    level = [("", checkpoint)]
+    level: list[tuple[str, Any]] = [("", checkpoint)]
     for _ in range(_SEARCHED):
         below = []
-        for place, mapping in level:
-            for key, value in mapping.items():
+        for place, container in level:
+            for key, value in _entries(container):
                 # An optimizer's keys are numbers.
-                if isinstance(value, Mapping) and isinstance(key, str) and key != "optimizer" and id(value) not in seen:
+                if isinstance(value, Mapping | list | tuple) and key != "optimizer" and id(value) not in seen:
                     seen.add(id(value))
                     below.append((f"{place}.{key}" if place else key, value))
-        found.update(below)
+        found.update((place, value) for place, value in below if isinstance(value, Mapping))
         level = below
     return {**found, **byol_variables(checkpoint)}
 
 
-def unwrapped(state: Mapping[Any, Any], path: Any) -> dict[str, str]:
+def _entries(container: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(container, Mapping):
+        yield from ((key, value) for key, value in container.items() if isinstance(key, str))
+    else:
+        yield from ((str(index), value) for index, value in enumerate(container[:_LISTED]))
+
+
+def unwrapped(state: Mapping[Any, Any], path: Any, choice: Choice) -> dict[str, str]:
     """Return key without wrappers -> key, for the entries that are tensors.
 
     Raises:
-        CheckpointError: two keys of ``path`` differ in wrappers only.
+        Question: two keys of ``path`` differ in wrappers only, and ``choice`` drops neither.
     """
     keys: dict[str, str] = {}
     for key, value in state.items():
         if not isinstance(key, str) or not is_tensor(value):
             continue
         plain = unwrap(key)
-        if plain in keys:
-            raise CheckpointError(f"{path}: `{keys[plain]}` and `{key}` are the same tensor's name; keep one of them")
-        keys[plain] = key
+        if plain not in keys or _dropped(keys[plain], choice):
+            keys[plain] = key
+        elif not _dropped(key, choice):
+            raise _twice(keys[plain], key, path, choice)
     return keys
+
+
+def _dropped(key: str, choice: Choice) -> bool:
+    return any(re.search(pattern, key) for pattern in choice.drop)
+
+
+def _twice(one: str, other: str, path: Any, choice: Choice) -> Question:
+    """Ask which of two keys that name the same tensor is meant."""
+    answers = []
+    for kept, left in ((one, other), (other, one)):
+        more = [part for part in left.split(".") if part in WRAPPERS and part not in kept.split(".")]
+        fewer = [part for part in kept.split(".") if part in WRAPPERS and part not in left.split(".")]
+        pattern = rf"(^|\.){more[0]}\." if more else rf"^(?!(.*\.)?{fewer[0]}\.)" if fewer else ""
+        if pattern:
+            dropping = replace(choice, drop=(*choice.drop, pattern))
+            answers.append(Answer(f"of the two, `{kept}` is taken", (dropping,)))
+    found = f"`{one}` and `{other}` are the same tensor's name, but for the wrappers"
+    return Question(path, found, choice, answers)
 
 
 def find_trunks(
@@ -104,8 +137,38 @@ def find_trunks(
                 if not plain.endswith(stem) or prefix + probe not in keys or (prefix and prefix[-1] not in "./"):
                     continue
                 depth = naming.depth_of({key[len(prefix) :] for key in keys if key.startswith(prefix)})
-                if depth is not None:
+                if depth is not None and not (group_norm and _has_statistics(keys, prefix, naming)):
                     yield Trunk(place, places[place], keys, prefix, naming, depth, group_norm)
+
+
+def _has_statistics(keys: Mapping[str, str], prefix: str, naming: Naming) -> bool:
+    """Return whether the norms of a network, spelled without statistics, have some, and so are no GroupNorm."""
+    spelled = next((full for full in NAMINGS if full.statistics and full.with_statistics(False) == naming), None)
+    if spelled is None:
+        return False
+    return any(
+        prefix + name in keys for depth in DEPTHS for name in spelled.names(depth) if name not in naming.names(depth)
+    )
+
+
+def clean_prefix(prefix: str) -> str:
+    """Return a prefix as the user may have typed it, without quotes, wrappers, ``*`` and the separator at its end."""
+    return unwrap(prefix.strip().strip("'\"`").removesuffix("*")).rstrip("./")
+
+
+def selected(prefix: str | None, trunks: Sequence[Trunk]) -> list[Trunk]:
+    """Return the networks that a prefix means: those at just this place and prefix, else those under this prefix."""
+    if prefix is None:
+        return list(trunks)
+    wanted = clean_prefix(prefix)
+    exact = [trunk for trunk in trunks if unwrap(trunk.where).rstrip("./") == wanted]
+    return exact or [trunk for trunk in trunks if trunk.prefix.rstrip("./") == wanted]
+
+
+def said_prefix(trunk: Trunk, trunks: Sequence[Trunk]) -> str:
+    """Return the prefix that means this network and no other, with the place in front where it has to be."""
+    meant = [other.where for other in selected(trunk.prefix, trunks)]
+    return trunk.prefix if set(meant) == {trunk.where} else trunk.where
 
 
 def equal(one: Trunk, other: Trunk) -> bool:
@@ -113,7 +176,8 @@ def equal(one: Trunk, other: Trunk) -> bool:
     if one.depth != other.depth:
         return False
     a, b = one.tensors(), other.tensors()
-    return all(torch.equal(as_tensor(a[name]), as_tensor(b[name])) for name in a if name in b)
+    pairs = [(as_tensor(a[name]), as_tensor(b[name])) for name in a if name in b]
+    return all(is_plain(x) and is_plain(y) and torch.equal(x, y) for x, y in pairs)
 
 
 def unwrap(key: str) -> str:
@@ -129,3 +193,8 @@ def is_tensor(value: Any) -> bool:
 def as_tensor(value: Any) -> torch.Tensor:
     """Return a tensor for a tensor or an array."""
     return value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is a dense array of floating-point numbers, with its values."""
+    return tensor.layout == torch.strided and tensor.is_floating_point() and not tensor.is_meta

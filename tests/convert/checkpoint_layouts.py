@@ -842,7 +842,7 @@ ASKED = {
     ),
     "two-networks": (
         lambda net: {"state_dict": under("left.", trunk(net)) | under("right.", other(trunk(net))), **LIGHTNING},
-        "--prefix left. (in state_dict), --prefix right.",
+        "--prefix left. (in state_dict) or with --prefix right. (in state_dict)",
         {"prefix": "left."},
     ),
     "moving-average-only": (

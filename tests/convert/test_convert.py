@@ -374,19 +374,34 @@ def cifar(state: State) -> State:
 # what the checkpoint is, and the words its refusal must hold
 REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
     "empty": (lambda s: {}, ["no ResNet", "nothing"]),
-    "empty-state-dict": (lambda s: {"state_dict": {}, "epoch": 3}, ["state_dict, epoch", "encoder_q.*"]),
+    "empty-state-dict": (lambda s: {"state_dict": {}, "epoch": 3}, ["state_dict, epoch", "save the state_dict()"]),
     "key-encoder-only": (
         lambda s: {"state_dict": under("module.encoder_k.", s)},
         ["a complete ResNet-50 under `encoder_k.`", "moving average", "--prefix encoder_k."],
     ),
-    "optimizer-only": (lambda s: {"optimizer": {"state": {}}}, ["top-level keys: optimizer", "tensors: none"]),
+    "optimizer-only": (
+        lambda s: {"optimizer": {"state": {}}},
+        ["only the state of an optimizer", "top-level keys: optimizer", "tensors: none"],
+    ),
+    "head-only": (lambda s: {"state_dict": {"module.fc.0.weight": torch.ones(3)}}, ["only a head", "whole network"]),
+    "keys-that-are-tuples": (
+        lambda s: {tuple(key.split(".")): t for key, t in s.items()},
+        ["named by tuple, not by text"],
+    ),
+    "half-of-a-network": (
+        lambda s: {key: t for key, t in s.items() if "layer3" in key},
+        ["no ResNet that is known", "layer3.0.*"],
+    ),
     "partial": (
         lambda s: {"state_dict": under("module.encoder_q.", without(s, "layer3.4.conv2", "layer4.0.bn1.bias"))},
         ["incomplete MoCo", "2 of the 265", "encoder_q.layer3.4.conv2.weight", "encoder_q.layer4.0.bn1.bias"],
     ),
     "group-norm": (lambda s: without(s, "running_"), ["GroupNorm", "--norm GN"]),
     "unknown-keys": (lambda s: {**s, "layer4.0.se.weight": torch.ones(3)}, ["channel attention", "layer4.0.se.weight"]),
-    "unknown-keys-2": (lambda s: {**s, "layer4.0.x.weight": torch.ones(3)}, ["1 keys", "layer4.0.x.weight"]),
+    "unknown-keys-2": (
+        lambda s: {**s, "layer4.0.x.weight": torch.ones(3)},
+        ["inside the backbone", "layer4.0.x.weight"],
+    ),
     "both-wrapped-and-not": (lambda s: {**s, **under("module.", s)}, ["same tensor's name"]),
     "cifar-stem": (cifar, ["CIFAR stem", "(16, 3, 3, 3)"]),
     "two-channels": (lambda s: with_value(s, "conv1.weight", torch.randn(16, 2, 7, 7)), ["3-channel", "(16, 2, 7, 7)"]),
@@ -400,6 +415,21 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
     ),
     "zero": (lambda s: with_value(s, "layer1.2.conv3.weight", torch.zeros_like), ["all zero", "layer1.2.conv3.weight"]),
     "integers": (lambda s: with_value(s, "bn1.bias", lambda t: t.int()), ["not floating point", "bn1.bias"]),
+    "sparse": (lambda s: with_value(s, "conv1.weight", torch.Tensor.to_sparse), ["sparse: conv1.weight", "to_dense()"]),
+    "emptied": (lambda s: {key: torch.empty(0) for key in s}, ["are empty", "zero_to_fp32.py"]),
+    "without-values": (lambda s: {key: t.to("meta") for key, t in s.items()}, ["have no values"]),
+    "quantised-stem": (
+        lambda s: with_value(s, "conv1.weight", lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),
+        ["quantised: conv1.weight"],
+    ),
+    "adapters": (
+        lambda s: under("base_model.model.", s) | {"base_model.model.layer1.0.conv1.lora_A.weight": torch.ones(3)},
+        ["LoRA", "merge_and_unload()"],
+    ),
+    "weight-norm": (
+        lambda s: {key.replace("conv1.weight", "conv1.weight_v"): t for key, t in s.items()},
+        ["reparametrised", "remove_weight_norm", "conv1.weight_v"],
+    ),
     "vit": (
         lambda s: {"state_dict": {"module.patch_embed.proj.weight": torch.ones(8, 3, 16, 16)}},
         ["vision transformer", "only ResNets"],

@@ -16,12 +16,22 @@ from moco_d2.convert.sources.frameworks import FACEBOOK, OTHER_NAMES
 from moco_d2.convert.sources.lookalikes import LOOKALIKES, Lookalike
 from moco_d2.convert.sources.momentum import MOMENTUM
 from moco_d2.convert.sources.online import ONLINE_NETWORKS
-from moco_d2.convert.sources.record import ANY, COMPANIONS, COUNTERS, WRAPPERS, CheckpointSource
+from moco_d2.convert.sources.record import (
+    ANY,
+    COMPANIONS,
+    COUNTERS,
+    DETECTOR_HEADS,
+    INSIDE_HEADS,
+    WRAPPERS,
+    CheckpointSource,
+)
 
 __all__ = [
     "ANY",
     "COMPANIONS",
     "COUNTERS",
+    "DETECTOR_HEADS",
+    "INSIDE_HEADS",
     "LOOKALIKES",
     "SOURCES",
     "UNSEEN",

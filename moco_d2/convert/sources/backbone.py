@@ -119,7 +119,8 @@ BACKBONE = (
         nest=("state_dict",),
         prefix="backbone.",
         marks=(r"^(neck|head|encoder_k|target_net|momentum_encoder)\.",),
-        never=r"^(encoder_q|online_net)\.\d+\.|^student_backbone\.",
+        # A detector or a segmenter of the same family has a neck, too.
+        never=r"^(encoder_q|online_net)\.\d+\.|^student_backbone\.|^(rpn|roi|bbox|mask|decode|auxiliary)_head\.",
         dropped=(HEADS, QUEUE, (r"\bsteps$", "step counter")),
         encoder="backbone is the online network; the other encoder is its moving average",
     ),

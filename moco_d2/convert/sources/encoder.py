@@ -99,7 +99,8 @@ ENCODER = (
         never=r"^neck\.",
         dropped=((r"^head(_jig)?\.", "contrastive head"),),
         variants=((r"^head_jig\.", "PIRL or InfoMin of PyContrast", "1912.01991, 2005.10243"),),
-        encoder="model is what PyContrast transfers; for its moving average, model_ema, use --source pycontrast-ema",
+        average="pycontrast-ema",
+        encoder="model is what PyContrast transfers; model_ema is its moving average",
     ),
     CheckpointSource(
         name="PyContrast's moving average",

@@ -71,7 +71,8 @@ OTHER_NAMES = (
         ),
         pixels=UNIT_RGB,
         padding="pool",
-        encoder="base_model; for the moving average, ema_model/base_model, use --source simclr-ema",
+        average="simclr-ema",
+        encoder="base_model is the network; ema_model/base_model is its moving average",
         notes=(_SAME_POOLING,),
     ),
     CheckpointSource(
@@ -82,6 +83,7 @@ OTHER_NAMES = (
         nest=("",),
         prefix="ema_model/base_model/",
         naming=TENSORFLOW,
+        dropped=((r"/(Momentum|Adam|Adam_1)$", "optimizer"),),
         pixels=UNIT_RGB,
         padding="pool",
         notes=(_SAME_POOLING,),

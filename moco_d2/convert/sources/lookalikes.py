@@ -24,6 +24,18 @@ _ONLY = "only ResNets as torchvision and Detectron2 build them can be converted"
 _STEM = "Detectron2's ResNet has one 7x7 convolution there; it cannot hold these weights"
 
 LOOKALIKES: tuple[Lookalike, ...] = (
+    # Before all others: a network of any kind may come with adapters or reparametrised weights.
+    Lookalike(
+        r"(^|\.)lora_\w+\.|\.base_layer\.",
+        "a network with LoRA adapters",
+        "merge them into the weights (PEFT's merge_and_unload()) and save the network's state_dict()",
+    ),
+    Lookalike(
+        r"(^|\.)parametrizations\.|\.weight_[gv]$|\.weight_(orig|mask)$",
+        "a network with reparametrised weights (weight norm, spectral norm or pruning)",
+        "make them plain (torch.nn.utils: parametrize.remove_parametrizations, remove_weight_norm, prune.remove) and "
+        "save the network's state_dict()",
+    ),
     # Before the transformers, whose blocks have a norm1 too.
     Lookalike(
         r"(^|\.)(block\d\.unit\d+\.|stages\.\d\.blocks\.\d+\.(conv1|norm1)\.weight$)",
@@ -31,8 +43,29 @@ LOOKALIKES: tuple[Lookalike, ...] = (
         _ONLY,
     ),
     Lookalike(
-        r"(^|\.)(patch_embed\.|cls_token$|blocks\.\d+\.(attn|norm1|mlp)\.)",
+        r"(^|\.)(_?conv_stem\.|features\.\d+\.\d+\.block\.|features\.\d+\.conv\.\d)",
+        "an EfficientNet or a MobileNet",
+        "only ResNets can be converted",
+    ),
+    Lookalike(
+        r"(^|\.)(conv_dw|dwconv|downsample_layers\.\d)\.|\.(layer_scale|layer_scale_parameter)$",
+        "a ConvNeXt, or another network with depthwise convolutions",
+        "only ResNets can be converted",
+    ),
+    Lookalike(
+        r"(^|\.)(patch_embed\.|(cls|class)_token$|blocks\.\d+\.(attn|norm1|mlp)\.|features\.\d+\.\d+\.attn\.)",
         "a vision transformer (patch_embed, blocks)",
+        "only ResNets can be converted",
+    ),
+    Lookalike(
+        r"(^|\.)(encoder\.layers?\.(\d+|encoder_layer_\d+)|transformer\.resblocks|embeddings\.(word|token)_embeddings?)\.",
+        "a transformer (layers with attention)",
+        "only ResNets can be converted",
+    ),
+    Lookalike(
+        r"(^|\.)(denseblock\d|Mixed_\d\w|level\d\.tree\d|stage\d\.\d\.(fuse_layers|branch\d)|features\.\d+\.squeeze|s\d\.b\d+"
+        r"|trunk_output)\.",
+        "a DenseNet, Inception, DLA, HRNet, ShuffleNet, SqueezeNet or RegNet",
         "only ResNets can be converted",
     ),
     Lookalike(r"(^|\.)attnpool\.", "CLIP's ResNet (attention pooling, three stem convolutions)", _ONLY),
@@ -42,13 +75,18 @@ LOOKALIKES: tuple[Lookalike, ...] = (
         "neither sees RGB pictures; only CMC's single-encoder files can be converted",
     ),
     Lookalike(
-        r"(^|\.)(main_conv|mixing_conv|conv2\.paths|conv2\.attn)\.",
+        r"(^|\.)(main_conv|mixing_conv|conv[12]\.paths|conv[12]\.attn)\.",
         "a ResNet with selective kernels (SK, as in SimCLR v2's sk1)",
         "use the file without selective kernels (sk0)",
     ),
     Lookalike(
-        r"(^|\.)layer\d\.\d+\.(se|se_module|conv2\.fc1|conv2\.se)\.",
-        "a ResNet with channel attention (SE, ResNeSt)",
+        r"(^|\.)(layer\d\.\d+\.(se|se_module|conv2\.fc1|conv2\.se)|layers\.\d+\.layer\.\d\.attention)\.",
+        "a ResNet or RegNet with channel attention (SE, ResNeSt)",
+        _ONLY,
+    ),
+    Lookalike(
+        r"(^|\.)layer\d\.\d+\.(convs|bns)\.\d",
+        "a Res2Net (convolutions in scales)",
         _ONLY,
     ),
     Lookalike(
@@ -70,5 +108,16 @@ LOOKALIKES: tuple[Lookalike, ...] = (
         r"(^|\.)(layer)?\d\.0\.shortcut\.0\.weight$",
         "lightly's own ResNet (a CIFAR stem: 3x3 without pooling)",
         "pretrain with torchvision's ResNet",
+    ),
+    # After all others: what most of timm's networks are built of.
+    Lookalike(
+        r"(^|\.)stages\.\d+\.(blocks\.)?\d+\.\w",
+        "one of timm's networks of stages (CSPNet, NFNet, RegNet, CLIP's ResNet, ...)",
+        "of timm's networks, the ResNets (resnet18 to resnet152, ResNeXt, Wide ResNet) can be converted",
+    ),
+    Lookalike(
+        r"^(features\.)?\d+\.bias$",
+        "a VGG, an AlexNet, or another row of convolutions and linear layers",
+        "only ResNets can be converted",
     ),
 )

@@ -9,8 +9,9 @@ from moco_d2.convert.names import TORCHVISION, Naming
 from moco_d2.convert.parts import Part
 from moco_d2.facts import IMAGENET_RGB, Pixels
 
-# Parts of a key that wrappers insert anywhere (DataParallel and DDP, torch.compile, FSDP); removed before matching.
-WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
+# Parts of a key that wrappers insert anywhere (DataParallel and DDP, torch.compile, FSDP, activation checkpoints);
+# removed before matching.
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 COUNTERS = (r"(^|\.)num_batches_tracked$", "batch counter, which Detectron2 does not use")
 
@@ -56,6 +57,7 @@ class CheckpointSource:
         encoder: which of the file's networks this is, and why, where there is more than one.
         notes: what cannot be seen in the weights, and what is assumed.
         on_request: taken for ``--source`` only.
+        average: key of the record that takes the moving average of the network, on request.
         knows: a pattern of place and prefix of another network that such a file holds too.
     """
 
@@ -80,6 +82,7 @@ class CheckpointSource:
     encoder: str = ""
     notes: tuple[str, ...] = ()
     on_request: bool = False
+    average: str = ""
     knows: str = ""
 
     @property
@@ -106,7 +109,13 @@ HEADS = (
     r"classifier|online_classifier|online_predictor|value_transform|bn|swav_prototypes|dino_head)\b",
     "head of pretraining",
 )
+# What is called so directly behind a network's prefix stands on top of the network, whoever wrote the file.
+INSIDE_HEADS = (
+    r"^(fc|projector|projection|projection_head|prediction_head|predictor|prototypes|mlp|head|heads|neck|classifier)\b"
+)
 DETECTOR = (r"^(?!.*\bres\d\.\d)(backbone|roi_heads|proposal_generator|sem_seg_head|head|pixel_)", "detector's parts")
+# What shows that a file holds a whole detector or segmenter (Detectron2, torchvision, mmdetection, mmsegmentation).
+DETECTOR_HEADS = r"^(rpn|roi_heads|proposal_generator|sem_seg_head|(rpn|roi|bbox|mask|decode)_head)\.(?!res5)"
 CLASSIFIER = (r"^fc\.", "classifier")
 LIGHTNING = r"pytorch-lightning_version|hyper_parameters|callbacks|loops|optimizer_states"
 

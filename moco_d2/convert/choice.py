@@ -1,0 +1,184 @@
+"""The user's word where a checkpoint leaves something open, and the questions that ask for it.
+
+A :class:`Question` lists answers. :meth:`Question.tried` converts the file with each of them before the user reads it,
+so that a message never advises what the converter then refuses.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moco_d2.convert.parts import check_names
+from moco_d2.convert.sources import SOURCES
+from moco_d2.io.checkpoints import CheckpointError
+from moco_d2.nearest import unknown_name
+
+_NORMS = ("", "GN")
+_TRIED = 8  # answers of one question; a file may hold a hundred networks
+_JOINED = 4  # answers to one question after the other: a prefix, a norm, a source, keys to drop
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user says where the file does not.
+
+    Attributes:
+        source: the key of a record of ``SOURCES``.
+        prefix: what the keys of the wanted network start with, with or without the place of its state dict in front;
+            None: whatever the source says.
+        norm: ``GN`` for a network with GroupNorm.
+        parts: of a detector, ``fpn`` or ``box_head``, to convert too, where the source pretrains them.
+        drop: regular expressions; a key in which one is found is left out. They never reach the backbone.
+    """
+
+    source: str = ""
+    prefix: str | None = None
+    norm: str = ""
+    parts: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the names and the expressions."""
+        keys = [source.key for source in SOURCES]
+        if self.source and self.source not in keys:
+            raise ValueError(unknown_name("the source", self.source, keys))
+        if self.norm not in _NORMS:
+            raise ValueError(f"norm is {self.norm!r}; it must be 'GN' or empty")
+        check_names(self.parts)
+        for pattern in self.drop:
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"--drop {pattern!r} is not a regular expression ({error}); put a backslash before a character "
+                    "that is meant literally"
+                ) from error
+
+    def options(self) -> str:
+        """Return the options of ``tools/convert_checkpoint.py`` that say the same, as typed into a shell."""
+        said: list[str] = []
+        said += ["--source", self.source] if self.source else []
+        said += ["--prefix", self.prefix] if self.prefix is not None else []
+        said += ["--norm", self.norm] if self.norm else []
+        said += ["--with", ",".join(self.parts)] if self.parts else []
+        said += [word for pattern in dict.fromkeys(self.drop) for word in ("--drop", pattern)]
+        return " ".join(map(shlex.quote, said))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One way to answer a question.
+
+    Attributes:
+        words: what it means.
+        choices: ways to say it, each with what was said before; the first that leads to a conversion is shown.
+        where: place and prefix of the network that it means; None: whichever the choices lead to.
+    """
+
+    words: str
+    choices: tuple[Choice, ...]
+    where: str | None = None
+
+    def shown(self, before: Choice) -> str:
+        """Return the options to type, and which of those ``before`` to leave out."""
+        said = self.choices[0]
+        gone = Choice(
+            source="" if said.source else before.source,
+            prefix=None if said.prefix is not None else before.prefix,
+            norm="" if said.norm else before.norm,
+            parts=() if said.parts else before.parts,
+            drop=tuple(pattern for pattern in before.drop if pattern not in said.drop),
+        ).options()
+        stays = said.options()
+        ways = [f"with {stays}" if stays else "", f"without {gone}" if gone else ""]
+        return f"{' and '.join(filter(None, ways))} ({self.words})"
+
+
+class Question(CheckpointError):
+    """A file can be converted once the user has said something."""
+
+    def __init__(
+        self,
+        path: Any,
+        found: str,
+        choice: Choice,
+        answers: Sequence[Answer],
+        otherwise: CheckpointError | None = None,
+    ) -> None:
+        """Remember the answers.
+
+        Args:
+            path: the file, for the message.
+            found: what is open, and the rule.
+            choice: what the user has said so far.
+            answers: the likeliest first.
+            otherwise: the refusal if no answer leads to a conversion; None: that of the likeliest.
+        """
+        ways = " or ".join(answer.shown(choice) for answer in answers)
+        super().__init__(f"{path}: {found}; convert it {ways}")
+        self.path, self.found, self.choice, self.answers, self.otherwise = path, found, choice, answers, otherwise
+
+    def tried(self, convert: Callable[[Choice], str]) -> CheckpointError:
+        """Return the question with those answers that lead to a conversion, or the refusal if none does.
+
+        Where an answer leads to another question, the answers to both are joined.
+
+        Args:
+            convert: converts the file with a choice and returns the place and prefix of the network that it took.
+        """
+        refusals: list[CheckpointError] = []
+        ways = self._working(functools.cache(_outcome(convert)), (self.choice,), refusals)
+        working = {answer.choices: answer for answer in reversed(list(ways))}
+        if working:
+            return Question(self.path, self.found, self.choice, list(working.values())[::-1])
+        return self.otherwise or next(iter(refusals), CheckpointError(f"{self.path}: {self.found}"))
+
+    def _working(
+        self, outcome: _Outcome, before: tuple[Choice, ...], refusals: list[CheckpointError]
+    ) -> Iterator[Answer]:
+        """Yield the answers that lead to a conversion, each with one choice; ``before`` are those that led here."""
+        for answer in self.answers[:_TRIED]:
+            for choice in answer.choices:
+                if choice in before or len(before) > _JOINED:
+                    continue
+                finals = list(_finals(answer, choice, outcome, (*before, choice), refusals))
+                finals = [final for final in finals if answer.where in (None, final.where)]
+                yield from finals
+                if finals:
+                    break
+
+
+_Outcome = Callable[[Choice], "str | CheckpointError"]
+
+
+def _outcome(convert: Callable[[Choice], str]) -> _Outcome:
+    """Return a function that returns the refusal of a conversion instead of raising it."""
+
+    def outcome(choice: Choice) -> str | CheckpointError:
+        try:
+            return convert(choice)
+        except CheckpointError as refusal:
+            return refusal
+
+    return outcome
+
+
+def _finals(
+    answer: Answer, choice: Choice, outcome: _Outcome, before: tuple[Choice, ...], refusals: list[CheckpointError]
+) -> Iterator[Answer]:
+    """Yield the answer that says a choice, or its joins with the answers to the question that it leads to."""
+    got = outcome(choice)
+    if isinstance(got, str):
+        yield Answer(answer.words, (choice,), got)
+    elif isinstance(got, Question):
+        refusals += [got.otherwise] if got.otherwise else []
+        for final in got._working(outcome, before, refusals):
+            words = [*dict.fromkeys([answer.words, *final.words.split("; ")])]
+            yield replace(final, words="; ".join(words))
+    else:
+        refusals.append(got)

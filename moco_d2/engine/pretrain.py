@@ -21,6 +21,7 @@ from moco_d2.engine.optim import build_schedule, build_sgd, total_steps, traject
 from moco_d2.engine.preflight import check_config, configured_method
 from moco_d2.engine.step import PretrainStep, apply_switches, chosen_autocast, describe_switches
 from moco_d2.facts import BackboneFacts
+from moco_d2.io.checkpoints import forget_checkpoint
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.resnet import describe
 from moco_d2.methods import SSLMethod
@@ -130,6 +131,7 @@ class PretrainTrainer(DefaultTrainer):
             logger.info("resuming at iteration %d of %d", self.start_iter, self.max_iter)
         elif self.cfg.MODEL.WEIGHTS:
             load_method(self.method, self.cfg.MODEL.WEIGHTS)
+        forget_checkpoint()
 
     def train(self) -> None:
         """Train to the end; a loss that is not finite stops the run and leaves the last good checkpoint."""
@@ -155,7 +157,7 @@ class PretrainTrainer(DefaultTrainer):
             ValueError: seed, batch, data, length, recipe, optimizer or schedule differ from the interrupted run's, so
                 it could not go on exactly.
         """
-        changed = changed_settings(state["run"], self._run())
+        changed = changed_settings(state.get("run", {}), self._run())
         if changed:
             raise ValueError(
                 f"cannot resume exactly: {'; '.join(changed.values())}. Restore the setting, or start a new run in "

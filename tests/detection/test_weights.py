@@ -197,7 +197,7 @@ def test_another_width_is_told_by_the_facts(converted_file):
 
 def test_msra_weights_need_bgr_wherever_they_lie(altered, monkeypatch):
     path = altered(lambda c: c.pop("facts"))
-    monkeypatch.setattr("moco_d2.detection.weights._local_path", lambda _: str(path))
+    monkeypatch.setattr("moco_d2.detection.weight_file.local_path", lambda _: str(path))
     message = refusal(small_cfg(VOC_C4), "detectron2://ImageNetPretrained/MSRA/R-50.pkl")
     assert "INPUT.FORMAT is RGB in the config, but the weights need BGR" in message
     caffe = path.with_suffix(".pkl")

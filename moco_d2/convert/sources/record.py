@@ -10,7 +10,7 @@ from moco_d2.convert.parts import Part
 from moco_d2.facts import IMAGENET_RGB, Pixels
 
 # Parts of a key that wrappers insert anywhere (DataParallel and DDP, torch.compile, FSDP); removed before matching.
-WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module"})
+WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 COUNTERS = (r"(^|\.)num_batches_tracked$", "batch counter, which Detectron2 does not use")
 

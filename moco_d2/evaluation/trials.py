@@ -31,7 +31,7 @@ from moco_d2.evaluation.summary import BASELINES, RECORD, RESULTS, read_json
 from moco_d2.io.checkpoints import facts_in, open_checkpoint
 from moco_d2.io.files import atomic_write
 from moco_d2.model_zoo import get_config, get_protocol
-from moco_d2.running.weights import local_path
+from moco_d2.running.weights import local_path, refuse_stubs
 
 ENVIRONMENT = "environment.txt"
 LOG = "trial.log"
@@ -236,6 +236,7 @@ def _init(word: str, protocol: str) -> Init:
         raise ValueError(f"{error}\n  With this tool: --weights {label}=PATH") from error
     local = local_path(path)
     checkpoint = open_checkpoint(local)
+    refuse_stubs(checkpoint, "model" if "model" in checkpoint.content else "")
     facts = facts_in(checkpoint.content, local)
     shown = path if "://" in path else os.path.abspath(path)
     return Init(label, kind, shown, checkpoint.version.sha256(), facts.as_dict() if facts else None)

@@ -124,7 +124,7 @@ def damage(path: str | os.PathLike[str]) -> str:
     """Say why a checkpoint file cannot be resumed from, having read all of it; empty if it can."""
     try:
         version = FileVersion.now([Path(path)])
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that a broken pointer made up
         return f"{type(error).__name__}: {error}"
     # A run asks before it reads data, and again when it starts.
     return _damage(version) if version.settled else _damage.__wrapped__(version)

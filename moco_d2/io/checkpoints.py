@@ -154,12 +154,13 @@ def _reader(path: Path) -> Callable[[Path], tuple[Any, set[str]]]:
         return _load_zip
     if head.startswith(_TORCH_LEGACY):
         return _load_legacy
+    fits = int.from_bytes(head[:8], "little") + 8 <= path.stat().st_size
+    if head[8:9] == b"{" and fits:  # before pickles: a header of 128 bytes begins as they do
+        return _load_safetensors
     if head[:1] == b"\x80" and head[1:2] <= b"\x05":
         return _load_pickle
     if head[8:9] == b"{":
-        if int.from_bytes(head[:8], "little") + 8 > path.stat().st_size:
-            raise CheckpointError(f"{path}: a truncated safetensors file; {forms.DOWNLOAD_AGAIN}")
-        return _load_safetensors
+        raise CheckpointError(f"{path}: a truncated safetensors file; {forms.DOWNLOAD_AGAIN}")
     if path.suffix == ".pkl" and head[:1] in (b"(", b"}", b"c"):  # Python 2's text form
         return _load_pickle
     raise CheckpointError(f"{path}: {forms.of_head(path, head)}")
@@ -215,6 +216,8 @@ def _find(path: Path) -> tuple[Path, dict[Path, set[str]]]:
     if file.name.endswith(INDEX):
         return file, parts_of(file)
     refuse_part(file)
+    if problem := forms.of_name(file):
+        raise CheckpointError(f"{path}: {problem}")
     return file, {}
 
 

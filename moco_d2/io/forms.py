@@ -50,6 +50,15 @@ def text(path: Path) -> str:
     return json.dumps(str(path), ensure_ascii=False)
 
 
+def of_name(path: Path) -> str:
+    """Say what a file is by its name alone, if that is enough: it may look like a checkpoint inside."""
+    if path.suffix == ".distcp":
+        return f"a part of a distributed checkpoint (FSDP); {_distributed(path.parent)}"
+    if _ZERO.match(path.name):
+        return f"a part of an optimizer of DeepSpeed's; {_join_zero(path.parent)}"
+    return ""
+
+
 def of_head(path: Path, head: bytes) -> str:
     """Say what a file is that is no checkpoint, and what to do, by its name and first bytes."""
     start = head.lstrip().lower()
@@ -81,8 +90,6 @@ def of_head(path: Path, head: bytes) -> str:
         )
     if path.name.endswith(".index") or re.search(r"\.data-\d{5}-of-\d{5}$", path.name):
         return tensorflow(path.with_name(re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", path.name)))
-    if path.suffix == ".distcp":
-        return f"a part of a distributed checkpoint; {_distributed(path.parent)}"
     if start[:1] in (b"{", b"["):
         return "a JSON file, not a checkpoint; give the file with the weights that belongs to it"
     return f"not a checkpoint (it starts with {head[:12]!r}); expected a file of torch.save, safetensors or pickle"
@@ -150,8 +157,6 @@ def of_content(path: Path, content: Any, stubbed: Collection[str]) -> str:
             f"holds a {type(content).__name__}, not a mapping of names to tensors; "
             f"save a state_dict(): `torch.save(network.state_dict(), {text(beside(path))})`"
         )
-    if _ZERO.match(path.name):
-        return f"a part of an optimizer of DeepSpeed's; {_join_zero(path.parent)}"
     inside = content.get("module")
     if "ds_config" in content and isinstance(inside, Mapping):
         sizes = [value.numel() for value in inside.values() if isinstance(value, torch.Tensor)]

@@ -93,14 +93,18 @@ def check_source(path: str) -> None:
     Raises:
         ValueError: it is the placeholder of the shipped configs, or there is no such file.
     """
+    _refuse_placeholder(path)
+    if path:
+        local_path(path)
+
+
+def _refuse_placeholder(path: str) -> None:
     if path == REQUIRED:
         raise ValueError(
             "this config starts from weights of your choice and none were given.\n"
             "  Pass MODEL.WEIGHTS PATH, a file written by tools/convert_checkpoint.py, "
             'or take the config that ends in _random (MODEL.WEIGHTS "")'
         )
-    if path:
-        local_path(path)
 
 
 def load_weights(
@@ -126,7 +130,7 @@ def load_weights(
         ValueError: no file, a file of another kind, facts that contradict the config, tensors missing, of another
             shape, or not finite.
     """
-    check_source(path)
+    _refuse_placeholder(path)
     if not path:
         logger.info("MODEL.WEIGHTS is empty: the detector starts from random weights")
         return random_weights(cfg)

@@ -249,6 +249,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return replace(_last, content=content)
 
 
+def checkpoint_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a checkpoint's file, or of its index and parts, one behind the other.
+
+    Raises:
+        CheckpointError: there is no such file, or it changes meanwhile.
+    """
+    file, parts = _find(Path(path))
+    return FileVersion.now((file, *parts)).sha256()
+
+
 def forget_checkpoint() -> None:
     """Give back the memory of the last file."""
     global _last

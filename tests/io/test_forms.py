@@ -74,7 +74,10 @@ FIRST, SECOND = (f"model-{n:05d}-of-00002.safetensors" for n in (1, 2))
         ({"c": "gone.safetensors"}, r"1 of 3 parts are not there \(gone.safetensors\); download them"),
         ({"c": 3}, "must give a part for each tensor"),
         ({"c": FIRST}, rf"{FIRST} lacks what the index says it holds \(c\)"),
-        ({SECOND: {"b.weight": STATE["b.weight"], "a.bias": STATE["a.bias"]}}, r"again what another part holds \(a.bias"),
+        (
+            {SECOND: {"b.weight": STATE["b.weight"], "a.bias": STATE["a.bias"]}},
+            r"again what another part holds \(a.bias",
+        ),
         ({"text": "{"}, "not an index of parts"),
         ({"text": "[]"}, "not an index of parts"),
         ({"text": "[" * 100_000}, "not an index of parts"),
@@ -339,7 +342,10 @@ def test_one_processes_parts_of_tensors_are_named(tmp_path: Path) -> None:
     class ShardedTensor(dict[str, Any]):
         pass
 
-    ShardedTensor.__module__, ShardedTensor.__qualname__ = "torch.distributed._shard.sharded_tensor.api", "ShardedTensor"
+    ShardedTensor.__module__, ShardedTensor.__qualname__ = (
+        "torch.distributed._shard.sharded_tensor.api",
+        "ShardedTensor",
+    )
     module = types.ModuleType(ShardedTensor.__module__)
     module.ShardedTensor = ShardedTensor  # type: ignore[attr-defined]
     sys.modules[ShardedTensor.__module__], real = module, sys.modules.get(ShardedTensor.__module__)
@@ -361,7 +367,9 @@ def test_a_runs_folder_names_its_checkpoint(tmp_path: Path) -> None:
         for name in names:
             torch.save({"model": STATE}, tmp_path / name)
         (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
-        with pytest.raises(CheckpointError, match=f"a folder, not a file; give the checkpoint in it: .*/{given}$") as told:
+        with pytest.raises(
+            CheckpointError, match=f"a folder, not a file; give the checkpoint in it: .*/{given}$"
+        ) as told:
             read_checkpoint(tmp_path)
         assert read_checkpoint(str(told.value).rpartition(": ")[2]).keys() == {"model"}
     shutil.rmtree(tmp_path)

@@ -10,9 +10,10 @@ ROOT = Path(__file__).parents[1]
 
 # Calls that run code of what they open, or may: under some versions, or by their default.
 OPENERS = {
-    "torch.load", "torch.jit.load", "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.package.PackageImporter",
-    "pickle.load", "pickle.loads", "pickle.Unpickler", "pickle._Unpickler", "dill.load", "dill.loads", "cloudpickle.load",
-    "cloudpickle.loads", "joblib.load", "shelve.open", "marshal.load", "marshal.loads", "pandas.read_pickle",
+    "torch.load", "torch.jit.load", "torch.hub.load", "torch.hub.load_state_dict_from_url",
+    "torch.package.PackageImporter", "pickle.load", "pickle.loads", "pickle.Unpickler", "pickle._Unpickler",
+    "dill.load", "dill.loads", "cloudpickle.load", "cloudpickle.loads",
+    "joblib.load", "shelve.open", "marshal.load", "marshal.loads", "pandas.read_pickle",
     "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader", "yaml.UnsafeLoader",
     "safe_open", "load_file",
     "DetectionCheckpointer", "Checkpointer", "DefaultPredictor", "model_zoo.get",

@@ -22,8 +22,8 @@ from small_detector import COCO_C4, COCO_FPN, SHORT, VOC_C4, small_cfg
 
 from moco_d2.convert import Choice, convert_checkpoint
 from moco_d2.detection.preflight import check_weights, starting_point
-from moco_d2.detection.weights import WeightsRecord, all_names, facts_of, load_weights, pretrained_names
 from moco_d2.detection.trainer import TransferTrainer
+from moco_d2.detection.weights import WeightsRecord, all_names, facts_of, load_weights, pretrained_names
 from moco_d2.io import checkpoints, version
 from moco_d2.io.checkpoints import read_checkpoint
 from moco_d2.running.checkpoints import recorded_seed

@@ -123,7 +123,7 @@ def _find_weights(content: Mapping[str, Any], names: Collection[str], path: str,
         listed = "; ".join(" under ".join(_described(place)) for place in found)
         raise ValueError(
             f"{path} holds {len(found)} detectors ({listed}); write the one that is meant into a file of its own: "
-            f"{command_for_weights_alone(local, content, found[0].where)}"
+            f"{command_for_weights_alone(local, content, found[0].where, found[0].prefix)}"
         )
     own = next((key for key in ("model", "blobs", "model_state") if key in content), "")
     plain = unwrapped(places.get(own, {}), path)

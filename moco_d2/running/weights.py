@@ -64,14 +64,24 @@ def refuse_stubs(checkpoint: Checkpoint, place: str) -> None:
         )
 
 
-def command_for_weights_alone(path: str | os.PathLike[str], content: Mapping[str, Any], place: str) -> str:
-    """Return the command that writes a file's weights, and what says how they are fed, into a file of their own."""
+def command_for_weights_alone(
+    path: str | os.PathLike[str], content: Mapping[str, Any], place: str, part: str = ""
+) -> str:
+    """Return the command that writes a file's weights, and what says how they are fed, into a file of their own.
+
+    Args:
+        path: the file.
+        content: of it.
+        place: dotted path of the weights in it, empty for the top level.
+        part: what stands in the names that are wanted, if not all are.
+    """
+    wanted = f"{json.dumps(part)} in k and " if part else ""
     weights = "c" + "".join(f"[{json.dumps(key)}]" for key in place.split(".") if key)
     kept = [key for key in ("facts", "matching_heuristics", "__author__") if key in content]
     return forms.python(
         "import torch; from moco_d2.convert import read_checkpoint; "
         f"c = read_checkpoint({forms.text(Path(path))}); "
-        f'm = {{k: torch.as_tensor(v) for k, v in {weights}.items() if hasattr(v, "shape")}}; '
+        f'm = {{k: torch.as_tensor(v) for k, v in {weights}.items() if {wanted}hasattr(v, "shape")}}; '
         f'torch.save({{"model": m{"".join(f", {json.dumps(key)}: c[{json.dumps(key)}]" for key in kept)}}}, '
         f"{forms.text(forms.beside(Path(path)))})"
     )

@@ -398,14 +398,18 @@ def test_a_pickle_of_facebooks_pycls_is_matched_as_detectron2_does(converted_fil
 
 def follow(message):
     """Run the Python call between a message's backticks."""
-    (call,) = re.findall("`python -c (.*)`", message)
+    (call,) = re.findall("`python -c ('.*')`", message)
     exec(shlex.split(call)[0], {})
 
 
-def test_several_detectors_are_told_with_the_call_for_one(detector, tmp_path):
-    torch.save({"first": detector, "second": {k: v + 1 for k, v in detector.items()}}, tmp_path / "x.pth")
+@pytest.mark.parametrize("apart", [True, False])
+def test_several_detectors_are_told_with_the_call_for_one(apart, detector, tmp_path):
+    other = {k: v + 1 for k, v in detector.items()}
+    both = {f"{name}.{k}": v for name, state in (("first", detector), ("second", other)) for k, v in state.items()}
+    torch.save({"first": detector, "second": other} if apart else {"state_dict": both}, tmp_path / "x.pth")
     message = refusal(small_cfg(VOC_C4), tmp_path / "x.pth", all_names)
-    assert "holds 2 detectors (first; second)" in message
+    told = "first; second" if apart else "state_dict under `first.`; state_dict under `second.`"
+    assert f"holds 2 detectors ({told})" in message
     follow(message)
     model, _ = load(small_cfg(VOC_C4), tmp_path / "x_weights.pth", all_names)
     assert torch.equal(model.backbone.stem.conv1.weight, detector["backbone.stem.conv1.weight"])

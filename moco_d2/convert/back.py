@@ -18,7 +18,7 @@ from moco_d2.convert.bake import bake
 from moco_d2.convert.checks import shapes_of
 from moco_d2.convert.conversion import check_another
 from moco_d2.convert.names import DETECTRON2, DETECTRON2_C4, TORCHVISION, Naming, rename_table
-from moco_d2.convert.trunk import as_tensor
+from moco_d2.convert.trunk import as_tensor, is_tensor
 from moco_d2.facts import IMAGENET_RGB, BackboneFacts
 from moco_d2.io.checkpoints import CheckpointError, facts_in, read_checkpoint, some
 from moco_d2.io.files import atomic_write
@@ -153,7 +153,7 @@ def _home(
         if not isinstance(state, Mapping):
             continue
         keys = [home.prefix + name for name in home.naming.names(facts.depth)]
-        missing = [key for key in keys if key not in state]
+        missing = [key for key in keys if not is_tensor(state.get(key))]
         if not missing:
             return home, state
         if nearest is None or len(missing) < nearest[0]:

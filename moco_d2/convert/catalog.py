@@ -24,7 +24,7 @@ import yaml
 
 from moco_d2.convert.choice import Choice
 from moco_d2.convert.conversion import write
-from moco_d2.convert.convert import convert_state
+from moco_d2.convert.convert import CONVERTER, convert_state
 from moco_d2.convert.prove import can_prove
 from moco_d2.io.checkpoints import read_checkpoint
 from moco_d2.io.download import TransferError, megabytes, size_of, transfer
@@ -102,30 +102,68 @@ def fetch(name: str) -> Path:
     """Return published weights as a file that Detectron2 loads; fetch, check and convert them where they are not kept.
 
     Any number of processes may ask at the same time: one fetches and the others wait. Beside the file, ``NAME.json``
-    says what was fetched, from where and when. The file as published is not kept.
+    says what was fetched, from where and when, and how it was converted; if the list or the converter says otherwise by
+    now, the file is made anew. The file as published is not kept.
 
     Raises:
         CatalogError: an unknown name, or it cannot be fetched, has another checksum, or cannot be converted.
     """
     entry, folder = get_entry(name), cache_folder()
     converted = folder / f"{entry.name}.pth"
-    if converted.is_file():
+    if not _differences(entry, converted):
         return converted
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _only_one(folder / f".{entry.name}.lock", entry):
-            if not converted.is_file():  # another process may have finished meanwhile
-                raw = folder / f"{entry.name}.download"
-                record = download(entry, raw)
-                _convert(entry, raw, converted)
-                with atomic_write(converted.with_suffix(".json")) as file:
-                    file.write(json.dumps(record, indent=1).encode())
-                raw.unlink()
+            if differences := _differences(entry, converted):  # else another process has made it meanwhile
+                _make(entry, converted, differences)
     except OSError as error:  # the disk: the network's errors are CatalogErrors by now
         raise CatalogError(
             f"{entry.name} cannot be kept in {folder} ({error}); MOCO_D2_CACHE names another folder"
         ) from error
     return converted
+
+
+def _made_from(entry: Entry) -> dict[str, Any]:
+    """Return what the converted file depends on."""
+    told = {key: getattr(entry, key) for key in ("url", "checksum", "source", "title", "recipe")}
+    return {**told, "converter": CONVERTER}
+
+
+def _differences(entry: Entry, converted: Path) -> list[str]:
+    """Return in words why the kept file is not what the list and the converter say now; empty if it is."""
+    if not converted.is_file():
+        return ["it is not kept here"]
+    try:
+        record = dict(json.loads(converted.with_suffix(".json").read_bytes()))
+    except (OSError, TypeError, ValueError, RecursionError):
+        return [f"{converted.with_suffix('.json').name}, which says how it was made, cannot be read"]
+    return [
+        f"{key} was {record.get(key, 'not noted')!r} and is {now!r}"
+        for key, now in _made_from(entry).items()
+        if record.get(key) != now
+    ]
+
+
+def _make(entry: Entry, converted: Path, differences: list[str]) -> None:
+    """Fetch and convert an entry's file, and note what it was made from."""
+    kept = converted.is_file()
+    if kept:
+        logger.info("%s is made anew: %s", entry.name, "; ".join(differences))
+    raw = converted.with_suffix(".download")
+    try:
+        record = download(entry, raw)
+        _convert(entry, raw, converted)
+    except CatalogError as error:
+        if not kept:
+            raise
+        raise CatalogError(
+            f"{error}. {converted} is kept, and would be made otherwise now ({'; '.join(differences)}); to use it all "
+            f"the same, pass its path: MODEL.WEIGHTS {converted}"
+        ) from error
+    with atomic_write(converted.with_suffix(".json")) as file:
+        file.write(json.dumps({**_made_from(entry), **record}, indent=1).encode())
+    raw.unlink()
 
 
 def download(entry: Entry, target: Path) -> dict[str, Any]:
@@ -166,7 +204,8 @@ def listing() -> str:
     entries, folder = list_entries().values(), cache_folder()
     rows = [("name", "weights", "published", "checksum", "kept")]
     for e in entries:
-        kept = "yes" if (folder / f"{e.name}.pth").is_file() else "no"
+        file = folder / f"{e.name}.pth"
+        kept = "no" if not file.is_file() else "outdated" if _differences(e, file) else "yes"
         rows.append((e.name, e.title, e.published or "-", e.checksum or "none published", kept))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

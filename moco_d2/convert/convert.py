@@ -32,6 +32,9 @@ from moco_d2.facts import BackboneFacts
 from moco_d2.io.checkpoints import CheckpointError, facts_in, read_checkpoint
 from moco_d2.layers.resnet import facts_from_shapes
 
+# Raised when the same file would be converted otherwise: the catalogue then makes what it keeps anew.
+CONVERTER = 1
+
 _EPSILON = 1e-5  # of every norm here
 
 

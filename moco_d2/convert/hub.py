@@ -19,10 +19,14 @@ _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 def read_beside(path: Any, name: str = _CONFIG) -> dict[str, Any]:
     """Return the content of a JSON file in the folder of ``path``, or nothing."""
     try:
-        content = json.loads((Path(path).parent / name).read_bytes())
+        content = json.loads((_folder(path) / name).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _folder(path: Any) -> Path:
+    return Path(path) if Path(path).is_dir() else Path(path).parent  # a checkpoint in several parts may be given so
 
 
 def told_beside(source: CheckpointSource, path: Any) -> tuple[dict[str, Any], list[str]]:
@@ -47,7 +51,7 @@ def told_beside(source: CheckpointSource, path: Any) -> tuple[dict[str, Any], li
     except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: the {name} beside it cannot be followed: {error}") from error
     notes = []
-    if pixels is None and name == _PREPROCESSOR and (Path(path).parent / name).exists():
+    if pixels is None and name == _PREPROCESSOR and (_folder(path) / name).exists():
         notes.append(f"the {name} beside the file says no mean and std that can be read: ImageNet's are assumed")
     if pixels not in (None, source.pixels):
         notes.append(f"mean and std of the pixels are those of the {name} beside the file")

@@ -16,6 +16,7 @@ from moco_d2.convert.convert import convert_checkpoint
 from moco_d2.convert.parts import part_of
 from moco_d2.convert.prove import TOLERANCE, other_padding, read_picture
 from moco_d2.convert.trunk import unwrap
+from moco_d2.io.checkpoints import checkpoint_sha256
 from moco_d2.io.files import atomic_write
 from moco_d2.provenance import provenance, sha256
 
@@ -33,7 +34,7 @@ def convert_and_report(
     """Convert a checkpoint and return the account; see :func:`convert_checkpoint` and :func:`report`."""
     image = None if picture is None else read_picture(picture)
     with ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(sha256, os.fspath(source))  # on another core: hashlib lets other threads run
+        digest = pool.submit(checkpoint_sha256, source)  # on another core: hashlib lets other threads run
         conversion, differences = convert_checkpoint(source, output, proof, choice, image, bake)
     content = report(conversion, differences, source, output, digest.result())
     reasons = Counter(conversion.dropped.values())
@@ -84,7 +85,7 @@ def report(
         )
         if record.padding
         else {},
-        "input": {"path": str(source), "sha256": digest or sha256(os.fspath(source))},
+        "input": {"path": str(source), "sha256": digest or checkpoint_sha256(source)},
         "output": {"path": str(output), "sha256": sha256(os.fspath(output)), "config": str(config_path(output))},
         "config": conversion.config(),
         **provenance(),

@@ -191,8 +191,10 @@ def is_tensor(value: Any) -> bool:
 
 
 def as_tensor(value: Any) -> torch.Tensor:
-    """Return a tensor for a tensor or an array."""
-    return value.detach() if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+    """Return a tensor for a tensor or an array, which is copied into this machine's order of bytes."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    return torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

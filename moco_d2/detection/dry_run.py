@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
+from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.datasets import custom_problems
 from moco_d2.detection.evaluators import describe_backend
 from moco_d2.detection.preflight import check_weights, fit_to_machine, run_problems, scale_to_processes
@@ -194,7 +194,7 @@ def _reload(trainer: TransferTrainer) -> str:
         return ""
     with quiet():
         fresh = trainer.build_model(trainer.cfg)
-        load_weights(DetectionCheckpointer(fresh), trainer.cfg, str(path), all_names)
+        load_weights(TransferCheckpointer(fresh), trainer.cfg, str(path), all_names)
     model = trainer.checkpointer.model
     held, read = model.state_dict(), fresh.state_dict()
     different = [name for name in held if not torch.equal(held[name], read[name])]

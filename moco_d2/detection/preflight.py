@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
@@ -17,6 +16,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from moco_d2.config import flat, refuse_to_overwrite, use_device_there_is
+from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.evaluators import evaluator_type
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 from moco_d2.nearest import did_you_mean
@@ -143,7 +143,7 @@ def check_weights(cfg: CfgNode, resume: bool = False) -> None:
     cfg.MODEL.DEVICE = "cpu"
     # The trainer's own initialisation, which follows from the seed, must not depend on this one.
     with torch.random.fork_rng(devices=[]):
-        checkpointer = DetectionCheckpointer(build_model(cfg))
+        checkpointer = TransferCheckpointer(build_model(cfg))
         load_weights(checkpointer, cfg, path, all_names if resuming else pretrained_names)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import detectron2
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 
 import moco_d2
 from moco_d2.data import stream_seed
+from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.evaluators import build_evaluator, describe_backend
 from moco_d2.detection.loader import build_loader
 from moco_d2.detection.preflight import changes, check_run, fit_to_machine, scale_to_processes, starting_point
@@ -32,11 +32,12 @@ from moco_d2.detection.step import build_step
 from moco_d2.detection.subsets import training_set
 from moco_d2.detection.sync_norm import stabilise_sync_norms
 from moco_d2.detection.weights import WeightsRecord, all_names, load_weights, random_weights
+from moco_d2.io.checkpoints import forget_checkpoint
 from moco_d2.io.files import atomic_write
 from moco_d2.layers.distributed import broadcast_module, wrap_ddp
 from moco_d2.model_zoo import config_changes
 from moco_d2.provenance import provenance
-from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, point_to, save_run
+from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.progress import ProgressPrinter
 from moco_d2.running.seeds import StepSeed
@@ -54,16 +55,6 @@ _SCHEDULE = (
 )  # fmt: skip
 # Of ENGINE, those that concern detectors.
 _SWITCHES = ("AUTOCAST", "CHANNELS_LAST", "COMPILE")
-
-
-class TransferCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, writing files that are whole or not there."""
-
-    def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<name>.pth``, then the pointer to it."""
-        if self.save_dir and self.save_to_disk:
-            save_run(self, name, **kwargs)
-            point_to(self, name)
 
 
 class RepeatablePreciseBN(hooks.PreciseBN):
@@ -205,7 +196,10 @@ class TransferTrainer(DefaultTrainer):
             self.start_iter = self.iter + 1
             self.data_loader.batch_sampler.start = self.start_iter * self.cfg.SOLVER.ACCUMULATE
             logger.info("resuming at iteration %d of %d", self.start_iter, self.max_iter)
-        logger.info("the weights at the start are %s, SHA-256 %s", self.weights.path or "random", self.weights.sha256)
+        forget_checkpoint()
+        if comm.is_main_process():  # which alone writes it down: the others need not read the file through
+            path, sha256 = self.weights.path or "random", self.weights.sha256
+            logger.info("the weights at the start are %s, SHA-256 %s", path, sha256)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loop's state: iteration, optimizer, scheduler, what the run began with and follows from."""
@@ -292,7 +286,10 @@ def evaluate(cfg: CfgNode) -> None:
         raise ValueError("evaluation needs a trained detector: pass MODEL.WEIGHTS OUTPUT_DIR/model_final.pth")
     check_run(cfg, comm.get_world_size(), train=False)
     model = TransferTrainer.build_model(cfg)
-    weights = load_weights(DetectionCheckpointer(model), cfg, cfg.MODEL.WEIGHTS, all_names)
+    weights = load_weights(TransferCheckpointer(model), cfg, cfg.MODEL.WEIGHTS, all_names)
+    forget_checkpoint()
+    if comm.is_main_process():  # at once: after the evaluation, the file may be another
+        logger.info("evaluating %s, SHA-256 %s", weights.path, weights.sha256)
     metrics = TransferTrainer.test(cfg, model)
     if comm.is_main_process():
         # Not results.json: that one tells what training gave, and the folder may be the same.

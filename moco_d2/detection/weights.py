@@ -7,27 +7,25 @@ initialisation is asked for by ``MODEL.WEIGHTS ""`` and by nothing else.
 
 from __future__ import annotations
 
-import difflib
 import logging
-import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from moco_d2.convert.parts import HOMES, needs, part_of
+from moco_d2.detection.checkpointer import load_content
+from moco_d2.detection.weight_file import convert_hint, read_weight_file
 from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
-from moco_d2.io.checkpoints import facts_in, read_checkpoint, some
-from moco_d2.provenance import sha256
+from moco_d2.io.checkpoints import facts_in, some
+from moco_d2.io.version import FileVersion
+from moco_d2.running.weights import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +43,21 @@ class WeightsRecord:
     Attributes:
         path: ``MODEL.WEIGHTS``, empty for random initialisation.
         facts: the file's facts, or those of the config where the file carries none.
+        version: of the file that was read; None for random initialisation.
     """
 
     path: str
     facts: BackboneFacts
+    version: FileVersion | None = None
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file when it is first asked for; empty for random initialisation."""
-        return sha256(_local_path(self.path)) if self.path else ""
+        """Of the file that was read; empty for random initialisation.
+
+        Raises:
+            ValueError: the file has changed since.
+        """
+        return self.version.sha256() if self.version else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the facts; Detectron2's checkpointer calls this."""
@@ -89,14 +93,18 @@ def check_source(path: str) -> None:
     Raises:
         ValueError: it is the placeholder of the shipped configs, or there is no such file.
     """
+    _refuse_placeholder(path)
+    if path:
+        local_path(path)
+
+
+def _refuse_placeholder(path: str) -> None:
     if path == REQUIRED:
         raise ValueError(
             "this config starts from weights of your choice and none were given.\n"
             "  Pass MODEL.WEIGHTS PATH, a file written by tools/convert_checkpoint.py, "
             'or take the config that ends in _random (MODEL.WEIGHTS "")'
         )
-    if path:
-        _local_path(path)
 
 
 def load_weights(
@@ -122,18 +130,16 @@ def load_weights(
         ValueError: no file, a file of another kind, facts that contradict the config, tensors missing, of another
             shape, or not finite.
     """
-    check_source(path)
+    _refuse_placeholder(path)
     if not path:
         logger.info("MODEL.WEIGHTS is empty: the detector starts from random weights")
         return random_weights(cfg)
-    content = _read(path)
-    record = _check_facts(content, cfg, path)
     model = checkpointer.model
+    file = read_weight_file(path, model.state_dict().keys())
+    content = file.content
+    record = replace(_check_facts(content, cfg, path), version=file.version)
     with _record_filled(model) as filled:
-        try:
-            checkpointer.load(path, checkpointables=None if checkpointables is None else list(checkpointables))
-        except (ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path}: Detectron2 cannot load it ({error}){_convert_hint(path)}") from error
+        load_content(checkpointer, content, path, checkpointables)
     wanted = names(model)
     missing = [name for name in wanted if name not in filled]
     if missing:
@@ -209,7 +215,7 @@ def _check_parts(path: str, content: Mapping[str, Any], cfg: CfgNode, model: nn.
     parts = facts.parts if facts and content.get("matching_heuristics") else ()
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     held = {
-        name: tuple(t.shape) for name, t in _tensors(content).items() if part_of(name) in parts and _COUNTER not in name
+        name: tuple(t.shape) for name, t in content["model"].items() if part_of(name) in parts and _COUNTER not in name
     }
     # What the detector does not have reaches load_state_dict too.
     homeless = [name for name in held if name not in filled & shapes.keys()]
@@ -253,46 +259,7 @@ def _is_msra(content: Mapping[str, Any], path: str) -> bool:
 
     Their first convolution has a bias, which no other file under Caffe2's names has.
     """
-    return "ImageNetPretrained/MSRA/" in path or {"conv1_b", "res2_0_branch2a_w"} <= set(_tensors(content))
-
-
-def _tensors(content: Mapping[str, Any]) -> Any:
-    """Return what a file holds by name, wherever Detectron2 would look for it; hopefully tensors."""
-    return content.get("model", content.get("blobs", content))
-
-
-def _local_path(path: str) -> str:
-    bare = urlparse(path)._replace(query="").geturl()  # Detectron2 accepts FILE?matching_heuristics=True
-    try:
-        local = PathManager.get_local_path(bare)
-    except Exception as error:  # whatever the network has in store
-        raise ValueError(
-            f"MODEL.WEIGHTS {path} could not be fetched ({error}).\n"
-            "  Fetch it elsewhere and pass MODEL.WEIGHTS with the file's path"
-        ) from error
-    if not os.path.isfile(local):
-        folder = os.path.dirname(local) or "."
-        beside = os.listdir(folder) if os.path.isdir(folder) else []
-        near = difflib.get_close_matches(os.path.basename(local), beside, n=3)
-        hint = f"; nearest in {folder}: {', '.join(near)}" if near else ""
-        raise ValueError(f"MODEL.WEIGHTS {path} does not exist{hint}")
-    return local
-
-
-def _read(path: str) -> Mapping[str, Any]:
-    """Read a file's content, having checked that it is one Detectron2 can load."""
-    convert = _convert_hint(path)
-    content = read_checkpoint(_local_path(path))
-    state = _tensors(content)
-    if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path} holds no weights: its model is empty{convert}")
-    foreign = [str(key) for key, value in state.items() if not hasattr(value, "shape")]
-    if foreign:
-        raise ValueError(
-            f"{path} is not in Detectron2's form: {some(foreign, 3)} {'is' if len(foreign) == 1 else 'are'} no tensor"
-            + ("s" if len(foreign) > 1 else "") + convert
-        )  # fmt: skip
-    return content
+    return "ImageNetPretrained/MSRA/" in path or {"conv1_b", "res2_0_branch2a_w"} <= set(content["model"])
 
 
 @contextmanager
@@ -310,7 +277,7 @@ def _record_filled(model: nn.Module) -> Iterator[set[str]]:
 
 
 def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, missing: list[str], total: int) -> str:
-    state = _tensors(content)
+    state = content["model"]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     lines, misshapen = [], 0
     for name in missing:
@@ -328,7 +295,7 @@ def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, mi
             "\n  The file holds another network: check MODEL.RESNETS.DEPTH, the width keys beside it, and NUM_CLASSES"
         )
     elif len(missing) == total:
-        text += f"\n  The file holds names such as {some(state, 3)}.{_convert_hint(path)}"
+        text += f"\n  The file holds names such as {some(state, 3)}.{convert_hint(path)}"
     else:
         text += "\n  The file is incomplete: convert the original again with tools/convert_checkpoint.py"
     return text
@@ -337,10 +304,6 @@ def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, mi
 def _file_names(name: str) -> list[str]:
     """Return the names that a detector's tensor can have in a file: a detector's, or a backbone's."""
     return [name, *(name.removeprefix(prefix) for prefix in ("backbone.bottom_up.", "backbone.", "roi_heads."))]
-
-
-def _convert_hint(path: str) -> str:
-    return f"\n  Convert it first: python tools/convert_checkpoint.py {path} converted.pth"
 
 
 def _listed(lines: Sequence[str]) -> str:

@@ -11,10 +11,12 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
+from moco_d2.convert.catalog import PREFIX
 from moco_d2.facts import BackboneFacts
-from moco_d2.io.checkpoints import read_checkpoint
+from moco_d2.io.checkpoints import open_checkpoint, some
 from moco_d2.methods import SSLMethod
-from moco_d2.running.checkpoints import point_to, save_run, write_tensors
+from moco_d2.running.checkpoints import point_to, read_run, save_run, write_tensors
+from moco_d2.running.weights import local_path, refuse_stubs
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,10 @@ class PretrainCheckpointer(Checkpointer):
         write_tensors(backbone, os.path.join(self.save_dir, "backbone.pth"))
         point_to(self, name)
 
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        """Read a run's checkpoint; fvcore's own reading may run code from it."""
+        return read_run(filename)
+
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         """Load strictly: fvcore's own only warns of what does not fit."""
         try:
@@ -57,15 +63,27 @@ def load_method(method: SSLMethod, path: str) -> None:
     Raises:
         ValueError: the file holds something else, or a method of other sizes; the message says what differs.
     """
-    checkpoint = read_checkpoint(path)
-    state = checkpoint.get("model") or checkpoint.get("state_dict")
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds {sorted(checkpoint)[:5]}, but a checkpoint of the whole method was expected")
+    if path.startswith(PREFIX):
+        raise ValueError(
+            f"MODEL.WEIGHTS {path}: the published weights of the catalogue are converted backbones, for detectors; "
+            "pretraining starts from a checkpoint of the whole method: a run's model_*.pth, or the training checkpoint "
+            "that the authors' code writes"
+        )
+    checkpoint = open_checkpoint(local_path(path))
+    place = next((key for key in ("model", "state_dict") if isinstance(checkpoint.content.get(key), dict)), "")
+    state = checkpoint.content.get(place)
+    if not state:
+        raise ValueError(
+            f"{path} holds {some(map(str, checkpoint.content), 5)}, but a checkpoint of the whole method was expected: "
+            "`model` or `state_dict`, with its encoders by name"
+        )
+    refuse_stubs(checkpoint, place)
     try:
         method.load_state_dict(method.adapt_state_dict(state))
-    except RuntimeError as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # entries that are no tensors, too
         raise ValueError(
             f"MODEL.WEIGHTS {path} is not a checkpoint of this {type(method).__name__} (check SSL.ENCODER, SSL.ARGS; "
-            f"a backbone alone is not enough, all encoders and the queue are needed): {error}"
+            f"a backbone alone is not enough, all encoders and the queue are needed): "
+            + " ".join(str(error).split())[:600]
         ) from error
     logger.info("started from %s", path)

@@ -21,6 +21,7 @@ from moco_d2.engine.optim import build_schedule, build_sgd, total_steps, traject
 from moco_d2.engine.preflight import check_config, configured_method
 from moco_d2.engine.step import PretrainStep, apply_switches, chosen_autocast, describe_switches
 from moco_d2.facts import BackboneFacts
+from moco_d2.io.checkpoints import forget_checkpoint
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.resnet import describe
 from moco_d2.methods import SSLMethod
@@ -131,6 +132,7 @@ class PretrainTrainer(DefaultTrainer):
             logger.info("resuming at iteration %d of %d", self.start_iter, self.max_iter)
         elif self.cfg.MODEL.WEIGHTS:
             load_method(self.method, self.cfg.MODEL.WEIGHTS)
+        forget_checkpoint()
 
     def train(self) -> None:
         """Train to the end; a loss that is not finite stops the run and leaves the last good checkpoint."""
@@ -156,7 +158,7 @@ class PretrainTrainer(DefaultTrainer):
             ValueError: seed, batch, data, length, recipe, optimizer or schedule differ from the interrupted run's, or
                 what its number of processes made of the method, so that it could not go on exactly.
         """
-        then = {**self.method.settings(), **state["run"]}  # Older checkpoints do not have the method's own.
+        then = {**self.method.settings(), **state.get("run", {})}  # Older checkpoints do not have the method's own.
         changed = changed_settings(then, self._run())
         if changed:
             raise ValueError(

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
@@ -24,6 +23,7 @@ from matplotlib.colors import hsv_to_rgb
 
 from moco_d2.config import load_cfg, use_device_there_is
 from moco_d2.data import ViewDataset, build_backend, build_recipe, open_source
+from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.weights import all_names, load_weights
 from moco_d2.io.files import atomic_write
 
@@ -229,7 +229,7 @@ def load_predictor(weights: FolderLike, threshold: float, opts: Sequence[str] = 
     cfg.MODEL.WEIGHTS = ""  # loaded below, where what is missing is an error
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
     predictor = DefaultPredictor(cfg)
-    load_weights(DetectionCheckpointer(predictor.model), cfg, str(weights), all_names)
+    load_weights(TransferCheckpointer(predictor.model), cfg, str(weights), all_names)
     return predictor
 
 

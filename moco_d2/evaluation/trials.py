@@ -21,18 +21,17 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils.collect_env import collect_env_info
-from detectron2.utils.file_io import PathManager
 
 from moco_d2.config import INITS, flat, get_cfg
-from moco_d2.convert import read_facts
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.preflight import check_run, check_weights, scale_to_processes
 from moco_d2.detection.subsets import check_percent
 from moco_d2.detection.weights import check_source
 from moco_d2.evaluation.summary import BASELINES, RECORD, RESULTS, read_json
+from moco_d2.io.checkpoints import facts_in, open_checkpoint
 from moco_d2.io.files import atomic_write
 from moco_d2.model_zoo import get_config, get_protocol
-from moco_d2.provenance import sha256
+from moco_d2.running.weights import local_path, refuse_stubs
 
 ENVIRONMENT = "environment.txt"
 LOG = "trial.log"
@@ -235,10 +234,12 @@ def _init(word: str, protocol: str) -> Init:
         check_source(path)
     except ValueError as error:
         raise ValueError(f"{error}\n  With this tool: --weights {label}=PATH") from error
-    local = PathManager.get_local_path(path)
-    facts = read_facts(local)
+    local = local_path(path)
+    checkpoint = open_checkpoint(local)
+    refuse_stubs(checkpoint, "model" if "model" in checkpoint.content else "")
+    facts = facts_in(checkpoint.content, local)
     shown = path if "://" in path else os.path.abspath(path)
-    return Init(label, kind, shown, sha256(local), facts.as_dict() if facts else None)
+    return Init(label, kind, shown, checkpoint.version.sha256(), facts.as_dict() if facts else None)
 
 
 def _trial(protocol: str, base: str, init: Init, seed: int, percent: float, output: Path, opts: Sequence[str]) -> Trial:

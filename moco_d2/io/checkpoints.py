@@ -1,12 +1,13 @@
-"""Reading anyone's checkpoint, whatever its format and its name, without running code from it.
+"""The one reader of checkpoints: anyone's, whatever its format and its name, without running code from it.
 
-Pickles are read by :mod:`moco_d2.io.unpickle`. Tensors are views of the mapped file: what nobody looks at is never
-read.
+Nothing else in the project opens a file of weights. Pickles are read by :mod:`moco_d2.io.unpickle`. Tensors are views
+of the mapped file: what nobody looks at is never read.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import logging
 import mmap
 import os
@@ -14,35 +15,50 @@ import pickle
 import struct
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 
 from moco_d2.facts import BackboneFacts
+from moco_d2.io import forms
+from moco_d2.io.errors import CheckpointError as CheckpointError  # the names that all users of this module need
+from moco_d2.io.errors import some as some
+from moco_d2.io.sharded import INDEX, find_index, join, parts_of, refuse_part
 from moco_d2.io.unpickle import HostileError, Stub, Unpickler, allowed_names, read_legacy, section
+from moco_d2.io.version import FileVersion
 
 logger = logging.getLogger(__name__)
 
 _INFLATION = 20  # weights are noise, and compress by a tenth
 _HEAD_BYTES = 512  # enough for every signature below
 _TORCH_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch.save before 1.6: its magic number
-_DOWNLOAD_AGAIN = "download it again and compare its size or checksum"
 
 
-class CheckpointError(ValueError):
-    """A file cannot be used; the message is one line: the path, what was found, what to do."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds.
+
+    Attributes:
+        path: as it was given.
+        content: the top-level mapping. Tensors are views of the mapped file: copy what shall be changed.
+        stubbed: names of classes and functions that became stubs.
+        version: of the file, or of the index and its parts.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    stubbed: tuple[str, ...]
+    version: FileVersion
 
 
-def some(names: Iterable[str], shown: int = 6) -> str:
-    """Join the first few names for a message."""
-    names = list(names)
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+# The last file: a command checks its weights, loads them and asks for their checksum, and each wants the same file.
+_last: Checkpoint | None = None
 
 
 def _mapped(path: Path) -> Any:
@@ -51,7 +67,7 @@ def _mapped(path: Path) -> Any:
 
 def _load_zip(path: Path) -> tuple[Any, set[str]]:
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: a truncated torch file (its end is missing); {_DOWNLOAD_AGAIN}")
+        raise CheckpointError(f"{path}: a truncated torch file (its end is missing); {forms.DOWNLOAD_AGAIN}")
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
     members = {entry.filename.rpartition("/")[2] for entry in entries}
@@ -59,12 +75,8 @@ def _load_zip(path: Path) -> tuple[Any, set[str]]:
         raise CheckpointError(f"{path}: an encrypted zip archive; decrypt it first")
     if entries and all(entry.filename.endswith(".npy") for entry in entries):
         return _load_arrays(path, sum(entry.file_size for entry in entries))
-    if "constants.pkl" in members:  # reading one would run its program
-        raise CheckpointError(
-            f"{path}: a TorchScript program, not a checkpoint; save the module's state_dict() instead"
-        )
-    if "data.pkl" not in members:
-        raise CheckpointError(f"{path}: a zip archive, not a checkpoint ({some(sorted(members))}); unpack it first")
+    if problem := forms.of_zip(path, members):
+        raise CheckpointError(f"{path}: {problem}")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(
             f"{path}: a compressed torch file, which torch.save does not write; unpack and save it again"
@@ -124,62 +136,145 @@ def _load_pickle(path: Path) -> tuple[Any, set[str]]:
 
 
 def _load_safetensors(path: Path) -> tuple[Any, set[str]]:
-    return safetensors.torch.load_file(path), set()
+    with safetensors.safe_open(path, "pt") as file:
+        content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        facts = (file.metadata() or {}).get("facts", "")
+    try:
+        facts = json.loads(facts)
+    except (ValueError, RecursionError):  # a stranger's own notes
+        facts = None
+    return content | ({"facts": facts} if isinstance(facts, dict) else {}), set()
 
 
 def _reader(path: Path) -> Callable[[Path], tuple[Any, set[str]]]:
     """Choose the reader by the first bytes: names lie (``.pkl`` is often a torch file, ``.pth`` sometimes a pickle)."""
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES)
-    size = path.stat().st_size
-    text = head.lstrip().lower()
-    if not head:
-        raise CheckpointError(f"{path}: the file is empty; {_DOWNLOAD_AGAIN}")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise CheckpointError(
-            f"{path}: a web page, not a checkpoint; {_DOWNLOAD_AGAIN}, from the direct link to the file"
-        )
-    if text.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path}: a Git LFS pointer of {size} bytes, not the file itself; run `git lfs pull`")
     if head.startswith(b"PK\x03\x04"):
         return _load_zip
     if head.startswith(_TORCH_LEGACY):
         return _load_legacy
+    fits = int.from_bytes(head[:8], "little") + 8 <= path.stat().st_size
+    if head[8:9] == b"{" and fits:  # before pickles: a header of 128 bytes begins as they do
+        return _load_safetensors
     if head[:1] == b"\x80" and head[1:2] <= b"\x05":
         return _load_pickle
     if head[8:9] == b"{":
-        if int.from_bytes(head[:8], "little") + 8 > size:
-            raise CheckpointError(f"{path}: a truncated safetensors file; {_DOWNLOAD_AGAIN}")
-        return _load_safetensors
+        raise CheckpointError(f"{path}: a truncated safetensors file; {forms.DOWNLOAD_AGAIN}")
     if path.suffix == ".pkl" and head[:1] in (b"(", b"}", b"c"):  # Python 2's text form
         return _load_pickle
-    for signature, name in (
-        (b"\x1f\x8b", "gzip"),
-        (b"BZh", "bzip2"),
-        (b"\xfd7zXZ", "xz"),
-        (b"\x28\xb5\x2f\xfd", "zstd"),
-        (b"7z\xbc\xaf\x27\x1c", "7z"),
-        (b"Rar!", "rar"),
-    ):
-        if head.startswith(signature):
-            raise CheckpointError(f"{path}: a {name} archive, not a checkpoint; unpack it first")
-    if head.startswith(
-        (b"Salted__", b"age-encryption.org", b"-----BEGIN PGP", b"-----BEGIN AGE", b"LUKS", b"\x85\x02")
-    ):
-        raise CheckpointError(f"{path}: an encrypted file; decrypt it first")
-    if head.startswith(b"\x89HDF"):
-        raise CheckpointError(f"{path}: an HDF5 file (Keras); save its weights as an .npz of TensorFlow's variables")
-    raise CheckpointError(
-        f"{path}: not a checkpoint (it starts with {head[:12]!r}); expected a file of torch.save, safetensors or pickle"
-    )
+    raise CheckpointError(f"{path}: {forms.of_head(path, head)}")
+
+
+def _load(path: Path) -> tuple[Any, set[str]]:
+    """Read one file of any format.
+
+    Raises:
+        CheckpointError: it is damaged or hostile, or another kind of file.
+    """
+    try:
+        return _reader(path)(path)
+    except HostileError as error:
+        raise CheckpointError(
+            f"{path}: refused: reading it would run {error}, which no checkpoint needs; do not open it with torch.load"
+        ) from None
+    except CheckpointError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{path}: cannot be opened ({error.strerror}); ask its owner for the right to read"
+        ) from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: asks for more memory than there is; it is damaged, or hostile") from error
+    except Exception as error:  # a damaged or hostile stream can make the unpicklers raise anything
+        reason = " ".join(str(error).split())[:200] or "the data ends early"
+        raise CheckpointError(
+            f"{path}: damaged or truncated ({type(error).__name__}: {reason}); {forms.DOWNLOAD_AGAIN}"
+        ) from error
+
+
+def _load_mapping(path: Path, stubbed: set[str]) -> dict[str, Any]:
+    """Read one file that holds a mapping; add the names of its stubs to ``stubbed``."""
+    content, names = _load(path)
+    stubbed |= names
+    if problem := forms.of_content(path, content, names):
+        raise CheckpointError(f"{path}: {problem}")
+    return dict(content)
+
+
+def _find(path: Path) -> tuple[Path, dict[Path, set[str]]]:
+    """Return the file to read, and its parts if it is an index of several.
+
+    Raises:
+        CheckpointError: there is no such file, or it is a folder or part of something that cannot be read so.
+    """
+    file = (find_index(path) or path) if path.is_dir() else path
+    if file.is_dir():
+        raise CheckpointError(f"{path}: {forms.of_folder(path)}")
+    if not file.is_file():
+        raise CheckpointError(f"{path}: {forms.of_missing(path)}")
+    if file.name.endswith(INDEX):
+        return file, parts_of(file)
+    refuse_part(file)
+    if problem := forms.of_name(file):
+        raise CheckpointError(f"{path}: {problem}")
+    return file, {}
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a ``.pth``, ``.pth.tar``, ``.pt``, ``.bin``, ``.safetensors``, ``.pkl`` or ``.npz`` file without its code.
+
+    The format is told from the content. A checkpoint in several parts is given by its index (``*.index.json``) or its
+    folder. Tensors come to the CPU, mapped from the file: they cost memory only when read. Objects of classes that are
+    not on the allow-list become :class:`Stub`. The last file is kept, and not read again while it is unchanged.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged or hostile, or it holds something else than a mapping.
+    """
+    global _last
+    path = Path(path)
+    try:
+        file, parts = _find(path)
+        version = FileVersion.now((file, *parts))
+        if _last is None or _last.path != path or _last.version != version or not _last.version.settled:
+            _last = None  # its memory first
+            _last = _read(path, file, parts, version)
+    except OSError as error:  # a folder that may not be listed, a file that vanishes
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check its rights") from error
+    # Whoever loads them takes entries out of these mappings.
+    content = {
+        key: dict(value) if isinstance(value, dict) and not isinstance(value, Stub) else value
+        for key, value in _last.content.items()
+    }
+    return replace(_last, content=content)
+
+
+def checkpoint_sha256(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a checkpoint's file, or of its index and parts, one behind the other.
+
+    Raises:
+        CheckpointError: there is no such file, or it changes meanwhile.
+    """
+    file, parts = _find(Path(path))
+    return FileVersion.now((file, *parts)).sha256()
+
+
+def forget_checkpoint() -> None:
+    """Give back the memory of the last file."""
+    global _last
+    _last = None
+
+
+def _read(path: Path, file: Path, parts: Mapping[Path, set[str]], version: FileVersion) -> Checkpoint:
+    stubbed = set[str]()
+    read = partial(_load_mapping, stubbed=stubbed)
+    content = join(file, parts, read) if parts else read(file)
+    version.check()
+    return Checkpoint(path, content, tuple(sorted(stubbed)), version)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a ``.pth``, ``.pth.tar``, ``.pt``, ``.safetensors`` or ``.pkl`` file without running code from it.
-
-    The format is told from the content. Tensors come to the CPU, mapped from the file: they cost memory only when
-    read. Objects of classes that are not on the allow-list become :class:`Stub`, and a
-    warning names them.
+    """Return what a file holds (see :func:`open_checkpoint`); a warning names what became a :class:`Stub`.
 
     Args:
         path: the file.
@@ -188,41 +283,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         The top-level mapping of the file.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it holds something else than a mapping.
+        CheckpointError: as :func:`open_checkpoint` does.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise CheckpointError(
-            f"{path}: a folder, not a file; name the checkpoint in it ({some(sorted(os.listdir(path)))})"
-        )
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; check the path (the current folder is {Path.cwd()})")
-    reader = _reader(path)
-    try:
-        content, stubbed = reader(path)
-    except HostileError as error:
-        raise CheckpointError(
-            f"{path}: refused: reading it would run {error}, which no checkpoint needs; do not open it with torch.load"
-        ) from None
-    except CheckpointError:
-        raise
-    except MemoryError as error:
-        raise CheckpointError(f"{path}: asks for more memory than there is; it is damaged, or hostile") from error
-    except Exception as error:  # a damaged or hostile stream can make the unpicklers raise anything
-        reason = " ".join(str(error).split())[:200] or "the data ends early"
-        raise CheckpointError(
-            f"{path}: damaged or truncated ({type(error).__name__}: {reason}); {_DOWNLOAD_AGAIN}"
-        ) from error
-    if stubbed:
-        logger.warning("%s: not read, because it would need code from the file: %s", path, some(sorted(stubbed)))
-    if isinstance(content, Stub):
-        name = f"{type(content).__module__}.{type(content).__qualname__}"
-        raise CheckpointError(f"{path}: a pickled {name} object; load it where it was made and save its state_dict()")
-    if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{path}: holds a {type(content).__name__}, not a mapping of names to tensors; save a state_dict()"
-        )
-    return dict(content)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.stubbed:
+        logger.warning("%s: not read, because it would need code from the file: %s", path, some(checkpoint.stubbed))
+    return checkpoint.content
 
 
 def read_facts(path: str | os.PathLike[str]) -> BackboneFacts | None:

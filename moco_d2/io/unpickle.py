@@ -23,40 +23,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from moco_d2.io.hostile import is_hostile
+
 _EXPANDED = 1 << 20  # values of a tensor that has fewer in the file; bytes that may be copied beside the file's own
 _NESTED = 1 << 14  # tuples within tuples
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# Modules and names that no checkpoint needs, and by which a pickle acts on the machine. A file that names one is
-# refused; every other name that is not allowed is harmless, because it becomes a stub.
-_HOSTILE_MODULES = _words("""
-    _io _pickle _posixsubprocess _socket _thread _winapi aiohttp asyncio bdb cffi code codeop commands cProfile ctypes
-    ftplib http httpx importlib io linecache marshal mmap msvcrt multiprocessing nt ntpath os pdb pickle pip pkgutil
-    popen2 posix posixpath profile pty pydoc requests runpy setuptools shelve shlex shutil signal smtplib socket
-    socketserver sqlite3 ssl subprocess sys tempfile threading timeit trace urllib uuid venv webbrowser zipimport
-""")
-_HOSTILE_BUILTINS = _words(
-    "__import__ breakpoint compile delattr eval exec execfile exit globals input locals open quit setattr vars"
-)
-_HOSTILE_NAMES = frozenset(
-    (module, name)
-    for module, names in {
-        "torch": "load hub ops classes compile",
-        "torch.serialization": "load _load",
-        "torch.hub": "load load_state_dict_from_url download_url_to_file",
-        "torch.jit": "load script",
-        "numpy": "load save fromfile memmap loadtxt genfromtxt",
-        "operator": "attrgetter methodcaller",
-        "_operator": "attrgetter methodcaller",
-        "types": "CodeType FunctionType",
-        "functools": "reduce",
-    }.items()
-    for name in _words(names)
-)
 
 
 class HostileError(pickle.UnpicklingError):
@@ -291,15 +261,6 @@ _STORAGES = {f"{name}Storage": dtype for name, dtype in {
 }.items()}  # fmt: skip
 
 
-def _is_hostile(module: str, name: str) -> bool:
-    top = module.partition(".")[0]
-    if top in ("builtins", "__builtin__"):
-        return name.partition(".")[0] in _HOSTILE_BUILTINS
-    # A dotted name reaches through a module's attributes: torch.serialization's os.system.
-    inside = set(name.split(".")[:-1]) & _HOSTILE_MODULES if "." in name else set()
-    return top in _HOSTILE_MODULES or bool(inside) or (module, name) in _HOSTILE_NAMES
-
-
 _SET_STATE = (Stub, _DType, _Array)
 # Opcodes that change an object -> where it lies on the stack (None: before the last mark), and what it may be.
 _CHANGES: dict[str, tuple[int | None, tuple[type, ...]]] = {
@@ -343,7 +304,7 @@ class Unpickler(pickle._Unpickler):
             return self.allowed[module, name]
         if module.partition(".")[0] == "torch" and name in _STORAGES:
             return _STORAGES[name]
-        if _is_hostile(module, name):
+        if is_hostile(module, name):
             raise HostileError(f"{module}.{name}")
         self.stubbed.add(f"{module}.{name}")
         if (module, name) not in self.stubs:

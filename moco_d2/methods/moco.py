@@ -231,12 +231,15 @@ def from_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Translate the full ``state_dict`` of an official MoCo v1/v2 checkpoint to this class's names.
 
     The encoders keep their names; a ``module.`` prefix goes; ``queue`` (C, K) becomes ``queue.features`` (K, C) and
-    ``queue_ptr`` becomes ``queue.pointer``. A state dict that already has this class's names is returned as it is.
+    ``queue_ptr`` becomes ``queue.pointer``. A state dict that already has this class's names is returned as it is. Some
+    files were saved again without the pointer: the queue is then filled from its beginning, and a warning says so.
     """
     state = {key.removeprefix("module."): value for key, value in state.items()}
     if "queue" in state:
         state["queue.features"] = state.pop("queue").T.contiguous()
-        state["queue.pointer"] = state.pop("queue_ptr")
+        if "queue_ptr" not in state:
+            logger.warning("the checkpoint has a queue and no queue_ptr: its oldest entries are taken to be the first")
+        state["queue.pointer"] = state.pop("queue_ptr", torch.zeros(1, dtype=torch.long))
     return state
 
 

@@ -6,11 +6,13 @@ truncated or altered checkpoint shows without a second file that would have to b
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +21,10 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
+from moco_d2.io.checkpoints import CheckpointError, open_checkpoint
 from moco_d2.io.files import atomic_write, remove_leftovers
+from moco_d2.io.version import FileVersion
+from moco_d2.running.weights import refuse_stubs
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +96,16 @@ def _last_whole(folder: Path) -> str:
     if not candidates:
         return ""
     remove_leftovers(folder)
+    problems = []
     for path in candidates:
-        problem = damage(path)
+        problem = " ".join(damage(path).split())
         if not problem:
             return str(path)
         logger.warning("the checkpoint %s is damaged (%s): another is used", path, problem)
+        problems.append(f"{path.name}: {problem}")
     raise ValueError(
-        f"none of the {len(candidates)} checkpoints in {folder} is whole: start again in another OUTPUT_DIR, or copy "
-        "one back that is whole elsewhere"
+        f"none of the {len(candidates)} checkpoints in {folder} is whole ({problems[0]}): start again in another "
+        "OUTPUT_DIR, or copy one back that is whole elsewhere"
     )
 
 
@@ -114,15 +121,43 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def damage(path: str | os.PathLike[str]) -> str:
-    """Say what is wrong with a checkpoint file, having read all of it; empty where its checksums hold."""
+    """Say why a checkpoint file cannot be resumed from, having read all of it; empty if it can."""
+    try:
+        version = FileVersion.now([Path(path)])
+    except (OSError, ValueError) as error:  # ValueError: a name that a broken pointer made up
+        return f"{type(error).__name__}: {error}"
+    # A run asks before it reads data, and again when it starts.
+    return _damage(version) if version.settled else _damage.__wrapped__(version)
+
+
+@lru_cache(maxsize=4)
+def _damage(version: FileVersion) -> str:
+    (path,) = version.paths
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-        # Headers have no checksum. torch is stricter with them than zipfile, and this reads no tensor.
-        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # Depending on where the damage is, they raise nearly anything.
+        if bad:
+            return f"checksum of {bad}"
+        read_run(path)  # headers have no checksum; this reads no tensor
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path}: ")
+    except Exception as error:  # Depending on where the damage is, zipfile raises nearly anything.
         return f"{type(error).__name__}: {error}"
-    return f"checksum of {bad}" if bad else ""
+    return ""
+
+
+def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a run's checkpoint for resuming.
+
+    What stands beside the model is copied: optimizers keep what they are given and change it in place, and the tensors
+    are views of the mapped file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no run's.
+    """
+    checkpoint = open_checkpoint(path)
+    refuse_stubs(checkpoint, "model")
+    return {key: value if key == "model" else copy.deepcopy(value) for key, value in checkpoint.content.items()}
 
 
 def recorded_seed(folder: str | os.PathLike[str]) -> int | None:
@@ -139,7 +174,7 @@ def _recorded_seed(folder: Path) -> int | None:
         try:
             with zipfile.ZipFile(path) as archive:  # The record that the seed is in: torch ignores its checksum.
                 archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
-            run = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["trainer"]["run"]
+            run = open_checkpoint(path).content["trainer"]["run"]
             return int(run["SEED"])
         except Exception as error:  # as in damage()
             logger.debug("no seed in %s: %s", path, error)

@@ -151,6 +151,40 @@ def test_fetched_checked_converted_once_and_kept(server: Server, entry: Any, cac
     assert {p.name for p in cache.iterdir()} - {".quarter.lock"} == {"quarter.pth", "quarter.json"}
 
 
+@pytest.mark.parametrize("change", ["url", "checksum", "title", "converter", "old record", "no record"])
+def test_what_is_kept_is_made_anew_when_it_would_be_made_otherwise(
+    change: str, server: Server, entry: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch("quarter")
+    record = cache / "quarter.json"
+    if change == "url":
+        entry(url=server.address + "?mirror")
+    elif change == "checksum":
+        entry(checksum="sha256:" + hashlib.sha256(server.content).hexdigest()[:12])
+    elif change == "title":
+        entry(title="another name")
+    elif change == "converter":
+        monkeypatch.setattr("moco_d2.convert.catalog.CONVERTER", 1000)
+    elif change == "old record":  # of a release that did not note how it converted
+        record.write_text(json.dumps({"url": server.address, "bytes": 1, "sha256": "", "fetched": ""}))
+    else:
+        record.unlink()
+    assert "outdated" in listing()
+    server.code = 404
+    with pytest.raises(
+        CatalogError, match=r"answers 404 .*quarter\.pth is kept, and would be made otherwise now \("
+    ) as told:
+        fetch("quarter")
+    assert str(told.value).endswith(f"MODEL.WEIGHTS {cache / 'quarter.pth'}") and "\n" not in str(told.value)
+    assert change in str(told.value) or change.endswith("record")
+    server.code = 0
+    fetch("quarter")
+    fetch("quarter")
+    assert len(server.seen) == 3 and "outdated" not in listing()
+    facts = read_facts(cache / "quarter.pth")
+    assert facts is not None and ("another name" in facts.origin) is (change == "title")
+
+
 def test_a_broken_transfer_is_continued(server: Server, entry: Any) -> None:
     server.breaks = [100_000, 200_000]
     fetch("quarter")

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+import re
+import shlex
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_pascal_voc
 from detectron2.modeling import build_model
-from small_detector import COCO_C4, COCO_FPN, VOC_C4, small_cfg
+from small_detector import COCO_C4, COCO_FPN, SHORT, VOC_C4, small_cfg
 
 from moco_d2.convert import Choice, convert_checkpoint
 from moco_d2.detection.preflight import check_weights, starting_point
+from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.detection.weights import WeightsRecord, all_names, facts_of, load_weights, pretrained_names
+from moco_d2.io import checkpoints, version
 from moco_d2.io.checkpoints import read_checkpoint
+from moco_d2.running.checkpoints import recorded_seed
 
 COCO_FPN_4CONV = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_4conv1fc_1x"
 
@@ -197,7 +209,7 @@ def test_another_width_is_told_by_the_facts(converted_file):
 
 def test_msra_weights_need_bgr_wherever_they_lie(altered, monkeypatch):
     path = altered(lambda c: c.pop("facts"))
-    monkeypatch.setattr("moco_d2.detection.weights._local_path", lambda _: str(path))
+    monkeypatch.setattr("moco_d2.detection.weight_file.local_path", lambda _: str(path))
     message = refusal(small_cfg(VOC_C4), "detectron2://ImageNetPretrained/MSRA/R-50.pkl")
     assert "INPUT.FORMAT is RGB in the config, but the weights need BGR" in message
     caffe = path.with_suffix(".pkl")
@@ -323,3 +335,161 @@ def test_a_fresh_start_does_not_overwrite_a_run(tmp_path):
     assert starting_point(cfg, resume=True) == (str(tmp_path / "model_0000001.pth"), True)
     with pytest.raises(ValueError, match="holds a run already"):
         starting_point(cfg, resume=False)
+
+
+@pytest.fixture(scope="module")
+def detector(converted_file, tmp_path_factory):
+    """A trained detector's tensors by name."""
+    model, _ = load(small_cfg(VOC_C4), converted_file)
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+WRAPPED = {
+    "torch.compile": lambda c: {"model": {f"_orig_mod.{k}": v for k, v in c.items()}},
+    "DataParallel, flat": lambda c: {f"module.{k}": v for k, v in c.items()},
+    "FSDP of a part": lambda c: {
+        "model": {
+            k.replace("backbone.", "backbone._fsdp_wrapped_module._checkpoint_wrapped_module."): v for k, v in c.items()
+        }
+    },
+    "state_dict": lambda c: {"epoch": 3, "state_dict": c, "optimizer": {"state": {}}},
+    "Lightning": lambda c: {"state_dict": {f"detector.{k}": v for k, v in c.items()}, "loops": {"fit": {}}},
+    "model_state": lambda c: {"model_state": c, "epoch": 1},
+    "deeper": lambda c: {"checkpoint": {"network": {"weights": c}}},
+    "moving average beside it": lambda c: {"state_dict": c, "model_ema": {k: v * 0 for k, v in c.items()}},
+    "arrays": lambda c: {"model": {k: v.numpy() for k, v in c.items()}},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_a_trained_detector_is_read_out_of_its_wrapper(wrapper, detector, tmp_path):
+    content = WRAPPED[wrapper](detector)
+    path = tmp_path / "x.pth"
+    path.write_bytes(pickle.dumps(content)) if wrapper == "arrays" else torch.save(content, path)
+    model, _ = load(small_cfg(VOC_C4), path, all_names)
+    assert all(torch.equal(tensor, detector[name]) for name, tensor in model.state_dict().items())
+
+
+def test_safetensors_of_a_detector_and_of_a_converted_backbone(detector, converted_file, tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(detector, path)
+    model, record = load(small_cfg(VOC_C4), path, all_names)
+    assert torch.equal(model.backbone.stem.conv1.weight, detector["backbone.stem.conv1.weight"])
+    content = torch.load(converted_file)
+    safetensors.torch.save_file(content["model"], path, metadata={"facts": json.dumps(content["facts"])})
+    _, record = load(small_cfg(COCO_FPN), path)
+    assert record.facts.protocol == "moco_test"
+    assert "INPUT.FORMAT is BGR" in refusal(small_cfg(VOC_C4 + "_supervised"), path)
+    safetensors.torch.save_file({f"layer1.{n}.weight": torch.zeros(2) for n in range(3)}, path)
+    assert "Convert it first" in refusal(small_cfg(VOC_C4), path)
+
+
+def test_detectron2s_query_for_its_heuristics(altered):
+    path = altered(lambda c: c.pop("matching_heuristics"))
+    load(small_cfg(COCO_FPN), f"{path}?matching_heuristics=True")
+    assert "only matching_heuristics=True is known" in refusal(small_cfg(COCO_FPN), f"{path}?other=1")
+
+
+def test_a_pickle_of_facebooks_pycls_is_matched_as_detectron2_does(converted_file, tmp_path):
+    path = tmp_path / "x.pyth"
+    torch.save({"model_state": torch.load(converted_file)["model"], "epoch": 1}, path)
+    load(small_cfg(COCO_FPN), path)
+
+
+def follow(message):
+    """Run the Python call between a message's backticks."""
+    (call,) = re.findall("`python -c ('.*')`", message)
+    exec(shlex.split(call)[0], {})
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_several_detectors_are_told_with_the_call_for_one(apart, detector, tmp_path):
+    other = {k: v + 1 for k, v in detector.items()}
+    both = {f"{name}.{k}": v for name, state in (("first", detector), ("second", other)) for k, v in state.items()}
+    torch.save({"first": detector, "second": other} if apart else {"state_dict": both}, tmp_path / "x.pth")
+    message = refusal(small_cfg(VOC_C4), tmp_path / "x.pth", all_names)
+    told = "first; second" if apart else "state_dict under `first.`; state_dict under `second.`"
+    assert f"holds 2 detectors ({told})" in message
+    follow(message)
+    model, _ = load(small_cfg(VOC_C4), tmp_path / "x_weights.pth", all_names)
+    assert torch.equal(model.backbone.stem.conv1.weight, detector["backbone.stem.conv1.weight"])
+
+
+class Settings:
+    """An object that a training script stores beside its weights."""
+
+
+@pytest.mark.parametrize("place", ["model", "state_dict", ""])
+def test_a_file_that_names_code_is_refused_with_a_call_that_writes_the_weights_alone(place, detector, tmp_path):
+    beside = {"settings": Settings()}
+    path = tmp_path / "my file.pth"
+    torch.save({place: detector, **beside} if place else {**detector, "x.settings": Settings()}, path)
+    message = refusal(small_cfg(VOC_C4), path, all_names)
+    if place:
+        assert "names code that is not in it (test_weights.Settings)" in message and "\n" not in message
+        follow(message)
+        model, _ = load(small_cfg(VOC_C4), tmp_path / "my file_weights.pth", all_names)
+        assert torch.equal(model.backbone.stem.conv1.weight, detector["backbone.stem.conv1.weight"])
+    else:
+        assert "x.settings is no tensor" in message
+
+
+def test_a_runs_folder_is_told_its_checkpoint(detector, tmp_path):
+    torch.save({"model": detector}, tmp_path / "model_final.pth")
+    message = refusal(small_cfg(VOC_C4), tmp_path, all_names)
+    assert (
+        message
+        == f"MODEL.WEIGHTS {tmp_path}: a folder, not a file; give the checkpoint in it: {tmp_path}/model_final.pth"
+    )
+
+
+def aged(path):
+    """Let a file's last change be so long ago that another one would show in its time."""
+    os.utime(path, (time.time() - 60,) * 2)
+
+
+@pytest.fixture
+def counted(dataset_root, monkeypatch):
+    """Register a data set, and count how often each file is parsed."""
+    register_pascal_voc("counted", str(dataset_root / "VOC2007"), "trainval", 2007)
+    read, reader = Counter(), checkpoints._reader
+    monkeypatch.setattr(checkpoints, "_reader", lambda path: read.update([path.name]) or reader(path))
+    yield read
+    DatasetCatalog.remove("counted")
+    MetadataCatalog.remove("counted")
+
+
+def test_a_run_reads_its_file_once_and_what_it_resumes_from_once(counted, converted_file, tmp_path):
+    path, run = tmp_path / "weights.pth", tmp_path / "run"
+    path.write_bytes(converted_file.read_bytes())
+    aged(path)
+    cfg = small_cfg(VOC_C4, *SHORT, "DATASETS.TRAIN", "('counted',)", "DATASETS.TEST", "()", "MODEL.WEIGHTS", path,
+                    "OUTPUT_DIR", run)  # fmt: skip
+    hashed = version._sha256.cache_info().misses
+    check_weights(cfg)
+    trainer = TransferTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    assert counted == {"weights.pth": 1} and version._sha256.cache_info().misses == hashed + 1
+    assert checkpoints._last is None, "training needs its memory"
+    trainer.checkpointer.save("model_0000000", iteration=0)
+    aged(run / "model_0000000.pth")
+    counted.clear()
+    assert recorded_seed(run) == 1
+    check_weights(cfg, resume=True)
+    again = TransferTrainer(cfg)
+    again.resume_or_load(resume=True)
+    assert counted == {"model_0000000.pth": 1}
+    assert again.weights.sha256 == trainer.weights.sha256 != ""
+    # The optimizer must not change the mapped file's tensors, which others may read again.
+    held = [state["momentum_buffer"] for state in again.optimizer.state.values() if "momentum_buffer" in state]
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in held)
+
+
+def test_a_file_that_changes_under_a_run_is_noticed(converted_file, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(converted_file.read_bytes())
+    aged(path)
+    _, record = load(small_cfg(VOC_C4), path)
+    path.write_bytes(converted_file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=f"{path}: changed while it was in use"):
+        _ = record.sha256

@@ -181,8 +181,17 @@ def test_official_training_checkpoints_are_continued(images: str, tmp_path: Path
     for key, value in source.state_dict().items():
         assert torch.equal(value, trainer.method.state_dict()[key]), key
     cfg.MODEL.WEIGHTS = str(tmp_path / "a" / "backbone.pth")
-    with pytest.raises(ValueError, match="not a checkpoint of this MoCo"):
-        PretrainTrainer(cfg).resume_or_load(resume=False)
+    trainer = PretrainTrainer(cfg)
+    for weights, words in {
+        tmp_path / "a/backbone.pth": "not a checkpoint of this MoCo",
+        tmp_path / "a": f"give the checkpoint in it: {tmp_path}/a/model_final.pth",
+        tmp_path / "nothing.pth": "does not exist",
+        "moco-d2://moco_v2_800ep": "converted backbones, for detectors; pretraining starts from a checkpoint of",
+        "catalog://nothing": "could not be fetched",
+    }.items():
+        trainer.cfg.MODEL.WEIGHTS = str(weights)
+        with pytest.raises(ValueError, match=words):
+            trainer.resume_or_load(resume=False)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(images: str, tmp_path: Path) -> None:

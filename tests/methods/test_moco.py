@@ -168,6 +168,16 @@ def test_official_layout_round_trip(mlp: bool) -> None:
     assert from_official(source.state_dict()).keys() == source.state_dict().keys(), "ours passes unchanged"
 
 
+def test_an_official_checkpoint_without_the_pointer_fills_its_queue_from_the_beginning(caplog) -> None:
+    source, target = make(seed=1), make(seed=2)
+    source(make_views(0))
+    official = to_official(source.state_dict())
+    del official["module.queue_ptr"]
+    target.load_state_dict(target.adapt_state_dict(official))
+    assert target.queue.pointer.tolist() == [0] and torch.equal(target.queue.features, source.queue.features)
+    assert "no queue_ptr" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,87 @@
+"""The file that ``MODEL.WEIGHTS`` names: found or fetched, and read for training."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from detectron2.utils.file_io import PathManager
+
+from moco_d2.io import forms
+from moco_d2.io.checkpoints import Checkpoint, CheckpointError, some
+from moco_d2.io.sharded import find_index
+
+
+def local_path(path: str) -> str:
+    """Return where the file of ``MODEL.WEIGHTS`` lies on this machine; an address is fetched.
+
+    Raises:
+        ValueError: it cannot be fetched, it is a folder, or there is no such file.
+    """
+    bare = urlparse(path)._replace(query="").geturl()  # Detectron2 accepts FILE?matching_heuristics=True
+    try:
+        local = PathManager.get_local_path(bare)
+    except Exception as error:  # whatever the network has in store
+        raise ValueError(
+            f"MODEL.WEIGHTS {path} could not be fetched ({error}).\n"
+            "  Fetch it elsewhere and pass MODEL.WEIGHTS with the file's path"
+        ) from error
+    if os.path.isfile(local):
+        return str(local)
+    if os.path.isdir(local):
+        index = find_index(Path(local))
+        if index is None:
+            raise ValueError(f"MODEL.WEIGHTS {path}: {forms.of_folder(Path(local))}")
+        return str(index)
+    folder = os.path.dirname(local) or "."
+    beside = os.listdir(folder) if os.path.isdir(folder) else []
+    near = difflib.get_close_matches(os.path.basename(local), beside, n=3)
+    hint = f"; nearest in {folder}: {', '.join(near)}" if near else ""
+    raise ValueError(f"MODEL.WEIGHTS {path} does not exist{hint}")
+
+
+def refuse_stubs(checkpoint: Checkpoint, place: str) -> None:
+    """Refuse a file for training that names classes or functions which reading leaves out.
+
+    Args:
+        checkpoint: the file.
+        place: dotted path of its weights, empty for the top level.
+
+    Raises:
+        CheckpointError: tells the names, and the call that writes the weights alone.
+    """
+    if checkpoint.stubbed:
+        path = checkpoint.path
+        raise CheckpointError(
+            f"{path}: names code that is not in it ({some(checkpoint.stubbed, 3)}), and training takes files of "
+            "tensors and plain values only; write the weights alone, without running that code: "
+            + command_for_weights_alone(path, checkpoint.content, place)
+        )
+
+
+def command_for_weights_alone(
+    path: str | os.PathLike[str], content: Mapping[str, Any], place: str, part: str = ""
+) -> str:
+    """Return the command that writes a file's weights, and what says how they are fed, into a file of their own.
+
+    Args:
+        path: the file.
+        content: of it.
+        place: dotted path of the weights in it, empty for the top level.
+        part: what stands in the names that are wanted, if not all are.
+    """
+    wanted = f"{json.dumps(part)} in k and " if part else ""
+    weights = "c" + "".join(f"[{json.dumps(key)}]" for key in place.split(".") if key)
+    kept = [key for key in ("facts", "matching_heuristics", "__author__") if key in content]
+    return forms.python(
+        "import torch; from moco_d2.convert import read_checkpoint; "
+        f"c = read_checkpoint({forms.text(Path(path))}); "
+        f'm = {{k: torch.as_tensor(v) for k, v in {weights}.items() if {wanted}hasattr(v, "shape")}}; '
+        f'torch.save({{"model": m{"".join(f", {json.dumps(key)}: c[{json.dumps(key)}]" for key in kept)}}}, '
+        f"{forms.text(forms.beside(Path(path)))})"
+    )

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from moco_d2.data.listing import EXTENSIONS, cache_folder, fingerprint
 from moco_d2.data.shard_cache import Shard, ShardCache, answer, base_name, index_of, is_url, start_fetching
 from moco_d2.io.download import TransferError, size_of, transfer
-from moco_d2.io.files import atomic_write
+from moco_d2.io.files import atomic_write, move, remove
 
 logger = logging.getLogger(__name__)
 
@@ -341,8 +341,8 @@ def _look_into(location: str, cache: ShardCache) -> tuple[Shard, str]:
             raise ValueError(f"DATASETS.TRAIN names a shard that cannot be had: {error}") from error
         size = size_of(fetched)
         path = cache.path(Shard(location, size, 0))
-        index_of(path).unlink(missing_ok=True)
-        os.replace(fetched, path)
+        remove(index_of(path))
+        move(fetched, path)
         table, problem = _look(path, index_of(path))
         shard = Shard(location, size, len(table))
         with atomic_write(note) as file:
@@ -358,7 +358,7 @@ def _manifest(folder: str, cache: ShardCache, needed: bool = False) -> dict[str,
         return _read_manifest(path, folder) if path.is_file() else {}
     path = cache.folder / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}-{MANIFEST}"
     with filelock.FileLock(cache.folder / ".lock-manifest"):
-        path.unlink(missing_ok=True)  # always asked anew: it is small, and tells which shards are meant
+        remove(path)  # always asked anew: it is small, and tells which shards are meant
         try:
             transfer(f"{folder}/{MANIFEST}", path, MANIFEST, checked=False)
         except TransferError as error:

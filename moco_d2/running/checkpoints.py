@@ -19,7 +19,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
-from moco_d2.io.files import atomic_write, remove_leftovers
+from moco_d2.io.files import atomic_write, remove, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ class PeriodicCheckpoint(HookBase):
             mine = [path for path in _periodic(Path(self.checkpointer.save_dir)) if _iteration(path) <= step]
             for path in mine[: -self.keep]:
                 if not self.keep_every or (_iteration(path) + 1) % self.keep_every:
-                    path.unlink()
+                    remove(path)
 
     def _write(self, name: str) -> None:
         self.check()

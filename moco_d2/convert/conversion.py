@@ -201,12 +201,12 @@ def config_path(output: str | os.PathLike[str]) -> Path:
 
 def is_config_of(output: str | os.PathLike[str]) -> Callable[[Path], bool]:
     """Return a test whether a file is the config that was written beside a converted file, and not edited since."""
-    start = f"# What {Path(output).name} needs: ".encode()
+    starts = tuple(f"# What {Path(output).stem}{suffix} needs: ".encode() for suffix in OUTPUT_SUFFIXES)
 
     def test(path: Path) -> bool:
         head, _, rest = path.read_bytes().partition(b"\n")
         stamp, _, body = rest.partition(b"\n")
-        return head.startswith(start) and stamp == _stamp(body)
+        return head.startswith(starts) and stamp == _stamp(body)
 
     return test
 

@@ -225,7 +225,7 @@ def _init(word: str, protocol: str) -> Init:
             raise ValueError(f"--weights {word}: 'random' starts from no file; choose another label")
         return Init("random", "random")
     if problem := files.name_problem(label):
-        raise ValueError(f"--weights {word}: the label {label!r} {problem}; it names a folder: LABEL=PATH")
+        raise ValueError(f"--weights {word}: the label {label!r} cannot be a folder's name: it {problem}")
     kind = "supervised" if label == "supervised" else "moco"
     path = path or get_config(protocol, kind).MODEL.WEIGHTS
     try:

@@ -137,14 +137,15 @@ def check_named_file(path: str | os.PathLike[str], ours: Callable[[Path], bool])
         ValueError: it is a folder or a device, a file that no command of ours wrote, or where nothing can be written.
     """
     target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise ValueError(f"{path}: a folder; name the file to write")
+    with one_line(path):
+        if target.is_dir():
+            raise ValueError(f"{path}: a folder; name the file to write")
     if os.path.lexists(target) and not (target.is_file() and ours(target)):
         raise ValueError(
             f"{path}: a file that this command did not write has this name, and is kept; move it away, or choose "
             "another name"
         )
-    check_folder(target.parent, "the folder")
+    check_folder(target.parent, f"{path}: the folder")
     return target
 
 
@@ -194,7 +195,7 @@ def move(source: Path, target: Path, ours: Callable[[Path], bool] = removable) -
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
     """Remove the temporary files that killed processes left in a folder. Nobody may be writing there."""
-    for path in Path(folder).glob(f".*.*{_SUFFIX}"):
+    for path in filter(removable, Path(folder).glob(f".*{_SUFFIX}")):
         remove(path)
 
 
@@ -219,9 +220,9 @@ def check_folder(path: str | os.PathLike[str], what: str) -> None:
     place = Path(os.path.abspath(path))
     while not os.path.lexists(place):
         place = place.parent
-    with one_line(path, what):
-        with tempfile.TemporaryFile(dir=place):  # As root, permissions would say yes to /proc and full disks.
-            pass
+    # The system's permissions alone do not tell: root has them all, on read-only and full disks and in /proc, too.
+    with one_line(path, what), tempfile.TemporaryFile(dir=place):
+        pass
 
 
 def make_folder(path: str | os.PathLike[str], what: str) -> Path:
@@ -259,9 +260,10 @@ def claim(folder: str | os.PathLike[str], patterns: Sequence[str], what: str, tr
         ValueError: an entry that matches is there already, and is not noted; or nothing can be written.
     """
     folder = make_folder(folder, what)
+    names = sorted(os.listdir(folder))  # before the notes, which another process of ours makes before it writes
     noted = _noted(folder)
     new = [pattern for pattern in patterns if pattern not in noted]
-    taken = [name for name in sorted(os.listdir(folder)) if _matches(name, new)]
+    taken = [name for name in names if _matches(name, new)]
     if taken and not trusted:
         raise ValueError(
             f"{what} {folder} holds {taken[0]}, which was not written by this command and would be overwritten: move "
@@ -424,15 +426,12 @@ def lock(path: Path) -> int | None:
     Processes forked from this one do not keep the lock. A child that gets the descriptor (``pass_fds``) does.
 
     Returns:
-        The file's descriptor; None when another process holds the lock. Where the file system has no locks there is a
+        The file's descriptor; None when another process, or this one, holds the lock. Where the file system has no locks there is a
         warning instead of a lock.
 
     Raises:
         OSError: the file cannot be made.
     """
-    name = os.path.realpath(path)
-    if name in _locks:
-        return _locks[name]
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -443,11 +442,16 @@ def lock(path: Path) -> int | None:
                 return None
             raise
         logger.warning("%s cannot be locked (%s): see to it that no other command writes there", path, error.strerror)
-    _locks[name] = file
+    _locks[os.path.realpath(path)] = file
     with contextlib.suppress(OSError):  # Who holds it is worth knowing, not more.
         os.ftruncate(file, 0)
         os.pwrite(file, f"{socket.gethostname()}, process {os.getpid()}".encode(), 0)
     return file
+
+
+def holds(path: Path) -> bool:
+    """Return whether this process holds a lock."""
+    return os.path.realpath(path) in _locks
 
 
 def holder(path: Path) -> str:

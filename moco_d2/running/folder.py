@@ -69,9 +69,9 @@ def check(output_dir: str, resume: bool = False) -> None:
 def refuse_to_overwrite(output_dir: str) -> None:
     """Raise ValueError when a folder holds a run, over which a new one would write.
 
-    A run is told by what training leaves: ``last_checkpoint``, ``model_*.pth``, ``backbone.pth``, ``results.json``, or a
-    ``metrics.json`` with a line in it. A command that ended before its first step leaves a log and a config, and may be
-    given again.
+    A run is told by what training leaves: ``last_checkpoint``, ``model_*.pth``, ``backbone.pth``, ``results.json``, or
+    a ``metrics.json`` with a line in it. A command that ended before its first step leaves a log and a config, and may
+    be given again.
     """
     folder = Path(output_dir)
     for pattern in _TRAINED:
@@ -110,11 +110,11 @@ def _refuse_links(folder: Path) -> None:
 def _lock(folder: Path, patience: float) -> None:
     path, deadline = folder / files.LOCK, time.monotonic() + patience
     with files.one_line(folder, "OUTPUT_DIR"):
-        while files.lock(path) is None:
+        while not files.holds(path) and files.lock(path) is None:
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"another command writes to OUTPUT_DIR {folder} ({files.holder(path)}): wait for its end, or choose "
-                    "another OUTPUT_DIR"
+                    f"another command writes to OUTPUT_DIR {folder} ({files.holder(path)}): wait for its end, or "
+                    "choose another OUTPUT_DIR"
                 )
             if patience:
                 logger.warning("waiting for the end of %s, which writes to %s", files.holder(path), folder)

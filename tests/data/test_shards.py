@@ -193,7 +193,7 @@ def test_making_is_deterministic_resumes_and_refuses(images: Path, shards: Path,
     process = multiprocessing.get_context("fork").Process(target=make_two_and_die, args=(images, killed))
     process.start()
     process.join()
-    (killed / ".000002.tar.rest").write_bytes(b"what a killed process leaves of a file that it writes")
+    (killed / ".000002.tar.x1_y2z3a.partial").write_bytes(b"what a killed process leaves of a file that it writes")
     begun = {path: path.stat().st_mtime_ns for path in killed.glob("0*.tar")}
     with pytest.raises(ValueError, match=r"is half made: run tools/make_shards.py again"):
         open_source([f"{killed}/*.tar"])

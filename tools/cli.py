@@ -36,8 +36,11 @@ def launch_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def setup(args: argparse.Namespace) -> Any:
-    """Read the config, choose the device and the seed, start the log, and return the frozen config."""
+def setup(args: argparse.Namespace, check: Callable[[Any], None] = lambda cfg: None) -> Any:
+    """Read the config, take the run's folder, choose device and seed, start the log; return the frozen config.
+
+    ``check`` gets the config, and raises ValueError for what must not even begin to write.
+    """
     from detectron2.engine import default_setup
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
@@ -48,6 +51,7 @@ def setup(args: argparse.Namespace) -> Any:
 
     cfg = load_cfg(args.config_file, args.opts)
     evaluates = getattr(args, "eval_only", False)
+    check(cfg)
     folder.claim(cfg.OUTPUT_DIR, args.resume, evaluates)
     # An evaluation may have its run's folder, where config.yaml says how the run was trained.
     notes = os.path.join(cfg.OUTPUT_DIR, "eval_only") if evaluates else cfg.OUTPUT_DIR

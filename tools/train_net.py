@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         cli.dry_run(args, rehearse, check_copies)
         return
-    cfg = cli.setup(args)
+    cfg = cli.setup(args, check_copies)
     register_custom(cfg, train=not args.eval_only)
     if args.eval_only:
         evaluate(cfg)

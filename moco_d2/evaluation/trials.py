@@ -29,7 +29,7 @@ from moco_d2.detection.preflight import check_run, check_weights, scale_to_proce
 from moco_d2.detection.subsets import check_percent
 from moco_d2.detection.weights import check_source
 from moco_d2.evaluation.summary import BASELINES, RECORD, RESULTS, read_json
-from moco_d2.io import files
+from moco_d2.io import files, locks
 from moco_d2.model_zoo import get_config, get_protocol
 from moco_d2.provenance import sha256
 
@@ -190,12 +190,12 @@ def locked(trial: Trial) -> Iterator[int | None]:
     """
     path = files.make_folder(trial.folder, "--output") / LOCK
     with files.one_line(path, "--output"):
-        file = files.lock(path)
+        file = locks.lock(path)
     try:
         yield file
     finally:
         if file is not None:
-            files.unlock(path)
+            locks.unlock(path)
 
 
 def prepare(trial: Trial) -> None:

@@ -13,28 +13,22 @@ reads the source for it.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import fnmatch
 import glob
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-logger = logging.getLogger(__name__)
+from moco_d2.io.locks import LOCK, holder, lock
 
 MARKER = ".moco_d2.json"
-LOCK = ".moco_d2.lock"
 
 _SUFFIX = ".partial"
 # Bytes of a name: file systems take 255, and a temporary file's name is longer than that of the file it becomes.
@@ -52,11 +46,6 @@ _REMOVABLE = re.compile(
     """,
     re.VERBOSE,
 )
-# What flock answers where the file system has no locks.
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
-
-_locks: dict[str, int] = {}  # descriptors of the locks that this process holds, by path
-
 
 # Names.
 
@@ -333,6 +322,8 @@ def fresh_folder(folder: str | os.PathLike[str], patterns: Sequence[str], what: 
     """
     folder = Path(folder)
     check_replaceable(folder, what)
+    for marker in sorted(folder.rglob(MARKER)):  # What the user put into a folder within is the user's, too.
+        _refuse_foreign(marker.parent, what)
     make_folder(folder, what)
     with one_line(folder, what):
         held = lock(folder / LOCK)
@@ -340,8 +331,6 @@ def fresh_folder(folder: str | os.PathLike[str], patterns: Sequence[str], what: 
             raise ValueError(
                 f"another command writes to {what} {folder} ({holder(folder / LOCK)}): name another folder"
             )
-        for marker in sorted(folder.rglob(MARKER)):  # What the user put into a folder within is the user's, too.
-            _refuse_foreign(marker.parent, what)
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -415,64 +404,3 @@ def _flush_folder(folder: Path) -> None:
         pass
     finally:
         os.close(handle)
-
-
-# Locks.
-
-
-def lock(path: Path) -> int | None:
-    """Lock a file against other processes until this one ends, however it ends, or :func:`unlock` is called.
-
-    Processes forked from this one do not keep the lock. A child that gets the descriptor (``pass_fds``) does.
-
-    Returns:
-        The file's descriptor; None when another process, or this one, holds the lock. Where the file system has no locks there is a
-        warning instead of a lock.
-
-    Raises:
-        OSError: the file cannot be made.
-    """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            os.close(file)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                return None
-            raise
-        logger.warning("%s cannot be locked (%s): see to it that no other command writes there", path, error.strerror)
-    _locks[os.path.realpath(path)] = file
-    with contextlib.suppress(OSError):  # Who holds it is worth knowing, not more.
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"{socket.gethostname()}, process {os.getpid()}".encode(), 0)
-    return file
-
-
-def holds(path: Path) -> bool:
-    """Return whether this process holds a lock."""
-    return os.path.realpath(path) in _locks
-
-
-def holder(path: Path) -> str:
-    """Return who holds a lock, in words."""
-    with contextlib.suppress(OSError):
-        return path.read_text(errors="replace") or "another process"
-    return "another process"
-
-
-def unlock(path: Path) -> None:
-    """Let go of a lock; a child that has the descriptor keeps it."""
-    file = _locks.pop(os.path.realpath(path), None)
-    if file is not None:
-        os.close(file)
-
-
-def _forget_locks() -> None:
-    """In a forked child: a data loader's worker that outlives a killed run must not keep the next one out."""
-    for file in _locks.values():
-        os.close(file)
-    _locks.clear()
-
-
-os.register_at_fork(after_in_child=_forget_locks)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from detectron2.utils import comm
 
-from moco_d2.io import files
+from moco_d2.io import files, locks
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +108,14 @@ def _refuse_links(folder: Path) -> None:
 
 
 def _lock(folder: Path, patience: float) -> None:
-    path, deadline = folder / files.LOCK, time.monotonic() + patience
+    path, deadline = folder / locks.LOCK, time.monotonic() + patience
     with files.one_line(folder, "OUTPUT_DIR"):
-        while not files.holds(path) and files.lock(path) is None:
+        while not locks.holds(path) and locks.lock(path) is None:
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"another command writes to OUTPUT_DIR {folder} ({files.holder(path)}): wait for its end, or "
+                    f"another command writes to OUTPUT_DIR {folder} ({locks.holder(path)}): wait for its end, or "
                     "choose another OUTPUT_DIR"
                 )
             if patience:
-                logger.warning("waiting for the end of %s, which writes to %s", files.holder(path), folder)
+                logger.warning("waiting for the end of %s, which writes to %s", locks.holder(path), folder)
             time.sleep(min(5.0, patience / 4))

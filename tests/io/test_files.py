@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moco_d2.io import files
+from moco_d2.io import files, locks
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -139,6 +139,9 @@ def test_only_a_folder_of_ours_is_replaced_or_emptied(tmp_path: Path) -> None:
 def test_a_folder_that_is_emptied_is_looked_through(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     files.fresh_folder(out, ["datasets"], "--output")
+    with pytest.raises(ValueError, match="another command writes to --output"):
+        files.fresh_folder(out, ["datasets"], "--output")
+    locks.unlock(out / locks.LOCK)
     with files.replaced_folder(out / "datasets", "OUT") as new:
         files.write_text(new, "a.txt", "ours")
     (out / "datasets" / "mine").mkdir()
@@ -146,8 +149,8 @@ def test_a_folder_that_is_emptied_is_looked_through(tmp_path: Path) -> None:
         files.fresh_folder(out, ["datasets"], "--output")
     (out / "datasets" / "mine").rmdir()
     files.fresh_folder(out, ["datasets"], "--output")
-    assert tree(out).keys() == {files.MARKER, files.LOCK}
-    files.unlock(out / files.LOCK)
+    assert tree(out).keys() == {files.MARKER, locks.LOCK}
+    locks.unlock(out / locks.LOCK)
 
 
 @pytest.mark.parametrize("name", ["../x.xml", "/etc/x.xml", "a/../../x.xml"])
@@ -191,10 +194,10 @@ def test_only_names_of_ours_are_removed_or_moved_over(name: str, tmp_path: Path)
 HOLD = """
 import importlib.util, os, sys, time
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("files", sys.argv[2])  # without the package: quick
-files = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(files)
-print(files.lock(Path(sys.argv[1])) is not None, flush=True)
+spec = importlib.util.spec_from_file_location("locks", sys.argv[2])  # without the package: quick
+locks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(locks)
+print(locks.lock(Path(sys.argv[1])) is not None, flush=True)
 if os.fork() == 0:  # as a data loader's worker, which outlives its parent
     time.sleep(60)
 print("forked", flush=True)
@@ -204,29 +207,29 @@ time.sleep(60)
 
 def test_a_lock_keeps_others_out_until_its_process_dies(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    command = [sys.executable, "-c", HOLD, str(path), files.__file__]
+    command = [sys.executable, "-c", HOLD, str(path), locks.__file__]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         try:
             assert [process.stdout.readline(), process.stdout.readline()] == ["True\n", "forked\n"]
-            assert files.lock(path) is None
-            assert files.holder(path).endswith(f"process {process.pid}")
+            assert locks.lock(path) is None
+            assert locks.holder(path).endswith(f"process {process.pid}")
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            assert files.lock(path) is not None, "the fork has it no more"
+            assert locks.lock(path) is not None, "the fork has it no more"
         finally:
             os.killpg(process.pid, signal.SIGKILL)
-    files.unlock(path)
+    locks.unlock(path)
 
 
 def test_a_file_system_without_locks_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
-    assert files.lock(tmp_path / "lock") is not None
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    assert locks.lock(tmp_path / "lock") is not None
     assert "cannot be locked (No locks available)" in caplog.text
-    files.unlock(tmp_path / "lock")
+    locks.unlock(tmp_path / "lock")
 
 
 def test_results_are_known_by_their_keys(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ from moco_d2.convert import convert_checkpoint
 from moco_d2.convert.back import restore
 from moco_d2.convert.report import convert_and_report, write_report
 
-TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +98,16 @@ def test_the_input_is_kept_under_each_of_its_names(
     assert (tmp_path / "in.pth").read_bytes() == source.read_bytes()
 
 
-def test_a_report_is_refused_before_the_conversion(source: Path, tmp_path: Path) -> None:
+def test_a_report_is_refused_before_the_conversion(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import convert_checkpoint as tool
+
     theirs = tmp_path / "labels.json"
     theirs.write_text(json.dumps({"images": [], "annotations": []}))
-    command = [sys.executable, str(TOOL), str(source), str(tmp_path / "out.pth"), "--no-proof", "--report"]
-    done = subprocess.run([*command, str(theirs)], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {theirs}: a file that this command did not write")
-    assert len(done.stderr.splitlines()) == 1
+    words = [str(source), str(tmp_path / "out.pth"), "--no-proof", "--report", str(theirs)]
+    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words])
+    assert tool.main() == 2
+    assert re.fullmatch(rf"error: {theirs}: a file that this command did not write.*\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]

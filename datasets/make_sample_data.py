@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from math import ceil
@@ -27,7 +26,7 @@ from sample_scenes import SUPERSAMPLING, Scene, draw_scene
 from sample_shapes import KINDS
 from sample_streets import draw_street
 
-MARKER = "SAMPLE_DATA.json"  # says that a folder was made by this script and may be made anew
+ABOUT = "SAMPLE_DATA.json"  # says what a folder holds
 JPEG_QUALITY = 92
 VOID = 255  # label of pixels that do not count, of VOC and Cityscapes alike
 # Pictures per split. The order is the seed's second part, so a new split goes to the end.
@@ -280,16 +279,9 @@ def make_all(out: Path, seed: int) -> None:
     Raises:
         ValueError: ``out`` holds something that this script did not make.
     """
-    out = out.resolve()
-    if out.exists() and not (out / MARKER).is_file():
-        if not out.is_dir():
-            raise ValueError(f"{out} is a file; name a folder that is empty or not there yet")
-        if any(out.iterdir()):
-            raise ValueError(f"{out} is not empty and was not made by this script; choose another folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        root = Path(temporary) / "root"
-        root.mkdir()
+    from moco_d2.io.files import replaced_folder
+
+    with replaced_folder(out.resolve(), "OUT") as root:
         make_imagenet(root, seed)
         make_voc(root, 2007, seed)
         make_voc(root, 2012, seed)
@@ -298,27 +290,13 @@ def make_all(out: Path, seed: int) -> None:
         make_lvis(root)
         make_cityscapes(root, "train", seed)
         make_cityscapes(root, "val", seed)
-        (root / MARKER).write_text(json.dumps({"seed": seed, "pictures": SPLITS}, indent=2) + "\n")
-        replace(out, root, Path(temporary) / "old")
-
-
-def replace(old: Path, new: Path, aside: Path) -> None:
-    """Put a folder in the place of another, which is moved aside, and back again should this fail."""
-    if not old.exists():
-        new.rename(old)
-        return
-    old.rename(aside)
-    try:
-        new.rename(old)
-    except BaseException:
-        aside.rename(old)
-        raise
+        (root / ABOUT).write_text(json.dumps({"seed": seed, "pictures": SPLITS}, indent=2) + "\n")
 
 
 def main() -> None:
     """Parse the command line and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; emptied if this script made it")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; made anew if this script made it")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other pictures (default: 0)")
     args = parser.parse_args()
     try:

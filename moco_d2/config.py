@@ -194,16 +194,6 @@ def use_device_there_is(cfg: CN) -> None:
         cfg.MODEL.DEVICE = "cpu"
 
 
-def refuse_to_overwrite(output_dir: str) -> None:
-    """Raise ValueError when a folder holds a run, over which a new one would write."""
-    last = Path(output_dir) / "last_checkpoint"
-    if last.is_file():
-        raise ValueError(
-            f"{output_dir} holds a run already ({last.read_text().strip()}): continue it with --resume, or choose "
-            "another OUTPUT_DIR"
-        )
-
-
 def list_configs() -> list[str]:
     """Return the names of the shipped configs (``Pretrain/moco_v2_R50_200ep``), without those that are only parts."""
     root = _config_root()

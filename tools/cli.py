@@ -36,19 +36,23 @@ def launch_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def setup(args: argparse.Namespace) -> Any:
-    """Read the config, choose the device and the seed, start the log, and return the frozen config."""
+def setup(args: argparse.Namespace, check: Callable[[Any], None] = lambda cfg: None) -> Any:
+    """Read the config, take the run's folder, choose device and seed, start the log; return the frozen config.
+
+    ``check`` gets the config, and raises ValueError for what must not even begin to write.
+    """
     from detectron2.engine import default_setup
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
-    from moco_d2.config import config_files, load_cfg, refuse_to_overwrite, use_device_there_is
+    from moco_d2.config import config_files, load_cfg, use_device_there_is
+    from moco_d2.running import folder
     from moco_d2.running.checkpoints import recorded_seed
 
     cfg = load_cfg(args.config_file, args.opts)
     evaluates = getattr(args, "eval_only", False)
-    if not (args.resume or evaluates):
-        refuse_to_overwrite(cfg.OUTPUT_DIR)
+    check(cfg)
+    folder.claim(cfg.OUTPUT_DIR, args.resume, evaluates)
     # An evaluation may have its run's folder, where config.yaml says how the run was trained.
     notes = os.path.join(cfg.OUTPUT_DIR, "eval_only") if evaluates else cfg.OUTPUT_DIR
     setup_logger(notes, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
@@ -64,17 +68,31 @@ def setup(args: argparse.Namespace) -> Any:
     return cfg
 
 
-def dry_run(args: argparse.Namespace, rehearse: Callable[[Any], Iterator[tuple[str, str]]]) -> None:
-    """Rehearse a run in a folder of its own and print what was found, ``(subject, finding)`` a line."""
+def dry_run(
+    args: argparse.Namespace,
+    rehearse: Callable[[Any], Iterator[tuple[str, str]]],
+    check: Callable[[Any], None] = lambda cfg: None,
+) -> None:
+    """Rehearse a run in a folder of its own and print what was found, ``(subject, finding)`` a line.
+
+    Args:
+        args: the command line.
+        rehearse: gets the config with that folder as ``OUTPUT_DIR``.
+        check: gets the config as it is, and raises ValueError for what the run itself would be refused for.
+    """
     import tempfile
 
     from detectron2.utils import comm
 
     from moco_d2.config import load_cfg
+    from moco_d2.running import folder
 
+    cfg = load_cfg(args.config_file, args.opts)
+    folder.check(cfg.OUTPUT_DIR, args.resume)
+    check(cfg)
     with tempfile.TemporaryDirectory() as own:
-        folder = comm.all_gather(own)[0]  # one for all processes: what the first one writes, the others read
-        for subject, finding in rehearse(load_cfg(args.config_file, [*args.opts, "OUTPUT_DIR", folder])):
+        scratch = comm.all_gather(own)[0]  # one for all processes: what the first one writes, the others read
+        for subject, finding in rehearse(load_cfg(args.config_file, [*args.opts, "OUTPUT_DIR", scratch])):
             if comm.is_main_process():
                 print(f"{subject:<11} {finding}", flush=True)
         comm.synchronize()

@@ -14,7 +14,6 @@ import argparse
 import os
 import re
 import shlex
-import shutil
 import time
 from pathlib import Path
 
@@ -33,7 +32,8 @@ DETECTORS = {
     "COCO R50-FPN": "configs/quick_schedules/mask_rcnn_R_50_FPN_quick.yaml",
 }
 INITS = ("MoCo", "random")
-MARKER = ".demo"  # says that a folder was made by this script and may be emptied
+# What lies in the output folder; one with anything else is not emptied.
+CONTENT = ("datasets", "pretrain", "moco.pth", "moco.yaml", "logs", "table.md", "*.png", "VOC_*", "COCO_*")
 PRETRAIN = "configs/quick_schedules/moco_v2_R50_quick.yaml"
 
 
@@ -41,6 +41,8 @@ class Demo:
     """Runs stages one after the other, each in its own process with its own log."""
 
     def __init__(self, output: Path, full: bool, steps: int | None) -> None:
+        from moco_d2.io import files
+
         self.output = output
         self.pretrain_options = FULL_WIDTH["pretrain"] if full else []
         self.detect_options = FULL_WIDTH["detect"] if full else []
@@ -49,8 +51,9 @@ class Demo:
             short = ["SOLVER.MAX_ITER", str(steps), "SOLVER.STEPS", "()", "TEST.PRECISE_BN.NUM_ITER", "1"]
             self.detect_options = [*self.detect_options, *short]
         self.began = time.monotonic()
-        _empty(output)
-        (output / "logs").mkdir()
+        # The stages keep the lock, too, should this process be killed.
+        self.lock = files.fresh_folder(output, CONTENT, "--output")
+        files.make_folder(output / "logs", "--output")
         self.environment = {**os.environ, "DETECTRON2_DATASETS": str(output / "datasets")}
 
     def stage(self, title: str, *command: str | Path) -> None:
@@ -63,7 +66,7 @@ class Demo:
         log = self.output / "logs" / f"{title.replace(' ', '_').replace(',', '')}.log"
         print(f"\n[{self._clock()}] {title}\n  $ {shlex.join(words)}", flush=True)
         shown = cli.PROGRESS if "OUTPUT_DIR" in words else re.compile(r".*\S")
-        code = cli.follow(words, log, shown, cwd=ROOT, env=self.environment)
+        code = cli.follow(words, log, shown, cwd=ROOT, env=self.environment, pass_fds=[self.lock])
         if code:
             raise ValueError(f"stage {title!r} failed with code {code}; its log is {log}")
 
@@ -110,20 +113,6 @@ class Demo:
         print(f"\n[{self._clock()}] done\n\n{table}\n")
         print("One seed and a short schedule on drawn pictures: differences of a few points are noise.")
         print(f"The table, pictures (*.png), logs and checkpoints are in {self.output}")
-
-
-def _empty(output: Path) -> None:
-    """Make the output folder, or empty it of an earlier demo.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    if output.exists() and any(output.iterdir()):
-        if not (output / MARKER).is_file():
-            raise ValueError(f"{output} is not empty and no demo made it; choose another folder with --output")
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MARKER).touch()
 
 
 def main() -> None:

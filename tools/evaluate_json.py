@@ -29,9 +29,13 @@ def main(args: argparse.Namespace) -> None:
     from moco_d2.config import load_cfg
     from moco_d2.detection.datasets import register_custom
     from moco_d2.detection.evaluators import describe_backend, evaluate_file
-    from moco_d2.detection.trainer import write_json
+    from moco_d2.detection.trainer import to_json
+    from moco_d2.io.files import check_named_file, has_keys, named_file
     from moco_d2.provenance import provenance
 
+    ours = has_keys("dataset", "metrics", "evaluated_with", "command")
+    if args.output:
+        check_named_file(args.output, ours)
     cfg = load_cfg(args.config_file, args.opts)
     if args.dataset:
         cfg.DATASETS.TEST = (args.dataset,)
@@ -47,7 +51,8 @@ def main(args: argparse.Namespace) -> None:
         print(tabulate([scores.values()], scores.keys(), tablefmt="pipe", floatfmt=".3f"))
     if args.output:
         content = {"dataset": name, "metrics": metrics, "evaluated_with": describe_backend(cfg), **provenance()}
-        write_json(args.output, content)
+        with named_file(args.output, ours) as file:
+            file.write(to_json(content))
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def tables(
     """
     from tabulate import tabulate
 
-    from moco_d2.io.files import atomic_write
+    from moco_d2.io.files import has_keys, named_file
     from moco_d2.provenance import provenance
 
     for title, content in found.items():
@@ -191,5 +191,5 @@ def tables(
         ]
         print(f"\n{title}", tabulate(shown, "keys", tablefmt="pipe", floatfmt=floatfmt), sep="\n")
     if output:
-        with atomic_write(output) as file:
+        with named_file(output, has_keys(*settings, "command", "date")) as file:
             file.write(json.dumps({**settings, **found, **provenance()}, indent=2).encode())

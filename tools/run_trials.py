@@ -78,13 +78,12 @@ def run_trial(trial: Trial, num_gpus: int) -> str:
         if lock is None:
             print("  another run_trials is at it: left to that one")
             return "run elsewhere"
-        begun = trials.state(trial)  # another process may have finished it since we looked
-        if begun == "done":
+        if trials.state(trial) == "done":  # another process may have finished it since we looked
             return "done before"
         trials.prepare(trial)
         command = [
             str(TRAIN_NET), "--config-file", trial.config, "--num-gpus", str(num_gpus),
-            *["--resume"] * (begun == "begun"), *trial.opts,
+            "--resume", *trial.opts,  # an attempt that ended before its first checkpoint begins anew
         ]  # fmt: skip
         print(f"  $ {shlex.join(command)}", flush=True)
         # The lock goes along: should we be killed, the folder stays locked while the training lives.

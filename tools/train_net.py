@@ -17,15 +17,15 @@ import cli
 
 def main(args: argparse.Namespace) -> None:
     """Train, or with ``--eval-only`` evaluate, in this process."""
-    from moco_d2.detection.datasets import register_custom
+    from moco_d2.detection.datasets import check_copies, register_custom
     from moco_d2.detection.dry_run import rehearse
     from moco_d2.detection.preflight import check_weights
     from moco_d2.detection.trainer import TransferTrainer, evaluate
 
     if args.dry_run:
-        cli.dry_run(args, rehearse)
+        cli.dry_run(args, rehearse, check_copies)
         return
-    cfg = cli.setup(args)
+    cfg = cli.setup(args, check_copies)
     register_custom(cfg, train=not args.eval_only)
     if args.eval_only:
         evaluate(cfg)

@@ -16,12 +16,12 @@ import torch
 
 from moco_d2.convert.bake import bake
 from moco_d2.convert.checks import shapes_of
-from moco_d2.convert.conversion import check_another
+from moco_d2.convert.conversion import AUTHOR, check_another, is_converted
 from moco_d2.convert.names import DETECTRON2, DETECTRON2_C4, TORCHVISION, Naming, rename_table
 from moco_d2.convert.trunk import as_tensor, is_tensor
 from moco_d2.facts import IMAGENET_RGB, BackboneFacts
 from moco_d2.io.checkpoints import CheckpointError, facts_in, read_checkpoint, some
-from moco_d2.io.files import atomic_write
+from moco_d2.io.files import check_named_file, named_file
 from moco_d2.layers.resnet import ARCHITECTURES
 from moco_d2.nearest import unknown_name
 
@@ -118,17 +118,20 @@ def restore(source: str | os.PathLike[str], output: str | os.PathLike[str], layo
 
     Raises:
         CheckpointError: the source cannot be used.
-        ValueError: an unknown layout, or the output is the input.
+        ValueError: an unknown layout, or the output is the input or a file that no conversion wrote.
     """
     if layout not in LAYOUTS:
         raise ValueError(unknown_name("the layout", layout, LAYOUTS))
     check_another(source, output)
+    check_named_file(output, is_converted)
     backbone = take_back(read_checkpoint(source), source)
-    content: dict[str, Any] = {"state_dict": backbone.tensors, "facts": backbone.facts.as_dict()}
+    content: dict[str, Any] = {
+        "state_dict": backbone.tensors, "facts": backbone.facts.as_dict(), "__author__": AUTHOR,
+    }  # fmt: skip
     if layout == "moco":
         content["state_dict"] = {_MOCO_PREFIX + name: tensor for name, tensor in backbone.tensors.items()}
         content["arch"] = architecture(backbone.facts) or f"resnet{backbone.facts.depth}, other widths"
-    with atomic_write(output) as file:
+    with named_file(output, is_converted) as file:
         torch.save(content, file)
     return backbone
 

@@ -28,7 +28,7 @@ from moco_d2.convert.convert import CONVERTER, convert_state
 from moco_d2.convert.prove import can_prove
 from moco_d2.io.checkpoints import read_checkpoint
 from moco_d2.io.download import TransferError, megabytes, size_of, transfer
-from moco_d2.io.files import atomic_write
+from moco_d2.io.files import atomic_write, move, remove
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _make(entry: Entry, converted: Path, differences: list[str]) -> None:
         ) from error
     with atomic_write(converted.with_suffix(".json")) as file:
         file.write(json.dumps({**_made_from(entry), **record}, indent=1).encode())
-    raw.unlink()
+    remove(raw)
 
 
 def download(entry: Entry, target: Path) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def download(entry: Entry, target: Path) -> dict[str, Any]:
         ) from error
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     record = {"url": entry.url, "bytes": size_of(part), "sha256": _verify(entry, part), "fetched": now}
-    os.replace(part, target)
+    move(part, target)
     return record
 
 
@@ -258,7 +258,7 @@ def _verify(entry: Entry, path: Path) -> str:
     kind, _, wanted = entry.checksum.partition(":")
     if wanted and not digests[kind].hexdigest().startswith(wanted):
         size, got = size_of(path), digests[kind].hexdigest()
-        path.unlink()
+        remove(path)
         raise CatalogError(
             f"{entry.name}: what {entry.url} sent ({size} bytes) has {kind} {got[: len(wanted)]}, published is "
             f"{wanted}; the transfer was damaged, or the file was replaced. It was removed; try again, or {_BY_HAND}"
@@ -275,7 +275,7 @@ def _convert(entry: Entry, raw: Path, converted: Path) -> None:
         facts = replace(conversion.facts, origin=f"{entry.title}, from {entry.url}", protocol=entry.recipe)
         write(replace(conversion, facts=facts), converted, can_prove())
     except ValueError as error:  # the file, the proof, or the catalogue's `source`
-        raw.unlink()
+        remove(raw)
         raise CatalogError(
             f"{entry.name}: {entry.url} was fetched but cannot be converted: {error}. It was removed; to look at it, "
             f"{_BY_HAND}"

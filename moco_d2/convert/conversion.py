@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from moco_d2.convert.prove import prove, prove_parts
 from moco_d2.convert.sources import CheckpointSource
 from moco_d2.convert.trunk import as_tensor
 from moco_d2.facts import BackboneFacts, Pixels
-from moco_d2.io.checkpoints import read_checkpoint
-from moco_d2.io.files import atomic_write
+from moco_d2.io.checkpoints import CheckpointError, read_checkpoint
+from moco_d2.io.files import check_named_file, make_folder, move, named_file, one_line
 
 OUTPUT_SUFFIXES = (".pth", ".pkl")
-AUTHOR = "moco_d2"
+AUTHOR = "moco_d2"  # of every converted file; no checkpoint of a training says so
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,16 @@ class Conversion:
 
 
 def check_output(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-    """Refuse an output of an unknown suffix, a folder, or the input itself.
+    """Refuse an output that is the input, has an unknown suffix, or would overwrite what the converter did not write.
 
     Raises:
-        ValueError: it is one of these.
+        ValueError: it is one of these, or cannot be written.
     """
     output = Path(output)
     _check_suffix(output)
-    if output.is_dir():
-        raise ValueError(f"{output}: a folder; name the file to write")
     check_another(source, output)
+    check_named_file(output, is_converted)
+    check_named_file(config_path(output), is_config_of(output))
 
 
 def _check_suffix(output: Path) -> None:
@@ -108,6 +109,15 @@ def check_another(source: str | os.PathLike[str], output: str | os.PathLike[str]
     """
     if os.path.exists(source) and os.path.exists(output) and os.path.samefile(source, output):
         raise ValueError(f"{output}: the output is the input; choose another name")
+
+
+def is_converted(path: Path) -> bool:
+    """Return whether a file is one that a conversion wrote, forward or back."""
+    try:
+        content = read_checkpoint(path)
+    except CheckpointError:
+        return False
+    return content.get("__author__") == AUTHOR
 
 
 def write(
@@ -130,14 +140,14 @@ def write(
     Raises:
         ProofError: the features differ.
     """
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = Path(os.path.realpath(output))
+    make_folder(output.parent, "the folder")
     # In the same folder, because a rename is atomic only within a file system.
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as scratch:
+    with one_line(output), tempfile.TemporaryDirectory(dir=output.parent, prefix=".") as scratch:
         part = Path(scratch) / output.name
         save(conversion, part)
         differences = _prove_written(conversion, part, picture) if proof else {}
-        os.replace(part, output)
+        move(part, output, is_converted)
     return differences
 
 
@@ -189,8 +199,30 @@ def config_path(output: str | os.PathLike[str]) -> Path:
     return Path(output).with_suffix(".yaml")
 
 
+def is_config_of(output: str | os.PathLike[str]) -> Callable[[Path], bool]:
+    """Return a test whether a file is the config that was written beside a converted file, and not edited since."""
+    starts = tuple(f"# What {Path(output).stem}{suffix} needs: ".encode() for suffix in OUTPUT_SUFFIXES)
+
+    def test(path: Path) -> bool:
+        head, _, rest = path.read_bytes().partition(b"\n")
+        stamp, _, body = rest.partition(b"\n")
+        return head.startswith(starts) and stamp == _stamp(body)
+
+    return test
+
+
+def _stamp(body: bytes) -> bytes:
+    """Return the comment by which a config is known to be as it was written."""
+    digest = hashlib.sha256(body).hexdigest()[:16]
+    return f"# Once edited, this file is not overwritten (SHA-256 of what follows: {digest}).".encode()
+
+
 def write_config(conversion: Conversion, output: str | os.PathLike[str]) -> None:
-    """Write, beside a converted file, a config for ``_BASE_``: the weights and what they need."""
+    """Write, beside a converted file, a config for ``_BASE_``: the weights and what they need.
+
+    Raises:
+        ValueError: the file there is the user's, or was edited.
+    """
     tree: dict[str, Any] = {"MODEL": {"WEIGHTS": str(Path(output).absolute())}}
     for key, value in conversion.config().items():
         here = tree
@@ -198,6 +230,7 @@ def write_config(conversion: Conversion, output: str | os.PathLike[str]) -> None
         for name in parts:
             here = here.setdefault(name, {})
         here[last] = value
-    lines: str = yaml.safe_dump({**tree, "VERSION": 2}, sort_keys=False, default_flow_style=None)
-    with atomic_write(config_path(output)) as file:
-        file.write(f"# What {Path(output).name} needs: {conversion.facts.origin}.\n{lines}".encode())
+    body: bytes = yaml.safe_dump({**tree, "VERSION": 2}, sort_keys=False, default_flow_style=None).encode()
+    head = f"# What {Path(output).name} needs: {conversion.facts.origin}.\n".encode()
+    with named_file(config_path(output), is_config_of(output)) as file:
+        file.write(head + _stamp(body) + b"\n" + body)

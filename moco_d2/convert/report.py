@@ -17,7 +17,7 @@ from moco_d2.convert.parts import part_of
 from moco_d2.convert.prove import TOLERANCE, other_padding, read_picture
 from moco_d2.convert.trunk import unwrap
 from moco_d2.io.checkpoints import checkpoint_sha256
-from moco_d2.io.files import atomic_write
+from moco_d2.io.files import has_keys, named_file
 from moco_d2.provenance import provenance, sha256
 
 _GROUPS = 8  # of foreign keys that the summary lists
@@ -92,9 +92,16 @@ def report(
     }
 
 
+is_report = has_keys("source", "mapped", "facts", "proof", "command")
+
+
 def write_report(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a report as JSON."""
-    with atomic_write(path) as file:
+    """Write a report as JSON, over an earlier report at most.
+
+    Raises:
+        ValueError: another file has the name, or it cannot be written.
+    """
+    with named_file(path, is_report) as file:
         file.write(json.dumps(content, indent=2).encode())
 
 

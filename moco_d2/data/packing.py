@@ -19,7 +19,7 @@ from moco_d2.data.shard_cache import Shard
 from moco_d2.data.shard_index import members, read_index, say_left_out
 from moco_d2.data.shards import MANIFEST, PLAN, refuse_half_made, write_manifest
 from moco_d2.data.sources import FileSource
-from moco_d2.io.files import atomic_write
+from moco_d2.io import files as disk
 
 logger = logging.getLogger(__name__)
 
@@ -66,23 +66,23 @@ def pack(files: Sequence[str], root: str | os.PathLike[str], out: Path, size: in
         shards.append(Shard(path.name, path.stat().st_size, samples))
         yield Packed(shards[-1], len(chosen) - samples, kept)
     write_manifest(out, shards, mark)
-    for rest in (out / PLAN, *out.glob(".*.tar.*")):  # the latter of runs that were killed
-        rest.unlink(missing_ok=True)
+    disk.remove(out / PLAN)
+    disk.remove_leftovers(out)
 
 
 def _claim(out: Path, mark: str) -> None:
     """Make sure that nothing in the folder is of another set."""
-    out.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(out, "OUT")
     for name in (MANIFEST, PLAN):
         if (out / name).exists():
-            if json.loads((out / name).read_bytes())["origin"] != mark:
+            if origin_of(out / name) != mark:
                 raise ValueError(
                     f"{out} holds shards of other files, another --shard-size or --seed; name another folder"
                 )
             return
     if there := sorted(path.name for path in out.iterdir()):
         raise ValueError(f"{out} holds {there[0]} and is not a folder of shards begun here; name another folder")
-    with atomic_write(out / PLAN) as file:
+    with disk.one_line(out, "OUT"), disk.atomic_write(out / PLAN) as file:
         file.write(json.dumps({"origin": mark}).encode())
 
 
@@ -101,7 +101,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _write(path: Path, entries: Sequence[tuple[str, int]], source: FileSource) -> None:
-    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+    with disk.atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for name, number in entries:
             try:
                 data = source.read(number)
@@ -113,13 +113,20 @@ def _write(path: Path, entries: Sequence[tuple[str, int]], source: FileSource) -
             tar.addfile(member, io.BytesIO(data))
 
 
+def origin_of(path: Path) -> str:
+    """Return what the set with this manifest or plan was made of; empty if the file does not say."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(path.read_bytes())["origin"])
+    return ""
+
+
 def index(out: Path) -> int:
     """Write ``shards.json`` for a folder of shards that another program made; return the number of images.
 
     Of a set of ours it stays known what it was made of, so that :func:`pack` takes it for its own.
 
     Raises:
-        ValueError: no shards, or not all of them yet.
+        ValueError: no shards, not all of them yet, or a ``shards.json`` that is something else.
         OSError: a shard is damaged.
     """
     refuse_half_made(out)
@@ -131,8 +138,6 @@ def index(out: Path) -> int:
         raise OSError("; ".join(problems))
     say_left_out(str(out), *(sum(getattr(index, kind) for index in indexes.values()) for kind in ("lost", "further")))
     shards = [Shard(path.name, path.stat().st_size, len(index.table)) for path, index in indexes.items()]
-    origin = "indexed"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        origin = str(json.loads((out / MANIFEST).read_bytes())["origin"])
-    write_manifest(out, shards, origin)
+    disk.check_named_file(out / MANIFEST, disk.has_keys("format", "origin", "shards"))
+    write_manifest(out, shards, origin_of(out / MANIFEST) or "indexed")
     return sum(shard.samples for shard in shards)

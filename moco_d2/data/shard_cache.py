@@ -15,6 +15,7 @@ from pathlib import Path
 import filelock
 
 from moco_d2.io.download import size_of, transfer
+from moco_d2.io.files import atomic_write, move, removable, remove
 
 logger = logging.getLogger(__name__)
 
@@ -105,16 +106,17 @@ class ShardCache:
             reason = f"cannot fetch {shard.location}: {answer(error)}"
             with contextlib.suppress(OSError):
                 os.utime(part, (0, 0))  # nobody is fetching it: it may go, and takes the room that it has
-                lost.write_text(f"{time.time()} {reason}")
+                with atomic_write(lost) as file:
+                    file.write(f"{time.time()} {reason}".encode())
             raise OSError(reason) from error
         if shard.bytes and size_of(part) != shard.bytes:
             logger.warning("%s has %d bytes, %d were expected: cut short, or replaced since it was looked into",
                            shard.location, size_of(part), shard.bytes)  # fmt: skip
-            self.note(shard.location).unlink(missing_ok=True)
+            remove(self.note(shard.location))
         with self._lock():
             for old in (lost, index_of(path)):
-                old.unlink(missing_ok=True)
-            os.replace(part, path)
+                remove(old)
+            move(part, path)
 
     def _raise_if_lost(self, mark: Path) -> None:
         """Raise what another process of this run met a moment ago: its minute of attempts is not spent again."""
@@ -131,7 +133,8 @@ class ShardCache:
         with self._lock():
             part.touch()
             files = []
-            for entry in (*self.folder.glob("*.part"), *self.folder.glob("*.tar")):
+            # Only what was fetched into it makes room: the folder may hold the user's own shards.
+            for entry in filter(removable, (*self.folder.glob("*.part"), *self.folder.glob("*.tar"))):
                 with contextlib.suppress(FileNotFoundError):  # a transfer may begin anew
                     status = entry.stat()
                     fetching = entry.suffix == ".part" and time.time() - status.st_mtime < _STALE
@@ -142,8 +145,8 @@ class ShardCache:
                 if used <= self.limit or fetching:
                     return
                 used -= size
-                index_of(entry).unlink(missing_ok=True)
-                entry.unlink(missing_ok=True)
+                remove(index_of(entry))
+                remove(entry)
 
     def _lock(self) -> filelock.BaseFileLock:
         return filelock.FileLock(self.folder / ".lock")

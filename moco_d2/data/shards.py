@@ -29,7 +29,7 @@ from moco_d2.data.mistaken import mistaken
 from moco_d2.data.shard_cache import Shard, ShardCache, answer, base_name, index_of, is_url, start_fetching
 from moco_d2.data.shard_index import RULE, Index, look, names, say_left_out
 from moco_d2.io.download import TransferError, size_of, transfer
-from moco_d2.io.files import atomic_write
+from moco_d2.io.files import atomic_write, move, remove
 
 logger = logging.getLogger(__name__)
 
@@ -296,8 +296,8 @@ def _look_into(location: str, cache: ShardCache) -> _Seen:
             raise ValueError(f"DATASETS.TRAIN names a shard that cannot be had: {error}") from error
         size = size_of(fetched)
         path = cache.path(Shard(location, size, 0))
-        index_of(path).unlink(missing_ok=True)
-        os.replace(fetched, path)
+        remove(index_of(path))
+        move(fetched, path)
         seen = _Seen.by(location, size, look(path, index_of(path)))
         with atomic_write(note) as file:
             file.write(json.dumps({**asdict(seen), "rule": RULE}).encode())
@@ -312,7 +312,7 @@ def _manifest(folder: str, cache: ShardCache, needed: bool = False) -> dict[str,
         return _read_manifest(path, folder) if path.is_file() else {}
     path = cache.folder / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}-{MANIFEST}"
     with filelock.FileLock(cache.folder / ".lock-manifest"):
-        path.unlink(missing_ok=True)  # always asked anew: it is small, and tells which shards are meant
+        remove(path)  # always asked anew: it is small, and tells which shards are meant
         try:
             transfer(f"{folder}/{MANIFEST}", path, MANIFEST, checked=False)
         except TransferError as error:

@@ -17,6 +17,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from PIL import Image
 
+from moco_d2.io.files import name_problem
 from moco_d2.nearest import did_you_mean
 
 Report = Callable[[str], None]
@@ -89,6 +90,11 @@ def _entry_problems(item: Any) -> Iterator[str]:
     for key in ("name", "format"):
         if not isinstance(item.get(key), str) or not item[key]:
             yield f"{key} is missing"
+    # A path is refused, not rewritten: DATASETS.TRAIN and the results name the set, too, and would say something else.
+    if isinstance(item.get("name"), str) and item["name"] and (problem := name_problem(item["name"])):
+        last = Path(item["name"]).name
+        plain = last if name_problem(last) is None else "mine"
+        yield f"name {item['name']!r} {problem}; it becomes a file's name: give a plain one, such as {plain!r}"
     if isinstance(item.get("format"), str) and item["format"] not in ("voc", "coco"):
         yield f"format is {item['format']!r}; it must be voc or coco"
     for key in ("root", "json", "images", "split"):

@@ -6,9 +6,7 @@ import io
 import json
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +24,7 @@ from moco_d2.data.listing import EXTENSIONS
 from moco_d2.detection.custom import Entry, Needs, Report, parse_entries
 from moco_d2.detection.custom_coco import JsonFile, keypoint_metadata, read_coco
 from moco_d2.detection.custom_voc import VocFolder, read_voc, walk
-from moco_d2.io.files import atomic_write
+from moco_d2.io import files
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +150,7 @@ def register_custom(cfg: CfgNode, *, labels: bool = True, train: bool = True) ->
     """Register the sets of ``DATASETS.CUSTOM``, having checked those that are used. Call it in every process.
 
     What Detectron2 or an evaluator could not read as it stands is written anew to ``OUTPUT_DIR/datasets``; the user's
-    files are never changed.
+    files are never changed, and where a copy would come into their place it is refused.
 
     Args:
         cfg: config; also says whether masks or keypoints are needed.
@@ -176,17 +174,37 @@ def custom_problems(cfg: CfgNode) -> list[str]:
     return problems
 
 
+def check_copies(cfg: CfgNode) -> None:
+    """Refuse an ``OUTPUT_DIR`` where copies of labels would overwrite the user's files; nothing is written.
+
+    Raises:
+        ValueError: they would.
+    """
+    entries, ignore = parse_entries(cfg.DATASETS.CUSTOM, _raise), lambda problem: None
+    for entry in entries:
+        place = _copy_of(entry, Path(cfg.OUTPUT_DIR))
+        if entry.name not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            continue
+        if problem := _place_problem(place, entries):  # The labels are read in this rare case only.
+            needs = Needs.of(cfg, sizes=False)
+            coco = read_coco(entry, needs, ignore) if entry.format == "coco" else None
+            voc = read_voc(entry, needs, ignore) if entry.format == "voc" else None
+            if (coco and coco.changed) or (voc and not voc.plain):
+                raise ValueError(problem)
+
+
 def _register_all(
     cfg: CfgNode, report: Report, *, labels: bool = True, train: bool = True, sizes: bool = False
 ) -> None:
     used = {*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if labels else ())}
-    folder = Path(cfg.OUTPUT_DIR) / "datasets"
     points, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     if labels and cfg.DATASETS.CUSTOM and cfg.MODEL.KEYPOINT_ON and sigmas != points != 17:
         report(
             f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values; COCO's evaluation needs one for each of {points} keypoints"
         )
-    for entry in parse_entries(cfg.DATASETS.CUSTOM, report):
+    entries = parse_entries(cfg.DATASETS.CUSTOM, report)
+    for entry in entries:
+        place = _copy_of(entry, Path(cfg.OUTPUT_DIR))
         if entry.name in DatasetCatalog and not MetadataCatalog.get(entry.name).get("custom"):
             report(f"DATASETS.CUSTOM: the name {entry.name!r} is taken by another data set; choose a new one")
             continue
@@ -197,21 +215,18 @@ def _register_all(
         if not labels or entry.name not in used:
             DatasetCatalog.register(entry.name, lambda entry=entry: [{"file_name": f} for f in list_pictures(entry)])
         elif entry.format == "coco":
-            _register_coco(entry, Needs.of(cfg, sizes), folder, report)
+            _register_coco(entry, Needs.of(cfg, sizes), report, place, _place_problem(place, entries))
         else:
-            _register_voc(entry, Needs.of(cfg, sizes), folder, report)
+            _register_voc(entry, Needs.of(cfg, sizes), report, place, _place_problem(place, entries))
     comm.synchronize()  # no process reads what the first one writes before it is there
 
 
-def _register_coco(entry: Entry, needs: Needs, folder: Path, report: Report) -> None:
+def _register_coco(entry: Entry, needs: Needs, report: Report, place: Path, problem: str) -> None:
     labels = read_coco(entry, needs, report)
     path, images = str(entry.json), str(entry.images)
     if labels and labels.changed:
-        path = str(folder / f"{entry.name}.json")
-        if comm.is_main_process():
-            with atomic_write(path) as file:
-                file.write(json.dumps(labels.content).encode())
-            logger.info("data set %s: %s made plain as %s", entry.name, entry.json, path)
+        path = str(place)
+        _write_copy(lambda: _write_coco(place, labels.content), entry, place, problem, report)
     DatasetCatalog.register(entry.name, lambda: load_coco_json(path, images, entry.name))
     MetadataCatalog.get(entry.name).set(json_file=path, image_root=images, evaluator_type="coco")
     if labels:
@@ -223,14 +238,12 @@ def _register_coco(entry: Entry, needs: Needs, folder: Path, report: Report) -> 
         )
 
 
-def _register_voc(entry: Entry, needs: Needs, folder: Path, report: Report) -> None:
+def _register_voc(entry: Entry, needs: Needs, report: Report, place: Path, problem: str) -> None:
     labels = read_voc(entry, needs, report)
-    place, split = entry.root, entry.split
+    folder, split = entry.root, entry.split
     if labels and not labels.plain:
-        place, split = folder / entry.name, "all"
-        if comm.is_main_process():
-            _write_voc(place, labels.records, labels.classes)
-            logger.info("data set %s: %s made plain as %s", entry.name, entry.root, place)
+        folder, split = place, "all"
+        _write_copy(lambda: _write_voc(place, labels.records, labels.classes), entry, place, problem, report)
 
     def load() -> list[dict[str, Any]]:
         again = read_voc(entry, Needs(), lambda problem: None)
@@ -238,23 +251,62 @@ def _register_voc(entry: Entry, needs: Needs, folder: Path, report: Report) -> N
 
     DatasetCatalog.register(entry.name, load)
     # The metric of 2012 is the area under the curve, that of 2007 its mean at eleven points.
-    MetadataCatalog.get(entry.name).set(dirname=str(place), split=split, year=2012, evaluator_type="pascal_voc")
+    MetadataCatalog.get(entry.name).set(dirname=str(folder), split=split, year=2012, evaluator_type="pascal_voc")
     if labels:
         MetadataCatalog.get(entry.name).thing_classes = labels.classes
 
 
+def _copy_of(entry: Entry, output_dir: Path) -> Path:
+    """Return where a data set's labels are made plain, if they have to be."""
+    return output_dir / "datasets" / (f"{entry.name}.json" if entry.format == "coco" else entry.name)
+
+
+def _place_problem(place: Path, entries: Sequence[Entry]) -> str:
+    """Say why a copy of labels cannot come to a place: it would meet the files of a data set; empty if it can."""
+    there = Path(os.path.realpath(place))
+    for entry in entries:
+        folder = VocFolder(entry)
+        labels = (folder.labels, entry.root / "ImageSets") if entry.format == "voc" else ()
+        pictures = entry.images if entry.format == "coco" else folder.pictures
+        for path in (*labels, pictures, entry.json, folder.split_file if labels else None):
+            if path is None:
+                continue
+            own = Path(os.path.realpath(path))
+            # Copies within a folder of annotations would be taken for further annotations.
+            if there == own or there in own.parents or (path in labels and own in there.parents):
+                return (
+                    f"the labels of a data set would be written anew to {place}, where {path} of data set "
+                    f"{entry.name!r} is: choose another OUTPUT_DIR"
+                )
+    return ""
+
+
+def _write_copy(write: Callable[[], None], entry: Entry, place: Path, problem: str, report: Report) -> None:
+    """Write a data set's labels in the main process, unless that would meet the user's files."""
+    if problem:
+        report(problem)
+    elif comm.is_main_process():
+        try:
+            write()
+        except ValueError as error:
+            report(str(error))
+        else:
+            logger.info("data set %s: %s made plain as %s", entry.name, entry.json or entry.root, place)
+
+
+def _write_coco(path: Path, content: dict[str, Any]) -> None:
+    """Write labels as COCO has them, in place of what we wrote there before."""
+    files.claim(path.parent, [files.exactly(path.name)], "OUTPUT_DIR")
+    with files.one_line(path), files.atomic_write(path) as file:
+        file.write(json.dumps(content).encode())
+
+
 def _write_voc(folder: Path, records: Sequence[dict[str, Any]], classes: Sequence[str]) -> None:
-    """Write annotations and list in VOC's own layout, in place of what was there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    (new / "ImageSets/Main").mkdir(parents=True)
-    (new / "ImageSets/Main/all.txt").write_text("".join(f"{record['image_id']}\n" for record in records))
-    for record in records:
-        path = new / "Annotations" / f"{record['image_id']}.xml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_voc_xml(record, classes))
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
+    """Write annotations and list in VOC's own layout, in place of what we wrote there before."""
+    with files.replaced_folder(folder, "OUTPUT_DIR") as new:
+        files.write_text(new, "ImageSets/Main/all.txt", "".join(f"{record['image_id']}\n" for record in records))
+        for record in records:
+            files.write_text(new, f"Annotations/{record['image_id']}.xml", _voc_xml(record, classes))
 
 
 def _voc_xml(record: dict[str, Any], classes: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ from moco_d2.detection.coco_evaluation import ExactCOCOEvaluator, SavedDetection
 from moco_d2.detection.lvis_evaluation import ExactLVISEvaluator, choose_lvis_library
 from moco_d2.detection.old_numpy import old_numpy_names
 from moco_d2.detection.voc_evaluation import VOCEvaluator
+from moco_d2.io.files import file_name
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -100,7 +101,7 @@ def describe_backend(cfg: CfgNode) -> dict[str, str]:
 
 
 def _folder(cfg: CfgNode, dataset_name: str) -> str:
-    return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+    return os.path.join(cfg.OUTPUT_DIR, "inference", file_name(dataset_name))
 
 
 def _tasks(cfg: CfgNode) -> tuple[str, ...]:

@@ -15,12 +15,13 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
-from moco_d2.config import flat, refuse_to_overwrite, use_device_there_is
+from moco_d2.config import flat, use_device_there_is
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.evaluators import evaluator_type
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 from moco_d2.nearest import did_you_mean
 from moco_d2.running.checkpoints import last_whole
+from moco_d2.running.folder import refuse_to_overwrite
 
 logger = logging.getLogger(__name__)
 

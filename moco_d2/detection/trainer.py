@@ -324,11 +324,15 @@ def describe_result(cfg: CfgNode, metrics: Mapping[str, Any], weights: WeightsRe
 
 
 def write_json(path: str, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that is whole or not there; NaN, which JSON does not know, becomes null."""
-    text = json.dumps(_plain(content), indent=2, allow_nan=False)
+    """Write a JSON file that is whole or not there; see :func:`to_json`."""
     with atomic_write(path) as file:
-        file.write(text.encode() + b"\n")
+        file.write(to_json(content))
     logger.info("wrote %s", path)
+
+
+def to_json(content: Mapping[str, Any]) -> bytes:
+    """Return content as JSON; NaN, which JSON does not know, becomes null."""
+    return json.dumps(_plain(content), indent=2, allow_nan=False).encode() + b"\n"
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from tabulate import tabulate
 import moco_d2
 from moco_d2.evaluation import curves, summary
 from moco_d2.evaluation.summary import Difference, Row, Run, Table, heading
-from moco_d2.io.files import atomic_write
+from moco_d2.io import files
 from moco_d2.model_zoo import Published
 
 COLUMNS = ("pre-train", "protocol", "test set", "AP", "AP50", "AP75", "mask AP", "iterations")
@@ -77,7 +77,8 @@ def write_report(
         The files written.
 
     Raises:
-        ValueError: a path holds no finished run, or a label is not among the runs.
+        ValueError: a path holds no finished run, a label is not among the runs, or the folder holds files of these
+            names that are no report of ours.
     """
     runs = summary.find_runs(paths)
     tables = summary.build_tables(runs)
@@ -92,8 +93,9 @@ def write_report(
         "report.csv": _csv(_cell_records(tables)),
         "runs.csv": _csv(provenance(run) for run in runs),
     }
+    files.claim(folder, list(texts), "--output")
     for name, text in texts.items():
-        with atomic_write(Path(folder) / name) as file:
+        with files.one_line(folder, "--output"), files.atomic_write(Path(folder) / name) as file:
             file.write(text.encode())
     return [Path(folder) / name for name in texts]
 

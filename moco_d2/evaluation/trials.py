@@ -8,7 +8,6 @@ else than what is asked for now is refused, so that a mean is never taken over d
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import tempfile
@@ -28,8 +27,8 @@ from moco_d2.detection.preflight import check_run, check_weights, scale_to_proce
 from moco_d2.detection.subsets import check_percent
 from moco_d2.detection.weights import check_source
 from moco_d2.evaluation.summary import BASELINES, RECORD, RESULTS, read_json
+from moco_d2.io import files, locks
 from moco_d2.io.checkpoints import facts_in, open_checkpoint
-from moco_d2.io.files import atomic_write
 from moco_d2.model_zoo import get_config, get_protocol
 from moco_d2.running.weights import local_path, refuse_stubs
 
@@ -143,6 +142,7 @@ def plan(
         _trial(protocol, base, init, seed, percent, Path(output), opts)
         for seed in sorted(set(seeds)) for percent in sorted(set(percents)) for init in inits
     ]  # fmt: skip
+    files.check_folder(output, "--output")
     if not trials or min(trial.seed for trial in trials) < 0:
         raise ValueError("--seeds must name at least one seed, 0 or above, such as 0-4 or 0,2,7")
     states = {trial.folder: state(trial) for trial in trials}
@@ -150,7 +150,7 @@ def plan(
     for trial in waiting[:1]:
         _check(trial.cfg, processes)
     for trial in {trial.init.label: trial for trial in waiting if states[trial.folder] == "new"}.values():
-        check_weights(trial.cfg)
+        check_weights(trial.cfg, resume=True)  # what an attempt without a checkpoint left is no run to keep
     return trials
 
 
@@ -163,8 +163,8 @@ def state(trial: Trial) -> str:
     folder = trial.folder
     begun, done = ((folder / name).is_file() for name in ("last_checkpoint", RESULTS))
     recorded = read_json(folder / RECORD)
-    if not recorded:
-        if begun or done:
+    if not {"weights", "config"} <= set(recorded):
+        if begun or done or (folder / RECORD).exists():
             raise ValueError(f"{folder} holds a run that run_trials did not start; choose another --output")
         return "new"
     differences = list(_differences(recorded, trial))
@@ -187,23 +187,20 @@ def locked(trial: Trial) -> Iterator[int | None]:
     Yields:
         The lock's file descriptor, to be passed on to the child; None when another process holds the folder.
     """
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(trial.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    path = files.make_folder(trial.folder, "--output") / LOCK
+    with files.one_line(path, "--output"):
+        file = locks.lock(path)
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield file
+        yield file
     finally:
-        os.close(file)  # releases the lock unless a child still has the file
+        if file is not None:
+            locks.unlock(path)
 
 
 def prepare(trial: Trial) -> None:
     """Write what a trial is, and where it runs, into its folder: ``trial.json`` and ``environment.txt``."""
     for name, text in ((RECORD, json.dumps(trial.record(), indent=1)), (ENVIRONMENT, collect_env_info())):
-        with atomic_write(trial.folder / name) as file:
+        with files.one_line(trial.folder, "--output"), files.atomic_write(trial.folder / name) as file:
             file.write(text.encode() + b"\n")
 
 
@@ -226,8 +223,8 @@ def _init(word: str, protocol: str) -> Init:
         if path:
             raise ValueError(f"--weights {word}: 'random' starts from no file; choose another label")
         return Init("random", "random")
-    if not label or label != Path(label).name or label in (".", ".."):
-        raise ValueError(f"--weights {word}: the label {label!r} cannot be a folder's name")
+    if problem := files.name_problem(label):
+        raise ValueError(f"--weights {word}: the label {label!r} cannot be a folder's name: it {problem}")
     kind = "supervised" if label == "supervised" else "moco"
     path = path or get_config(protocol, kind).MODEL.WEIGHTS
     try:

@@ -40,7 +40,7 @@ from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.preflight import check_run
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.evaluation.pictures import Scene, draw_scene, load_predictor
-from moco_d2.io.files import atomic_write
+from moco_d2.io.files import atomic_write, empty_folder
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def samples_page(cfg: CfgNode, folder: str | os.PathLike[str], count: int = 24) 
     Raises:
         ValueError: the folder is in use, or the data sets are not in order.
     """
-    folder = _new_folder(folder)
+    folder = empty_folder(folder, "--output")
     figures = []
     with tempfile.TemporaryDirectory() as scratch:
         cfg = _with_output(cfg, scratch)
@@ -118,7 +118,7 @@ def detections_page(
     Raises:
         ValueError: the folder is in use, checkpoints cannot be loaded or compared, or the test set is not in order.
     """
-    folder = _new_folder(folder)
+    folder = empty_folder(folder, "--output")
     predictors = {name: load_predictor(path, _LOWEST_SCORE, opts) for name, path in runs.items()}
     tests = {predictor.cfg.DATASETS.TEST[:1] for predictor in predictors.values()}
     if len(predictors) not in (1, 2) or len(tests) != 1 or tests == {()}:
@@ -396,13 +396,6 @@ def _write_page(folder: Path, title: str, body: str) -> Path:
             f"<!DOCTYPE html><html lang='en'><head>{head}</head><body><h1>{title}</h1>{body}</body></html>\n".encode()
         )
     return folder / "index.html"
-
-
-def _new_folder(folder: str | os.PathLike[str]) -> Path:
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty; choose a new folder for the page")
-    return folder
 
 
 def _with_output(cfg: CfgNode, folder: str) -> CfgNode:

@@ -11,6 +11,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from moco_d2.io.files import remove
+
 logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 20
@@ -58,14 +60,14 @@ def transfer(url: str, part: Path, name: str, checked: bool, attempts: int = 3, 
             raise TransferError(str(getattr(problem, "reason", None) or problem)) from problem
         logger.warning("%s: the transfer broke off at %s MB (%s)", name, megabytes(size_of(part)), problem)
         time.sleep(2**stalled - 1)
-    _validator(part).unlink(missing_ok=True)
+    remove(_validator(part))
 
 
 def _attempt(url: str, part: Path, name: str, checked: bool) -> None:
     """Fetch what is missing of a file, as far as the connection lasts."""
     validator = _validator(part)
     if not (checked or validator.exists()):  # nothing would tell a rest of another version
-        part.unlink(missing_ok=True)
+        remove(part)
     start = size_of(part)
     headers = {"User-Agent": "moco_d2", "Accept-Encoding": "identity"}
     if start:
@@ -80,7 +82,7 @@ def _attempt(url: str, part: Path, name: str, checked: bool) -> None:
                 raise
             if error.headers.get("Content-Range", "") == f"bytes */{start}":  # whole, and not renamed any more
                 return
-        part.unlink()
+        remove(part)
         return _attempt(url, part, name, checked)
     with response:
         held = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range") or "")

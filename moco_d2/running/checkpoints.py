@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
 from moco_d2.io.checkpoints import CheckpointError, open_checkpoint
-from moco_d2.io.files import atomic_write, remove_leftovers
+from moco_d2.io.files import atomic_write, remove, remove_leftovers
 from moco_d2.io.version import FileVersion
 from moco_d2.running.weights import refuse_stubs
 
@@ -238,7 +238,7 @@ class PeriodicCheckpoint(HookBase):
             mine = [path for path in _periodic(Path(self.checkpointer.save_dir)) if _iteration(path) <= step]
             for path in mine[: -self.keep]:
                 if not self.keep_every or (_iteration(path) + 1) % self.keep_every:
-                    path.unlink()
+                    remove(path)
 
     def _write(self, name: str) -> None:
         self.check()

@@ -281,7 +281,7 @@ def test_making_is_deterministic_resumes_and_refuses(images: Path, shards: Path,
     process = multiprocessing.get_context("fork").Process(target=make_two_and_die, args=(images, killed))
     process.start()
     process.join()
-    (killed / ".000002.tar.rest").write_bytes(b"what a killed process leaves of a file that it writes")
+    (killed / ".000002.tar.x1_y2z3a.partial").write_bytes(b"what a killed process leaves of a file that it writes")
     begun = {path: path.stat().st_mtime_ns for path in killed.glob("0*.tar")}
     with pytest.raises(ValueError, match=r"is half made: run tools/make_shards.py again"):
         open_source([f"{killed}/*.tar"])
@@ -424,13 +424,39 @@ def wait_for(done: Callable[[], bool]) -> None:
     raise AssertionError("waited for 30 s")
 
 
+def test_only_what_was_fetched_makes_room(server: tuple[str, type[Handler]], tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    folder.mkdir()
+    for name in ("mine.tar", "mine.npy", "film.part"):
+        (folder / name).write_bytes(b"the user's" * 1000)
+        os.utime(folder / name, (0, 0))
+    source = open_shards(f"{server[0]}/", ShardCache(folder, 1))
+    for index in (0, 6, 12):
+        source.read(index)
+    assert len(list(folder.glob("*-*.tar"))) == 1, "two made room"
+    for name in ("mine.tar", "mine.npy", "film.part"):
+        assert (folder / name).read_bytes() == b"the user's" * 1000
+
+
+def test_a_manifest_of_another_kind_is_kept(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "000000.tar").write_bytes((shards / "000000.tar").read_bytes())
+    (tmp_path / "shards.json").write_text('{"my": "notes"}')
+    with pytest.raises(ValueError, match=r"shards\.json: a file that this command did not write"):
+        packing.index(tmp_path)
+    with pytest.raises(ValueError, match="holds shards of other files"):
+        list(pack([], tmp_path, tmp_path, 6, seed=-1))
+    assert (tmp_path / "shards.json").read_text() == '{"my": "notes"}'
+
+
 def test_what_is_being_fetched_counts_as_if_it_were_there(
     server: tuple[str, type[Handler]], shards: Path, tmp_path: Path
 ) -> None:
     url, handler = server
     sizes = [path.stat().st_size for path in sorted(shards.glob("*.tar"))]
     source = open_shards(f"{url}/", ShardCache(tmp_path / "c", sum(sizes[:4]) - sizes[0] + 500))
-    (tmp_path / "c" / "vanished.5.part").symlink_to("nowhere")  # as one that is renamed when it is looked at
+    (tmp_path / "c" / "0123456789abcdef-vanished.5.part").symlink_to(
+        "nowhere"
+    )  # as one that is renamed when it is looked at
     for index in (0, 6):
         source.read(index)
     handler.gate = threading.Event()

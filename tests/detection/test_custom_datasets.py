@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from pathlib import Path
@@ -37,7 +36,8 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _catalogs():
+def _catalogs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where ./output is
     before = set(DatasetCatalog.list())
     yield
     for name in set(DatasetCatalog.list()) - before:
@@ -292,21 +292,18 @@ def test_a_dry_run_names_all_problems_even_those_of_pixels(coco, voc, tmp_path):
 
 def count_in_every_process(entry):
     """Look for problems, then count the pictures; the main process takes its time to write."""
-    write = datasets.atomic_write
+    write = datasets._write_coco
 
-    @contextlib.contextmanager
-    def slow(path):
-        with write(path) as file:
-            yield file
-            time.sleep(2)
+    def slow(*arguments):
+        time.sleep(2)
+        write(*arguments)
 
-    datasets.atomic_write = slow
+    datasets._write_coco = slow
     assert custom_problems(config(entry)) == []
     assert len(DatasetCatalog.get("parts")) == 4
 
 
-def test_processes_of_a_dry_run_wait_for_the_plain_labels(coco, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the output folder
+def test_processes_of_a_dry_run_wait_for_the_plain_labels(coco):
     launch(count_in_every_process, 2, 1, 0, "auto", coco())
 
 

@@ -1,0 +1,79 @@
+"""Locks of folders: held by a process until it ends, and freed by the system however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# Of a folder, for the command that writes into it.
+LOCK = ".moco_d2.lock"
+
+# What flock answers where the file system has no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+
+_locks: dict[str, int] = {}  # descriptors of the locks that this process holds, by path
+
+
+def lock(path: Path) -> int | None:
+    """Lock a file against other processes until this one ends, however it ends, or :func:`unlock` is called.
+
+    Processes forked from this one do not keep the lock. A child that gets the descriptor (``pass_fds``) does.
+
+    Returns:
+        The file's descriptor; None when another process, or this one, holds the lock. Where the file system has no
+        locks there is a warning instead of a lock.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(file)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return None
+            raise
+        logger.warning("%s cannot be locked (%s): see to it that no other command writes there", path, error.strerror)
+    _locks[os.path.realpath(path)] = file
+    with contextlib.suppress(OSError):  # Who holds it is worth knowing, not more.
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"{socket.gethostname()}, process {os.getpid()}".encode(), 0)
+    return file
+
+
+def holds(path: Path) -> bool:
+    """Return whether this process holds a lock."""
+    return os.path.realpath(path) in _locks
+
+
+def holder(path: Path) -> str:
+    """Return who holds a lock, in words."""
+    with contextlib.suppress(OSError):
+        return path.read_text(errors="replace") or "another process"
+    return "another process"
+
+
+def unlock(path: Path) -> None:
+    """Let go of a lock; a child that has the descriptor keeps it."""
+    file = _locks.pop(os.path.realpath(path), None)
+    if file is not None:
+        os.close(file)
+
+
+def _forget_locks() -> None:
+    """In a forked child: a data loader's worker that outlives a killed run must not keep the next one out."""
+    for file in _locks.values():
+        os.close(file)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, urlparse
 
 import torch
 
+from moco_d2.convert.choice import Choice
 from moco_d2.convert.sources import COMPANIONS
 from moco_d2.convert.trunk import as_tensor, find_places, is_tensor, unwrapped
 from moco_d2.io.checkpoints import open_checkpoint, some
@@ -126,7 +127,7 @@ def _find_weights(content: Mapping[str, Any], names: Collection[str], path: str,
             f"{command_for_weights_alone(local, content, found[0].where, found[0].prefix)}"
         )
     own = next((key for key in ("model", "blobs", "model_state") if key in content), "")
-    plain = unwrapped(places.get(own, {}), path)
+    plain = unwrapped(places.get(own, {}), path, Choice())
     return _Place(own, "", {key: name for name, key in plain.items()})
 
 
@@ -134,7 +135,7 @@ def _detectors(where: str, state: Mapping[str, Any], names: Collection[str], pat
     """Return the detectors in one mapping: those prefixes behind which are most of the names."""
     plain = {key: key for key in state}
     if sum(key in names for key in plain) < _MOST * len(names):
-        plain = {key: name for name, key in unwrapped(state, path).items()}
+        plain = {key: name for name, key in unwrapped(state, path, Choice()).items()}
     ends = ((key, name[start:]) for key, name in plain.items() for start in _starts(name) if name[start:] in names)
     counts = Counter(plain[key].removesuffix(end) for key, end in ends)
     prefixes = [prefix for prefix, count in counts.items() if count >= _MOST * len(names)]

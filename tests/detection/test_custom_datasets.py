@@ -22,9 +22,9 @@ from small_detector import COCO_FPN, SHORT, VOC_C4, small_cfg
 from moco_d2.config import load_cfg
 from moco_d2.data import list_images
 from moco_d2.detection import datasets
-from moco_d2.detection.custom_coco import record_lines
 from moco_d2.detection.datasets import LabelIndexHandler, custom_problems, load_sem_seg, register_custom, voc_colors
 from moco_d2.detection.evaluators import build_evaluator
+from moco_d2.detection.label_files import record_lines
 from moco_d2.detection.preflight import check_run
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.engine.launch import launch
@@ -208,7 +208,10 @@ COCO_PROBLEMS = {
         r":\d+: annotations\[1\] \(id 1\) has a box .* zero area",
     ),
     "no numbers": (_set("annotations", 1, bbox=[1, 2, None, 4]), r"must be \[x, y, width, height\]"),
-    "unknown class": (_set("annotations", 3, category_id=8), "class category_id 8; categories holds screw, bolt"),
+    "unknown class": (
+        _set("annotations", 3, category_id=8),
+        r"class category_id 8; categories holds 7 \(bolt\), 30 \(screw\)",
+    ),
     "duplicate image": (_set("images", 1, id="p0"), "id of another image: duplicate id"),
     "duplicate box": (_set("annotations", 1, id=0), r"annotations\[1\] \(id 0\) has the id of another.*duplicate id"),
     "orphan": (_set("annotations", 1, image_id=1), "image_id 1, which is not among the images"),

@@ -70,6 +70,9 @@ def read_categories(file: JsonFile, entry: Entry, needs: Needs, report: Report) 
     found: dict[int | str, tuple[int, Record]] = {}
     for index, record in file.records("categories"):
         plain, problem = plain_record("categories", record)
+        plain = replaced(
+            plain, **{key: None for key in ("supercategory", "keypoints", "skeleton") if not plain.get(key)}
+        )
         if not problem and not {"id", "name"} <= plain.keys():
             problem = "needs an id and a name"
         elif not problem and plain["id"] in found:
@@ -97,7 +100,8 @@ def read_categories(file: JsonFile, entry: Entry, needs: Needs, report: Report) 
     result = _numbered(records, ids, entry)
     result.notes += notes
     if not result.classes:
-        report(f"{file.path}: has no categories: write classes, the names of its classes, into the entry")
+        why = "leave_out leaves no class" if result.left_out else "has no categories: write classes into its entry"
+        report(f"{file.path}: {why}")
     for name in () if entry.classes else entry.leave_out:
         if name not in names:
             report(

@@ -77,11 +77,11 @@ def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
         for key, ids in (("image_id", new_image), ("category_id", categories.new))
         if any(own != new for own, new in ids.items())
     }
-    changed = not file.plain or not all(_same(content.get(key), file.content.get(key)) for key in _LISTS)
+    changed = not file.plain or any(
+        (key in content) != (key in file.content) or not _same(content.get(key), file.content.get(key))
+        for key in ("images", "annotations", "categories")
+    )
     return CocoLabels(content, changed, categories.classes, own_ids, list(categories.left_out), notes)
-
-
-_LISTS = ("images", "annotations", "categories")
 
 
 def _same(plain: list[Record] | None, own: Any) -> bool:
@@ -96,8 +96,10 @@ def picture_name(folder: Path, name: str) -> str | None:
 
     A name with backslashes was written on Windows.
     """
-    options = (name, name.replace("\\", "/"))
-    return next((option for option in options if os.path.isfile(os.path.join(folder, option))), None)
+    for option in (name, name.replace("\\", "/")):
+        if os.path.isfile(folder / option):
+            return option
+    return None
 
 
 def missing_picture(folder: Path, name: str) -> str:
@@ -105,7 +107,7 @@ def missing_picture(folder: Path, name: str) -> str:
     path = folder / name.replace("\\", "/")
     stem = path.parent / (path.stem if path.suffix.lower() in EXTENSIONS else path.name)
     endings = [ending for extension in EXTENSIONS for ending in (extension, extension.upper())]
-    near = [folder / path.name, *(f"{stem}{ending}" for ending in endings)]
+    near = [str(folder / path.name), *(f"{stem}{ending}" for ending in endings)]
     there = next((option for option in near if os.path.isfile(option)), None)
     hint = f"; there is {there}: set file_name or images so that they join" if there else ""
     return f"missing image {path}{hint}"
@@ -169,14 +171,16 @@ def _annotations(
     left_out: Counter[str] = Counter()
     for index, record in file.records("annotations"):
         plain, problem = plain_record("annotations", record)
-        image, category = image_ids.find(plain.get("image_id")), categories.ids.find(plain.get("category_id"))
-        if not problem and plain.get("id") in ids:
-            problem = "has the id of another annotation: duplicate id"
-        elif not problem and image is None:
-            said = shown(record.get("image_id"))
-            problem = f"belongs to image_id {said}, which is not among the images; their ids are {image_ids}"
-        elif not problem:
-            problem = categories.problem(category, record.get("category_id"))
+        image = category = None
+        if not problem:
+            image, category = image_ids.find(plain.get("image_id")), categories.ids.find(plain.get("category_id"))
+            if plain.get("id") in ids:
+                problem = "has the id of another annotation: duplicate id"
+            elif image is None:
+                said = shown(record.get("image_id"))
+                problem = f"belongs to image_id {said}, which is not among the images; their ids are {image_ids}"
+            else:
+                problem = categories.problem(category, record.get("category_id"))
         if not problem:
             ids |= {plain["id"]} if "id" in plain else set()
             if category in categories.left_out:

@@ -173,8 +173,8 @@ def replaced(record: dict[str, Any], **values: Any) -> dict[str, Any]:
 
 
 def _same(old: Any, new: Any) -> bool:
-    # Python takes True, 1 and 1.0 for equal; other programs that read the labels do not.
-    return old is not None and type(old) is type(new) and (old is new or old == new)
+    # Python takes True, 1 and 1.0 for equal, also in lists; other programs that read the labels do not.
+    return old is new is not None or (isinstance(new, (int, float, str)) and type(old) is type(new) and old == new)
 
 
 class Ids:

@@ -49,8 +49,10 @@ def plain_keypoints(
                 "such a point has visibility 0"
             )
     try:
-        whole(record.get("num_keypoints") or 0)
+        said = whole(record.get("num_keypoints") or 0)
     except ValueError:
+        said = -1
+    if said < 0:
         return record, f"has num_keypoints {shown(record['num_keypoints'])}; leave it out, and they are counted"
     count = sum(seen > 0 for seen in points[2::3])
     return replaced(record, keypoints=points, num_keypoints=count), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -156,7 +157,10 @@ class VocFolder:
             yield from self.names({*self.files, *(k + p.suffix for k, paths in self.files.items() for p in paths)})
             return
         for key, paths in self.files.items():
-            meant = [path for path in paths if path.name == self.filename(key)] or paths
+            meant = paths
+            if len(paths) > 1 and (said := self.filename(key)):
+                with contextlib.suppress(ValueError):  # it names none of them
+                    meant = [self.picture(key, said)]
             yield from ((str(path), key + path.suffix if len(paths) > 1 else key) for path in meant)
 
     def filename(self, name: str) -> str:

@@ -67,7 +67,7 @@ class Needs:
     flip: str = "none"
 
     @classmethod
-    def of(cls, cfg: CfgNode, sizes: bool, trains: bool) -> Needs:
+    def of(cls, cfg: CfgNode, sizes: bool, trains: bool = True) -> Needs:
         """Read the needs from a detector's config."""
         keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
         polygons = cfg.INPUT.MASK_FORMAT == "polygon"

@@ -179,10 +179,15 @@ def walk(folder: Path, hidden: set[Path]) -> Iterator[tuple[str, Path]]:
     """Yield (path in the folder without extension, path) of all files, sorted; ``hidden`` gets what is left out."""
     for parent, folders, names in os.walk(folder, followlinks=True):
         hidden |= {Path(parent, name) for name in (*folders, *names) if is_hidden(name)}
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        folders[:] = sorted(name for name in folders if not is_hidden(name) and not _leads_up(Path(parent, name)))
         for name in sorted(name for name in names if not is_hidden(name)):
             path = Path(parent, name)
             yield str(path.relative_to(folder).with_suffix("")), path
+
+
+def _leads_up(folder: Path) -> bool:
+    """Return whether a folder is a link to one above it, which would be walked again and again."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def read_voc(entry: Entry, needs: Needs, report: Report) -> VocLabels | None:

@@ -665,6 +665,7 @@ def test_hidden_copies_are_no_labels(voc, tmp_path, caplog):
             shutil.copytree(root / folder, root / folder / ".ipynb_checkpoints")
             (root / folder / "__MACOSX").mkdir()
         (root / "JPEGImages/._b.JPG").touch()
+        (root / "Annotations/again").symlink_to(root / "Annotations")  # leads to itself
 
     with caplog.at_level(logging.INFO):
         register_custom(config(voc(change, split=""), base=VOC_C4))

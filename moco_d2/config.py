@@ -133,14 +133,18 @@ def _add_detection(cfg: CN) -> None:
     # Which images those are: the same for every init and seed of training.
     cfg.DATASETS.FRACTION_SEED = 0
 
-    # Data sets of your own, a list of {name, format, root, json, images, split, classes}; docs/custom_data.md explains.
+    # Data sets of your own, a list of mappings with these keys; docs/custom_data.md explains.
     # DATASETS.TRAIN and TEST then use the names. Paths start at the working directory; ~ and $VARIABLES are expanded.
-    #   format   voc or coco
-    #   root     voc: holds Annotations, JPEGImages, ImageSets/Main; coco: where json and images start
-    #   json     coco: the labels (default: annotations/instances_<split>.json)
-    #   images   folder of the pictures (default: voc JPEGImages; coco <split>, or root)
-    #   split    voc: ImageSets/Main/<split>.txt or a path ending in .txt (default: all annotations)
-    #   classes  names in the order of the detector's outputs (default: read from the files)
+    #   name       what DATASETS.TRAIN and TEST call it
+    #   format     voc or coco
+    #   root       voc: holds Annotations, JPEGImages, ImageSets/Main; coco: where json and images start
+    #   json       coco: the labels (default: annotations/instances_<split>.json)
+    #   images     folder of the pictures (default: voc JPEGImages; coco <split>, or root)
+    #   split      voc: ImageSets/Main/<split>.txt or a path ending in .txt (default: all annotations)
+    #   classes    names in the order of the detector's outputs (default: read from the files)
+    #   leave_out  names of classes whose objects are left out (default: none)
+    #   mirror     coco, keypoints: pairs of names, each the other's mirror image; [] if there are none (default: left
+    #              and right are recognised in the names)
     cfg.DATASETS.CUSTOM = []
 
     # Detection: one optimizer step takes this many batches, each of IMS_PER_BATCH / ACCUMULATE images. They count as so

@@ -8,7 +8,8 @@ r"""Evaluate detections in a file: those that an evaluation saved, or anyone's i
 
 The numbers are those of the evaluation that saved the file. COCO and LVIS sets take coco_instances_results.json and
 lvis_instances_results.json, a list of objects with image_id, category_id, score, bbox and, for masks and keypoints,
-segmentation and keypoints; VOC sets take voc_instances_results.json. A config is needed for data sets of your own
+segmentation and keypoints; VOC sets take voc_instances_results.json. A record that is none of these, or of an image or
+category that the data set does not have, ends in a message that names it. A config is needed for data sets of your own
 (DATASETS.CUSTOM) and for TEST.KEYPOINT_OKS_SIGMAS.
 """
 

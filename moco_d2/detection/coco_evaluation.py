@@ -26,6 +26,8 @@ from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from moco_d2.detection.custom_masks import packed
+from moco_d2.detection.saved_detections import read_detections
 from moco_d2.io.files import atomic_write
 from moco_d2.nearest import unknown_name
 
@@ -84,6 +86,9 @@ BACKENDS = (
 )
 REFERENCE = BACKENDS[-1]
 
+# What each task compares.
+_FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
+
 # What evaluated a data set last in this process, by its name: what describe_backend() reports.
 evaluated_with: dict[str, str] = {}
 
@@ -135,25 +140,74 @@ class SavedDetections(DatasetEvaluator):
         """Return what ``evaluate`` returns for the detections that it saved to this file, or others in COCO's form.
 
         Raises:
-            ValueError: the file does not hold detections in COCO's form.
+            ValueError: the file does not hold detections of this data set in COCO's form.
         """
-        results = read_results(path)
         if not self._do_evaluation:
             raise ValueError(f"{self._name!r} has no labels: nothing to evaluate")
+        images, categories = (
+            self._own_ids("image_id", self._labels.imgs),
+            self._own_ids("category_id", self._labels.cats),
+        )
+        results = read_detections(
+            path,
+            {own: self._labels.imgs[plain] for own, plain in images.items()},
+            {own: self._labels.cats[plain]["name"] for own, plain in categories.items()},
+            self._name,
+            self._metadata.get("left_out_ids", ()),
+        )
+        for found in results:
+            found["image_id"], found["category_id"] = images[found["image_id"]], categories[found["category_id"]]
         tasks = self._tasks_from_predictions(results) if results else self._tasks or ("bbox",)
-        return self._score(results, tasks)
+        return self._score(results, [task for task in tasks if self._can_be_evaluated(task, results)])
+
+    def _own_ids(self, key: str, ids: Iterable[int]) -> dict[Any, int]:
+        """Return the ids of the user's file -> the ids of the labels as they are read, which may be numbered anew."""
+        own = self._metadata.get("own_ids", {}).get(key, {})
+        return {own.get(plain, plain): plain for plain in sorted(ids)}
+
+    def _can_be_evaluated(self, task: str, results: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether labels and detections of a file have what a task compares; a warning says if not.
+
+        Raises:
+            ValueError: their numbers of keypoints differ.
+        """
+        field, labels = _FIELDS[task], self._labels.dataset["annotations"]
+        if without := sum(not label.get(field) for label in labels):
+            logger.warning("%s: %d objects have no %s: %s is left out", self._name, without, field, task)
+            return False
+        if task == "keypoints" and results and labels:
+            counts = [len(self._kpt_oks_sigmas) or 17, len(labels[0][field]) // 3, len(results[0][field]) // 3]
+            if len({*counts}) > 1:
+                raise ValueError(
+                    f"TEST.KEYPOINT_OKS_SIGMAS is for {counts[0]} keypoints, the labels of {self._name!r} have "
+                    f"{counts[1]}, the detections {counts[2]}; they must agree"
+                )
+        return True
 
     def _eval_predictions(self, predictions: Sequence[Mapping[str, Any]], **options: Any) -> None:
         results = list(itertools.chain(*(image["instances"] for image in predictions)))
         tasks = self._tasks or self._tasks_from_predictions(results)
         to_dataset_ids(results, self._metadata.get("thing_dataset_id_to_contiguous_id"), self.first_id)
         if self._output_dir:
+            own = self._metadata.get("own_ids", {})  # the file is for other programs, too
+            saved = [found | {key: ids[found[key]] for key, ids in own.items()} for found in results]
             with atomic_write(os.path.join(self._output_dir, self.results_file)) as file:
-                file.write(json.dumps(results).encode())
+                file.write(json.dumps(saved).encode())
         if not self._do_evaluation:
-            logger.info("%s has no labels: nothing to evaluate", self._name)
+            logger.warning("%s has no labels: nothing to evaluate; the detections are saved", self._name)
             return
         self._results.update(self._score(results, tasks, **options))
+
+    def _nothing(self, task: str) -> list[dict[str, Any]]:
+        """Return a detection that meets no object: libraries do not take none at all, whose AP is 0."""
+        image, category = next(iter(self._labels.imgs.values())), min(self._labels.cats)
+        found = {"image_id": image["id"], "category_id": category, "score": 0.0, "bbox": [0.0, 0.0, 0.0, 0.0]}
+        height, width = image.get("height", 1), image.get("width", 1)
+        if task == "segm":
+            found["segmentation"] = packed({"size": [height, width], "counts": [height * width]})
+        if task == "keypoints":
+            found["keypoints"] = [0.0] * 3 * (len(self._kpt_oks_sigmas) or 17)
+        return [found]
 
     def _score(
         self, results: list[dict[str, Any]], tasks: Iterable[str], **options: Any
@@ -206,7 +260,9 @@ class ExactCOCOEvaluator(SavedDetections, COCOEvaluator):
         self, results: list[dict[str, Any]], task: str, img_ids: Sequence[int] | None = None
     ) -> dict[str, float]:
         path, evaluated = PathManager.get_local_path(self._metadata.json_file), None
-        if results:
+        labels = self._labels.dataset["annotations"]
+        if results or (labels and all(_FIELDS[task] in label for label in labels)):
+            results = results or self._nothing(task)
             options = {"kpt_oks_sigmas": self._kpt_oks_sigmas, "img_ids": img_ids}
             evaluated = evaluate_coco(self._backend, path, results, task, **options)
         classes = self._metadata.get("thing_classes")
@@ -233,34 +289,6 @@ def evaluate_coco(backend: Backend, labels: str, results: list[dict[str, Any]], 
     if table:  # some libraries print past Python
         logger.info("%s by %s:\n%s", task, backend, "\n".join(table))
     return evaluated
-
-
-def read_results(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the detections of a file in COCO's form.
-
-    Raises:
-        ValueError: it is of another form.
-    """
-    results = read_json(path)
-    keys = {"image_id", "category_id", "score"}
-    if not isinstance(results, list) or not all(isinstance(found, dict) and keys <= found.keys() for found in results):
-        raise ValueError(
-            f"{path} does not hold detections in COCO's form: a list of objects with {', '.join(sorted(keys))}"
-        )
-    return results
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        ValueError: it is no JSON.
-    """
-    with open(path) as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON file: {error}") from error
 
 
 def to_dataset_ids(results: Iterable[dict[str, Any]], contiguous: Mapping[int, int] | None, first: int = 0) -> None:

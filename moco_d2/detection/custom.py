@@ -4,6 +4,9 @@ Labels are read, checked and made plain: such as Detectron2's loaders, pycocotoo
 What a file leaves out is filled in where its meaning is certain (``iscrowd``, ``area``, ``difficult``, ids that are
 words or start at 0); all else is a problem, named by file, line and record. Problems go to ``report``, which collects
 them or raises: one path serves the run that stops at the first and ``--dry-run``, which tells all.
+
+``label_files.py`` opens the files, ``custom_fields.py`` holds the rules of their fields, ``custom_coco.py`` and
+``custom_voc.py`` read the two formats.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from moco_d2.nearest import did_you_mean
 
 Report = Callable[[str], None]
 
-_KEYS = ("name", "format", "root", "json", "images", "split", "classes")
+_KEYS = ("name", "format", "root", "json", "images", "split", "classes", "leave_out", "mirror")
 # Pixels by which a box may leave its image: tools round, and some write VOC boxes from 0 instead of 1.
 _SLACK = 1.0
 _ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height; Detectron2 applies them when it reads a picture
@@ -40,6 +43,8 @@ class Entry:
     images: Path | None
     split: str
     classes: tuple[str, ...]
+    leave_out: tuple[str, ...] = ()
+    mirror: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,23 @@ class Needs:
         polygons: masks must be polygons.
         keypoints: their number; 0 for none.
         sizes: compare every picture with the size in its labels, which opens all of them.
+        trains: the set is trained on: it must have objects.
+        flip: how pictures are mirrored in training (``INPUT.RANDOM_FLIP``).
     """
 
     masks: bool = False
     polygons: bool = False
     keypoints: int = 0
     sizes: bool = False
+    trains: bool = True
+    flip: str = "none"
 
     @classmethod
-    def of(cls, cfg: CfgNode, sizes: bool) -> Needs:
+    def of(cls, cfg: CfgNode, sizes: bool, trains: bool = True) -> Needs:
         """Read the needs from a detector's config."""
         keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
-        return cls(cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT == "polygon", keypoints, sizes)
+        polygons = cfg.INPUT.MASK_FORMAT == "polygon"
+        return cls(cfg.MODEL.MASK_ON, polygons, keypoints, sizes, trains, cfg.INPUT.RANDOM_FLIP)
 
 
 def parse_entries(items: Sequence[Any], report: Report) -> list[Entry]:
@@ -106,11 +116,34 @@ def _entry_problems(item: Any) -> Iterator[str]:
         yield "json is for format coco"
     if item.get("format") == "coco" and not any(item.get(key) for key in ("json", "split", "images")):
         yield "json is missing: the file with the labels (or give root and split)"
-    classes = item.get("classes", [])
-    if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) and name for name in classes):
-        yield f"classes is {classes!r}; it must be a list of names"
-    elif len(set(classes)) != len(classes):
-        yield f"classes names {next(c for c in classes if list(classes).count(c) > 1)!r} twice"
+    for key in ("classes", "leave_out"):
+        names = item.get(key, [])
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+            yield f"{key} is {names!r}; it must be a list of names"
+            return
+        if len({*names}) != len(names):
+            yield f"{key} names {next(c for c in names if list(names).count(c) > 1)!r} twice"
+    for name in item.get("leave_out", []):
+        if name in item.get("classes", []):
+            yield f"leave_out names {name!r}, which is one of classes"
+    yield from _mirror_problems(item)
+
+
+def _mirror_problems(item: Mapping[str, Any]) -> Iterator[str]:
+    pairs = item.get("mirror")
+    if pairs is None:
+        return
+    if item.get("format") == "voc":
+        yield "mirror is for format coco: the VOC format has no keypoints"
+    if not isinstance(pairs, (list, tuple)) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
+        for pair in pairs
+    ):
+        yield f"mirror is {pairs!r}; it must be a list of pairs of keypoints' names, [[left, right], ...]"
+        return
+    names = [name for pair in pairs for name in pair]
+    if len({*names}) != len(names):
+        yield f"mirror names {next(name for name in names if names.count(name) > 1)!r} twice"
 
 
 def _entry(item: Mapping[str, Any]) -> Entry:
@@ -125,7 +158,12 @@ def _entry(item: Mapping[str, Any]) -> Entry:
     }
     if item["format"] == "coco" and under["images"] is None:
         under["images"] = root
-    return Entry(item["name"], item["format"], root, split=split, classes=tuple(item.get("classes", ())), **under)
+    mirror = item.get("mirror")
+    return Entry(
+        item["name"], item["format"], root, split=split, **under,
+        classes=tuple(item.get("classes", ())), leave_out=tuple(item.get("leave_out", ())),
+        mirror=None if mirror is None else tuple((left, right) for left, right in mirror),
+    )  # fmt: skip
 
 
 def listed(names: Sequence[str]) -> str:
@@ -161,6 +199,10 @@ def box_problem(box: Sequence[float], width: float, height: float) -> str | None
     x0, y0, x1, y1 = box
     if x1 <= x0 or y1 <= y0:
         return "has zero area"
-    if min(x0, y0) < -_SLACK or x1 > width + _SLACK or y1 > height + _SLACK:
-        return f"lies outside the image of {width:g} x {height:g}"
-    return None
+    return f"lies outside the image of {width:g} x {height:g}" if outside(box, width, height) else None
+
+
+def outside(box: Sequence[float], width: float, height: float) -> bool:
+    """Return whether a box (x0, y0, x1, y1) leaves its image by more than a pixel."""
+    x0, y0, x1, y1 = box
+    return min(x0, y0) < -_SLACK or x1 > width + _SLACK or y1 > height + _SLACK

@@ -2,76 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pycocotools import mask as mask_api
+from moco_d2.data.listing import EXTENSIONS
+from moco_d2.detection import custom_masks
+from moco_d2.detection.coco_categories import Categories, read_categories
+from moco_d2.detection.custom import Entry, Needs, Report, box_problem, picture_size, size_problem
+from moco_d2.detection.custom_fields import Ids, known_ids, plain_record, replaced
+from moco_d2.detection.custom_keypoints import keypoint_metadata, plain_keypoints, without_keypoints
+from moco_d2.detection.label_files import JsonFile, shown
 
-from moco_d2.detection.custom import Entry, Needs, Report, box_problem, listed, picture_size, size_problem
+__all__ = ["CocoLabels", "keypoint_metadata", "picture_name", "read_coco"]
 
-
-class JsonFile:
-    """The lists of a COCO file, and messages that name a record's line, index and id."""
-
-    def __init__(self, path: Path, report: Report) -> None:
-        self.path, self._report = path, report
-        self.text = path.read_text(encoding="utf-8-sig")
-        self.content = json.loads(self.text)
-        self._lines: dict[str, list[int]] = {}
-        if not isinstance(self.content, dict):
-            report(f"{path}:1: COCO labels are an object with images, annotations and categories")
-            self.content = {}
-
-    def records(self, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield index and record of a list; what is no record is reported."""
-        records = self.content.get(key) or []
-        if not isinstance(records, list):
-            self._report(f"{self.path}: {key} must be a list")
-            return
-        for index, record in enumerate(records):
-            if isinstance(record, dict):
-                yield index, record
-            else:
-                self.problem(key, index, f"is {record!r} instead of an object")
-
-    def problem(self, key: str, index: int, what: str) -> None:
-        """Report a problem of a record."""
-        if key not in self._lines:  # only now: good files never pay for it
-            self._lines[key] = record_lines(self.text, key)
-        record = self.content[key][index]
-        said = f" (id {record.get('id')!r})" if isinstance(record, dict) else ""
-        self._report(f"{self.path}:{self._lines[key][index]}: {key}[{index}]{said} {what}")
-
-
-def record_lines(text: str, key: str) -> list[int]:
-    """Return the line on which each record of a top-level list begins, in text that is valid JSON."""
-    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,:]*")
-
-    def skip(at: int) -> int:
-        found = between.match(text, at)
-        assert found is not None
-        return found.end()
-
-    at = skip(text.index("{") + 1)
-    while text[at] != "}":
-        name, at = decode(text, at)
-        at = skip(at)
-        if name != key:
-            at = skip(decode(text, at)[1])
-            continue
-        lines, line, counted = [], 1, 0
-        at = skip(at + 1)
-        while text[at] != "]":
-            line, counted = line + text.count("\n", counted, at), at
-            lines.append(line)
-            at = skip(decode(text, at)[1])
-        return lines
-    return []
+Record = dict[str, Any]
+# A larger id loses its last digits in programs that read it as a float.
+_LARGEST_ID = 2**53
 
 
 @dataclass(frozen=True)
@@ -79,14 +29,20 @@ class CocoLabels:
     """A COCO file made plain.
 
     Attributes:
-        content: images, annotations and categories.
+        content: images, categories and, unless the file has no labels at all, annotations.
         changed: whether it differs from the file.
         classes: in the order of the detector's outputs.
+        own_ids: of ``image_id`` and ``category_id``, where they differ: plain id -> the file's own id.
+        left_out_ids: the file's ids of categories whose objects are left out.
+        notes: what was left out on purpose, and the like, for the log.
     """
 
-    content: dict[str, list[dict[str, Any]]]
+    content: dict[str, list[Record]]
     changed: bool
     classes: list[str]
+    own_ids: dict[str, dict[int, int | str]]
+    left_out_ids: list[int | str]
+    notes: list[str]
 
 
 def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
@@ -96,240 +52,193 @@ def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
     if path is None:
         report(f"data set {entry.name!r}: json is missing, the file with the labels (or give root and split)")
         return None
+    if not folder.is_dir():
+        report(f"data set {entry.name!r}: {folder} is no folder; images must be the folder of its pictures")
+        return None
     try:
         file = JsonFile(path, report)
-    except OSError as error:
-        report(f"data set {entry.name!r}: cannot read {path}: {error.strerror}")
+    except ValueError as error:
+        report(str(error))
         return None
-    except ValueError as error:  # of JSON or of its encoding
-        report(f"{path}:{getattr(error, 'lineno', 1)}: no valid JSON: {error}")
-        return None
-    categories, classes, new_category = _coco_categories(file, entry.classes)
-    images, new_image = _coco_images(file, folder, needs, report)
-    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
-    points = {c["id"]: len(c.get("keypoints", ())) for c in categories}
-    annotations = _coco_annotations(file, needs, new_category, new_image, sizes, points)
+    categories = read_categories(file, entry, needs, report)
+    images, new_image = _images(file, folder, needs)
+    annotations, left_out = _annotations(file, needs, categories, images, new_image)
+    content = {"images": images, "annotations": annotations, "categories": categories.plain}
+    notes = categories.notes + [f"{count} objects of {name} are left out" for name, count in sorted(left_out.items())]
     if not images:
         report(f"{path}: empty split: no image of it can be used")
+    elif not needs.trains and not file.content.get("annotations"):
+        del content["annotations"]  # which tells Detectron2 that there is nothing to evaluate
+        notes.append("it has no labels: detections are saved, and there is nothing to evaluate")
     elif not annotations:
         report(f"{path}: empty split: none of its {len(images)} images has a usable object")
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    changed = any(content[key] != file.content.get(key) for key in content)
-    return CocoLabels(content, changed, classes)
+    own_ids = {
+        key: {new: own for own, new in ids.items()}
+        for key, ids in (("image_id", new_image), ("category_id", categories.new))
+        if any(own != new for own, new in ids.items())
+    }
+    changed = not file.plain or any(
+        (key in content) != (key in file.content) or not _same(content.get(key), file.content.get(key))
+        for key in ("images", "annotations", "categories")
+    )
+    return CocoLabels(content, changed, categories.classes, own_ids, list(categories.left_out), notes)
 
 
-def _coco_categories(file: JsonFile, classes: Sequence[str]) -> tuple[list[dict[str, Any]], list[str], dict[Any, Any]]:
-    """Return plain categories in the order of their ids, the classes, and the file's ids -> plain ids.
+def _same(plain: list[Record] | None, own: Any) -> bool:
+    """Return whether a list holds the file's own records: a record that was changed is a new object."""
+    if plain is None or not isinstance(own, list):
+        return plain is own
+    return len(plain) == len(own) and all(a is b for a, b in zip(plain, own, strict=True))
 
-    A category that ``classes`` leaves out maps to :class:`_Left`; it is a problem once an object is of it.
+
+def picture_name(folder: Path, name: str) -> str | None:
+    """Return how a COCO file's picture is called on this disk, relative to ``images``, or None if it is not there.
+
+    A name with backslashes was written on Windows.
     """
-    found: dict[Any, dict[str, Any]] = {}
-    names: set[str] = set()
-    for index, record in file.records("categories"):
-        if not _is_id(record.get("id")) or not isinstance(record.get("name"), str):
-            file.problem("categories", index, "needs an id and a name")
-        elif record["id"] in found or record["name"] in names:
-            file.problem("categories", index, f"has the id or the name ({record['name']!r}) of another: duplicate id")
-        else:
-            found[record["id"]] = record
-            names.add(record["name"])
-    ids = sorted(found, key=lambda i: (isinstance(i, str), i))
-    if not classes:
-        classes = [found[i]["name"] for i in ids]
-    in_order = [found[i]["name"] for i in ids] == list(classes) and all(type(i) is int for i in ids)
-    if in_order:
-        return [found[i] for i in ids], list(classes), {i: i for i in ids}
-    by_name = {record["name"]: record for record in found.values()}
-    categories = [{**by_name.get(name, {}), "id": n, "name": name} for n, name in enumerate(classes, 1)]
-    number = {name: n for n, name in enumerate(classes, 1)}
-    return categories, list(classes), {i: number.get(found[i]["name"], _Left(found[i]["name"])) for i in ids}
+    for option in (name, name.replace("\\", "/")):
+        if os.path.isfile(folder / option):
+            return option
+    return None
 
 
-@dataclass(frozen=True)
-class _Left:
-    """The name of a category that ``classes`` leaves out."""
+def missing_picture(folder: Path, name: str) -> str:
+    """Return the complaint about a picture that is not there, with one of nearly its name that is."""
+    path = folder / name.replace("\\", "/")
+    stem = path.parent / (path.stem if path.suffix.lower() in EXTENSIONS else path.name)
+    endings = [ending for extension in EXTENSIONS for ending in (extension, extension.upper())]
+    near = [str(folder / path.name), *(f"{stem}{ending}" for ending in endings)]
+    there = next((option for option in near if os.path.isfile(option)), None)
+    hint = f"; there is {there}: set file_name or images so that they join" if there else ""
+    return f"missing image {path}{hint}"
 
-    name: str
 
-
-def _coco_images(
-    file: JsonFile, folder: Path, needs: Needs, report: Report
-) -> tuple[list[dict[str, Any]], dict[Any, int]]:
+def _images(file: JsonFile, folder: Path, needs: Needs) -> tuple[list[Record], dict[Any, int]]:
     """Return plain images, and the file's ids -> plain ids."""
-    found: dict[Any, dict[str, Any]] = {}
+    found: dict[Any, Record] = {}
     names: set[str] = set()
-    if not folder.is_dir():
-        report(f"{file.path}: no folder {folder} for its images")
     for index, record in file.records("images"):
-        image_id, name = record.get("id"), record.get("file_name")
-        if not _is_id(image_id) or not isinstance(name, str) or not name:
-            file.problem("images", index, "needs an id and a file_name")
-            continue
-        if image_id in found or name in names:
-            same = "id" if image_id in found else f"file_name {name}"
-            file.problem("images", index, f"has the {same} of another image: duplicate id")
-            continue
-        name = name if (folder / name).is_file() else name.replace("\\", "/")  # written on Windows
-        plain = {**record, "file_name": name}
-        problem = _coco_image_problem(plain, folder, needs)
+        plain, problem = plain_record("images", record)
+        if not problem and not {"id", "file_name"} <= plain.keys():
+            problem = "needs an id and a file_name"
+        elif not problem and plain["id"] in found:
+            problem = "has the id of another image: duplicate id"
+        elif not problem:
+            plain, problem = _image(plain, folder, needs)
+        if not problem and plain["file_name"] in names:
+            problem = f"has the file_name {plain['file_name']} of another image: duplicate id"
         if problem:
             file.problem("images", index, problem)
         else:
-            found[image_id] = plain
-            names.add(name)
-    if all(type(i) is int for i in found):
-        return list(found.values()), {i: i for i in found}
-    for number, plain in enumerate(found.values(), 1):
-        plain["id"] = number
-    return list(found.values()), {i: plain["id"] for i, plain in found.items()}
+            found[plain["id"]] = plain
+            names.add(plain["file_name"])
+    if all(type(i) is int and 0 <= i < _LARGEST_ID for i in found):
+        return list(found.values()), {own: own for own in found}
+    new = {own: number for number, own in enumerate(found, 1)}
+    return [replaced(plain, id=new[own]) for own, plain in found.items()], new
 
 
-def _coco_image_problem(record: dict[str, Any], folder: Path, needs: Needs) -> str | None:
-    """Return what is wrong with an image, or None; a size that is not given is filled in."""
-    path = folder / record["file_name"]
-    if not path.is_file():
-        near = folder / path.name
-        hint = f"; there is {near}: set file_name or images so that they join" if near.is_file() else ""
-        return f"missing image {path}{hint}"
-    said = (record.get("width"), record.get("height"))
-    if not any(said):
+def _image(record: Record, folder: Path, needs: Needs) -> tuple[Record, str | None]:
+    """Return an image with its picture's name and a size, and its problem or None."""
+    name = picture_name(folder, record["file_name"])
+    if name is None:
+        return record, missing_picture(folder, record["file_name"])
+    path, width, height = folder / name, record.get("width"), record.get("height")
+    if width is None or height is None:
         try:
-            record["width"], record["height"] = picture_size(path)
-        except OSError as error:
-            return f"{path} cannot be read as a picture: {error}"
-    elif not all(type(side) is int and side > 0 for side in said):
-        return f"has width {said[0]!r} and height {said[1]!r}; they must be positive integers"
-    elif needs.sizes:
-        return size_problem(path, (record["width"], record["height"]))
-    return None
+            found = picture_size(path)
+        except (OSError, ValueError) as error:
+            return record, f"{path} cannot be read as a picture: {error}"
+        if (width or found[0], height or found[1]) != found:
+            return record, f"has width {width} and height {height}, but {path} has {found[0]} x {found[1]}"
+        width, height = found
+    elif needs.sizes and (problem := size_problem(path, (width, height))):
+        return record, problem
+    return replaced(record, file_name=name, width=width, height=height), None
 
 
-def _coco_annotations(
-    file: JsonFile,
-    needs: Needs,
-    new_category: Mapping[Any, Any],
-    new_image: Mapping[Any, int],
-    sizes: Mapping[int, tuple[int, int]],
-    points: Mapping[int, int],
-) -> list[dict[str, Any]]:
-    """Return the plain annotations; those of images that were left out are left out, too."""
-    known = {record["id"] for _, record in file.records("images") if _is_id(record.get("id"))}
-    names = [str(c.get("name")) for _, c in file.records("categories")]
-    found, ids = [], set()
+def _annotations(
+    file: JsonFile, needs: Needs, categories: Categories, images: Iterable[Record], new_image: Mapping[Any, int]
+) -> tuple[list[Record], Counter[str]]:
+    """Return the plain annotations, and how many objects of each class in ``leave_out`` were left out.
+
+    Those of images that were a problem are left out, too.
+    """
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    image_ids = Ids(known_ids(file.values("images", "id")))
+    found: list[Record] = []
+    ids: set[int | str] = set()
+    left_out: Counter[str] = Counter()
     for index, record in file.records("annotations"):
-        number, image_id, category = (record.get(key) for key in ("id", "image_id", "category_id"))
-        new = new_category.get(category) if _is_id(category) else None
-        problem: str | None
-        if number is not None and (not _is_id(number) or number in ids):
-            problem = "has the id of another annotation: duplicate id" if _is_id(number) else "has no proper id"
-        elif not _is_id(image_id) or image_id not in known:
-            problem = f"belongs to image_id {image_id!r}, which is not among the images"
-        elif new is None:
-            problem = f"has the unknown class category_id {category!r}; categories holds {listed(names)}"
-        elif isinstance(new, _Left):
-            problem = f"has the unknown class {new.name!r}: it is not in classes"
-        elif image_id not in new_image:
-            continue  # its image was a problem already
-        else:
-            plain = {**record, "image_id": new_image[image_id], "category_id": new}
-            problem = _coco_object_problem(plain, sizes[plain["image_id"]], needs, points.get(new, 0))
-            if not problem:
-                found.append(plain)
-        ids.add(number if _is_id(number) else None)
+        plain, problem = plain_record("annotations", record)
+        image = category = None
+        if not problem:
+            image, category = image_ids.find(plain.get("image_id")), categories.ids.find(plain.get("category_id"))
+            if plain.get("id") in ids:
+                problem = "has the id of another annotation: duplicate id"
+            elif image is None:
+                said = shown(record.get("image_id"))
+                problem = f"belongs to image_id {said}, which is not among the images; their ids are {image_ids}"
+            else:
+                problem = categories.problem(category, record.get("category_id"))
+        if not problem:
+            ids |= {plain["id"]} if "id" in plain else set()
+            if category in categories.left_out:
+                left_out[categories.left_out[category]] += 1
+            elif image in new_image:  # or else it was a problem already
+                new = {"image_id": new_image[image], "category_id": categories.new[category]}
+                names = categories.keypoints[new["category_id"]]
+                plain, problem = _object(replaced(plain, **new), sizes[new["image_id"]], needs, names)
+                found += [] if problem else [plain]
         if problem:
             file.problem("annotations", index, problem)
     # pycocotools takes an id of 0 for "not matched".
-    if not all(type(a.get("id")) is int and a["id"] > 0 for a in found):
-        for number, plain in enumerate(found, 1):
-            plain["id"] = number
-    return found
+    if not all(type(a.get("id")) is int and 0 < a["id"] < _LARGEST_ID for a in found):
+        found = [replaced(plain, id=number) for number, plain in enumerate(found, 1)]
+    return found, left_out
 
 
-def _coco_object_problem(record: dict[str, Any], size: tuple[int, int], needs: Needs, points: int) -> str | None:
-    """Return what is wrong with an object, or None; fields with a certain meaning that it lacks are filled in."""
-    box = record.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-        return f"has bbox {box!r}; it must be [x, y, width, height]"
-    x, y, width, height = box
+def _object(record: Record, size: tuple[int, int], needs: Needs, names: Iterable[str]) -> tuple[Record, str | None]:
+    """Return an object whose missing fields of certain meaning are filled in, and its problem or None."""
+    if "bbox" not in record:
+        return record, f"has bbox {record.get('bbox')!r}; it must be [x, y, width, height], four numbers"
+    x, y, width, height = record["bbox"]
     problem = box_problem((x, y, x + width, y + height), *size)
     if problem:
-        return f"has a box {box} that {problem}"
+        return record, f"has a box {record['bbox']} that {problem}"
     if record.get("ignore"):
-        return "has ignore set, which Detectron2 does not support; mark regions to ignore with iscrowd"
-    record.setdefault("iscrowd", 0)
-    problem = _mask_problem(record, size, needs)
+        return record, "has ignore set, which Detectron2 does not support; mark regions to ignore with iscrowd"
+    record = replaced(record, ignore=None, iscrowd=record.get("iscrowd", 0))
+    record, problem = _with_mask(record, size, needs)
     if problem:
-        return problem
+        return record, problem
     if "area" not in record:
-        record["area"] = _area(record, size)
+        mask = record.get("segmentation")
+        record = replaced(record, area=custom_masks.area(mask, size) if mask else float(width * height))
+    elif record["area"] > (size[0] + 2) * (size[1] + 2):
+        pixels = f"{size[0]} x {size[1]}"
+        return record, f"has area {record['area']}, and its image {pixels} pixels; leave it out, and it is computed"
     if needs.keypoints:
-        return _keypoint_problem(record, needs.keypoints, points)
-    return None
+        return plain_keypoints(record, size, needs.keypoints, tuple(names))
+    return without_keypoints(record), None
 
 
-def _mask_problem(record: dict[str, Any], size: tuple[int, int], needs: Needs) -> str | None:
-    mask = record.get("segmentation")
-    problem = None
-    if not mask:
-        problem = "has no segmentation, which MODEL.MASK_ON needs"
-    elif isinstance(mask, dict):
-        if list(mask.get("size", ())) != [size[1], size[0]] or not isinstance(mask.get("counts"), (list, str)):
-            problem = f"has a run-length mask of size {mask.get('size')!r}; it must be [height, width] of the image"
-        elif needs.polygons and not record["iscrowd"]:
-            problem = "has a run-length mask: set INPUT.MASK_FORMAT bitmask"
-    elif not isinstance(mask, list) or not all(isinstance(p, list) and all(map(_is_number, p)) for p in mask):
-        problem = "has a segmentation that is neither a list of polygons [[x, y, x, y, ...], ...] nor a run-length mask"
-    elif not all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask):
-        problem = "has a polygon without three (x, y) points"
-    if problem and needs.masks and not (record["iscrowd"] and not mask):
-        return problem
-    if problem and not needs.masks and mask and "MASK_FORMAT" not in problem:
-        del record["segmentation"]  # Detectron2 would leave out the box with the mask
-    return None
-
-
-def _area(record: Mapping[str, Any], size: tuple[int, int]) -> float:
+def _with_mask(record: Record, size: tuple[int, int], needs: Needs) -> tuple[Record, str | None]:
+    """Return an object with a plain mask or, where none is needed, without one that Detectron2 could not read."""
     mask = record.get("segmentation")
     if not mask:
-        return float(record["bbox"][2] * record["bbox"][3])
-    if isinstance(mask, dict) and isinstance(mask["counts"], str):
-        return float(mask_api.area(mask))
-    codes = mask_api.frPyObjects(mask, size[1], size[0])
-    return float(mask_api.area(mask_api.merge(codes) if isinstance(codes, list) else codes))
-
-
-def _keypoint_problem(record: dict[str, Any], wanted: int, named: int) -> str | None:
-    if named != wanted:
-        return f"has a category of {named} keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {wanted}"
-    points = record.setdefault("keypoints", [0] * 3 * wanted)
-    if not isinstance(points, list) or len(points) != 3 * wanted or not all(map(_is_number, points)):
-        return f"must have {wanted} keypoints of three numbers (x, y, visibility)"
-    record.setdefault("num_keypoints", sum(seen > 0 for seen in points[2::3]))
-    return None
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, (int, float, str)) and value == value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def keypoint_metadata(categories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return Detectron2's metadata on keypoints, from the names and skeleton of the first category that has them.
-
-    A point whose name says left is the mirror image of the one that says right.
-    """
-    category = next((c for c in categories if c.get("keypoints")), None)
-    if category is None:
-        return {}
-    names = list(category["keypoints"])
-    swap = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
-    mirrored = [(a, a.replace(old, new)) for a in names for old, new in swap.items() if old in a]
-    bones = [(a - 1, b - 1) for a, b in category.get("skeleton") or () if 0 < min(a, b) <= max(a, b) <= len(names)]
-    return {
-        "keypoint_names": names,
-        "keypoint_flip_map": [pair for pair in mirrored if pair[1] in names],
-        "keypoint_connection_rules": [(names[a], names[b], (255, 128, 0)) for a, b in bones],
-    }
+        if not needs.masks:
+            return replaced(record, segmentation=None) if "segmentation" in record and mask is None else record, None
+        if not record["iscrowd"]:
+            return record, "has no segmentation, which MODEL.MASK_ON needs"
+        # Of a crowd nobody learns the mask, but the evaluation asks for its pixels.
+        x, y, width, height = record["bbox"]
+        return replaced(record, segmentation=[[x, y, x + width, y, x + width, y + height, x, y + height]]), None
+    if isinstance(mask, dict) and needs.masks and needs.polygons and not record["iscrowd"]:
+        return record, "has a run-length mask: set INPUT.MASK_FORMAT bitmask"
+    try:
+        plain = (custom_masks.run_lengths if isinstance(mask, dict) else custom_masks.polygons)(mask, size)
+    except ValueError as error:
+        # Detectron2 would leave out the box with the mask.
+        return (record, f"has {error}") if needs.masks else (replaced(record, segmentation=None), None)
+    return replaced(record, segmentation=plain), None

@@ -22,8 +22,10 @@ from PIL import Image
 
 from moco_d2.data.listing import EXTENSIONS
 from moco_d2.detection.custom import Entry, Needs, Report, parse_entries
-from moco_d2.detection.custom_coco import JsonFile, keypoint_metadata, read_coco
+from moco_d2.detection.custom_coco import keypoint_metadata, missing_picture, picture_name, read_coco
+from moco_d2.detection.custom_fields import text
 from moco_d2.detection.custom_voc import VocFolder, read_voc, walk
+from moco_d2.detection.label_files import JsonFile, shown
 from moco_d2.io import files
 
 logger = logging.getLogger(__name__)
@@ -214,10 +216,10 @@ def _register_all(
         MetadataCatalog.get(entry.name).set(custom=True, list_pictures=lambda entry=entry: list_pictures(entry))
         if not labels or entry.name not in used:
             DatasetCatalog.register(entry.name, lambda entry=entry: [{"file_name": f} for f in list_pictures(entry)])
-        elif entry.format == "coco":
-            _register_coco(entry, Needs.of(cfg, sizes), report, place, _place_problem(place, entries))
-        else:
-            _register_voc(entry, Needs.of(cfg, sizes), report, place, _place_problem(place, entries))
+            continue
+        needs = Needs.of(cfg, sizes, train and entry.name in cfg.DATASETS.TRAIN)
+        register = _register_coco if entry.format == "coco" else _register_voc
+        register(entry, needs, report, place, _place_problem(place, entries))
     comm.synchronize()  # no process reads what the first one writes before it is there
 
 
@@ -227,15 +229,35 @@ def _register_coco(entry: Entry, needs: Needs, report: Report, place: Path, prob
     if labels and labels.changed:
         path = str(place)
         _write_copy(lambda: _write_coco(place, labels.content), entry, place, problem, report)
-    DatasetCatalog.register(entry.name, lambda: load_coco_json(path, images, entry.name))
+
+    def load() -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = load_coco_json(path, images, entry.name)
+        labelled = labels is None or "annotations" in labels.content
+        return records if labelled else [_without(record, "annotations") for record in records]
+
+    DatasetCatalog.register(entry.name, load)
     MetadataCatalog.get(entry.name).set(json_file=path, image_root=images, evaluator_type="coco")
     if labels:
+        _tell(entry, labels.notes)
         categories = labels.content["categories"]
         MetadataCatalog.get(entry.name).set(
             thing_classes=labels.classes,
             thing_dataset_id_to_contiguous_id={c["id"]: index for index, c in enumerate(categories)},
-            **keypoint_metadata(categories),
+            own_ids=labels.own_ids,
+            left_out_ids=labels.left_out_ids,
+            **keypoint_metadata(categories, entry.mirror),
         )
+
+
+def _without(record: dict[str, Any], field: str) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != field}
+
+
+def _tell(entry: Entry, notes: Sequence[str]) -> None:
+    """Write into the log what was done with a data set's labels."""
+    if comm.is_main_process():
+        for note in notes:
+            logger.info("data set %s: %s", entry.name, note)
 
 
 def _register_voc(entry: Entry, needs: Needs, report: Report, place: Path, problem: str) -> None:
@@ -246,14 +268,15 @@ def _register_voc(entry: Entry, needs: Needs, report: Report, place: Path, probl
         _write_copy(lambda: _write_voc(place, labels.records, labels.classes), entry, place, problem, report)
 
     def load() -> list[dict[str, Any]]:
-        again = read_voc(entry, Needs(), lambda problem: None)
+        again = read_voc(entry, Needs(trains=needs.trains), lambda problem: None)
         return again.records if again else []
 
     DatasetCatalog.register(entry.name, load)
     # The metric of 2012 is the area under the curve, that of 2007 its mean at eleven points.
     MetadataCatalog.get(entry.name).set(dirname=str(folder), split=split, year=2012, evaluator_type="pascal_voc")
     if labels:
-        MetadataCatalog.get(entry.name).thing_classes = labels.classes
+        _tell(entry, labels.notes)
+        MetadataCatalog.get(entry.name).set(thing_classes=labels.classes, labelled=labels.labelled)
 
 
 def _copy_of(entry: Entry, output_dir: Path) -> Path:
@@ -328,26 +351,47 @@ def list_pictures(entry: Entry) -> list[str]:
     Raises:
         ValueError: nothing to list, or a picture is missing.
     """
-    if entry.format == "coco" and entry.json is not None and entry.json.is_file():
+    if entry.format == "coco":
         assert entry.images is not None
-        file = JsonFile(entry.json, _raise)
-        return [_existing(entry.images / r["file_name"], str(entry.json)) for _, r in file.records("images")]
+        if entry.json is None or not entry.json.exists():
+            return [str(path) for _, path in walk(_folder(entry, entry.images), set()) if _is_picture(path)]
+        return _coco_pictures(JsonFile(entry.json, _raise), _folder(entry, entry.images))
     folder = VocFolder(entry)
-    pictures = entry.images if entry.format == "coco" else folder.pictures
-    assert pictures is not None
-    if entry.format == "coco" or folder.split_file is None:
-        return [str(path) for _, path in walk(pictures) if path.suffix.lower() in EXTENSIONS]
-    if not folder.split_file.is_file():
+    _folder(entry, folder.pictures)
+    if folder.split_file is not None and not folder.split_file.is_file():
         raise ValueError(f"data set {entry.name!r}: {folder.split_file} is not there")
-    return [
-        str(folder.files.get(name) or _existing(pictures / name, where)) for where, name in folder.names(folder.files)
-    ]
+    pictures = []
+    for where, name in folder.unlabelled():
+        try:
+            pictures.append(str(folder.picture(name, folder.filename(name))))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return pictures
 
 
-def _existing(path: Path, where: str) -> str:
-    if not path.is_file():
-        raise ValueError(f"{where}: missing image {path}")
-    return str(path)
+def _coco_pictures(file: JsonFile, folder: Path) -> list[str]:
+    pictures = []
+    for index, record in file.records("images"):
+        try:
+            said = text(record.get("file_name"))
+        except ValueError:
+            file.problem("images", index, f"has file_name {shown(record.get('file_name'))}; it must be text")
+            continue
+        name = picture_name(folder, said)
+        if name is None:
+            file.problem("images", index, missing_picture(folder, said))
+        pictures.append(str(folder / str(name)))
+    return pictures
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS
+
+
+def _folder(entry: Entry, path: Path) -> Path:
+    if not path.is_dir():
+        raise ValueError(f"data set {entry.name!r}: {path} is no folder; it must be the folder of its pictures")
+    return path
 
 
 def _raise(problem: str) -> None:

@@ -128,8 +128,9 @@ class ExactLVISEvaluator(SavedDetections, LVISEvaluator):
         self._begin(dataset_name, choose_lvis_library(backend), self._lvis_api, _labels_problem)
 
     def _score_task(self, results: list[dict[str, Any]], task: str) -> dict[str, float]:
-        if not results:
+        if not self._lvis_api.dataset["annotations"]:
             return dict.fromkeys(METRICS, float("nan"))
+        results = results or self._nothing(task)
         limit = MAX_DETECTIONS if self._max_dets_per_image is None else self._max_dets_per_image
         found = self._backend.evaluate(
             self._lvis_api, _without_boxes(results) if task == "segm" else results, task, limit

@@ -25,7 +25,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 
-from moco_d2.detection.coco_evaluation import read_json
+from moco_d2.detection.saved_detections import read_voc_detections
 from moco_d2.io.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class VOCEvaluator(DatasetEvaluator):
             raise ValueError(
                 f"the metadata of {dataset_name!r} say year {self._meta.year!r}; it must be 2007 (11-point AP) or 2012"
             )
+        self._labelled = self._meta.get("labelled", True)
         self.aps: Array | None = None
         self.reset()
 
@@ -97,18 +98,21 @@ class VOCEvaluator(DatasetEvaluator):
             }
             with atomic_write(os.path.join(self._output_dir, RESULTS_FILE)) as file:
                 file.write(json.dumps(content).encode())
+        if not self._labelled:
+            logger.warning("%s has no labels: nothing to evaluate; the detections are saved", self._name)
+            return {}
         return self._score(detections)
 
     def evaluate_file(self, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
         """Return what :meth:`evaluate` returned when it saved this file.
 
         Raises:
-            ValueError: the file does not hold what :meth:`evaluate` saves, or is of other classes.
+            ValueError: the file does not hold what :meth:`evaluate` saves, or is of another data set.
         """
-        content = read_json(path)
-        classes = list(self._meta.thing_classes)
-        if not isinstance(content, dict) or list(content) != classes:
-            raise ValueError(f"{path} is no {RESULTS_FILE} for {self._name!r}: its keys must be the classes {classes}")
+        if not self._labelled:
+            raise ValueError(f"{self._name!r} has no labels: nothing to evaluate")
+        images = _image_names(self._meta.dirname, self._meta.split)
+        content = read_voc_detections(path, self._meta.thing_classes, set(images))
         detections = {
             name: ([row[0] for row in rows], np.array([row[1:] for row in rows], float).reshape(-1, 5))
             for name, rows in content.items()
@@ -175,8 +179,7 @@ class _Objects:
 
 def _read_objects(dirname: str, split: str, classes: Sequence[str]) -> dict[str, _Objects]:
     """Read the labels of a split. They are read at each evaluation, so that an edited file counts."""
-    with PathManager.open(os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")) as file:
-        lines = [line.strip() for line in file if line.strip()]
+    lines = _image_names(dirname, split)
     folder = PathManager.get_local_path(os.path.join(dirname, "Annotations/"))
     place = {name: index for index, name in enumerate(dict.fromkeys(lines))}
     repeats = np.zeros(len(place), int)
@@ -196,6 +199,11 @@ def _read_objects(dirname: str, split: str, classes: Sequence[str]) -> dict[str,
         positives = int(repeats[images[~difficult]].sum())
         objects[kind] = _Objects(place, starts, table[:, 2:], difficult, positives)
     return objects
+
+
+def _image_names(dirname: str, split: str) -> list[str]:
+    with PathManager.open(os.path.join(dirname, "ImageSets", "Main", f"{split}.txt")) as file:
+        return [line.strip() for line in file if line.strip()]
 
 
 def _class_aps(detections: Detections, objects: _Objects, eleven_points: bool) -> list[float]:

@@ -28,6 +28,7 @@ from pycocotools.cocoeval import COCOeval
 
 from moco_d2.config import load_cfg
 from moco_d2.detection import coco_evaluation as ours
+from moco_d2.detection.custom_masks import unpacked
 from moco_d2.detection.evaluators import build_evaluator, describe_backend, evaluate_file, evaluator_type
 from moco_d2.detection.lvis_evaluation import METRICS, ExactLVISEvaluator
 from moco_d2.detection.voc_evaluation import THRESHOLDS, VOCEvaluator, _rounded
@@ -193,20 +194,27 @@ def spoil(labels, how):
         labels["categories"].append(labels["categories"][0])
 
 
+def evaluated(evaluator, found):
+    """Evaluate what a detector found, which is not checked as a file is: after days of training figures count."""
+    evaluator._results = {}
+    evaluator._eval_predictions([{"instances": copy.deepcopy(found)}])
+    return evaluator._results
+
+
 @pytest.mark.parametrize("how", ["id 0", "ids twice", "area not finite", "category twice", "detection not finite"])
 def test_where_backends_might_differ_pycocotools_evaluates_and_the_log_says_so(how, tmp_path, registered, caplog):
     labels, found = coco_case(3)
     spoil(labels, how)
     if how == "detection not finite":
         found[0]["bbox"] = [float("nan")] * 4
-    path, saved = written(labels, tmp_path / "labels.json"), written(found, tmp_path / "found.json")
+    path = written(labels, tmp_path / "labels.json")
     name = registered(json_file=path, evaluator_type="coco")
-    expected = by_pycocotools(path, found, "bbox").stats[:3] * 100
+    expected = by_pycocotools(path, copy.deepcopy(found), "bbox").stats[:3] * 100
     for backend in ("auto", "hotcoco"):  # also one that was named: the error would come after the training
         caplog.clear()
         ours.evaluated_with.clear()
         with caplog.at_level(logging.WARNING):
-            got = ours.ExactCOCOEvaluator(name, backend).evaluate_file(saved)["bbox"]
+            got = evaluated(ours.ExactCOCOEvaluator(name, backend), found)["bbox"]
         assert [got["AP"], got["AP50"], got["AP75"]] == expected.tolist()
         assert f"pycocotools {version('pycocotools')} evaluates instead of hotcoco" in caplog.text
         assert ours.evaluated_with[name].startswith("pycocotools ")
@@ -229,10 +237,9 @@ def test_what_no_library_can_read_is_an_error(tmp_path, registered, caplog):
     # A polygon of two points: each library has its own opinion, and hotcoco's is an error for a mask of another size.
     labels, found = coco_case(3, "segm")
     found[0]["segmentation"] = {"size": [HEIGHT, WIDTH], "counts": 7}
-    saved = written(found, tmp_path / "found.json")
     name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
     with pytest.raises((TypeError, ValueError, AttributeError)), caplog.at_level(logging.WARNING):
-        ours.ExactCOCOEvaluator(name).evaluate_file(saved)
+        evaluated(ours.ExactCOCOEvaluator(name), found)
     assert caplog.text.count(f"hotcoco {version('hotcoco')} failed") == 1
 
 
@@ -281,7 +288,33 @@ def test_a_detector_that_finds_nothing_keeps_its_columns(tmp_path, registered):
     cfg = load_cfg("", ["OUTPUT_DIR", str(tmp_path), "MODEL.KEYPOINT_ON", "True"])
     result = evaluate_file(cfg, name, written([], tmp_path / "found.json"))
     assert set(result) == {"bbox", "keypoints"}
-    assert all(np.isnan(value) for scores in result.values() for value in scores.values())
+    for scores in result.values():
+        assert (scores["AP"], scores["AP50"]) == (0, 0)
+
+
+@pytest.mark.parametrize("backend", [backend.name for backend in ours.BACKENDS if backend.installed])
+def test_the_ap_of_no_detection_is_zero_where_there_are_objects(backend, tmp_path, registered):
+    labels, _ = coco_case(3, "segm")
+    labels["categories"].append({"id": 99, "name": "absent"})
+    for label in labels["annotations"]:
+        label["area"], label["iscrowd"] = 5000.0, 0  # of the middle size
+    name = registered(
+        json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco",
+        thing_classes=[category["name"] for category in labels["categories"]],
+    )  # fmt: skip
+    for scores in evaluated(ours.ExactCOCOEvaluator(name, backend, tasks=("bbox", "segm")), []).values():
+        zero = {key for key, value in scores.items() if value == 0}
+        assert zero == {"AP", "AP50", "AP75", "APm", *(f"AP-{c['name']}" for c in labels["categories"][:-1])}
+        assert all(np.isnan(value) for key, value in scores.items() if key not in zero)
+
+
+def test_the_lvis_ap_of_no_detection_is_zero_by_both_libraries(tmp_path, registered):
+    labels, _ = lvis_case(3, "segm")
+    name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="lvis")
+    saved = written([], tmp_path / "found.json")
+    for backend in ("hotcoco", "pycocotools"):
+        scores = ExactLVISEvaluator(name, backend, tasks=("bbox", "segm")).evaluate_file(saved)
+        assert all(values["AP"] == values["AP50"] == 0 for values in scores.values()), scores
 
 
 def test_the_sigmas_of_keypoints_are_the_configs(tmp_path, registered):
@@ -310,6 +343,98 @@ def test_mistakes_in_files_and_keys_are_named(tmp_path, registered):
         evaluator_type(name, cfg)
     with pytest.raises(ValueError, match=r"lack dirname, split, year, thing_classes"):
         build_evaluator(cfg, registered(evaluator_type="pascal_voc"))
+
+
+HUGE = 10**400
+WRONG_DETECTIONS = {
+    "no category": ({"category_id": 999}, r"id 999, which is no category of .*; they are 15 \(class15\), "),
+    "a fraction": ({"category_id": 15.5}, "has category_id 15.5; it must be one of the data set's ids"),
+    "a flag": ({"image_id": True}, "has image_id True; it must be one"),
+    "no image": ({"image_id": "elsewhere"}, "image 'elsewhere', which is not in 'test_evaluators_0'; its ids are 85"),
+    "no score": ({"score": None}, "has no score"),
+    "text": ({"score": "0.9"}, "has score '0.9'; it must be a finite number"),
+    "nan": ({"score": float("nan")}, "has score nan"),
+    "huge": ({"score": HUGE}, "has score 1000.* ...; it must be a finite number"),
+    "no box": ({"bbox": None}, "has no bbox, which others have"),
+    "three": ({"bbox": [1, 2, 3]}, r"has bbox \[1, 2, 3\]; it must be a list of 4 finite numbers"),
+    "not finite": ({"bbox": [1, 2, float("inf"), 4]}, "4 finite numbers"),
+    "negative": ({"bbox": [9, 9, -3, 4]}, "width and height must not be negative"),
+    "polygon": ({"segmentation": [[1, 1, 5, 1, 5, 5]]}, "it must be a run-length mask with size and counts"),
+    "no mask": ({"segmentation": None}, "has no segmentation, which others have"),
+    "too long": ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [10, 10**6]}}, "mask of 1000010 pixels"),
+    "cut short": ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "PP"}}, "neither whole numbers nor"),
+    "another size": ({"segmentation": {"size": [9, 9], "counts": [81]}}, r"must be \[150, 200\], the image's"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG_DETECTIONS)
+def test_a_detection_that_is_none_is_named(kind, tmp_path, registered):
+    labels, found = coco_case(3, "segm")
+    change, message = WRONG_DETECTIONS[kind]
+    found[2] |= change
+    path = tmp_path / "found.json"
+    name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
+    cfg = load_cfg("", ["OUTPUT_DIR", str(tmp_path)])
+    with pytest.raises(ValueError, match=rf"found\.json: record 2 .*{message}") as caught:
+        evaluate_file(cfg, name, written(found, path))
+    assert "\n" not in str(caught.value)
+
+
+def test_class_indices_in_place_of_category_ids_are_recognised(tmp_path, registered):
+    labels, found = coco_case(3)
+    ids = [category["id"] for category in labels["categories"]]
+    for detection in found:
+        detection["category_id"] = ids.index(detection["category_id"])
+    name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
+    remedy = rf"as the numbers of classes do: write the data set's ids .*, 15 \(class15\) for 0 .*\({len(found)} of "
+    with pytest.raises(ValueError, match=remedy):
+        evaluate_file(load_cfg("", ["OUTPUT_DIR", str(tmp_path)]), name, written(found, tmp_path / "found.json"))
+
+
+def test_detections_in_other_spellings_give_the_same_numbers(tmp_path, registered):
+    labels, found = coco_case(3, "segm")
+    name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
+    cfg = load_cfg("", ["OUTPUT_DIR", str(tmp_path)])
+    expected = evaluate_file(cfg, name, written(found, tmp_path / "found.json"))
+    for detection in found:  # ids as text, counts as numbers, scores of another scale
+        detection["image_id"] = str(detection["image_id"])
+        counts = unpacked(detection["segmentation"]["counts"]).tolist()
+        detection["segmentation"] = {**detection["segmentation"], "counts": counts}
+        detection["score"] *= 100
+    (tmp_path / "found.json").write_text("\ufeff" + json.dumps(found))
+    assert repr(evaluate_file(cfg, name, tmp_path / "found.json")) == repr(expected)
+
+
+def test_what_labels_lack_is_left_out_of_the_comparison(tmp_path, registered, caplog):
+    labels, found = coco_case(3, "segm")
+    boxes = written([{k: v for k, v in one.items() if k != "segmentation"} for one in found], tmp_path / "boxes.json")
+    for label in labels["annotations"]:
+        del label["segmentation"]
+    name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
+    cfg = load_cfg("", ["OUTPUT_DIR", str(tmp_path)])
+    both = evaluate_file(cfg, name, written(found, tmp_path / "found.json"))
+    assert f"{len(labels['annotations'])} objects have no segmentation: segm is left out" in caplog.text
+    assert repr(both) == repr(evaluate_file(cfg, name, boxes))
+
+
+def test_numbers_of_keypoints_must_agree(tmp_path, registered):
+    labels, found = coco_case(3, "keypoints")
+    name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
+    cfg = load_cfg("", ["OUTPUT_DIR", str(tmp_path), "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1]"])
+    with pytest.raises(ValueError, match=r"is for 2 keypoints, the labels of .* have 17, the detections 17"):
+        evaluate_file(cfg, name, written(found, tmp_path / "found.json"))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[{", r"found.json:1: no valid JSON: .*column 3"), ("[" * 10**5, "too many levels of brackets"),
+    ("7", "not hold detections in COCO's form"), ("[7]", "not hold detections in COCO's form"),
+])  # fmt: skip
+def test_files_that_hold_no_detections_are_named(text, message, tmp_path, registered):
+    labels, _ = coco_case(3)
+    (tmp_path / "found.json").write_text(text)
+    name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
+    with pytest.raises(ValueError, match=message):
+        evaluate_file(load_cfg("", ["OUTPUT_DIR", str(tmp_path)]), name, tmp_path / "found.json")
 
 
 # LVIS.
@@ -514,8 +639,22 @@ def test_voc_labels_and_detections_that_do_not_fit_are_named(tmp_path, registere
     process(evaluator, [("elsewhere", found[0][1])])
     with pytest.raises(ValueError, match="image 'elsewhere', which is not in the test set"):
         evaluator.evaluate()
-    with pytest.raises(ValueError, match="its keys must be the classes"):
-        evaluator.evaluate_file(written({"dog": []}, tmp_path / "found.json"))
+    rows = {name: [] for name in CLASSES}
+    for content, message in (
+        ({"dog": []}, "its keys must be the classes a, b, c, d"),
+        ([], "its keys must be the classes"),
+        (rows | {"b": [["000000", 0.5, 1, 2, 3]]}, r"row 0 of 'b' is \['000000', 0.5, 1, 2, 3\]; it must be \[image"),
+        (rows | {"b": [["000000", "0.5", 1, 2, 3, 4]]}, "row 0 of 'b' is .*must be finite numbers"),
+        (rows | {"c": [["000000", 0.5, 1, 2, float("nan"), 4]]}, "row 0 of 'c' is .*must be finite numbers"),
+        (
+            rows | {"d": [["elsewhere", 0.5, 1, 2, 3, 4]]},
+            "row 0 of 'd' is of image 'elsewhere', which is not",
+        ),
+        (rows | {"d": 7}, "row 0 of 'd' is 7; it must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluator.evaluate_file(written(content, tmp_path / "found.json"))
+    assert evaluator.evaluate_file(written(rows, tmp_path / "found.json"))["bbox"]["AP"] == 0
 
 
 def voc_in_two_processes(folder):

@@ -1,0 +1,230 @@
+"""Label files as text: JSON, XML and lists in any encoding, and the line on which a record stands.
+
+Every label file is opened here. What cannot be read is a ``ValueError`` that names the file and the remedy.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+from xml.parsers import expat
+
+# Longer marks first: UTF-32's begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
+)  # fmt: skip
+# Programs name the smaller set of characters and write the larger one.
+_WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"}
+_DECLARED = re.compile(rb"""\A\s*<\?xml[^>]*?\bencoding\s*=\s*["']([^"']*)["']""")
+
+
+class Text(NamedTuple):
+    """The text of a file.
+
+    Attributes:
+        text: without a byte order mark.
+        plain: whether it is UTF-8 without a mark, which every program reads.
+    """
+
+    text: str
+    plain: bool
+
+
+def read_text(path: Path, declared: str = "") -> Text:
+    """Read a file by its byte order mark, by its zero bytes (UTF-16), by a declared encoding, or else as UTF-8.
+
+    Raises:
+        ValueError: it cannot be read, or is of another encoding.
+    """
+    return _decode(path, _read(path), declared)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _decode(path: Path, data: bytes, declared: str) -> Text:
+    mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", ""))
+    if not encoding and b"\0" in data[:2]:  # UTF-16 begins with a character of ASCII, one of whose bytes is zero
+        encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+    try:
+        encoding = encoding or _python_name(declared)
+        text = _text_of(data[len(mark) :], encoding)
+    except LookupError:
+        raise ValueError(
+            f"{path}:1: declares the encoding {declared!r}, which Python does not know: save the file as UTF-8"
+        ) from None
+    except UnicodeError as error:
+        line = data.count(b"\n", 0, getattr(error, "start", 0)) + 1
+        said = f"is not {declared!r}, the encoding that it declares" if declared else "is not UTF-8"
+        hint = " (an XML file may declare another encoding in its first line)" if path.suffix.lower() == ".xml" else ""
+        raise ValueError(f"{path}:{line}: {said}: save the file as UTF-8{hint}") from None
+    return Text(text, not mark and encoding in ("utf-8", "ascii"))
+
+
+def _python_name(declared: str) -> str:
+    if not declared:
+        return "utf-8"
+    if not re.fullmatch(r"[A-Za-z][\w.:+-]*", declared, re.ASCII):
+        raise LookupError(declared)
+    name = codecs.lookup(declared).name.replace("-", "_")
+    # UTF-16 would have shown by its zero bytes: Windows programs declare it and write UTF-8.
+    return "utf-8" if name.startswith(("utf_16", "utf_32", "utf_8")) else name
+
+
+def _text_of(data: bytes, encoding: str) -> str:
+    try:
+        return data.decode(encoding)
+    except UnicodeError:
+        if encoding not in _WIDER:
+            raise
+        return data.decode(_WIDER[encoding])
+
+
+def read_json(path: Path) -> tuple[Any, Text]:
+    """Return the content of a JSON file, and its text.
+
+    Raises:
+        ValueError: it cannot be read, or is no JSON.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text.text), text
+    except RecursionError:
+        raise ValueError(f"{path}: no valid JSON: too many levels of brackets") from None
+    except ValueError as error:
+        said = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: no valid JSON: {said}") from None
+
+
+class JsonFile:
+    """The lists of a COCO file, and messages that name a record's line, index and id."""
+
+    def __init__(self, path: Path, report: Callable[[str], None]) -> None:
+        """Read the file.
+
+        Raises:
+            ValueError: it cannot be read, or is no JSON.
+        """
+        self.path, self._report = path, report
+        self.content, self._text = read_json(path)
+        self.plain = self._text.plain
+        self._lines: dict[str, list[int]] = {}
+        if not isinstance(self.content, dict):
+            report(f"{path}:1: COCO labels are an object with images, annotations and categories")
+            self.content = {}
+
+    def records(self, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield index and record of a list; what is no record is reported."""
+        records = self.content.get(key) or []
+        if not isinstance(records, list):
+            self._report(f"{self.path}: {key} must be a list")
+            return
+        for index, record in enumerate(records):
+            if isinstance(record, dict):
+                yield index, record
+            else:
+                self.problem(key, index, f"is {shown(record)} instead of an object")
+
+    def values(self, key: str, field: str) -> Iterator[Any]:
+        """Yield a field of each record of a list that has it; nothing is checked or reported."""
+        records = self.content.get(key)
+        for record in records if isinstance(records, list) else ():
+            if isinstance(record, dict) and record.get(field) is not None:
+                yield record[field]
+
+    def problem(self, key: str, index: int, what: str) -> None:
+        """Report a problem of a record."""
+        if key not in self._lines:  # only now: good files never pay for it
+            self._lines[key] = record_lines(self._text.text, key)
+        record = self.content[key][index]
+        said = f" (id {shown(record.get('id'))})" if isinstance(record, dict) else ""
+        self._report(f"{self.path}:{self._lines[key][index]}: {key}[{index}]{said} {what}")
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Return a value as a message gives it: on one line, and not a polygon of thousands of points."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def record_lines(text: str, key: str) -> list[int]:
+    """Return the line on which each record of a top-level list begins, in text that is valid JSON."""
+    decode, between = json.JSONDecoder().raw_decode, re.compile(r"[\s,:]*")
+
+    def skip(at: int) -> int:
+        found = between.match(text, at)
+        assert found is not None
+        return found.end()
+
+    lines: list[int] = []
+    at = skip(text.index("{") + 1)
+    while text[at] != "}":
+        name, at = decode(text, at)
+        at = skip(at)
+        if name != key:
+            at = skip(decode(text, at)[1])
+            continue
+        lines, line, counted = [], 1, 0  # of a key that is given twice the last one counts, as for json.loads
+        at = skip(at + 1)
+        while text[at] != "]":
+            line, counted = line + text.count("\n", counted, at), at
+            lines.append(line)
+            at = skip(decode(text, at)[1])
+        at = skip(at + 1)
+    return lines
+
+
+class Xml(NamedTuple):
+    """A parsed XML file.
+
+    Attributes:
+        root: each element says its line in the attribute ``line``.
+        plain: whether every parser can read the file: it is UTF-8 and says nothing else.
+    """
+
+    root: ElementTree.Element
+    plain: bool
+
+
+def parse_xml(path: Path) -> Xml:
+    """Parse an XML file in any encoding that Python knows.
+
+    Entities are refused where they are declared: labels need none, and a few lines of them can stand for gigabytes or
+    for other files of this machine.
+
+    Raises:
+        ValueError: it cannot be read, or is not well-formed.
+    """
+    data = _read(path)
+    declared = _DECLARED.match(data)
+    text = _decode(path, data, declared[1].decode("latin-1") if declared else "")
+    # An encoding that is given here overrides the declared one.
+    builder, parser = ElementTree.TreeBuilder(), expat.ParserCreate("utf-8")
+
+    def refuse(name: str, *_: object) -> None:
+        raise ValueError(
+            f"{path}:{parser.CurrentLineNumber}: declares the entity {name!r}, and labels have none: remove its DOCTYPE"
+        )
+
+    parser.StartElementHandler = lambda tag, attributes: builder.start(
+        tag, {**attributes, "line": str(parser.CurrentLineNumber)}
+    )
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    parser.EntityDeclHandler = refuse
+    try:
+        parser.Parse(text.text.encode("utf-8", "surrogatepass"), True)
+    except expat.ExpatError as error:
+        raise ValueError(f"{path}:{error.lineno}: no valid XML: {error}") from None
+    said = declared[1].lower() if declared else b"utf-8"
+    return Xml(builder.close(), text.plain and said in (b"utf-8", b"us-ascii", b"ascii"))

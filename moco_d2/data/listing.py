@@ -62,22 +62,6 @@ def counted(kinds: Mapping[str, int], most: int = 6) -> str:
     return ", ".join([*said, f"{rest} of other kinds"] if rest else said)
 
 
-# What systems put beside pictures: often copies or thumbnails of them under a picture's name. In lower case.
-_SYSTEMS_OWN = frozenset({
-    "__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "system volume information", "lost+found",
-    "thumbs.db", "desktop.ini",
-})  # fmt: skip
-
-
-def is_hidden(name: str) -> bool:
-    """Tell whether a file or folder is hidden or a system's own, so that no picture is looked for there.
-
-    Such are ``.ipynb_checkpoints``, macOS's ``._a.jpg`` and ``__MACOSX``, and what a NAS or Windows keeps. A folder
-    that a user names is searched whatever its name.
-    """
-    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _SYSTEMS_OWN
-
-
 def cache_folder() -> Path:
     """Return where listings and fetched shards are kept: ``MOCO_D2_CACHE``, else ``moco_d2`` in the user's cache."""
     own = os.environ.get("MOCO_D2_CACHE")

@@ -12,7 +12,8 @@ from typing import Any
 
 from pycocotools import mask as mask_api
 
-from moco_d2.detection.custom import Entry, Needs, Report, box_problem, listed, picture_size, size_problem
+from moco_d2.detection.custom import Entry, Needs, Report, box_problem, listed, size_problem
+from moco_d2.io.pictures import picture_size
 
 
 class JsonFile:

@@ -16,7 +16,8 @@ from xml.parsers import expat
 from detectron2.structures import BoxMode
 
 from moco_d2.data.listing import EXTENSIONS
-from moco_d2.detection.custom import Entry, Needs, Report, box_problem, listed, picture_size, size_problem
+from moco_d2.detection.custom import Entry, Needs, Report, box_problem, listed, size_problem
+from moco_d2.io.pictures import picture_size
 from moco_d2.nearest import did_you_mean
 
 

@@ -23,8 +23,8 @@ from moco_d2.data.augment import Box
 from moco_d2.data.backends import BACKENDS, CV2_STEPS, PIL_STEPS, to_levels
 from moco_d2.data.batched import DEVICE_STEPS, pack_steps
 from moco_d2.data.decode import Picture
-from moco_d2.io.pictures import read_image
 from moco_d2.data.loader import collate
+from moco_d2.io.pictures import read_image
 
 RECIPE = "moco_v2"
 BATCH = 16

@@ -14,7 +14,9 @@ from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from moco_d2.data.augment import Box
-from moco_d2.io.pictures import MAX_PIXELS, open_picture, orientation, upright_rgb
+from moco_d2.io.pictures import MAX_PIXELS, open_picture, orientation, read_image, upright_rgb
+
+__all__ = ["Picture", "read_image"]
 
 # How an image is turned upright: whether rows and columns change places, then the axes that are reversed.
 TURNS: dict[Any, tuple[bool, tuple[int, ...]]] = {

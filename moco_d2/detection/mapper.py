@@ -99,7 +99,8 @@ class PictureMapper(DatasetMapper):
             self._transform_annotations(record, transforms, shape)
         except Exception as error:  # of numpy, pycocotools or Detectron2, of any class
             which = self._first_bad(annotations, transforms, shape)
-            raise PictureError(f"{record['file_name']}: {which} cannot be used: {describe(error)}") from error
+            problem = f"{which} cannot be used: {describe(error)}; correct it in the labels"
+            raise PictureError(f"{record['file_name']}: {problem}") from error
 
     def _first_bad(self, annotations: Sequence[Mapping[str, Any]], transforms: Any, shape: tuple[int, int]) -> str:
         """Name the first annotation that makes trouble by itself."""
@@ -107,9 +108,9 @@ class PictureMapper(DatasetMapper):
             try:
                 self._transform_annotations({"annotations": [copy.deepcopy(annotation)]}, transforms, shape)
             except Exception:
-                known = f"id {annotation['id']!r}" if "id" in annotation else f"number {number} of this picture"
-                return f"its annotation {known} (bbox {[round(float(x), 2) for x in annotation.get('bbox', ())]})"
-        return "its annotations together"
+                known = f"with id {annotation['id']!r}" if "id" in annotation else f"number {number}, counted from 0,"
+                return f"its annotation {known} and bbox {annotation.get('bbox')}"
+        return "the list of its annotations"
 
 
 def size_mismatch(record: Mapping[str, Any], width: int, height: int) -> str:

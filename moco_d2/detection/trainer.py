@@ -39,7 +39,7 @@ from moco_d2.io.pictures import PictureError
 from moco_d2.layers.distributed import broadcast_module, wrap_ddp
 from moco_d2.model_zoo import config_changes
 from moco_d2.provenance import provenance
-from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, last_whole, point_to, save_run
+from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, point_to, save_run
 from moco_d2.running.mistakes import pictures_in_one_line
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.progress import ProgressPrinter
@@ -176,10 +176,28 @@ class TransferTrainer(DefaultTrainer):
         return RepeatablePreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _evaluate(self) -> dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.model)
+        begun = time.time()
+        try:
+            self._last_eval_results = self.test(self.cfg, self.model)
+        except Exception as error:
+            advice = self._after_failed_evaluation(begun)
+            if isinstance(error, PictureError):
+                raise PictureError(f"{error}. {advice}") from error
+            logger.error("the evaluation failed. %s", advice)
+            raise
         if self.iter + 1 >= self.max_iter:  # at once: writers that close, and whatever else follows, may fail
             self._write_results()
         return self._last_eval_results
+
+    def _after_failed_evaluation(self, begun: float) -> str:
+        """Say what an evaluation that failed leaves on the disk, and how to repeat it."""
+        files = [_metrics_file(self.cfg, name) for name in self.cfg.DATASETS.TEST]
+        done = [path for path in files if os.path.exists(path) and os.path.getmtime(path) >= begun - 1]
+        kept = f"The metrics of the test sets before it are in {', '.join(done)}. " if done else ""
+        if not self.checkpointer.has_checkpoint():
+            return f"{kept}There is no checkpoint yet: start again"
+        path = self.checkpointer.get_checkpoint_file()
+        return f"{kept}Then repeat the command with --resume, or with --eval-only MODEL.WEIGHTS {path}"
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -194,20 +212,9 @@ class TransferTrainer(DefaultTrainer):
 
         Precise-BN weighs batches by each process's own image sizes, so that processes end with different statistics, of
         which the checkpoint holds rank 0's. Evaluating a mixture would give figures that the saved detector does not.
-
-        Raises:
-            PictureError: a test picture cannot be read; says how to evaluate again.
         """
         broadcast_module(model)
-        begun = time.time()
-        try:
-            return super().test(cfg, model, evaluators)
-        except Exception as error:
-            advice = _evaluate_again(cfg, begun)
-            if isinstance(error, PictureError):
-                raise PictureError(f"{error}. {advice}") from error
-            logger.error("the evaluation failed. %s", advice)
-            raise
+        return super().test(cfg, model, evaluators)
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue the run in ``OUTPUT_DIR`` (``resume``, where there is one), or start from ``MODEL.WEIGHTS``.
@@ -310,15 +317,6 @@ class _Noted(DatasetEvaluator):
 
 def _metrics_file(cfg: CfgNode, dataset_name: str) -> str:
     return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name, "metrics.json")
-
-
-def _evaluate_again(cfg: CfgNode, begun: float) -> str:
-    """Say what an evaluation that failed leaves, and how to repeat it; ``begun``: the time when it began."""
-    files = [_metrics_file(cfg, name) for name in cfg.DATASETS.TEST]
-    done = [path for path in files if os.path.exists(path) and os.path.getmtime(path) >= begun - 1]
-    kept = f"The metrics of the test sets before it are kept in {', '.join(done)}. " if done else ""
-    path = last_whole(cfg.OUTPUT_DIR) or cfg.MODEL.WEIGHTS
-    return f"{kept}To evaluate again: tools/train_net.py with the same config, --eval-only and MODEL.WEIGHTS {path}"
 
 
 def _batch(run: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # Default of DATA.MAX_PIXELS.
 MAX_PIXELS = 89_000_000
@@ -47,6 +47,10 @@ class PictureError(ValueError):
         return super().__str__().rpartition(f"{PictureError.__name__}: ")[2].strip()
 
 
+class RefusedError(OSError):
+    """A picture that is whole and yet not read; the message has the rule and the remedy."""
+
+
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn whatever goes wrong with a file into a :class:`PictureError` that names it."""
@@ -54,8 +58,11 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except PictureError:
         raise
+    except RefusedError as error:
+        raise PictureError(f"{os.fspath(path)}: {error}") from error
     except Exception as error:  # Damaged files make decoders raise anything: OSError, SyntaxError, struct.error, ...
-        raise PictureError(f"{os.fspath(path)}: {describe(error)}") from error
+        remedy = "repair the file, or take it out of the data set"
+        raise PictureError(f"{os.fspath(path)}: {describe(error)}; {remedy}") from error
 
 
 def describe(error: Exception) -> str:
@@ -97,30 +104,30 @@ def open_picture(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> Image.
         max_pixels: refuse a larger picture; None for no limit. PIL's own limit does not count.
 
     Raises:
-        OSError: it is no picture, larger, or of a kind that cannot be read.
+        OSError: it is no picture; a RefusedError: it is larger, or of a kind that is not read.
     """
     try:
         with _pils_limit_lifted():
             opened = Image.open(file)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise OSError("PIL cannot identify it as a picture") from error
     width, height = opened.size
     if max_pixels is not None and width * height > max_pixels:
         more = f"{width} x {height} pixels are more than DATA.MAX_PIXELS {max_pixels}"
-        raise OSError(f"{more}; raise it, or scale the picture down")
+        raise RefusedError(f"{more}; raise it, or scale the picture down")
     _refuse(opened)
     return opened
 
 
 def _refuse(opened: Image.Image) -> None:
-    """Raise OSError for a kind of picture whose numbers cannot be turned into levels of 0 to 255 with certainty."""
+    """Raise RefusedError for a kind of picture whose numbers cannot be turned into levels of 0 to 255 with certainty."""
     kind = f"{opened.format} picture of mode {opened.mode}"
     if opened.format in _PROGRAMS:
-        raise OSError(f"{kind}: another program would have to draw it; save it as PNG")
+        raise RefusedError(f"{kind}: another program would have to draw it; save it as PNG")
     if opened.mode not in _EIGHT_BIT and not (_is_deep_grey(opened) and opened.format in _SIXTEEN_BIT):
-        raise OSError(f"{kind}: which of its values are black and white is not known; save it with 8 or 16 bits")
+        raise RefusedError(f"{kind}: which of its values are black and white is not known; save it with 8 or 16 bits")
     if set(_tiff(opened, _SAMPLE_FORMAT, (1,))) != {1}:
-        raise OSError(f"{kind}, with signed samples: which are black and white is not known; save it unsigned")
+        raise RefusedError(f"{kind}, with signed samples: which are black and white is not known; save it unsigned")
 
 
 def _is_deep_grey(opened: Image.Image) -> bool:

@@ -240,7 +240,7 @@ def test_unreadable_folders_and_limits_come_from_the_config(tmp_path: Path) -> N
     next(iter(loader))
     deep, line = lines(tmp_path / "out")
     assert str(deep["path"]).endswith("/" + "d" * 250) and "too long" in str(deep["error"]) and deep["epoch"] == -1
-    assert str(line["error"]).startswith("OSError: 200 x 100 pixels are more than DATA.MAX_PIXELS 15000; raise it")
+    assert str(line["error"]).startswith("RefusedError: 200 x 100 pixels are more than DATA.MAX_PIXELS 15000; raise it")
     assert line["iteration"] == 0
 
 

@@ -52,8 +52,8 @@ def test_a_rehearsal_says_what_the_run_will_be(images: str, tmp_path: Path, proc
     assert done.returncode == 0, done.stderr[-3000:]
     lines = dict(re.findall(r"^(\w+(?: run)?) +(.+)$", done.stdout, flags=re.MULTILINE))
     assert list(lines) == [
-        "recipe", "data", "schedule", "weights", "model", "training", "checkpoint", "memory", "bottleneck", "ETA",
-        "dry run",
+        "recipe", "data", "pictures", "schedule", "weights", "model", "training", "checkpoint", "memory", "bottleneck",
+        "ETA", "dry run",
     ]  # fmt: skip
     assert lines["recipe"].startswith("moco_v2_R50_200ep, modified: ")
     assert "SSL.ENCODER.WIDTH=0.125" in lines["recipe"] and lines["data"] == f"{images}: 70 images"

@@ -212,7 +212,7 @@ def _register_coco(entry: Entry, needs: Needs, folder: Path, report: Report) -> 
             with atomic_write(path) as file:
                 file.write(json.dumps(labels.content).encode())
             logger.info("data set %s: %s made plain as %s", entry.name, entry.json, path)
-    DatasetCatalog.register(entry.name, lambda: load_coco_json(path, images, entry.name, ["id"]))
+    DatasetCatalog.register(entry.name, lambda: load_coco_json(path, images, entry.name))
     MetadataCatalog.get(entry.name).set(json_file=path, image_root=images, evaluator_type="coco")
     if labels:
         categories = labels.content["categories"]

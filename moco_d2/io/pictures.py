@@ -42,9 +42,10 @@ class PictureError(ValueError):
     """A picture, or something in its labels, that cannot be used: one line that names the file."""
 
     def __str__(self) -> str:
-        # A DataLoader raises its worker's error anew with the worker's whole traceback as the message. The last line of
-        # that is this error's own message.
-        return super().__str__().rpartition(f"{PictureError.__name__}: ")[2].strip()
+        # A DataLoader raises its worker's error anew with the worker's whole traceback as the message, which ends in
+        # this error's own.
+        message = super().__str__().rpartition(f"\n{PictureError.__module__}.{PictureError.__name__}: ")[2]
+        return " ".join(message.strip().splitlines())
 
 
 class RefusedError(OSError):
@@ -120,7 +121,7 @@ def open_picture(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> Image.
 
 
 def _refuse(opened: Image.Image) -> None:
-    """Raise RefusedError for a kind of picture whose numbers cannot be turned into levels of 0 to 255 with certainty."""
+    """Raise RefusedError for a kind of picture whose black and white are not certain."""
     kind = f"{opened.format} picture of mode {opened.mode}"
     if opened.format in _PROGRAMS:
         raise RefusedError(f"{kind}: another program would have to draw it; save it as PNG")

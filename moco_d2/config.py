@@ -21,7 +21,7 @@ import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as detectron2_get_cfg
 
-from moco_d2.data.loader import MAX_PIXELS
+from moco_d2.io.pictures import MAX_PIXELS
 from moco_d2.methods import default_args
 from moco_d2.nearest import did_you_mean
 
@@ -78,9 +78,14 @@ def _add_data(cfg: CN) -> None:
     # Part of the images seen by a process that may be unreadable, in [0, 1]; above it the run stops. Each is replaced
     # by one near it and named in OUTPUT_DIR/skipped.jsonl.
     cfg.DATA.MAX_SKIPPED = 0.05
-    # Pixels (width times height, from the header) above which an image is refused before it is decoded. PIL itself
-    # warns above 89 478 485 and refuses twice as many.
+    # Pixels (width times height, from the header) above which an image is refused before it is decoded, in both stages:
+    # pretraining leaves it out, fine-tuning and evaluation end with its name. It takes the place of PIL's own limit.
     cfg.DATA.MAX_PIXELS = MAX_PIXELS
+    # Pretraining: decode a JPEG at 1/2, 1/4 or 1/8 of its size where the views are small enough for it. Faster for
+    # pictures of many pixels, but the views differ a little (docs/data_path.md), and the run is told as modified.
+    cfg.DATA.REDUCED_DECODING = False
+    # --dry-run, in both stages: so many pictures of each data set are decoded, evenly spaced; 0: all of them.
+    cfg.DATA.DRY_RUN_PICTURES = 0
     # Shards (docs/scale.md): the images of so many are shuffled together, after the order of all shards is; 0: of all.
     cfg.DATA.SHUFFLE_SHARDS = 16
     # Parts of an epoch that run side by side, each batch taking its share of all. The order of the images depends on

@@ -30,6 +30,7 @@ _FREE = (
 _PRETRAINING = ("SSL.", "DATA.", "DATASETS.TRAIN=", "SOLVER.", "MODEL.WEIGHTS=")
 _PRETRAINING_FREE = (
     "SOLVER.CHECKPOINT_", "DATA.BACKEND=", "DATA.MAX_", "DATA.SHUFFLE_SHARDS=", "DATA.LANES=", "DATA.CACHE_",
+    "DATA.DRY_RUN_",
 )  # fmt: skip
 _LABELS = {
     "random": "random",

@@ -25,6 +25,12 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def one_list(problems: Sequence[str], most: int = 100) -> str:
+    """Return problems as one message, a line each, the first ``most`` of them and how many more there are."""
+    lines = [" ".join(problem.split()) for problem in problems[:most]]
+    return "\n".join([*lines, f"... and {len(problems) - most} more problems"] if len(problems) > most else lines)
+
+
 def recipe(name: str, changes: Sequence[str] | None) -> str:
     """Return a recipe's or protocol's name and what was changed in it; None for a name that is not shipped."""
     if changes is None:

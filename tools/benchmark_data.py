@@ -22,8 +22,9 @@ from moco_d2.data import EpochSampler, FileSource, ViewDataset, ViewLoader, buil
 from moco_d2.data.augment import Box
 from moco_d2.data.backends import BACKENDS, CV2_STEPS, PIL_STEPS, to_levels
 from moco_d2.data.batched import DEVICE_STEPS, pack_steps
-from moco_d2.data.decode import Picture, read_image
+from moco_d2.data.decode import Picture
 from moco_d2.data.loader import collate
+from moco_d2.io.pictures import read_image
 
 RECIPE = "moco_v2"
 BATCH = 16
@@ -163,12 +164,13 @@ def equality_rows(files: Sequence[str], size: int) -> list[dict[str, Any]]:
     """Compare with PIL on the same pictures, in levels of 255: each step's largest and mean difference."""
     pictures = [Picture(Path(file).read_bytes()) for file in files[:BATCH]]
     boxes = [Box(p.height // 8, p.width // 8, p.height * 3 // 4, p.width * 3 // 4) for p in pictures]
-    whole = list(zip(map(read_image, files), pictures, boxes, strict=False))
+    whole = list(zip(map(read_image, files), files, boxes, strict=False))
     half = min(min(box.height, box.width) for box in boxes) // 2  # views so large are cut from JPEGs of half the size
     rows = []
-    for name, side in (("crop", size), ("crop of a JPEG decoded at a half", half)):
+    for name, side, reduced in (("crop", size, False), ("crop of a JPEG decoded at a half", half, True)):
         theirs = np.stack([np.asarray(T.functional.resized_crop(image, *box, [side, side])) for image, _, box in whole])
-        ours = np.stack([picture.crops([box], side)[0] for _, picture, box in whole])
+        again = [Picture(Path(file).read_bytes(), reduced=reduced) for _, file, _ in whole]
+        ours = np.stack([picture.crops([box], side)[0] for picture, box in zip(again, boxes, strict=True)])
         rows.append(_differences(name, theirs, ours, ours))
     views = np.stack([np.asarray(T.functional.resized_crop(image, *box, [size, size])) for image, _, box in whole])
     recipe = build_recipe(RECIPE, size)

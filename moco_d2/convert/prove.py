@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from moco_d2.convert.parts import HOMES, LEVELS, Carried, as_torchvision, needs, part_of, rebuild
 from moco_d2.facts import BackboneFacts, Pixels
+from moco_d2.io.pictures import describe, open_picture, upright_rgb
 from moco_d2.layers.resnet import network_for
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -237,11 +237,10 @@ def read_picture(path: str | os.PathLike[str]) -> torch.Tensor:
         ValueError: there is none, or it cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (_SIDE, _SIDE))  # a large JPEG is not decoded whole
-            picture = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error}); name a JPEG or PNG file") from error
+        with open(path, "rb") as file:
+            picture = upright_rgb(open_picture(file))
+    except Exception as error:  # damaged files make decoders raise anything
+        raise ValueError(f"{path}: cannot be read as a picture ({describe(error)}); name a JPEG or PNG file") from error
     picture.thumbnail((_SIDE, _SIDE))
     if min(picture.size) < _SMALLEST:
         raise ValueError(f"{path}: {picture.width}x{picture.height} pixels; a proof needs at least {_SMALLEST} a side")

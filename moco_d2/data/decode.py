@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from moco_d2.data.augment import Box
+from moco_d2.io.pictures import MAX_PIXELS, open_picture, orientation, read_image, upright_rgb
 
-ORIENTATION = 0x0112  # EXIF's tag
+__all__ = ["Picture", "read_image"]
+
 # How an image is turned upright: whether rows and columns change places, then the axes that are reversed.
 TURNS: dict[Any, tuple[bool, tuple[int, ...]]] = {
     2: (False, (1,)),
@@ -38,22 +39,26 @@ class Picture:
             refuse an image before memory is spent on it.
     """
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS, reduced: bool = False) -> None:
         """Read the header.
 
+        Args:
+            data: the file.
+            max_pixels: a larger image is refused.
+            reduced: whether :meth:`crops` may decode at a part of the size.
+
         Raises:
-            OSError: it is no image.
+            OSError: it is no image, too large, or of a kind that cannot be read.
         """
-        self._data = data
-        self._opened = Image.open(io.BytesIO(data))
+        self._data, self._reduced = data, reduced
+        self._opened = open_picture(io.BytesIO(data), max_pixels)
         # Whatever PIL takes for it: from EXIF or XMP, and no number at all in some files.
-        self._swapped, self._reversed = TURNS.get(self._opened.getexif().get(ORIENTATION), (False, ()))
+        self._swapped, self._reversed = TURNS.get(orientation(self._opened), (False, ()))
         size = self._opened.size
-        # PIL's TIFF reader states the upright size itself.
-        self.width, self.height = reversed(size) if self._swapped and self._opened.format != "TIFF" else size
+        self.width, self.height = reversed(size) if self._swapped else size
 
     def decode(self) -> torch.Tensor:
-        """Return the upright image, (3, H, W) uint8 RGB, equal to :func:`read_image` to the bit.
+        """Return the upright image, (3, H, W) uint8 RGB, equal to :func:`moco_d2.io.pictures.read_image` to the bit.
 
         The memory is that of rows of pixels (channels last), as decoders give it.
 
@@ -64,7 +69,7 @@ class Picture:
             encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
             with contextlib.suppress(RuntimeError):  # PIL has the last word on what is damaged.
                 return self._turned(decode_jpeg(encoded, ImageReadMode.RGB))
-        return torch.from_numpy(np.array(_upright_rgb(self._opened))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(upright_rgb(self._opened))).permute(2, 0, 1)
 
     def _turned(self, image: torch.Tensor) -> torch.Tensor:
         """Turn (3, H, W) upright; not the decoder, which reads the orientation from fewer places than PIL."""
@@ -75,8 +80,9 @@ class Picture:
     def crops(self, boxes: Sequence[Box], size: int) -> list[np.ndarray]:
         """Decode once and return the boxes resized with antialiasing, each (size, size, 3) uint8.
 
-        A JPEG of which every box stays at least ``size`` pixels high and wide is decoded at 1/2, 1/4 or 1/8 of its
-        size, the smallest such; then a crop is that of the reduced image, near to but not that of the whole.
+        If the picture may be reduced, a JPEG of which every box stays at least ``size`` pixels high and wide is decoded
+        at 1/2, 1/4 or 1/8 of its size, the smallest such; then a crop is that of the reduced image, near to but not
+        that of the whole.
 
         Raises:
             OSError: the file is damaged.
@@ -92,42 +98,21 @@ class Picture:
 
     def _reduction(self, boxes: Sequence[Box], size: int) -> int:
         """Return the largest reduction at which no box gets smaller than a view; 0 for none."""
+        if not self._reduced or not self._is_plain_jpeg():
+            return 0
         smallest = min(min(box.height, box.width) for box in boxes)
-        return next((r for r in REDUCTIONS if self._is_plain_jpeg() and smallest // r >= size), 0)
+        return next((r for r in REDUCTIONS if smallest // r >= size), 0)
 
     def _reduced_crops(self, boxes: Sequence[Box], size: int, reduction: int) -> list[np.ndarray]:
         width, height = self._opened.size
         self._opened.draft("RGB", (width // reduction, height // reduction))
-        image = _upright_rgb(self._opened)
+        image = upright_rgb(self._opened)
         crops = []
         for top, left, height, width in boxes:
             edges = (left, top, min(left + width, image.width * reduction), min(top + height, image.height * reduction))
             part = (edges[0] / reduction, edges[1] / reduction, edges[2] / reduction, edges[3] / reduction)
             crops.append(np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=part)))
         return crops
-
-
-def read_image(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
-    """Read an image file as 8-bit RGB, upright.
-
-    EXIF orientation is applied; grey, palette and CMYK images are converted; 16-bit samples keep their high byte
-    (PIL's own conversion would clip them to white).
-
-    Raises:
-        OSError: the file cannot be read or decoded.
-    """
-    with Image.open(file) as opened:
-        return _upright_rgb(opened)
-
-
-def _upright_rgb(opened: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I"):  # 16-bit grey: PIL says "I;16" or "I" depending on the format
-        values = np.asarray(image)
-        image = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # PIL warns when a palette's transparency is dropped in one step
-    return image.convert("RGB")
 
 
 def _resize(part: torch.Tensor, size: int) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +19,7 @@ from moco_d2.data.decode import Picture
 from moco_d2.data.sampler import EpochSampler, stream_seed
 from moco_d2.data.skipped import Skip, SkipLog
 from moco_d2.data.sources import Source
-
-# Default of DATA.MAX_PIXELS.
-MAX_PIXELS = 89_000_000
+from moco_d2.io.pictures import MAX_PIXELS, describe
 
 
 @dataclass(frozen=True)
@@ -65,9 +62,17 @@ class ViewDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, source: Source, recipe: Recipe, seed: int, backend: Backend, max_pixels: int = MAX_PIXELS
+        self,
+        source: Source,
+        recipe: Recipe,
+        seed: int,
+        backend: Backend,
+        max_pixels: int = MAX_PIXELS,
+        reduced: bool = False,
     ) -> None:
-        self.source, self.recipe, self.seed, self.backend, self.max_pixels = source, recipe, seed, backend, max_pixels
+        """Set up; ``max_pixels`` and ``reduced`` are :class:`~moco_d2.data.decode.Picture`'s."""
+        self.source, self.recipe, self.seed, self.backend = source, recipe, seed, backend
+        self.max_pixels, self.reduced = max_pixels, reduced
 
     def __len__(self) -> int:
         return len(self.source)
@@ -80,8 +85,7 @@ class ViewDataset(Dataset[Sample]):
             try:
                 return self._sample(*self._plan(position, key), tuple(skipped))
             except Exception as error:  # A damaged file makes decoders raise anything: OSError, SyntaxError, ...
-                # PIL names the buffer that it could not identify.
-                reason = re.sub(r" <_io\.BytesIO[^>]*>", "", f"{type(error).__name__}: {error}")
+                reason = f"{type(error).__name__}: {describe(error)}"
                 skipped.append(Skip(self.source.name(position), reason, epoch))
         return Sample([], [], tuple(skipped))
 
@@ -107,9 +111,7 @@ class ViewDataset(Dataset[Sample]):
             return None
 
     def _plan(self, position: int, key: tuple[int, int]) -> tuple[Picture, list[Plan]]:
-        picture = Picture(self.source.read(position))
-        if picture.width * picture.height > self.max_pixels:
-            raise OSError(f"{picture.width} x {picture.height} pixels, DATA.MAX_PIXELS is {self.max_pixels}")
+        picture = Picture(self.source.read(position), self.max_pixels, self.reduced)
         return picture, self.recipe.plan(picture.height, picture.width, stream_seed(self.seed, *key))
 
     def _sample(self, picture: Picture, plans: list[Plan], skipped: tuple[Skip, ...] = ()) -> Sample:

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from moco_d2.io.pictures import PictureError
+
 logger = logging.getLogger(__name__)
 
 FILE = "skipped.jsonl"
@@ -60,18 +62,18 @@ class SkipLog:
         """Count a batch.
 
         Raises:
-            ValueError: too many of the images seen could not be read.
+            PictureError: too many of the images seen could not be read.
         """
         self.seen, self.replaced = self.seen + seen, self.replaced + replaced
         if self.replaced > self.limit * max(self.seen, BENEFIT):
-            raise ValueError(
+            raise PictureError(
                 f"{self.replaced} of the {self.seen} images that process {self.rank} saw could not be read, more than "
                 f"DATA.MAX_SKIPPED {self.limit:g} allows; {self._account()}, or raise DATA.MAX_SKIPPED, and --resume"
             )
 
     def stop(self) -> None:
-        """Raise the ValueError for an image without any that could stand for it."""
-        raise ValueError(
+        """Raise the PictureError for an image without any that could stand for it."""
+        raise PictureError(
             f"process {self.rank} met an image that could not be read, and among those near it none that could stand "
             f"for it; {self._account()}, and --resume"
         )

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from PIL import Image
 
 from moco_d2.io.files import name_problem
+from moco_d2.io.pictures import describe, picture_size
 from moco_d2.nearest import did_you_mean
 
 Report = Callable[[str], None]
@@ -28,8 +28,6 @@ Report = Callable[[str], None]
 _KEYS = ("name", "format", "root", "json", "images", "split", "classes", "leave_out", "mirror")
 # Pixels by which a box may leave its image: tools round, and some write VOC boxes from 0 instead of 1.
 _SLACK = 1.0
-_ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap width and height; Detectron2 applies them when it reads a picture
-_EXIF_ORIENTATION = 274
 
 
 @dataclass(frozen=True)
@@ -171,24 +169,12 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "") or "none"
 
 
-def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return width and height of a picture as Detectron2 reads it, from the file's header.
-
-    Raises:
-        OSError: the file is not there or no picture.
-    """
-    with Image.open(path) as image:
-        width, height = image.size
-        rotated = image.getexif().get(_EXIF_ORIENTATION) in _ROTATED
-    return (height, width) if rotated else (width, height)
-
-
 def size_problem(path: Path, said: tuple[int, int]) -> str | None:
     """Return how a picture differs from the (width, height) that its labels say, or None."""
     try:
         found = picture_size(path)
     except OSError as error:
-        return f"{path} cannot be read as a picture: {error}"
+        return f"{path} cannot be read as a picture: {describe(error)}"
     if found != said:
         return f"says {said[0]} x {said[1]} pixels, but {path} has {found[0]} x {found[1]} (EXIF rotation applied)"
     return None

@@ -12,10 +12,11 @@ from typing import Any
 from moco_d2.data.listing import EXTENSIONS
 from moco_d2.detection import custom_masks
 from moco_d2.detection.coco_categories import Categories, read_categories
-from moco_d2.detection.custom import Entry, Needs, Report, box_problem, picture_size, size_problem
+from moco_d2.detection.custom import Entry, Needs, Report, box_problem, size_problem
 from moco_d2.detection.custom_fields import Ids, known_ids, plain_record, replaced
 from moco_d2.detection.custom_keypoints import keypoint_metadata, plain_keypoints, without_keypoints
 from moco_d2.detection.label_files import JsonFile, shown
+from moco_d2.io.pictures import picture_size
 
 __all__ = ["CocoLabels", "keypoint_metadata", "picture_name", "read_coco"]
 

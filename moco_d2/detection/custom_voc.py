@@ -16,9 +16,10 @@ from xml.etree import ElementTree
 from detectron2.structures import BoxMode
 
 from moco_d2.data.listing import EXTENSIONS, is_hidden
-from moco_d2.detection.custom import Entry, Needs, Report, box_problem, listed, picture_size, size_problem
+from moco_d2.detection.custom import Entry, Needs, Report, box_problem, listed, size_problem
 from moco_d2.detection.custom_fields import flag, number, side
 from moco_d2.detection.label_files import Text, parse_xml, read_text
+from moco_d2.io.pictures import picture_size
 from moco_d2.nearest import did_you_mean
 
 Record = dict[str, Any]

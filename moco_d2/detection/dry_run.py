@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetFromList,
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.datasets import custom_problems
 from moco_d2.detection.evaluators import describe_backend
+from moco_d2.detection.mapper import PictureMapper
+from moco_d2.detection.missing import is_voc_list, missing_files
 from moco_d2.detection.preflight import check_weights, fit_to_machine, run_problems, scale_to_processes
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.detection.weights import all_names, load_weights
+from moco_d2.io.pictures import PictureError, describe
 from moco_d2.model_zoo import config_changes
-from moco_d2.rehearsal import duration, parameters, peak_memory, quiet, recipe
+from moco_d2.rehearsal import duration, one_list, parameters, peak_memory, quiet, recipe
+from moco_d2.running.picture_check import check_each, evenly
 
 STEPS = 2
 IMAGES = 4  # evaluated, of each test set
@@ -60,7 +72,7 @@ class Rehearsal(TransferTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Load the first pictures of a test set."""
         records = DatasetCatalog.get(dataset_name)[:IMAGES]
-        return build_detection_test_loader(records, mapper=DatasetMapper(cfg, is_train=False))
+        return build_detection_test_loader(records, mapper=PictureMapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -80,9 +92,10 @@ class _Unfinished(DatasetEvaluator):
 def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     """Check everything that a run needs, then run a little of it; yield what was found as ``(subject, finding)``.
 
-    Checked without training: data sets, evaluators, weights. Then, in ``OUTPUT_DIR``: 2 steps, precise-BN, an
-    evaluation of 4 pictures, a checkpoint that is read back. On the CPU, where a full step takes minutes, each process
-    trains on one picture at a time.
+    Checked without training: data sets, evaluators, weights; every picture is decoded, and the labels that belong to it
+    are turned into what the detector learns (``DATA.DRY_RUN_PICTURES``). Then, in ``OUTPUT_DIR``: 2 steps, precise-BN,
+    an evaluation of 4 pictures, a checkpoint that is read back. On the CPU, where a full step takes minutes, each
+    process trains on one picture at a time.
 
     Args:
         cfg: config of the run, with an ``OUTPUT_DIR`` that nobody needs.
@@ -94,7 +107,7 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     full = scale_to_processes(fit_to_machine(cfg, world_size), world_size)
     yield "protocol", recipe(cfg.PROTOCOL, config_changes(cfg))
     yield "schedule", _schedule(full, cfg)
-    counts = _check_all(cfg, full)
+    counts = yield from _check_all(cfg, full)
     for name, count in counts.items():
         yield "data", f"{name}: {count} pictures"
     for name, library in describe_backend(full).items():
@@ -118,8 +131,8 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     yield "ETA", _eta(full, step, evaluation)
 
 
-def _check_all(cfg: CfgNode, full: CfgNode) -> dict[str, int]:
-    """Return the number of pictures of each data set.
+def _check_all(cfg: CfgNode, full: CfgNode) -> Generator[tuple[str, str], None, dict[str, int]]:
+    """Check all that needs no training; yield how far it is, and return the number of pictures of each data set.
 
     Raises:
         ValueError: names every problem.
@@ -130,10 +143,71 @@ def _check_all(cfg: CfgNode, full: CfgNode) -> dict[str, int]:
             check_weights(full)
         except ValueError as error:
             problems.append(str(error))
+    with quiet():
+        pictures = _Pictures(full, problems)
+    found = yield from check_each(pictures.problem, range(len(pictures)), full.DATALOADER.NUM_WORKERS)
+    told = "\n".join(problems)
+    problems += [problem for problem in found if problem.partition(": ")[0] not in told]
     if problems:
-        raise ValueError("\n".join(" ".join(problem.split()) for problem in problems))
+        raise ValueError(one_list(problems))
+    yield "pictures", f"{len(pictures)} decoded, with their labels"
     with quiet():
         return {name: len(DatasetCatalog.get(name)) for name in (*full.DATASETS.TRAIN, *full.DATASETS.TEST)}
+
+
+class _Pictures:
+    """The pictures of a run that are on the disk, each with the mapper that reads it; those that are not are problems.
+
+    A picture that is trained on is read with its labels, as in training but for the augmentations.
+    """
+
+    def __init__(self, cfg: CfgNode, problems: list[str]) -> None:
+        self._cfg, self._problems = cfg, problems
+        self._parts: list[tuple[PictureMapper, DatasetFromList]] = []
+        for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+            if name in DatasetCatalog:
+                self._add(name)
+        self._ends = np.cumsum([len(records) for _, records in self._parts], dtype=int)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def problem(self, number: int) -> str:
+        """Return what is wrong with a picture; empty for nothing."""
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        mapper, records = self._parts[part]
+        record = records[number - int(self._ends[part]) + len(records)]
+        try:
+            mapper(record)
+        except PictureError as error:
+            return str(error)
+        except Exception as error:  # what Detectron2 makes of labels that it cannot read
+            return f"{record['file_name']}: {describe(error)}"
+        return ""
+
+    def _add(self, name: str) -> None:
+        cfg, trained = self._cfg, name in self._cfg.DATASETS.TRAIN
+        try:
+            records = _used(cfg, name) if trained else DatasetCatalog.get(name)
+            mapper = PictureMapper(cfg, is_train=trained, augmentations=[])
+        except Exception as error:  # loaders raise anything; often what is wrong has been told already
+            if not any(name in problem for problem in self._problems):
+                self._problems.append(f"data set {name!r} cannot be read: {type(error).__name__}: {error}")
+            return
+        paths = [record["file_name"] for record in records]
+        told = name in cfg.DATASETS.TEST or is_voc_list(name) or MetadataCatalog.get(name).get("custom")
+        if not told and (missing := missing_files(name, paths)):
+            self._problems.append(missing)
+        there = [record for record in records if PathManager.isfile(record["file_name"])]
+        chosen = [there[number] for number in evenly(len(there), cfg.DATA.DRY_RUN_PICTURES)]
+        self._parts.append((mapper, DatasetFromList(chosen, copy=False)))
+
+
+def _used(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
+    """Return the records of a training set that are trained on: Detectron2 leaves out pictures without objects."""
+    points = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    return list(get_detection_dataset_dicts((name,), filter_empty=empty, min_keypoints=points))
 
 
 def _shorten(full: CfgNode, world_size: int) -> CfgNode:

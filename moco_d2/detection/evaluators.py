@@ -28,6 +28,7 @@ from moco_d2.detection.lvis_evaluation import ExactLVISEvaluator, choose_lvis_li
 from moco_d2.detection.old_numpy import old_numpy_names
 from moco_d2.detection.voc_evaluation import VOCEvaluator
 from moco_d2.io.files import file_name
+from moco_d2.io.pictures import naming
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -157,7 +158,7 @@ def _sem_seg(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
 
 def _read_labels(path: str, dtype: Any = int) -> Any:
     """Read a picture of class indices; Detectron2's own function asks NumPy 2 for what it refuses (``copy=False``)."""
-    with PathManager.open(path, "rb") as file:
+    with naming(path), PathManager.open(path, "rb") as file:
         return np.array(Image.open(file), dtype=dtype)
 
 

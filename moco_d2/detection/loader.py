@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from moco_d2 import patience
 from moco_d2.data import stream_seed
-from moco_d2.detection.custom import picture_size
+from moco_d2.detection.mapper import PictureMapper
+from moco_d2.detection.missing import missing_files
+from moco_d2.io.pictures import naming, picture_size
 from moco_d2.running.seeds import seeded
 
 Record = dict[str, Any]
@@ -90,13 +92,19 @@ def build_loader(cfg: CfgNode, seed: int, records: Sequence[Record] | None = Non
         cfg: config of the detector.
         seed: order and augmentation follow from it.
         records: the pictures, where they are not all of ``DATASETS.TRAIN``.
-        mapper: Detectron2's by default.
+        mapper: :class:`PictureMapper` by default.
 
     Returns:
         A loader whose ``batch_sampler`` is a :class:`BatchStream`.
+
+    Raises:
+        ValueError: pictures are not there.
     """
     with seeded(seed):  # Samplers draw their seeds from numpy's generator.
+        mapper = mapper or PictureMapper(cfg, is_train=True)
         parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=records)
+    if problem := missing_files(", ".join(cfg.DATASETS.TRAIN), (record["file_name"] for record in parts["dataset"])):
+        raise ValueError(problem)
     groups = np.zeros(len(parts["dataset"]), bool)
     if parts["aspect_ratio_grouping"]:
         groups[:] = [_is_wide(record) for record in parts["dataset"]]
@@ -114,8 +122,8 @@ def build_loader(cfg: CfgNode, seed: int, records: Sequence[Record] | None = Non
 
 
 def _is_wide(record: Record) -> bool:
-    # Records of some segmentation sets leave the size to the picture.
-    width, height = (
-        (record["width"], record["height"]) if {"width", "height"} <= set(record) else picture_size(record["file_name"])
-    )
-    return bool(width > height)
+    if {"width", "height"} <= set(record):
+        return bool(record["width"] > record["height"])
+    with naming(record["file_name"]):  # Records of some segmentation sets leave the size to the picture.
+        width, height = picture_size(record["file_name"])
+    return width > height

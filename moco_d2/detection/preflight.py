@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from moco_d2.config import flat, use_device_there_is
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.evaluators import evaluator_type
+from moco_d2.detection.missing import is_voc_list, listed_files, missing_files
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 from moco_d2.nearest import did_you_mean
 from moco_d2.running.checkpoints import last_whole
@@ -88,7 +89,9 @@ def changes(asked: CfgNode, used: CfgNode) -> dict[str, tuple[Any, Any]]:
 
 
 def check_run(cfg: CfgNode, world_size: int, train: bool = True) -> None:
-    """Check batch and data sets, and that each test set has an evaluator. Nothing is read but names of files.
+    """Check batch and data sets, that each test set has an evaluator, and that the files of its pictures are there.
+
+    The pictures of training sets are looked for when their labels have been read (but VOC's, which text files list).
 
     Args:
         cfg: config of the detector.
@@ -180,10 +183,21 @@ def _dataset_problems(cfg: CfgNode, name: str) -> Iterator[str]:
             + "\n".join(f"    {path}{'' if there else '   <- missing'}" for path, there in files.items())
             + "\n  datasets/README.md shows the expected folders"
         )
+    elif not meta.get("custom") and (name in cfg.DATASETS.TEST or is_voc_list(name)):  # a custom one is checked already
+        yield from _missing_pictures(name)
     key, kind = _CLASSES.get(cfg.MODEL.META_ARCHITECTURE, ("", ""))
     classes = meta.get(kind)
     if classes and len(classes) != cfg.MODEL[key].NUM_CLASSES:
         yield f"data set {name!r} has {len(classes)} classes: pass MODEL.{key}.NUM_CLASSES {len(classes)}"
+
+
+def _missing_pictures(name: str) -> Iterator[str]:
+    try:
+        problem = missing_files(name, listed_files(name))
+    except Exception as error:  # loaders raise anything, AssertionError and KeyError included
+        problem = f"data set {name!r} cannot be read: {type(error).__name__}: {error}"
+    if problem:
+        yield problem
 
 
 def _class_problems(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode, configurable
-from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from moco_d2.detection.mapper import PictureMapper
 
 _DILATION = 6
 
@@ -123,7 +124,7 @@ class RandomScaleCrop(T.Augmentation):
         ])  # fmt: skip
 
 
-def build_segmentation_mapper(cfg: CfgNode) -> DatasetMapper:
+def build_segmentation_mapper(cfg: CfgNode) -> PictureMapper:
     """Return the mapper of training pictures under ``INPUT.RANDOM_SCALE`` and ``INPUT.CROP``.
 
     Raises:
@@ -144,4 +145,4 @@ def build_segmentation_mapper(cfg: CfgNode) -> DatasetMapper:
         RandomScaleCrop(scale, (size[0], size[1]), fill, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE),
         T.RandomFlip(),
     ]
-    return DatasetMapper(cfg, is_train=True, augmentations=augmentations)
+    return PictureMapper(cfg, is_train=True, augmentations=augmentations)

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import detectron2
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -26,6 +28,7 @@ from moco_d2.data import stream_seed
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.evaluators import build_evaluator, describe_backend
 from moco_d2.detection.loader import build_loader
+from moco_d2.detection.mapper import PictureMapper
 from moco_d2.detection.preflight import changes, check_run, fit_to_machine, scale_to_processes, starting_point
 from moco_d2.detection.segmentation import build_segmentation_mapper
 from moco_d2.detection.step import build_step
@@ -34,10 +37,12 @@ from moco_d2.detection.sync_norm import stabilise_sync_norms
 from moco_d2.detection.weights import WeightsRecord, all_names, load_weights, random_weights
 from moco_d2.io.checkpoints import forget_checkpoint
 from moco_d2.io.files import atomic_write
+from moco_d2.io.pictures import PictureError
 from moco_d2.layers.distributed import broadcast_module, wrap_ddp
 from moco_d2.model_zoo import config_changes
 from moco_d2.provenance import provenance
 from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings
+from moco_d2.running.mistakes import pictures_in_one_line
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.progress import ProgressPrinter
 from moco_d2.running.seeds import StepSeed
@@ -127,6 +132,11 @@ class TransferTrainer(DefaultTrainer):
         loader_cfg.SOLVER.IMS_PER_BATCH //= cfg.SOLVER.ACCUMULATE
         return build_loader(loader_cfg, stream_seed(run_seed(cfg), purpose), training_set(cfg), mapper)
 
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        """Build the loader of a test set."""
+        return build_detection_test_loader(cfg, dataset_name, mapper=PictureMapper(cfg, is_train=False))
+
     def build_writers(self) -> list[EventWriter]:
         """Return Detectron2's writers: progress line, ``metrics.json``, TensorBoard."""
         _, *others = super().build_writers()
@@ -159,13 +169,33 @@ class TransferTrainer(DefaultTrainer):
         return RepeatablePreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _evaluate(self) -> dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.model)
+        begun = time.time()
+        try:
+            self._last_eval_results = self.test(self.cfg, self.model)
+        except Exception as error:
+            advice = self._after_failed_evaluation(begun)
+            if isinstance(error, PictureError):
+                raise PictureError(f"{error}. {advice}") from error
+            logger.error("the evaluation failed. %s", advice)
+            raise
+        if self.iter + 1 >= self.max_iter:  # at once: writers that close, and whatever else follows, may fail
+            self._write_results()
         return self._last_eval_results
+
+    def _after_failed_evaluation(self, begun: float) -> str:
+        """Say what an evaluation that failed leaves on the disk, and how to repeat it."""
+        files = [_metrics_file(self.cfg, name) for name in self.cfg.DATASETS.TEST]
+        done = [path for path in files if os.path.exists(path) and os.path.getmtime(path) >= begun - 1]
+        kept = f"The metrics of the test sets before it are in {', '.join(done)}. " if done else ""
+        if not self.checkpointer.has_checkpoint():
+            return f"{kept}There is no checkpoint yet: start again"
+        path = self.checkpointer.get_checkpoint_file()
+        return f"{kept}Then repeat the command with --resume, or with --eval-only MODEL.WEIGHTS {path}"
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Build the evaluator that the test set's metadata ask for."""
-        return build_evaluator(cfg, dataset_name)
+        """Build the evaluator that the test set's metadata ask for; it writes down its metrics."""
+        return _Noted(build_evaluator(cfg, dataset_name), _metrics_file(cfg, dataset_name), dataset_name)
 
     @classmethod
     def test(
@@ -251,7 +281,10 @@ class TransferTrainer(DefaultTrainer):
 
     def train(self) -> None:
         """Train to the end, evaluate, and write ``results.json``."""
-        super().train()
+        with pictures_in_one_line():
+            super().train()
+
+    def _write_results(self) -> None:
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
             result = describe_result(self.cfg, self._last_eval_results, self.weights)
             departures = config_changes(self.asked)
@@ -261,6 +294,25 @@ class TransferTrainer(DefaultTrainer):
                 "config_changes": None if departures is None else [*departures, *self.kept],
             }
             write_json(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), result)
+
+
+class _Noted(DatasetEvaluator):
+    """An evaluator whose metrics are on the disk before the next test set's evaluation, which may fail, begins."""
+
+    def __init__(self, evaluator: DatasetEvaluator, path: str, dataset_name: str) -> None:
+        self.reset, self.process = evaluator.reset, evaluator.process
+        self._evaluator, self._path, self._name = evaluator, path, dataset_name
+
+    def evaluate(self) -> Any:
+        """Evaluate, and write the metrics in the main process."""
+        metrics = self._evaluator.evaluate()
+        if metrics and comm.is_main_process():
+            write_json(self._path, {"dataset": self._name, "metrics": metrics})
+        return metrics
+
+
+def _metrics_file(cfg: CfgNode, dataset_name: str) -> str:
+    return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name, "metrics.json")
 
 
 def _batch(run: Mapping[str, Any]) -> str:

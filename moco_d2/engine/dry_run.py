@@ -14,12 +14,15 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from moco_d2.config import use_device_there_is
-from moco_d2.data import ViewLoader
+from moco_d2.data import ViewDataset, ViewLoader
+from moco_d2.data.decode import Picture
 from moco_d2.engine.optim import scaled_lr, total_steps
 from moco_d2.engine.preflight import check_config, outline
 from moco_d2.engine.pretrain import PretrainTrainer, recipe_changes
 from moco_d2.io.files import atomic_write
-from moco_d2.rehearsal import duration, parameters, peak_memory, quiet, recipe
+from moco_d2.io.pictures import describe
+from moco_d2.rehearsal import duration, one_list, parameters, peak_memory, quiet, recipe
+from moco_d2.running.picture_check import check_each, evenly
 
 STEPS = 2
 _CPU_BATCH = 16  # images a process on the CPU, where a full batch would take minutes and more memory than there is
@@ -46,8 +49,9 @@ class Rehearsal(PretrainTrainer):
 def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     """Check every setting, then run a little of the run; yield what was found as ``(subject, finding)``.
 
-    In ``OUTPUT_DIR``: 2 steps with a checkpoint after each; a second trainer that resumes from the first checkpoint and
-    has to arrive at the same weights; the loader alone, for its speed. On the CPU the batch is smaller.
+    Every picture on a disk is decoded (``DATA.DRY_RUN_PICTURES``). In ``OUTPUT_DIR``: 2 steps with a checkpoint after
+    each; a second trainer that resumes from the first checkpoint and has to arrive at the same weights; the loader
+    alone, for its speed. On the CPU the batch is smaller.
 
     Args:
         cfg: config of the run, with an ``OUTPUT_DIR`` that nobody needs.
@@ -64,6 +68,7 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     steps = total_steps(full, images // full.SOLVER.IMS_PER_BATCH)
     yield "recipe", recipe(full.PROTOCOL, recipe_changes(full, trainer.method))
     yield "data", f"{', '.join(full.DATASETS.TRAIN)}: {images} images"
+    yield from _check_pictures(trainer.data_loader.dataset, full)
     yield "schedule", _schedule(full, steps)
     for warning in trainer.method.advice(images, full.SOLVER.IMS_PER_BATCH, steps):
         yield "advice", warning
@@ -80,6 +85,33 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     speed, finding = _bottleneck(computes, loads, small.DATALOADER.NUM_WORKERS)
     yield "bottleneck", finding
     yield "ETA", f"{duration(steps * whole / speed)} at {speed:.1f} images/s, this machine's speed now"
+
+
+def _check_pictures(dataset: ViewDataset, cfg: CfgNode) -> Iterator[tuple[str, str]]:
+    """Decode the pictures, yield how many can be, and name those that cannot.
+
+    Raises:
+        ValueError: so many cannot be decoded that the run would end.
+    """
+    source = dataset.source
+    if source.stream_sizes:
+        yield "pictures", "not decoded, because they come over a network"
+        return
+
+    def problem(number: int) -> str:
+        try:
+            Picture(source.read(number), dataset.max_pixels).decode()
+        except Exception as error:  # as in the loader: a damaged file makes decoders raise anything
+            return f"{source.name(number)}: {describe(error)}"
+        return ""
+
+    numbers = evenly(len(source), cfg.DATA.DRY_RUN_PICTURES)
+    found = yield from check_each(problem, numbers, cfg.DATALOADER.NUM_WORKERS)
+    said = f"{len(numbers) - len(found)} of {len(numbers)} can be decoded"
+    if len(found) > cfg.DATA.MAX_SKIPPED * len(numbers):
+        rule = f"{said}; DATA.MAX_SKIPPED is {cfg.DATA.MAX_SKIPPED:g}. Repair or remove the others, or raise it"
+        raise ValueError(one_list([rule, *found]))
+    yield "pictures", said + (f"; left out: {one_list(found, 5)}" if found else "")
 
 
 def _ready(cfg: CfgNode) -> CfgNode:

@@ -46,7 +46,8 @@ def build_loader(cfg: CfgNode) -> ViewLoader:
     if comm.is_main_process():  # all processes list the same folders
         skips.record(Skip(path, error, -1) for path, error in source.unreadable)
     recipe = build_recipe(data.RECIPE, data.CROP_SIZE)
-    dataset = ViewDataset(source, recipe, cfg.SEED, build_backend(data.BACKEND, device), data.MAX_PIXELS)
+    backend = build_backend(data.BACKEND, device)
+    dataset = ViewDataset(source, recipe, cfg.SEED, backend, data.MAX_PIXELS, data.REDUCED_DECODING)
     sampler = EpochSampler(
         source.spans, batch, cfg.SEED, rank, world, window=data.SHUFFLE_SHARDS, lanes=lanes, prepare=source.prepare,
         fingerprint=source.fingerprint,

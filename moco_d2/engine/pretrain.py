@@ -27,6 +27,7 @@ from moco_d2.layers.resnet import describe
 from moco_d2.methods import SSLMethod
 from moco_d2.model_zoo import pretraining_changes
 from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, last_whole
+from moco_d2.running.mistakes import pictures_in_one_line
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.seeds import StepSeed
 
@@ -137,7 +138,8 @@ class PretrainTrainer(DefaultTrainer):
     def train(self) -> None:
         """Train to the end; a loss that is not finite stops the run and leaves the last good checkpoint."""
         try:
-            super().train()
+            with pictures_in_one_line():
+                super().train()
         except FloatingPointError as error:
             kept = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else "none yet"
             in_float32 = "; or continue with --resume and ENGINE.AUTOCAST ''" if chosen_autocast(self.cfg) else ""
@@ -158,7 +160,8 @@ class PretrainTrainer(DefaultTrainer):
             ValueError: seed, batch, data, length, recipe, optimizer or schedule differ from the interrupted run's, or
                 what its number of processes made of the method, so that it could not go on exactly.
         """
-        then = {**self.method.settings(), **state.get("run", {})}  # Older checkpoints do not have the method's own.
+        # Checkpoints of earlier versions do not have the method's own settings, and are of runs that decoded so.
+        then = {**self.method.settings(), "DATA.REDUCED_DECODING": True, **state.get("run", {})}
         changed = changed_settings(then, self._run())
         if changed:
             raise ValueError(
@@ -179,6 +182,7 @@ class PretrainTrainer(DefaultTrainer):
             **{f"SSL.ARGS.{name}": value for name, value in self.cfg.SSL.ARGS.items()},
             "DATA.RECIPE": self.cfg.DATA.RECIPE,
             "DATA.CROP_SIZE": self.cfg.DATA.CROP_SIZE,
+            "DATA.REDUCED_DECODING": self.cfg.DATA.REDUCED_DECODING,
             **loader.sampler.settings(),
             **self.method.settings(),
         }

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
@@ -24,6 +23,7 @@ from matplotlib.colors import hsv_to_rgb
 from moco_d2.config import load_cfg, use_device_there_is
 from moco_d2.data import ViewDataset, build_backend, build_recipe, open_source
 from moco_d2.detection.checkpointer import TransferCheckpointer
+from moco_d2.detection.mapper import read_label_image, read_pixels
 from moco_d2.detection.weights import all_names, load_weights
 from moco_d2.io.files import atomic_write
 
@@ -95,7 +95,7 @@ def draw_detections(runs: Mapping[str, FolderLike], path: FolderLike, count: int
     records = records[:: max(1, len(records) // count)][:count]
     figure, axes = _figure(1 + len(predictors), len(records), (3.6 * len(records), 3 * (1 + len(predictors))))
     for column, record in enumerate(records):
-        image = read_image(record["file_name"], "RGB")
+        image = read_pixels(record["file_name"], "RGB", cfg.DATA.MAX_PIXELS)
         drawings = {"ground truth": draw_scene(image, metadata, Scene.labelled(record, cfg))}
         for name, predictor in predictors.items():
             drawings[name] = draw_scene(image, metadata, Scene.predicted(predictor(image[:, :, ::-1])))
@@ -136,7 +136,7 @@ class Scene:
         keypoints = cfg.MODEL.KEYPOINT_ON and all("keypoints" in item for item in items)
         sem_seg = None
         if "sem_seg_file_name" in record and not items:
-            sem_seg = read_image(record["sem_seg_file_name"], "L")[:, :, 0]
+            sem_seg = read_label_image(record["sem_seg_file_name"], cfg.DATA.MAX_PIXELS)
         return cls(
             np.array(boxes, float).reshape(-1, 4),
             [item["category_id"] for item in items],

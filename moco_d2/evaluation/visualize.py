@@ -31,12 +31,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import convert_image_to_rgb, read_image
+from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from PIL import Image
 
 from moco_d2.detection.datasets import register_custom
+from moco_d2.detection.mapper import read_pixels
 from moco_d2.detection.preflight import check_run
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.evaluation.pictures import Scene, draw_scene, load_predictor
@@ -200,14 +201,17 @@ class _Judge:
 
     def see(self, record: Mapping[str, Any]) -> Scene:
         """Return the detector's output for a picture, highest scores first."""
-        scene = Scene.predicted(self._predictor(read_image(record["file_name"], "BGR")))
+        scene = Scene.predicted(self._predictor(self._read(record, "BGR")))
         return (
             scene if scene.scores is None else scene.choose(np.argsort(-np.array(scene.scores), kind="stable").tolist())
         )
 
+    def _read(self, record: Mapping[str, Any], image_format: str) -> np.ndarray:
+        return read_pixels(record["file_name"], image_format, self.cfg.DATA.MAX_PIXELS)
+
     def draw(self, record: Mapping[str, Any]) -> np.ndarray:
         """Return the drawing of what the detector finds on a picture."""
-        return draw_scene(read_image(record["file_name"], "RGB"), self.metadata, self.see(record))
+        return draw_scene(self._read(record, "RGB"), self.metadata, self.see(record))
 
 
 class _ObjectJudge(_Judge):
@@ -245,7 +249,7 @@ class _ObjectJudge(_Judge):
         assert scene.scores is not None
         scene = scene.choose([i for i, score in enumerate(scene.scores) if score >= self.threshold])
         colors = [_COLORS[kind] for kind in self._judge(record, scene).kinds]
-        return draw_scene(read_image(record["file_name"], "RGB"), self.metadata, scene, colors)
+        return draw_scene(self._read(record, "RGB"), self.metadata, scene, colors)
 
 
 class _PixelJudge(_Judge):
@@ -366,7 +370,7 @@ def _summary(judges: Sequence[_Judge], test_set: str) -> str:
 
 def _row(folder: Path, index: int, record: Mapping[str, Any], judges: Sequence[_Judge]) -> str:
     """Draw a picture's labels and what each checkpoint finds."""
-    image = read_image(record["file_name"], "RGB")
+    image = read_pixels(record["file_name"], "RGB", judges[0].cfg.DATA.MAX_PIXELS)
     truth = draw_scene(image, judges[0].metadata, Scene.labelled(record, judges[0].cfg))
     figures = [_figure(folder, f"{index:05d}-labels", truth, f"labels of {Path(record['file_name']).name}")]
     for number, judge in enumerate(judges):

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from moco_d2.data.augment import Box
-from moco_d2.data.decode import Picture, read_image
+from moco_d2.data.decode import Picture
+from moco_d2.io.pictures import read_image
 
 RNG = np.random.default_rng(0)
 
@@ -157,8 +158,11 @@ def test_a_large_jpeg_is_decoded_at_the_size_that_the_smallest_crop_needs(
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(smooth(400, 480), form, quality=95, exif=exif)
-    opened = Spy(data)
+    opened = Spy(data, reduced=True)
     boxes = [Box(5, 10, smallest, smallest + 9), Box(21, 30, 300, 320)]
+    exact = Spy(data)
+    exact.crops(boxes, 32)
+    assert exact.reduced == 1, "only where it was asked for"
     crops = opened.crops(boxes, 32)
     assert opened.reduced == reduction
     whole = read_image(io.BytesIO(data))

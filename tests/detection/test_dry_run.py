@@ -47,8 +47,8 @@ def test_a_run_that_will_work_is_told_what_to_expect(tool, converted_file, tmp_p
     found = [(line[:11].strip(), line[12:]) for line in done.stdout.splitlines()]
     said = dict(found)
     assert [subject for subject, _ in found] == [
-        "protocol", "schedule", "data", "data", "data", "evaluator", "weights", "model", "training", "evaluation",
-        "checkpoint", "memory", "ETA", "dry run",
+        "protocol", "schedule", "pictures", "data", "data", "data", "evaluator", "weights", "model", "training",
+        "evaluation", "checkpoint", "memory", "ETA", "dry run",
     ]  # fmt: skip
     assert said["protocol"].startswith("voc0712_faster_rcnn_R_50_C4_24k, modified: ")
     assert ("data", "voc_2012_trainval: 4 pictures") in found

@@ -97,8 +97,19 @@ def test_only_the_whole_recipe_bears_its_name(images: str, tmp_path: Path) -> No
     assert names == ["moco_v2_R50_200ep (unfinished, modified)", "moco_v2_R50_200ep (modified)"]
     recipe = load_cfg("Pretrain/moco_v2_R50_200ep", ["OUTPUT_DIR", "x", "SEED", "1", "DATALOADER.NUM_WORKERS", "9"])
     assert pretraining_changes(recipe) == []
-    changed = load_cfg("Pretrain/moco_v2_R50_200ep", ["SOLVER.EPOCHS", "199", "SSL.ARGS.momentum", "0.99"])
-    assert sorted(pretraining_changes(changed) or ()) == ["SOLVER.EPOCHS=199", "SSL.ARGS.momentum=0.99"]
+    changed = load_cfg("Pretrain/moco_v2_R50_200ep", ["SOLVER.EPOCHS", "199", "DATA.REDUCED_DECODING", "True"])
+    assert sorted(pretraining_changes(changed) or ()) == ["DATA.REDUCED_DECODING=True", "SOLVER.EPOCHS=199"]
+
+
+def test_a_run_of_reduced_pictures_is_not_continued_with_whole_ones(images: str, tmp_path: Path) -> None:
+    def trainer(*words: object) -> PretrainTrainer:
+        return PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", options(images, tmp_path, *words)))
+
+    state = trainer().state_dict()
+    del state["run"]["DATA.REDUCED_DECODING"]  # as checkpoints were when everything was decoded so
+    with pytest.raises(ValueError, match=r"DATA\.REDUCED_DECODING was True and is False"):
+        trainer().load_state_dict(state)
+    trainer("DATA.REDUCED_DECODING", "True").load_state_dict(state)
 
 
 def test_what_the_processes_make_of_the_method_is_recorded_and_must_be_the_same_to_resume(

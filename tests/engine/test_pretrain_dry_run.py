@@ -48,8 +48,8 @@ def test_a_rehearsal_says_what_the_run_will_be(images: str, tmp_path: Path, proc
     assert done.returncode == 0, done.stderr[-3000:]
     lines = dict(re.findall(r"^(\w+(?: run)?) +(.+)$", done.stdout, flags=re.MULTILINE))
     assert list(lines) == [
-        "recipe", "data", "schedule", "advice", "weights", "model", "training", "checkpoint", "memory", "bottleneck",
-        "ETA", "dry run",
+        "recipe", "data", "pictures", "schedule", "advice", "weights", "model", "training", "checkpoint", "memory",
+        "bottleneck", "ETA", "dry run",
     ]  # fmt: skip
     assert lines["recipe"].startswith("moco_v2_R50_200ep, modified: ")
     assert "SSL.ENCODER.WIDTH=0.125" in lines["recipe"] and lines["data"] == f"{images}: 70 images"
@@ -102,3 +102,31 @@ def test_mistakes_end_in_lines_and_exit_code_2(images: str, tmp_path: Path) -> N
     assert done.stderr.count("\n") == 4, done.stderr
     gone = dry_run(tmp_path, "DATASETS.TRAIN", '("no/such/folder",)')
     assert gone.returncode == 2 and "'no/such/folder', which is neither a folder" in gone.stderr
+
+
+def test_pictures_that_cannot_be_decoded_are_named_and_too_many_are_refused(images: str, tmp_path: Path) -> None:
+    import shutil
+
+    from moco_d2.config import load_cfg
+    from moco_d2.engine.dry_run import _check_pictures
+    from moco_d2.engine.loader import build_loader
+
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    for name in ("3.jpg", "44.jpg"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2])
+
+    def check(*words: object) -> list[tuple[str, str]]:
+        opts = ["DATASETS.TRAIN", f"('{folder}',)", "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path / "out", "SEED", 1]
+        opts += ["SOLVER.IMS_PER_BATCH", 16, "DATALOADER.NUM_WORKERS", 1, *words]
+        cfg = load_cfg("Pretrain/moco_v2_R50_200ep", [str(word) for word in opts])
+        return list(_check_pictures(build_loader(cfg).dataset, cfg))
+
+    ((subject, said),) = check()
+    assert subject == "pictures" and said.startswith("68 of 70 can be decoded; left out: ")
+    assert f"{folder}/3.jpg: image file is truncated" in said and f"{folder}/44.jpg: " in said
+    with pytest.raises(
+        ValueError, match=r"^68 of 70 can be decoded; DATA.MAX_SKIPPED is 0.01.*\n.*/3.jpg.*\n.*/44.jpg"
+    ):
+        check("DATA.MAX_SKIPPED", 0.01)
+    assert check("DATA.DRY_RUN_PICTURES", 2) == [("pictures", "2 of 2 can be decoded")]

@@ -1,0 +1,68 @@
+"""Files that a data set lists and that are not on the disk, found before a run and not in the middle of it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Iterator
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+_NAMED = 5  # files in a message
+
+
+def missing_files(dataset_name: str, paths: Iterable[str]) -> str:
+    """Return which files of a data set are not there; empty if all are.
+
+    Each folder is listed once: asking for every file takes minutes on a network's disk.
+    """
+    names = functools.cache(_files_in)
+    total, missing = 0, []
+    for path in dict.fromkeys(paths):
+        total += 1
+        folder, name = os.path.split(path)
+        # The disk has the last word: it may take more spellings of a name than a listing shows.
+        if not (("://" not in path and name in names(folder)) or PathManager.isfile(path)):
+            missing.append(path)
+    if not missing:
+        return ""
+    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+    return (
+        f"data set {dataset_name!r}: {len(missing)} of the {total} files that it lists are not there: "
+        f"{', '.join(missing[:_NAMED])}{more}. Fetch them, or take them off the list"
+    )
+
+
+def _files_in(folder: str) -> frozenset[str]:
+    try:
+        with os.scandir(folder or ".") as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file())
+    except OSError:
+        return frozenset()
+
+
+def listed_files(dataset_name: str) -> Iterator[str]:
+    """Yield the files that a registered data set lists: pictures, and label files of their own.
+
+    Raises:
+        OSError: and whatever else its loader raises where its labels cannot be read.
+    """
+    meta = MetadataCatalog.get(dataset_name)
+    if is_voc_list(dataset_name):  # without parsing what may be missing
+        with PathManager.open(os.path.join(meta.dirname, "ImageSets", "Main", f"{meta.split}.txt")) as file:
+            for name in file.read().split("\n"):
+                if name.strip():
+                    yield os.path.join(meta.dirname, "Annotations", f"{name.split()[0]}.xml")
+                    yield os.path.join(meta.dirname, "JPEGImages", f"{name.split()[0]}.jpg")
+        return
+    for record in DatasetCatalog.get(dataset_name):
+        yield record["file_name"]
+        if "sem_seg_file_name" in record:
+            yield record["sem_seg_file_name"]
+
+
+def is_voc_list(dataset_name: str) -> bool:
+    """Return whether a data set is one of Detectron2's VOC sets, whose pictures a text file lists."""
+    meta = MetadataCatalog.get(dataset_name)
+    return bool(meta.get("dirname") and meta.get("split") and not meta.get("custom"))

@@ -1,0 +1,235 @@
+"""Pictures: the one reader of both stages and all tools, from a file to upright 8-bit RGB.
+
+What a file's numbers mean follows from what the file states (format, mode, bits a sample), never from the numbers
+themselves: two pictures of one set get the same scale, however dark one of them is. Black is 0 and white 255. A kind of
+picture whose black and white are not stated, such as floats, is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+# Default of DATA.MAX_PIXELS.
+MAX_PIXELS = 89_000_000
+
+ORIENTATION = 0x0112  # EXIF's tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What PIL converts to RGB with black at 0 and white at 255. Transparency is dropped, the colours below it stay.
+_EIGHT_BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
+# Formats whose 16-bit grey is unsigned and fills the bits that they state. PIL calls it "I" where it scales a PGM.
+_SIXTEEN_BIT = ("PNG", "TIFF", "JPEG2000", "PPM")
+# Formats for which PIL starts another program.
+_PROGRAMS = ("EPS", "WMF")
+_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339  # TIFF's tags
+
+
+class PictureError(ValueError):
+    """A picture, or something in its labels, that cannot be used: one line that names the file."""
+
+    def __str__(self) -> str:
+        # A DataLoader raises its worker's error anew with the worker's whole traceback as the message, which ends in
+        # this error's own.
+        message = super().__str__().rpartition(f"\n{PictureError.__module__}.{PictureError.__name__}: ")[2]
+        return " ".join(message.strip().splitlines())
+
+
+class RefusedError(OSError):
+    """A picture that is whole and yet not read; the message has the rule and the remedy."""
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn whatever goes wrong with a file into a :class:`PictureError` that names it."""
+    try:
+        yield
+    except PictureError:
+        raise
+    except RefusedError as error:
+        raise PictureError(f"{os.fspath(path)}: {error}") from error
+    except Exception as error:  # Damaged files make decoders raise anything: OSError, SyntaxError, struct.error, ...
+        remedy = "repair the file, or take it out of the data set"
+        raise PictureError(f"{os.fspath(path)}: {describe(error)}; {remedy}") from error
+
+
+def describe(error: Exception) -> str:
+    """Return in one line why a picture cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return "is not there"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder, not a picture"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be opened: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_image(file: str | os.PathLike[str] | IO[bytes], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image file as 8-bit RGB, upright.
+
+    EXIF orientation is applied; grey, palette and CMYK pictures are converted; 16-bit samples keep their high byte.
+
+    Args:
+        file: a path, or an open file.
+        max_pixels: ``DATA.MAX_PIXELS``; a larger picture is refused before it is decoded.
+
+    Raises:
+        PictureError: the file cannot be read, is no picture, too large, damaged, or of a kind whose black and white
+            are not known; the message names it.
+    """
+    if isinstance(file, str | os.PathLike):
+        with naming(file), open(file, "rb") as opened:
+            return upright_rgb(open_picture(opened, max_pixels))
+    with naming(getattr(file, "name", "the picture")):
+        return upright_rgb(open_picture(file, max_pixels))
+
+
+def open_picture(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> Image.Image:
+    """Read a picture's header; its pixels are not decoded yet.
+
+    Args:
+        file: an open file.
+        max_pixels: refuse a larger picture; None for no limit. PIL's own limit does not count.
+
+    Raises:
+        OSError: it is no picture; a RefusedError: it is larger, or of a kind that is not read.
+    """
+    try:
+        with _pils_limit_lifted():
+            opened = Image.open(file)
+    except UnidentifiedImageError as error:
+        raise OSError("PIL cannot identify it as a picture") from error
+    width, height = opened.size
+    if max_pixels is not None and width * height > max_pixels:
+        more = f"{width} x {height} pixels are more than DATA.MAX_PIXELS {max_pixels}"
+        raise RefusedError(f"{more}; raise it, or scale the picture down")
+    _refuse(opened)
+    return opened
+
+
+def _refuse(opened: Image.Image) -> None:
+    """Raise RefusedError for a kind of picture whose black and white are not certain."""
+    kind = f"{opened.format} picture of mode {opened.mode}"
+    if opened.format in _PROGRAMS:
+        raise RefusedError(f"{kind}: another program would have to draw it; save it as PNG")
+    if opened.mode not in _EIGHT_BIT and not (_is_deep_grey(opened) and opened.format in _SIXTEEN_BIT):
+        raise RefusedError(f"{kind}: which of its values are black and white is not known; save it with 8 or 16 bits")
+    if set(_tiff(opened, _SAMPLE_FORMAT, (1,))) != {1}:
+        raise RefusedError(f"{kind}, with signed samples: which are black and white is not known; save it unsigned")
+
+
+def _is_deep_grey(opened: Image.Image) -> bool:
+    return opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in ("PNG", "PPM"))
+
+
+def _tiff(opened: Image.Image, tag: int, default: Any) -> Any:
+    return opened.tag_v2.get(tag, default) if opened.format == "TIFF" else default  # type: ignore[attr-defined]
+
+
+def orientation(opened: Image.Image) -> Any:
+    """Return the EXIF orientation of a picture that is not decoded yet: whatever the file has in its place."""
+    if opened.format == "TIFF":  # PIL turns it while it decodes, and states the size so.
+        return None
+    if opened.format == "PNG" and "exif" not in opened.info:
+        opened.load()  # EXIF may lie behind the pixels. What is wrong with these is no matter of EXIF.
+    try:
+        return opened.getexif().get(ORIENTATION)
+    except Exception:  # EXIF that nobody can read: Detectron2, too, takes such pictures as they are stored.
+        return None
+
+
+def upright_size(opened: Image.Image) -> tuple[int, int]:
+    """Return width and height of a picture as it stands upright."""
+    width, height = opened.size
+    return (height, width) if orientation(opened) in (5, 6, 7, 8) else (width, height)
+
+
+def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return width and height of the upright picture in a file, from its header.
+
+    Raises:
+        OSError: the file is not there or no picture that can be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            opened = open_picture(file, max_pixels=None)
+            if opened.format == "PNG" and opened.width * opened.height > MAX_PIXELS:
+                return opened.size  # no EXIF is worth decoding so much for
+            return upright_size(opened)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(describe(error)) from error
+
+
+def upright_rgb(opened: Image.Image) -> Image.Image:
+    """Decode an opened picture, and return it upright as 8-bit RGB.
+
+    Raises:
+        OSError: it is damaged.
+    """
+    return _upright(opened, _rgb)
+
+
+def upright_grey(opened: Image.Image) -> Image.Image:
+    """Decode an opened label image, and return it upright as 8-bit grey.
+
+    Raises:
+        OSError: it is damaged.
+    """
+    return _upright(opened, lambda image: image.convert("L"))
+
+
+def _upright(opened: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    turn = _TURNS.get(orientation(opened))
+    with _pils_limit_lifted():
+        opened.load()
+    image = convert(opened)
+    return image if turn is None else image.transpose(turn)
+
+
+def _rgb(opened: Image.Image) -> Image.Image:
+    image = _high_byte(opened) if _is_deep_grey(opened) else opened
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    image.info.pop("transparency", None)  # PIL would look for a colour that stands for it, and warn
+    return image.convert("RGB")
+
+
+def _high_byte(opened: Image.Image) -> Image.Image:
+    bits = _tiff(opened, _BITS, (16,))[0]
+    levels = (np.asarray(opened) >> (bits - 8)).astype(np.uint8)
+    # PIL inverts what is white at 0, but not in 16 bits.
+    return Image.fromarray(levels if _tiff(opened, _PHOTOMETRIC, 1) else 255 - levels)
+
+
+_lifting = threading.Lock()
+_lifted: list[int | None] = []  # PIL's limit, once for each reader under way; all but the first are None
+
+
+@contextlib.contextmanager
+def _pils_limit_lifted() -> Iterator[None]:
+    """Let PIL read pictures of any size: ``DATA.MAX_PIXELS`` is the limit. PIL's comes back with the last reader."""
+    with _lifting:
+        _lifted.append(Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        with _lifting:
+            if len(_lifted) == 1:
+                Image.MAX_IMAGE_PIXELS = _lifted[0]
+            _lifted.pop()

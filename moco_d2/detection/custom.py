@@ -17,6 +17,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from PIL import Image
 
+from moco_d2.io.paths import expand
 from moco_d2.nearest import did_you_mean
 
 Report = Callable[[str], None]
@@ -108,15 +109,12 @@ def _entry_problems(item: Any) -> Iterator[str]:
 
 
 def _entry(item: Mapping[str, Any]) -> Entry:
-    root = Path(os.path.expandvars(os.path.expanduser(item.get("root", "."))))
+    root = Path(expand(item.get("root", ".")))
     split, labels, images = (item.get(key, "") for key in ("split", "json", "images"))
     if item["format"] == "coco" and split:  # COCO's own layout
         labels = labels or f"annotations/instances_{split}.json"
         images = images or split
-    under = {
-        key: root / os.path.expandvars(os.path.expanduser(value)) if value else None
-        for key, value in (("json", labels), ("images", images))
-    }
+    under = {key: root / expand(value) if value else None for key, value in (("json", labels), ("images", images))}
     if item["format"] == "coco" and under["images"] is None:
         under["images"] = root
     return Entry(item["name"], item["format"], root, split=split, classes=tuple(item.get("classes", ())), **under)

@@ -31,6 +31,7 @@ from moco_d2.detection.subsets import check_percent
 from moco_d2.detection.weights import check_source
 from moco_d2.evaluation.summary import BASELINES, RECORD, RESULTS, read_json
 from moco_d2.io.files import atomic_write
+from moco_d2.io.paths import expand
 from moco_d2.model_zoo import get_config, get_protocol
 from moco_d2.provenance import sha256
 
@@ -230,7 +231,7 @@ def _init(word: str, protocol: str) -> Init:
     if not label or label != Path(label).name or label in (".", ".."):
         raise ValueError(f"--weights {word}: the label {label!r} cannot be a folder's name")
     kind = "supervised" if label == "supervised" else "moco"
-    path = path or get_config(protocol, kind).MODEL.WEIGHTS
+    path = expand(path) or get_config(protocol, kind).MODEL.WEIGHTS
     try:
         check_source(path)
     except ValueError as error:

@@ -78,7 +78,7 @@ ROLES = {
     "TEST": _Roles(UNREAD, PROTOCOL),
     "TEST.EVAL_PERIOD": _Roles(UNREAD, BOOKKEEPING),
     "TEST.COCO_BACKEND": _Roles(UNREAD, MACHINE),
-    "TEST.EXPECTED_RESULTS": _Roles(UNREAD, UNREAD),
+    "TEST.EXPECTED_RESULTS": _Roles(UNREAD, BOOKKEEPING),
 }
 
 # Keys whose values are paths, or hold some.
@@ -105,7 +105,6 @@ _INSTEAD = {
         "SOLVER.EPOCHS": "fine-tuning counts iterations, SOLVER.MAX_ITER",
         "SOLVER.SCHEDULE": "fine-tuning says it as SOLVER.LR_SCHEDULER_NAME",
         "SOLVER.REFERENCE_BATCH": "fine-tuning scales batch and lr by SOLVER.REFERENCE_WORLD_SIZE",
-        "TEST.EXPECTED_RESULTS": "compare results.json instead",
     },
 }
 

@@ -79,7 +79,9 @@ def test_a_key_is_refused_beside_a_switch_that_turns_it_off_if_the_user_wrote_it
             for key in (key for key in DEFAULTS if any(f"{key}.".startswith(f"{name}.") for name in off.keys)):
                 values = DEFAULTS | {off.switch: switched, key: another(DEFAULTS[key])}
                 complaints = list(roles.unread(stage, values, DEFAULTS, asked={key}))
-                assert len(complaints) == 1 and f"{key} is " in complaints[0] and "nothing uses it with" in complaints[0]
+                assert (
+                    len(complaints) == 1 and f"{key} is " in complaints[0] and "nothing uses it with" in complaints[0]
+                )
                 assert list(roles.unread(stage, values, DEFAULTS)) == [], "it may come from a base file"
                 assert list(roles.unread(stage, values | {key: DEFAULTS[key]}, DEFAULTS, asked={key})) == []
 
@@ -96,7 +98,8 @@ def test_shipped_configs_and_their_dumps_pass(config: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "name",
     [
-        "PascalVOC-Detection/faster_rcnn_R_50_FPN", "COCO-Detection/fast_rcnn_R_50_FPN_1x", "Misc/cascade_mask_rcnn_R_50_FPN_1x",
+        "PascalVOC-Detection/faster_rcnn_R_50_FPN", "COCO-Detection/fast_rcnn_R_50_FPN_1x",
+        "Misc/cascade_mask_rcnn_R_50_FPN_1x",
         "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x", "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x",
     ],
 )  # fmt: skip
@@ -122,11 +125,22 @@ def test_a_key_does_nothing_by_where_it_stands(tmp_path: Path) -> None:
 
 
 def test_all_ignored_keys_are_told_at_once_with_what_else_is_wrong() -> None:
-    words = ["SSL.ENCODER.WIDTH", "0.5", "SOLVER.EPOCHS", "5", "MODEL.RETINANET.NUM_CONVS", "2", "SOLVER.STEPS", "('x',)"]
+    words = [
+        "SSL.ENCODER.WIDTH",
+        "0.5",
+        "SOLVER.EPOCHS",
+        "5",
+        "MODEL.RETINANET.NUM_CONVS",
+        "2",
+        "SOLVER.STEPS",
+        "('x',)",
+    ]
     found = refusal(VOC_FPN, *words, "TEST.PRECISE_BN.NUM_ITERS", "3")
     assert len(found) == 5 and "did you mean 'TEST.PRECISE_BN.NUM_ITER'" in found[0]
     assert "SOLVER.STEPS is ('x',); it must be a list or tuple, as (30000,) is" in found
-    assert "SOLVER.EPOCHS is 5, but fine-tuning does not use it: fine-tuning counts iterations, SOLVER.MAX_ITER" in found
+    assert (
+        "SOLVER.EPOCHS is 5, but fine-tuning does not use it: fine-tuning counts iterations, SOLVER.MAX_ITER" in found
+    )
 
 
 @pytest.mark.parametrize("flag", [[], ["--dry-run"], ["--eval-only"], ["--resume"]])

@@ -43,4 +43,7 @@ if _spec is None or _spec.origin is None:
             "(moco_d2.layers, moco_d2.methods and moco_d2.convert work without it: import them by their full name)"
         )
 elif not _wanted.startswith(_NEEDS_NOTHING):  # The doctor must come through when Detectron2 is broken.
+    from moco_d2.io.paths import expand_datasets_root
+
+    expand_datasets_root()  # Detectron2 reads the variable when its data sets are imported, which comes next.
     from moco_d2 import data, detection, methods  # noqa: F401  (registers)

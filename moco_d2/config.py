@@ -1,7 +1,6 @@
 """The configuration: Detectron2's keys plus ours, the shipped files by name, and errors that name the nearest key.
 
-One tree serves both stages. Pretraining reads ``SSL``, ``DATA``, ``SOLVER``, ``DATASETS.TRAIN`` and ``DATALOADER``;
-detection is Detectron2's own.
+One tree serves both stages; :mod:`moco_d2.roles` says which keys each of them reads.
 """
 
 from __future__ import annotations
@@ -9,21 +8,28 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import functools
+import io
 import itertools
 import logging
+import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as detectron2_get_cfg
+from detectron2.config.compat import guess_version
 
+from moco_d2 import roles
+from moco_d2.io import paths
 from moco_d2.io.pictures import MAX_PIXELS
-from moco_d2.methods import default_args
+from moco_d2.methods import METHODS, default_args
 from moco_d2.nearest import did_you_mean
+from moco_d2.settings import mistyped, wrong_type
 
 logger = logging.getLogger(__name__)
 
@@ -170,30 +176,93 @@ def load_cfg(
     config_file: str | os.PathLike[str] = "",
     opts: Sequence[str] = (),
     check: Callable[[CN], Iterable[str]] | None = None,
+    stage: str = "",
 ) -> CN:
     """Read a config file and command-line overrides into a complete config.
+
+    ``~`` and ``$VARIABLES`` are expanded in every key that is a path (:data:`moco_d2.roles.PATHS`).
 
     Args:
         config_file: a path, or the name of a shipped config (see :func:`list_configs`), of a detector's with the suffix
             ``_supervised`` or ``_random`` for another init; empty for the defaults.
         opts: ``KEY VALUE KEY VALUE ...``.
-        check: names what else is wrong with a config; asked where the overrides are, so that a user hears all at once.
+        check: names what else is wrong with a config; asked where something is, so that a user hears all at once.
+        stage: ``roles.PRETRAINING`` or ``roles.DETECTION`` where a run is to follow: keys that it would ignore are
+            refused. Empty where a config is only looked at.
 
     Raises:
         ValueError: no such file, or keys that do not exist and values of another type: all of a file, or all of the
-            overrides, each with the rule and the nearest key.
+            overrides, each with the rule and the nearest key; or keys that differ from their default and do nothing.
     """
     cfg = get_cfg()
+    stated: set[str] = set()
     for path in config_files(config_file) if config_file else ():
-        _merge_file(cfg, str(path), str(config_file))
-    ssl_args = CN(default_args(cfg.SSL.METHOD))
-    ssl_args.update(cfg.SSL.ARGS)
-    cfg.SSL.ARGS = ssl_args
+        stated |= _merge_file(cfg, str(path), str(config_file))
+    cfg.SSL.ARGS = _method_args(cfg)
     if len(opts) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, but {len(opts)} words were given: {' '.join(opts)}")
-    if problems := _merge_words(cfg, opts):
-        raise ValueError("\n".join([*problems, *(check(cfg) if check else ())]))
+    # A file may be completed by the command line, and what it turns on be turned off there: its own keys do nothing if
+    # they do nothing in the file, and still nothing in the end.
+    asked = {key for key in stated if stage and roles.turned_off(key, stage, flat(cfg), _defaults(cfg))}
+    problems = _merge_words(cfg, opts)
+    problems += _expand_paths(cfg)
+    if stage:
+        problems += [*mistyped_keys(cfg, stage).values(), *unread_keys(cfg, stage, asked | set(opts[::2]))]
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys([*problems, *(check(cfg) if check else ())])))
     return cfg
+
+
+def unread_keys(cfg: CN, stage: str, asked: Container[str] = ()) -> list[str]:
+    """Return complaints about keys that differ from their default and that a stage ignores; see ``roles.unread``."""
+    return list(roles.unread(stage, flat(cfg), _defaults(cfg), asked))
+
+
+def mistyped_keys(cfg: CN, stage: str) -> dict[str, str]:
+    """Return complaints about the keys that a stage reads and whose values cannot be; see ``settings.mistyped``."""
+    return dict(mistyped(stage, flat(cfg), flat(get_cfg())))
+
+
+def _method_args(cfg: CN) -> CN:
+    """Return ``SSL.ARGS`` with the method's defaults for what is not set; a method that does not exist has none."""
+    return CN({**(default_args(cfg.SSL.METHOD) if cfg.SSL.METHOD in METHODS else {}), **cfg.SSL.ARGS})
+
+
+def _defaults(cfg: CN) -> dict[str, Any]:
+    """Return the default of every key, arguments of the config's method included."""
+    default = get_cfg()
+    default.SSL.METHOD = cfg.SSL.METHOD
+    default.SSL.ARGS = _method_args(default)
+    return flat(default) | {"SSL.METHOD": get_cfg().SSL.METHOD}
+
+
+def _expand_paths(cfg: CN) -> list[str]:
+    """Expand the keys that are paths, and return what is wrong with them and with the environment's paths."""
+    problems = []
+    for name in paths.VARIABLES:
+        try:
+            paths.expand_variable(name, "")
+        except ValueError as error:
+            problems.append(str(error))
+    own = [entry.get("name") for entry in cfg.DATASETS.CUSTOM if isinstance(entry, Mapping)]
+    for key in roles.PATHS:
+        *groups, name = key.split(".")
+        node = functools.reduce(operator.getitem, groups, cfg)
+        try:
+            node[name] = _expanded(node[name], own)
+        except ValueError as error:
+            problems.append(f"{key} is {node[name]!r}: {error}")
+    return problems
+
+
+def _expanded(value: Any, names: Container[Any]) -> Any:
+    """Return a path, list of paths or data set with paths expanded; names of data sets are none."""
+    if isinstance(value, str):
+        return value if value in names else paths.expand(value)
+    if isinstance(value, Mapping):  # an entry of DATASETS.CUSTOM
+        parts = ("root", "json", "images", "split")
+        return {k: _expanded(v, ()) if k in parts else v for k, v in value.items()}
+    return type(value)(_expanded(item, names) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def use_device_there_is(cfg: CN) -> None:
@@ -220,6 +289,7 @@ def config_files(name: str | os.PathLike[str]) -> list[Path]:
     Raises:
         ValueError: there is none; the message lists the nearest shipped names.
     """
+    name = paths.expand(os.fspath(name))
     if Path(name).is_file():
         return [Path(name)]
     root = _config_root()
@@ -241,13 +311,36 @@ def _config_root() -> Path:
     raise FileNotFoundError(f"the shipped configs are missing; looked in {', '.join(map(str, _CONFIG_ROOTS))}")
 
 
-def _merge_file(cfg: CN, path: str, source: str) -> None:
-    given = flat(_read_file(path, source))
+def _merge_file(cfg: CN, path: str, source: str) -> set[str]:
+    """Merge a config file, and return the keys that it states itself, beside those of its ``_BASE_`` files.
+
+    A file that states most keys is a run's ``config.yaml``, which nobody wrote: of that, none.
+    """
+    given = _read_file(path, source)
+    keys = flat(given)
     try:
-        cfg.merge_from_file(path, allow_unsafe=False)
+        new = CN(given)
+        if (new.get("VERSION") or guess_version(new, path)) == cfg.VERSION:
+            cfg.merge_from_other_cfg(new)
+        else:  # Detectron2 converts files of its first version.
+            cfg.merge_from_file(path, allow_unsafe=False)
     except (KeyError, AssertionError, ValueError, TypeError) as error:
-        problems = [*itertools.chain.from_iterable(_merge_one(cfg, key, value) for key, value in given.items())]
+        problems = [*itertools.chain.from_iterable(_merge_one(cfg, key, value) for key, value in keys.items())]
         raise ValueError("\n".join(f"{source}: {problem}" for problem in problems or [str(error)])) from error
+    own = flat(yaml.safe_load(Path(path).read_text()))
+    return set(own) if len(own) < len(flat(cfg)) / 2 else set()
+
+
+class _ConfigFile(CN):
+    """Reads config files whose ``_BASE_`` may hold ``~`` and ``$VARIABLES``."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> IO[str]:
+        with super()._open_cfg(filename) as file:
+            content = yaml.safe_load(file)
+        if isinstance(content, dict) and (base := content.get("_BASE_")):
+            content["_BASE_"] = _expanded(base, ())
+        return io.StringIO(yaml.safe_dump(content, sort_keys=False))
 
 
 def _read_file(path: str, source: str) -> dict[str, Any]:
@@ -259,7 +352,7 @@ def _read_file(path: str, source: str) -> dict[str, Any]:
         ValueError: it is no YAML mapping, asks for code, or a ``_BASE_`` is missing or its own.
     """
     try:
-        given = CN.load_yaml_with_base(path)
+        given = _ConfigFile.load_yaml_with_base(path)
     except yaml.constructor.ConstructorError as error:
         what = f"only plain values are read ({error.problem}): write out what it stands for"
         raise ValueError(f"{source}: {what}") from error
@@ -297,14 +390,6 @@ def _merge_one(cfg: CN, key: str, value: Any) -> Iterator[str]:
         with contextlib.suppress(ValueError, SyntaxError):  # as yacs reads it
             value = ast.literal_eval(value) if isinstance(value, str) else value
         yield wrong_type(key, value, keys[key])
-
-
-def wrong_type(key: str, value: Any, like: Any) -> str:
-    """Return the complaint about a value of another type than the key's present one."""
-    if isinstance(like, CN):
-        return f"{key} is a group of keys, not one that can be set to {value!r}; it has {', '.join(like)}"
-    kind = "list or tuple" if isinstance(like, list | tuple) else type(like).__name__
-    return f"{key} is {value!r}; it must be {'an' if kind[0] in 'aeiou' else 'a'} {kind}, as {like!r} is"
 
 
 def _whole_floats(cfg: CN, opts: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from moco_d2 import INSTALL_DETECTRON2, __version__, install_detectron2
+from moco_d2.io.paths import expand_variable
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 
@@ -169,6 +170,16 @@ def check_devices() -> Iterator[Finding]:
         why = f"nvidia-smi is here, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds no device"
     yield Finding(NOTE, f"no GPU{f' ({why})' if why else ''}: the tools run on the CPU")
     yield Finding(NOTE, "SyncBN works in one CPU process; between several, the tools put naiveSyncBN in its place")
+
+
+def check_datasets_root() -> Iterator[Finding]:
+    """Look for the data sets in ``$DETECTRON2_DATASETS``."""
+    try:
+        root = expand_variable("DETECTRON2_DATASETS", "datasets")
+    except ValueError as error:
+        yield Finding(NOTE, str(error), DATASETS_HELP)
+        return
+    yield from check_datasets(Path(root))
 
 
 def check_datasets(root: Path) -> Iterator[Finding]:
@@ -326,7 +337,7 @@ def main() -> int:
     if not _failures(sections):
         sections["This package"] = list(check_package())
     sections["Devices"] = list(check_devices())
-    sections["Datasets"] = list(check_datasets(Path(os.environ.get("DETECTRON2_DATASETS") or "datasets")))
+    sections["Datasets"] = list(check_datasets_root())
     for title, findings in sections.items():
         _report(title, findings)
     failures = _failures(sections)

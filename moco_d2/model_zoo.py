@@ -16,22 +16,9 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
+from moco_d2 import roles
 from moco_d2.config import INITS, flat, list_configs, load_cfg
 
-# Keys in which runs of one protocol may differ: weights and how they are fed, machine (accumulation stands in for more
-# processes, and is told like their number), bookkeeping, and the switches that leave the mathematics alone.
-_FREE = (
-    "MODEL.WEIGHTS", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "MODEL.RESNETS.STRIDE_IN_1X1", "INPUT.FORMAT",
-    "MODEL.DEVICE", "OUTPUT_DIR", "SEED", "VERSION", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_",
-    "SOLVER.ACCUMULATE=", "TEST.EVAL_PERIOD", "TEST.COCO_BACKEND", "CUDNN_BENCHMARK", "VIS_PERIOD", "ENGINE.", "SSL.",
-    "DATA.",
-)  # fmt: skip
-# Keys that make a pretraining what it is, and exceptions: bookkeeping, limits, and the order of a shuffled set.
-_PRETRAINING = ("SSL.", "DATA.", "DATASETS.TRAIN=", "SOLVER.", "MODEL.WEIGHTS=")
-_PRETRAINING_FREE = (
-    "SOLVER.CHECKPOINT_", "DATA.BACKEND=", "DATA.MAX_", "DATA.SHUFFLE_SHARDS=", "DATA.LANES=", "DATA.CACHE_",
-    "DATA.DRY_RUN_",
-)  # fmt: skip
 _LABELS = {
     "random": "random",
     "supervised": "supervised",
@@ -111,21 +98,22 @@ def get_config(name: str, init: str = "moco", opts: Sequence[str] = ()) -> CfgNo
         opts: ``KEY VALUE KEY VALUE ...``.
 
     Raises:
-        ValueError: no such protocol or init.
+        ValueError: no such protocol or init, or see :func:`moco_d2.config.load_cfg`.
     """
     if init not in INITS:
         raise ValueError(f"init is {init!r}; it must be one of {', '.join(INITS)}")
-    return load_cfg(get_protocol(name).config + INITS[init], opts)
+    return load_cfg(get_protocol(name).config + INITS[init], opts, stage=roles.DETECTION)
 
 
 def config_changes(cfg: CfgNode) -> list[str] | None:
     """List, as ``KEY=value``, where a config departs from the shipped one of its protocol (empty: it is the protocol).
 
-    None where the config names no shipped protocol.
+    Runs of one protocol may differ in their weights, machine and bookkeeping (:mod:`moco_d2.roles`). None where the
+    config names no shipped protocol.
     """
     if cfg.PROTOCOL not in _protocols():
         return None
-    return [change for change in _changes(get_config(cfg.PROTOCOL), cfg) if not change.startswith(_FREE)]
+    return _changes(get_config(cfg.PROTOCOL), cfg, roles.DETECTION, roles.PROTOCOL)
 
 
 def pretraining_changes(cfg: CfgNode) -> list[str] | None:
@@ -135,17 +123,17 @@ def pretraining_changes(cfg: CfgNode) -> list[str] | None:
     """
     if cfg.PROTOCOL not in _recipes():
         return None
-    changes = _changes(load_cfg(_recipes()[cfg.PROTOCOL]), cfg)
-    return [c for c in changes if c.startswith(_PRETRAINING) and not c.startswith(_PRETRAINING_FREE)]
+    return _changes(load_cfg(_recipes()[cfg.PROTOCOL]), cfg, roles.PRETRAINING, roles.RECIPE)
 
 
-def _changes(shipped: CfgNode, used: CfgNode) -> list[str]:
+def _changes(shipped: CfgNode, used: CfgNode, stage: str, role: str) -> list[str]:
+    """Return, as ``KEY=value``, the keys of a role in which two configs differ."""
     values = flat(shipped)
-    return [f"{k}={v}" for k, v in flat(used).items() if k in values and _plain(v) != _plain(values[k])]
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return [
+        f"{key}={value}"
+        for key, value in flat(used).items()
+        if key in values and roles.plain(value) != roles.plain(values[key]) and roles.role(key, stage) == role
+    ]
 
 
 @functools.cache

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import cli
@@ -171,7 +170,7 @@ def main() -> None:
     command.set_defaults(run=startup)
     command.add_argument("--repeats", type=int, default=5, help="runs of each (default: %(default)s)")
     for command in commands.choices.values():
-        command.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the numbers as JSON")
+        command.add_argument("-o", "--output", type=cli.path, metavar="FILE", help="write the numbers as JSON")
     args = parser.parse_args()
     try:
         args.run(args)

@@ -36,6 +36,23 @@ def launch_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def expanded(text: str) -> str:
+    """Return a path or address from the command line with ``~`` and ``$VARIABLES`` expanded: the shell may not have."""
+    if not text.startswith("~") and "$" not in text:
+        return text
+    from moco_d2.io.paths import expand
+
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def path(text: str) -> Path:
+    """Return :func:`expanded` as a path; a ``type`` of arguments."""
+    return Path(expanded(text))
+
+
 def setup(args: argparse.Namespace, check: Callable[[Any], None] = lambda cfg: None) -> Any:
     """Read the config, take the run's folder, choose device and seed, start the log; return the frozen config.
 
@@ -104,10 +121,12 @@ def run(
     main: Callable[[argparse.Namespace], None],
     args: argparse.Namespace,
     check: Callable[[Any], Iterable[str]] | None = None,
+    stage: str = "",
 ) -> None:
     """Launch ``main(args)`` in every process, and end with the exit codes of docs/reliability.md.
 
-    A mistake of the user's, and a disk that is full, end in one clear line. ``check``: see :func:`load_cfg`.
+    A mistake of the user's, and a disk that is full, end in one clear line. ``check`` and ``stage``: see
+    :func:`load_cfg`.
     """
     from moco_d2 import patience
     from moco_d2.config import load_cfg
@@ -118,7 +137,7 @@ def run(
     codes = {"ValueError": 2, "FloatingPointError": 2, NotWrittenError.__name__: EXIT_NOT_WRITTEN}
     try:
         timeout = patience.DEFAULT if args.timeout is None else args.timeout
-        device = load_cfg(args.config_file, args.opts, check).MODEL.DEVICE
+        device = load_cfg(args.config_file, args.opts, check, stage).MODEL.DEVICE
         launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args, timeout, device)
     except Exception as error:
         kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__

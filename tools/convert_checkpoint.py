@@ -11,14 +11,19 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from pathlib import Path
+
+import cli
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     built = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    built.add_argument("input", nargs="?", help="checkpoint: .pth, .pth.tar, .pt, .bin, .safetensors, .pkl, .npz")
-    built.add_argument("output", nargs="?", help="file to write: .pth (tensors only) or .pkl (numpy arrays)")
+    built.add_argument(
+        "input", nargs="?", type=cli.expanded, help="checkpoint: .pth, .pth.tar, .pt, .bin, .safetensors, .pkl, .npz"
+    )
+    built.add_argument(
+        "output", nargs="?", type=cli.expanded, help="file to write: .pth (tensors only) or .pkl (numpy arrays)"
+    )
     built.add_argument("--source", default="", metavar="KEY", help="whose file it is, where the file does not show it")
     built.add_argument("--prefix", help="what the keys of the wanted network start with, where there are several")
     built.add_argument("--drop", action="append", default=[], metavar="REGEX", help="leave out the keys in which it is "
@@ -26,8 +31,10 @@ def parser() -> argparse.ArgumentParser:
     built.add_argument("--with", dest="parts", default="", metavar="PARTS", help="keep what SoCo and ReSim pretrain "
                        "beside the ResNet: fpn, or fpn,box_head")  # fmt: skip
     built.add_argument("--norm", default="", choices=("GN",), help="GN: accept a network with GroupNorm")
-    built.add_argument("--report", type=Path, metavar="FILE", help="write the whole account as JSON")
-    built.add_argument("--picture", type=Path, metavar="FILE", help="compare the networks on it, not on a drawn scene")
+    built.add_argument("--report", type=cli.path, metavar="FILE", help="write the whole account as JSON")
+    built.add_argument(
+        "--picture", type=cli.path, metavar="FILE", help="compare the networks on it, not on a drawn scene"
+    )
     built.add_argument("--no-proof", action="store_true", help="do not compare with Detectron2's network")
     instead = built.add_mutually_exclusive_group()
     instead.add_argument("--bake", action="store_true", help="make the weights take Detectron2's default input")

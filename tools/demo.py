@@ -119,7 +119,7 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = "a new folder, or an earlier demo's, which is emptied (default: output/demo)"
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "demo", help=where)
+    parser.add_argument("--output", type=cli.path, default=ROOT / "output" / "demo", help=where)
     parser.add_argument("--steps", type=int, help="iterations of each training, to try the pipeline itself")
     parser.add_argument("--full", action="store_true", help="full-width ResNet-50 instead of quarter width")
     args = parser.parse_args()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 
 import cli
 
@@ -58,10 +57,10 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--predictions", required=True, type=Path, metavar="FILE", help="detections")
+    parser.add_argument("--predictions", required=True, type=cli.path, metavar="FILE", help="detections")
     parser.add_argument("--dataset", metavar="NAME", help="a registered data set (default: the config's test set)")
     parser.add_argument("--config-file", default="", metavar="FILE", help="path or shipped name of a config")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("--output", type=cli.path, metavar="FILE", help="write the numbers as JSON")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

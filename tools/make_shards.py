@@ -15,7 +15,6 @@ import argparse
 import datetime
 import logging
 import time
-from pathlib import Path
 
 import cli
 
@@ -51,14 +50,14 @@ def make(args: argparse.Namespace) -> None:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="images, in any number of subfolders")
-    parser.add_argument("out", type=Path, nargs="?", help="folder for the shards")
+    parser.add_argument("folder", type=cli.path, nargs="?", help="images, in any number of subfolders")
+    parser.add_argument("out", type=cli.path, nargs="?", help="folder for the shards")
     parser.add_argument(
-        "--list", type=Path, metavar="FILE", help="instead of FOLDER: paths, one a line, from its place"
+        "--list", type=cli.path, metavar="FILE", help="instead of FOLDER: paths, one a line, from its place"
     )
     parser.add_argument("--shard-size", type=int, default=1000, help="images in a shard (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffle; -1 keeps the order (default: %(default)s)")
-    parser.add_argument("--index", type=Path, metavar="DIR", help="write shards.json for the shards in a folder")
+    parser.add_argument("--index", type=cli.path, metavar="DIR", help="write shards.json for the shards in a folder")
     args = parser.parse_args()
     if args.list and args.out is None:
         args.folder, args.out = None, args.folder

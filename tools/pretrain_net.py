@@ -41,4 +41,4 @@ def problems(cfg: Any) -> list[str]:
 if __name__ == "__main__":
     parser = cli.launch_parser(__doc__)
     parser.add_argument("--dry-run", action="store_true", help="rehearse the run: settings, data, 2 steps, resume, ETA")
-    cli.run(main, parser.parse_args(), problems)
+    cli.run(main, parser.parse_args(), problems, stage="pretraining")

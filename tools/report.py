@@ -16,8 +16,12 @@ import cli
 def main() -> None:
     """Read the runs and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUNS", help="folders of runs, or folders above them")
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where the report goes")
+    parser.add_argument(
+        "runs", nargs="+", type=cli.expanded, metavar="RUNS", help="folders of runs, or folders above them"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, type=cli.expanded, metavar="FOLDER", help="where the report goes"
+    )
     parser.add_argument(
         "--compare", nargs=2, default=(), metavar=("A", "B"),
         help="the two initialisations compared class by class (default: the first and the first baseline)",

@@ -50,7 +50,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--fractions", nargs="+", type=float, default=[100.0], metavar="PERCENT",
         help="parts of the training labels, each within the next (default: 100)",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=Path("output/trials"), help="(default: output/trials)")
+    parser.add_argument("--output", type=cli.path, default=Path("output/trials"), help="(default: output/trials)")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes of a training (without GPUs: on the CPU)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, list the trials and stop")
     first_key = next((place for place, word in enumerate(words) if KEY.fullmatch(word)), len(words))

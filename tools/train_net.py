@@ -42,4 +42,4 @@ if __name__ == "__main__":
     parser.add_argument(
         "--dry-run", action="store_true", help="rehearse the run: data, weights, 2 steps, evaluation, ETA"
     )
-    cli.run(main, parser.parse_args())
+    cli.run(main, parser.parse_args(), stage="fine-tuning")

@@ -11,7 +11,6 @@ moco_d2/evaluation/visualize.py. Open index.html in the output folder; the folde
 """
 
 import argparse
-from pathlib import Path
 
 import cli
 
@@ -39,11 +38,11 @@ if __name__ == "__main__":
     samples.add_argument("--config-file", required=True, metavar="FILE", help="path or shipped name of a config")
     detections = pages.add_parser("detections", help="test pictures with labels and detections, worst and best first")
     detections.add_argument(
-        "--run", action="append", required=True, type=Path, help="give it twice to compare two runs"
+        "--run", action="append", required=True, type=cli.path, help="give it twice to compare two runs"
     )
     detections.add_argument("--pictures", type=int, default=500, help="test pictures to look at; 0: all (default: 500)")
     for page in (samples, detections):
-        page.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="a new folder")
+        page.add_argument("--output", required=True, type=cli.path, metavar="FOLDER", help="a new folder")
         page.add_argument("--count", type=int, default=12, help="pictures shown, of each kind (default: 12)")
         page.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     arguments = parser.parse_args()

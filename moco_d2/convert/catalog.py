@@ -29,6 +29,7 @@ from moco_d2.convert.prove import can_prove
 from moco_d2.io.checkpoints import read_checkpoint
 from moco_d2.io.download import TransferError, megabytes, size_of, transfer
 from moco_d2.io.files import atomic_write, move, remove
+from moco_d2.io.paths import expand_variable
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def list_entries() -> dict[str, Entry]:
     Raises:
         CatalogError: a list that cannot be read.
     """
-    own = os.environ.get("MOCO_D2_CATALOG")
+    own = expand_variable("MOCO_D2_CATALOG", "")
     entries: dict[str, Entry] = {}
     for path in (*([Path(own)] if own else []), CATALOG):
         entries = {**_read(path), **entries}
@@ -93,9 +94,8 @@ def get_entry(name: str) -> Entry:
 
 def cache_folder() -> Path:
     """Return where fetched weights are kept: ``MOCO_D2_CACHE``, or a folder in Detectron2's download cache."""
-    own = os.environ.get("MOCO_D2_CACHE")
-    theirs = os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache")
-    return Path(own or os.path.join(theirs, "moco_d2")).expanduser()
+    own = expand_variable("MOCO_D2_CACHE", "")
+    return Path(own or os.path.join(expand_variable("FVCORE_CACHE", "~/.torch/iopath_cache"), "moco_d2"))
 
 
 def fetch(name: str) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moco_d2.io.files import atomic_write
+from moco_d2.io.paths import expand_variable
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,11 @@ def counted(kinds: Mapping[str, int], most: int = 6) -> str:
 
 def cache_folder() -> Path:
     """Return where listings and fetched shards are kept: ``MOCO_D2_CACHE``, else ``moco_d2`` in the user's cache."""
-    own = os.environ.get("MOCO_D2_CACHE")
-    theirs = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    if os.environ.get("MOCO_D2_CACHE"):
+        return Path(expand_variable("MOCO_D2_CACHE", ""))
     try:
-        return Path(own or os.path.join(theirs, "moco_d2")).expanduser()
-    except RuntimeError:  # a user without a home; nothing can be kept there, and who tries says so
+        return Path(expand_variable("XDG_CACHE_HOME", "~/.cache"), "moco_d2")
+    except ValueError:  # a user without a home; nothing can be kept there, and who tries says so
         return Path(os.devnull, "moco_d2")
 
 

@@ -18,6 +18,7 @@ from moco_d2.data.listing import EXTENSIONS, Listing, Paths, cache_folder, count
 from moco_d2.data.mistaken import mistaken
 from moco_d2.data.shard_cache import ShardCache
 from moco_d2.data.shards import is_shards, neighbours, open_shards
+from moco_d2.io.paths import expand_variable
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def list_folder(folder: str | os.PathLike[str], unreadable: list[tuple[str, str]
 
 
 def _imagenet_train() -> list[dict[str, str]]:
-    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser() / "imagenet" / "train"
+    root = Path(expand_variable("DETECTRON2_DATASETS", "datasets")) / "imagenet" / "train"
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}")
     return [{"file_name": name} for name in list_folder(root)]

@@ -11,7 +11,6 @@ them or raises: one path serves the run that stops at the first and ``--dry-run`
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from moco_d2.io.files import name_problem
+from moco_d2.io.paths import expand
 from moco_d2.io.pictures import describe, picture_size
 from moco_d2.nearest import did_you_mean
 
@@ -145,15 +145,12 @@ def _mirror_problems(item: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _entry(item: Mapping[str, Any]) -> Entry:
-    root = Path(os.path.expandvars(os.path.expanduser(item.get("root", "."))))
+    root = Path(expand(item.get("root", ".")))
     split, labels, images = (item.get(key, "") for key in ("split", "json", "images"))
     if item["format"] == "coco" and split:  # COCO's own layout
         labels = labels or f"annotations/instances_{split}.json"
         images = images or split
-    under = {
-        key: root / os.path.expandvars(os.path.expanduser(value)) if value else None
-        for key, value in (("json", labels), ("images", images))
-    }
+    under = {key: root / expand(value) if value else None for key, value in (("json", labels), ("images", images))}
     if item["format"] == "coco" and under["images"] is None:
         under["images"] = root
     mirror = item.get("mirror")

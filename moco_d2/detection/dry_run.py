@@ -68,6 +68,13 @@ class Rehearsal(TransferTrainer):
         self.evaluation_seconds = time.perf_counter() - start
         return result
 
+    def test_augmented(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Evaluate with test-time augmentation, and add the time."""
+        start = time.perf_counter()
+        result = super().test_augmented(*args, **kwargs)
+        self.evaluation_seconds += time.perf_counter() - start
+        return result
+
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Load the first pictures of a test set."""
@@ -124,7 +131,7 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     step = trainer.step_seconds[-1] / fraction
     yield "training", _training(trainer, step, fraction)
     shown = sum(min(IMAGES, counts[name]) for name in full.DATASETS.TEST)
-    yield "evaluation", f"{shown} pictures, {trainer.evaluation_seconds:.1f} s" + _fewer_regions(small, full)
+    yield "evaluation", f"{shown} pictures, {trainer.evaluation_seconds:.1f} s" + _shortened_evaluation(small, full)
     yield "checkpoint", _reload(trainer)
     yield "memory", peak_memory()
     evaluation = sum(counts[name] for name in full.DATASETS.TEST) * trainer.evaluation_seconds / max(1, shown)
@@ -221,6 +228,9 @@ def _shorten(full: CfgNode, world_size: int) -> CfgNode:
         cfg.SOLVER.IMS_PER_BATCH = world_size * cfg.SOLVER.ACCUMULATE
         if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
             cfg.MODEL.RPN.POST_NMS_TOPK_TEST = min(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, _REGIONS)
+        if cfg.TEST.AUG.ENABLED:
+            sizes = sorted(cfg.TEST.AUG.MIN_SIZES)
+            cfg.TEST.AUG.MIN_SIZES = (sizes[len(sizes) // 2],)
     # Batches of a step are unscaled here, so this is one batch of precise-BN, or as many as a step has.
     cfg.TEST.PRECISE_BN.NUM_ITER = 1
     cfg.freeze()
@@ -251,9 +261,12 @@ def _training(trainer: Rehearsal, step: float, fraction: float) -> str:
     return text if fraction == 1 else f"{text} (reckoned from {fraction:.0%} of a batch)"
 
 
-def _fewer_regions(small: CfgNode, full: CfgNode) -> str:
-    regions = small.MODEL.RPN.POST_NMS_TOPK_TEST
-    return "" if regions == full.MODEL.RPN.POST_NMS_TOPK_TEST else f" (at most {regions} regions each)"
+def _shortened_evaluation(small: CfgNode, full: CfgNode) -> str:
+    regions, sizes = small.MODEL.RPN.POST_NMS_TOPK_TEST, len(full.TEST.AUG.MIN_SIZES)
+    parts = [f"at most {regions} regions each"] if regions != full.MODEL.RPN.POST_NMS_TOPK_TEST else []
+    if len(small.TEST.AUG.MIN_SIZES) < sizes:
+        parts.append(f"test-time augmentation at 1 of {sizes} sizes")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _reload(trainer: TransferTrainer) -> str:

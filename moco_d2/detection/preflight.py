@@ -12,15 +12,16 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN, build_model
 from detectron2.utils.file_io import PathManager
 
-from moco_d2.config import flat, use_device_there_is
+from moco_d2.config import flat, mistyped_keys, unread_keys, use_device_there_is
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.evaluators import evaluator_type
 from moco_d2.detection.missing import is_voc_list, listed_files, missing_files
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 from moco_d2.nearest import did_you_mean
+from moco_d2.roles import DETECTION
 from moco_d2.running.checkpoints import last_whole
 from moco_d2.running.folder import refuse_to_overwrite
 
@@ -89,7 +90,7 @@ def changes(asked: CfgNode, used: CfgNode) -> dict[str, tuple[Any, Any]]:
 
 
 def check_run(cfg: CfgNode, world_size: int, train: bool = True) -> None:
-    """Check batch and data sets, that each test set has an evaluator, and that the files of its pictures are there.
+    """Check settings, batch and data sets, that each test set has an evaluator, and that its pictures are there.
 
     The pictures of training sets are looked for when their labels have been read (but VOC's, which text files list).
 
@@ -108,6 +109,13 @@ def check_run(cfg: CfgNode, world_size: int, train: bool = True) -> None:
 
 def run_problems(cfg: CfgNode, world_size: int, train: bool = True) -> Iterator[str]:
     """Yield what :func:`check_run` complains about."""
+    mistyped = mistyped_keys(cfg, DETECTION).values()
+    yield from mistyped
+    yield from unread_keys(cfg, DETECTION)
+    if mistyped:  # What is no number cannot be compared.
+        return
+    yield from _range_problems(cfg)
+    yield from _augmentation_problems(cfg)
     if train:
         yield from _batch_problems(cfg, world_size)
     names = dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST))
@@ -167,6 +175,52 @@ def _batch_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
         yield "SOLVER.AMP.ENABLED (float16) goes with neither SOLVER.ACCUMULATE nor ENGINE.AUTOCAST; take bfloat16"
     if not cfg.DATASETS.TRAIN:
         yield "DATASETS.TRAIN is empty; name a registered data set"
+
+
+def _range_problems(cfg: CfgNode) -> Iterator[str]:
+    solver, test = cfg.SOLVER, cfg.TEST
+    rules = [
+        ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS >= 0, "0 (no worker processes) or more"),
+        ("SEED", cfg.SEED < 2**32, "below 2**32, or -1 to have one drawn"),
+        ("SOLVER.MAX_ITER", solver.MAX_ITER > 0, "positive"),
+        ("SOLVER.BASE_LR", solver.BASE_LR > 0, "positive"),
+        ("SOLVER.MOMENTUM", 0 <= solver.MOMENTUM < 1, "in [0, 1)"),
+        ("SOLVER.NESTEROV", solver.MOMENTUM > 0 or not solver.NESTEROV, "False without SOLVER.MOMENTUM"),
+        ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY >= 0, "0 or more"),
+        ("SOLVER.WARMUP_ITERS", solver.WARMUP_ITERS >= 0, "0 (no warm-up) or more"),
+        ("SOLVER.STEPS", list(solver.STEPS) == sorted(set(solver.STEPS)), "iterations that rise"),
+        ("SOLVER.REFERENCE_WORLD_SIZE", solver.REFERENCE_WORLD_SIZE >= 0, "a number of processes, or 0"),
+        ("SOLVER.CHECKPOINT_KEEP", solver.CHECKPOINT_KEEP >= 0, "positive, or 0 to keep all"),
+        ("SOLVER.CHECKPOINT_KEEP_EVERY", solver.CHECKPOINT_KEEP_EVERY >= 0, "0 or more"),
+        ("TEST.DETECTIONS_PER_IMAGE", test.DETECTIONS_PER_IMAGE > 0, "positive"),
+        ("TEST.PRECISE_BN.NUM_ITER", test.PRECISE_BN.NUM_ITER > 0 or not test.PRECISE_BN.ENABLED, "positive"),
+    ]
+    values = flat(cfg)
+    yield from (f"{key} is {values[key]!r}; it must be {rule}" for key, holds, rule in rules if not holds)
+
+
+def _augmentation_problems(cfg: CfgNode) -> Iterator[str]:
+    """Yield why Detectron2 has no test-time augmentation for a detector, where ``TEST.AUG`` asks for it."""
+    model, augmentation = cfg.MODEL, cfg.TEST.AUG
+    if not augmentation.ENABLED:
+        return
+    architecture = META_ARCH_REGISTRY.get(model.META_ARCHITECTURE)
+    unable = {
+        f"MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE}": not (
+            isinstance(architecture, type)
+            and issubclass(architecture, GeneralizedRCNN)
+            and not issubclass(architecture, PanopticFPN)
+        ),
+        "MODEL.KEYPOINT_ON True": model.KEYPOINT_ON,
+        "MODEL.LOAD_PROPOSALS True": model.LOAD_PROPOSALS,
+    }
+    for setting in (setting for setting, holds in unable.items() if holds):
+        yield (
+            "TEST.AUG.ENABLED is True, but Detectron2's test-time augmentation is for boxes and masks of "
+            f"GeneralizedRCNN, and does not know {setting}: pass TEST.AUG.ENABLED False"
+        )
+    if not augmentation.MIN_SIZES or min(augmentation.MIN_SIZES) < 1:
+        yield f"TEST.AUG.MIN_SIZES is {augmentation.MIN_SIZES}; it must name the short sides of the pictures, in pixels"
 
 
 def _dataset_problems(cfg: CfgNode, name: str) -> Iterator[str]:

@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
@@ -155,6 +156,7 @@ class TransferTrainer(DefaultTrainer):
             self._build_precise_bn(),
             checkpoint,  # after precise-BN, which changes the model; before the evaluation, which may fail
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            hooks.EvalHook(0, self._evaluate_augmented) if cfg.TEST.AUG.ENABLED else None,
             hooks.PeriodicWriter(self.build_writers(), period=20) if main else None,
             StopWhenAsked(checkpoint),
         ]
@@ -192,6 +194,12 @@ class TransferTrainer(DefaultTrainer):
         path = self.checkpointer.get_checkpoint_file()
         return f"{kept}Then repeat the command with --resume, or with --eval-only MODEL.WEIGHTS {path}"
 
+    def _evaluate_augmented(self) -> dict[str, Any]:
+        augmented = self.test_augmented(self.cfg, self.model)
+        self._last_eval_results = joined(self._last_eval_results, augmented)
+        self._write_results()
+        return augmented
+
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """Build the evaluator that the test set's metadata ask for; it writes down its metrics."""
@@ -208,6 +216,25 @@ class TransferTrainer(DefaultTrainer):
         """
         broadcast_module(model)
         return super().test(cfg, model, evaluators)
+
+    @classmethod
+    def test_augmented(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluate with test-time augmentation (``TEST.AUG``), under the tasks' names with ``_TTA`` behind them.
+
+        Call it after :meth:`test`, which gives every process the same model. Detections are saved in
+        ``OUTPUT_DIR/TTA``.
+        """
+        aug, own = cfg.TEST.AUG, cfg.clone()
+        logger.info(
+            "evaluation with test-time augmentation: short sides of %s pixels%s",
+            ", ".join(map(str, aug.MIN_SIZES)), ", each mirrored too" if aug.FLIP else "",
+        )  # fmt: skip
+        own.defrost()
+        own.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "TTA")
+        results = super().test(own, GeneralizedRCNNWithTTA(own, model))
+        if len(cfg.DATASETS.TEST) == 1:  # without its name
+            return {f"{task}_TTA": scores for task, scores in results.items()}
+        return {name: {f"{task}_TTA": scores for task, scores in tasks.items()} for name, tasks in results.items()}
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue the run in ``OUTPUT_DIR`` (``resume``, where there is one), or start from ``MODEL.WEIGHTS``.
@@ -343,10 +370,23 @@ def evaluate(cfg: CfgNode) -> None:
     if comm.is_main_process():  # at once: after the evaluation, the file may be another
         logger.info("evaluating %s, SHA-256 %s", weights.path, weights.sha256)
     metrics = TransferTrainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        metrics = joined(metrics, TransferTrainer.test_augmented(cfg, model))
     if comm.is_main_process():
         # Not results.json: that one tells what training gave, and the folder may be the same.
         path = os.path.join(cfg.OUTPUT_DIR, "results_eval_only.json")
         write_json(path, describe_result(cfg, metrics, weights))
+
+
+def joined(plain: Mapping[str, Any], augmented: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the results of an evaluation and of the one with test-time augmentation in one mapping.
+
+    Args:
+        plain: ``{task: scores}``, or ``{test set: {task: scores}}`` of several sets.
+        augmented: the same form, with other names of tasks.
+    """
+    shared = {name: {**plain[name], **augmented[name]} for name in plain if name in augmented}
+    return {**plain, **augmented, **shared}
 
 
 def describe_result(cfg: CfgNode, metrics: Mapping[str, Any], weights: WeightsRecord) -> dict[str, Any]:

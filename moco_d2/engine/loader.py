@@ -32,7 +32,7 @@ def build_loader(cfg: CfgNode) -> ViewLoader:
     """
     data, batch, device = cfg.DATA, cfg.SOLVER.IMS_PER_BATCH, torch.device(cfg.MODEL.DEVICE)
     rank, world = comm.get_rank(), comm.get_world_size()
-    folder = Path(data.CACHE_FOLDER).expanduser() if data.CACHE_FOLDER else cache_folder() / "shards"
+    folder = Path(data.CACHE_FOLDER) if data.CACHE_FOLDER else cache_folder() / "shards"
     source = open_source(cfg.DATASETS.TRAIN, ShardCache(folder, data.CACHE_GB * 1e9))
     _agree(source)
     if len(source) < batch:

@@ -1,11 +1,10 @@
-"""What is checked before pretraining starts: every setting it reads, all mistakes at once."""
+"""What is checked before pretraining starts: every setting, all mistakes at once."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import itertools
-import math
 import operator
 import os
 from collections.abc import Iterable, Iterator
@@ -15,28 +14,18 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 
-from moco_d2.config import flat, get_cfg, wrong_type
+from moco_d2.config import flat, get_cfg, mistyped_keys, unread_keys
 from moco_d2.data import BACKENDS, RECIPES
 from moco_d2.engine.step import AUTOCAST
 from moco_d2.layers.resnet import ARCHITECTURES, build_resnet
 from moco_d2.methods import METHODS, SSLMethod, build_method, default_args, method_class
 from moco_d2.nearest import unknown_name
-
-# What pretraining reads of SOLVER. Detectron2 has more, for detectors: set, they would be ignored without a word.
-_SOLVER = (
-    "BASE_LR", "CHECKPOINT_KEEP", "CHECKPOINT_KEEP_EVERY", "CHECKPOINT_PERIOD", "EPOCHS", "FIRST_EPOCH", "GAMMA",
-    "IMS_PER_BATCH", "MAX_ITER", "MOMENTUM", "NESTEROV", "REFERENCE_BATCH", "SCHEDULE", "STEPS", "WEIGHT_DECAY",
-)  # fmt: skip
-
-# Where the settings that pretraining reads stand.
-_READ = (
-    "SSL.", "DATA.", "SOLVER.", "ENGINE.", "DATALOADER.NUM_WORKERS", "DATASETS.TRAIN", "MODEL.DEVICE", "MODEL.WEIGHTS",
-    "SEED",
-)  # fmt: skip
+from moco_d2.roles import PRETRAINING
+from moco_d2.settings import fits, wrong_type
 
 
 def check_config(cfg: CfgNode, world_size: int) -> None:
-    """Check every key that pretraining reads for type, range and contradiction.
+    """Check every key that pretraining reads for type, range and contradiction, and that no other was set.
 
     Args:
         cfg: config of a pretraining run.
@@ -51,36 +40,15 @@ def check_config(cfg: CfgNode, world_size: int) -> None:
 
 def config_problems(cfg: CfgNode, world_size: int) -> list[str]:
     """Return what :func:`check_config` complains about."""
-    mistyped = dict(_type_problems(cfg))
+    mistyped = mistyped_keys(cfg, PRETRAINING)
     cfg = cfg.clone()
     cfg.defrost()
     for key in mistyped:  # What is no number cannot be compared: the default stands for it, and is not complained of.
         *groups, name = key.split(".")
         functools.reduce(operator.getitem, groups, cfg)[name] = flat(get_cfg())[key]
     found = [*_ssl_problems(cfg, world_size), *_data_problems(cfg), *_solver_problems(cfg, world_size)]
-    found += _engine_problems(cfg)
+    found += [*_engine_problems(cfg), *unread_keys(cfg, PRETRAINING)]
     return [*mistyped.values(), *(text for text in found if not any(key in text for key in mistyped))]
-
-
-def _type_problems(cfg: CfgNode) -> Iterator[tuple[str, str]]:
-    """Yield the keys whose value is of another type than its default, or not finite, and the complaint."""
-    default = flat(get_cfg())
-    for key, value in flat(cfg).items():
-        like = default.get(key)  # none for SSL.ARGS, which the method's constructor defines
-        if like is None or not key.startswith(_READ):
-            continue
-        parts = value if isinstance(like, tuple) and like and isinstance(value, list | tuple) else ()
-        if not _fits(value, type(like)) or not all(_fits(part, type(like[0])) for part in parts):
-            yield key, wrong_type(key, value, like)
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield key, f"{key} is {value}; it must be finite"
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Tell whether a value is of a type; a whole number is a float, a bool is none."""
-    if isinstance(value, bool):
-        return wanted is bool
-    return isinstance(value, {float: (int, float), list: (list, tuple), tuple: (list, tuple)}.get(wanted, wanted))
 
 
 def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
@@ -132,7 +100,7 @@ def _argument_problems(ssl: CfgNode) -> Iterator[str]:
             yield from _unknown("SSL.ARGS", key, accepted)
             continue
         wanted = signature.parameters[key].annotation
-        if not _fits(value, wanted):
+        if not fits(value, wanted):
             yield wrong_type(f"SSL.ARGS.{key}", value, accepted[key])
 
 
@@ -161,7 +129,7 @@ def _data_problems(cfg: CfgNode) -> Iterator[str]:
 
 def _can_be_written(folder: str) -> bool:
     """Tell whether files can be made in a folder, which may still have to be made itself; empty: there is a default."""
-    path = Path(folder).expanduser().absolute()
+    path = Path(folder).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     return not folder or (there.is_dir() and os.access(there, os.W_OK | os.X_OK))
 
@@ -192,7 +160,6 @@ def _solver_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
     if not 0 <= cfg.SEED < 2**64:
         yield f"SEED is {cfg.SEED}; it must be in [0, 2**64) by now (tools draw one for -1)"
     yield from _length_problems(solver)
-    yield from _ignored(solver)
 
 
 def _engine_problems(cfg: CfgNode) -> Iterator[str]:
@@ -200,8 +167,6 @@ def _engine_problems(cfg: CfgNode) -> Iterator[str]:
     cuda = cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()
     if cuda and cfg.ENGINE.AUTOCAST == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield "ENGINE.AUTOCAST is 'bfloat16', which this GPU lacks: take float16, or auto"
-    if cfg.SOLVER.AMP.ENABLED:
-        yield "SOLVER.AMP.ENABLED is True: pretraining says it as ENGINE.AUTOCAST float16 (with loss scaling)"
 
 
 def _length_problems(solver: CfgNode) -> Iterator[str]:
@@ -217,14 +182,6 @@ def _length_problems(solver: CfgNode) -> Iterator[str]:
         steps = list(solver.STEPS)
         if steps != sorted(set(steps)) or not all(0 < step < length for step in steps):
             yield f"SOLVER.STEPS is {tuple(steps)}; under SCHEDULE step they rise, within the {length} {unit}"
-
-
-def _ignored(solver: CfgNode) -> Iterator[str]:
-    """Yield the keys that were set and that only detectors use."""
-    default = flat(get_cfg().SOLVER)
-    for key, value in flat(solver).items():
-        if key not in _SOLVER and key != "AMP.ENABLED" and value != default.get(key):
-            yield f"SOLVER.{key} is {value!r}, but pretraining does not use it (nor anything but {', '.join(_SOLVER)})"
 
 
 def _unknown(key: str, value: Any, choices: Iterable[str]) -> Iterator[str]:

@@ -23,6 +23,7 @@ RESULTS = "results.json"  # what a training leaves when it is done
 RECORD = "trial.json"  # what run_trials was asked for
 BASELINES = tuple(init for init in INITS if init != "moco")
 TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint", "sem_seg": ""}  # in a report's order, in words
+AUGMENTED = "_TTA"  # behind a task's name: evaluated with test-time augmentation
 MAIN = ("AP", "AP50", "AP75", "mIoU")  # the metrics that papers print; the others are in the CSV files
 PER_CLASS = ("AP-", "IoU-", "ACC-")  # as Detectron2's evaluators name them
 FLAG_STD = 2  # a difference of more published standard deviations than this is flagged
@@ -311,9 +312,10 @@ def compared(table: Table, labels: Sequence[str] = ()) -> tuple[Row, Row] | None
 
 
 def heading(metric: str) -> str:
-    """Return a metric in words: ``box AP`` for ``bbox/AP``."""
+    """Return a metric in words: ``box AP`` for ``bbox/AP``, ``box AP with TTA`` for ``bbox_TTA/AP``."""
     task, _, name = metric.partition("/")
-    return f"{TASKS.get(task, task)} {name}".strip()
+    plain = task.removesuffix(AUGMENTED)
+    return f"{TASKS.get(plain, plain)} {name}".strip() + (" with TTA" if task != plain else "")
 
 
 def _variant(run: Run) -> str:
@@ -399,8 +401,9 @@ def _is_per_class(metric: str) -> bool:
 
 def _order(metric: str) -> tuple[int, int, str]:
     task, _, name = metric.partition("/")
+    tasks = [*TASKS, *(f"{task}{AUGMENTED}" for task in TASKS)]
     return (
-        list(TASKS).index(task) if task in TASKS else len(TASKS),
+        tasks.index(task) if task in tasks else len(tasks),
         MAIN.index(name) if name in MAIN else len(MAIN),
         metric,
     )

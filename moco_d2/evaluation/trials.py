@@ -29,6 +29,7 @@ from moco_d2.detection.weights import check_source
 from moco_d2.evaluation.summary import BASELINES, RECORD, RESULTS, read_json
 from moco_d2.io import files, locks
 from moco_d2.io.checkpoints import facts_in, open_checkpoint
+from moco_d2.io.paths import expand
 from moco_d2.model_zoo import get_config, get_protocol
 from moco_d2.running.weights import local_path, refuse_stubs
 
@@ -226,7 +227,7 @@ def _init(word: str, protocol: str) -> Init:
     if problem := files.name_problem(label):
         raise ValueError(f"--weights {word}: the label {label!r} cannot be a folder's name: it {problem}")
     kind = "supervised" if label == "supervised" else "moco"
-    path = path or get_config(protocol, kind).MODEL.WEIGHTS
+    path = expand(path) or get_config(protocol, kind).MODEL.WEIGHTS
     try:
         check_source(path)
     except ValueError as error:

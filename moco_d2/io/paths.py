@@ -1,0 +1,59 @@
+"""Paths as users write them: ``~`` and ``$VARIABLES`` mean the same in every config key, argument and variable."""
+
+from __future__ import annotations
+
+import os
+import re
+
+# Environment variables that hold a path of ours, or of Detectron2's.
+VARIABLES = ("DETECTRON2_DATASETS", "MOCO_D2_CACHE", "MOCO_D2_CATALOG")
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
+
+
+def expand(path: str) -> str:
+    """Return a path in which ``~`` and ``$VARIABLES`` stand for what they do in a shell.
+
+    Addresses (``https://...``, ``moco-d2://...``) stay as they are, and so does the path of a file that has a ``$`` in
+    its name.
+
+    Raises:
+        ValueError: a variable is not set, or there is no such user; the message names it.
+    """
+    if "://" in path:
+        return path
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        raise ValueError(f"there is no home folder for {path.partition('/')[0]!r}; write the whole path")
+    if os.path.lexists(expanded):
+        return expanded
+    for plain, braced in _VARIABLE.findall(expanded):
+        if (plain or braced) not in os.environ:
+            raise ValueError(f"the environment variable {plain or braced} is not set")
+    return _VARIABLE.sub(lambda found: os.environ[found[1] or found[2]], expanded)
+
+
+def expand_variable(name: str, default: str) -> str:
+    """Return the path in an environment variable, or the default where it is empty or not set.
+
+    Raises:
+        ValueError: see :func:`expand`; the message names the variable.
+    """
+    path = os.environ.get(name) or default
+    try:
+        return expand(path)
+    except ValueError as error:
+        raise ValueError(f"{name} is {path!r}: {error}") from error
+
+
+def expand_datasets_root() -> None:
+    """Put the whole path into ``$DETECTRON2_DATASETS``; call it before Detectron2 reads that, at import of its data.
+
+    Where it cannot be expanded it stays, and :func:`moco_d2.config.load_cfg` says why.
+    """
+    root = os.environ.get(VARIABLES[0])
+    if root:
+        try:
+            os.environ[VARIABLES[0]] = expand(root)
+        except ValueError:
+            return

@@ -17,6 +17,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from moco_d2.config import INITS, flat, list_configs, load_cfg
+from moco_d2.exits import guard
 
 # Keys in which runs of one protocol may differ: weights and how they are fed, machine (accumulation stands in for more
 # processes, and is told like their number), bookkeeping, and the switches that leave the mathematics alone.
@@ -209,4 +210,4 @@ def _figures(protocol: Protocol) -> str:
 
 
 if __name__ == "__main__":
-    print(protocol_table(), published_tables(), sep="\n", end="")
+    guard(lambda: print(protocol_table(), published_tables(), sep="\n", end=""))

@@ -6,6 +6,8 @@ Nothing heavy is imported at the top, so that ``--help`` is quick.
 from __future__ import annotations
 
 import argparse
+import errno
+import logging
 import os
 import re
 import subprocess
@@ -43,6 +45,7 @@ def setup(args: argparse.Namespace) -> Any:
     from detectron2.utils.logger import setup_logger
 
     from moco_d2.config import config_files, load_cfg, refuse_to_overwrite, use_device_there_is
+    from moco_d2.exits import ending
     from moco_d2.running.checkpoints import recorded_seed
 
     cfg = load_cfg(args.config_file, args.opts)
@@ -51,17 +54,57 @@ def setup(args: argparse.Namespace) -> Any:
         refuse_to_overwrite(cfg.OUTPUT_DIR)
     # An evaluation may have its run's folder, where config.yaml says how the run was trained.
     notes = os.path.join(cfg.OUTPUT_DIR, "eval_only") if evaluates else cfg.OUTPUT_DIR
-    setup_logger(notes, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
+    _make_output(notes)
+    log = setup_logger(notes, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
     use_device_there_is(cfg)
     if cfg.SEED < 0:  # Drawn here, so that the run's config.yaml records it.
         drawn = recorded_seed(cfg.OUTPUT_DIR) if args.resume else None
         cfg.SEED = comm.shared_random_seed() % 2**31 if drawn is None else drawn
-    args.config_file = str(config_files(args.config_file)[0])  # which default_setup writes into the log
+    files = config_files(args.config_file) if args.config_file else []
+    args.config_file = str(files[0]) if files else ""  # which default_setup writes into the log
     noted = cfg.clone()
     noted.OUTPUT_DIR = notes
     default_setup(noted, args)
+    for path in files[1:]:  # the init that a suffix of the name stands for
+        log.info("Contents of %s, merged after it:\n%s", path, path.read_text())
+    # Detectron2's loop prints the traceback of whatever leaves it. A user's mistake has it in the log alone.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(
+        lambda record: not (record.exc_info and record.exc_info[1] and ending(record.exc_info[1]).line)
+    )
     cfg.freeze()
     return cfg
+
+
+def _make_output(folder: str) -> None:
+    """Make a run's folder.
+
+    Raises:
+        ValueError: it cannot be made, or nothing can be written there.
+    """
+    from moco_d2.exits import ending
+
+    if problem := output_problem(folder):
+        raise ValueError(problem)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+    except OSError as error:
+        raise ValueError(f"OUTPUT_DIR cannot be used ({ending(error).line or error}); choose another folder") from error
+
+
+def output_problem(folder: str) -> str:
+    """Return what is wrong with ``OUTPUT_DIR``, as far as it shows before the folder is made; empty if nothing is."""
+    if not folder or "\0" in folder:
+        return f"OUTPUT_DIR is {folder!r}; name the folder that the run shall have"
+    path = Path(folder).absolute()
+    try:
+        there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+        usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError as error:  # a name that is too long, a link that leads to itself
+        return f"OUTPUT_DIR is {folder}, which cannot be used ({error.strerror}); choose another folder"
+    what = "cannot be written" if there.is_dir() else "is no folder"
+    return "" if usable else f"OUTPUT_DIR is {folder}, but {there} {what}; choose another folder"
 
 
 def dry_run(args: argparse.Namespace, rehearse: Callable[[Any], Iterator[tuple[str, str]]]) -> None:
@@ -86,32 +129,40 @@ def run(
     main: Callable[[argparse.Namespace], None],
     args: argparse.Namespace,
     check: Callable[[Any], Iterable[str]] | None = None,
-) -> None:
+) -> NoReturn:
     """Launch ``main(args)`` in every process, and end with the exit codes of docs/reliability.md.
 
-    A mistake of the user's, and a disk that is full, end in one clear line. ``check``: see :func:`load_cfg`.
+    Device, folder and processes are checked before. ``check``: see :func:`load_cfg`.
     """
-    from moco_d2 import patience
-    from moco_d2.config import load_cfg
-    from moco_d2.engine.launch import RankFailedError, launch
-    from moco_d2.running.checkpoints import EXIT_NOT_WRITTEN, NotWrittenError
-    from moco_d2.running.preemption import EXIT_PREEMPTED, requested
 
-    codes = {"ValueError": 2, "FloatingPointError": 2, NotWrittenError.__name__: EXIT_NOT_WRITTEN}
-    try:
+    def work() -> None:
+        from moco_d2 import patience
+        from moco_d2.config import load_cfg, use_device_there_is
+        from moco_d2.engine.launch import launch
+
+        cfg = load_cfg(args.config_file, args.opts, check)
+        use_device_there_is(cfg)
+        if problem := output_problem(cfg.OUTPUT_DIR):
+            raise ValueError(problem)
         timeout = patience.DEFAULT if args.timeout is None else args.timeout
-        device = load_cfg(args.config_file, args.opts, check).MODEL.DEVICE
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args, timeout, device)
+        machines = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
+        launch(main, *machines, args, timeout, cfg.MODEL.DEVICE)
+
+    guard(work)
+
+
+def guard(work: Callable[[], int | None]) -> NoReturn:
+    """Do a command's work, which may return an exit code, and end as :func:`moco_d2.exits.ending` says."""
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:  # not left to moco_d2.exits: it may be an import that was interrupted
+        fail("interrupted", 130)
     except Exception as error:
-        kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
-        if kind in codes:
-            fail(error.message if isinstance(error, RankFailedError) else str(error), codes[kind])
-        if not isinstance(error, RankFailedError):
-            raise
-        # A cluster that asks a job to stop may kill parts of it before they can save. An error is an error even then:
-        # a job that always ends in it would be started again for ever.
-        killed = kind in ("SIGTERM", "SIGUSR1", "SIGKILL")
-        fail(str(error), EXIT_PREEMPTED if killed and requested() else 1)
+        from moco_d2.exits import leave
+
+        leave(error)
+    sys.exit(code)
 
 
 def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options: Any) -> int:

@@ -47,7 +47,4 @@ if __name__ == "__main__":
         page.add_argument("--count", type=int, default=12, help="pictures shown, of each kind (default: 12)")
         page.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     arguments = parser.parse_args()
-    try:
-        main(arguments)
-    except ValueError as error:
-        cli.fail(str(error))
+    cli.guard(lambda: main(arguments))

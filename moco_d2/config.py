@@ -62,7 +62,7 @@ def add_config(cfg: CN) -> None:
 
 
 def extend_detectron2() -> None:
-    """Add this project's keys to the defaults that ``detectron2.config.get_cfg()`` copies: ``import moco_d2`` does it."""
+    """Add this project's keys to the defaults that Detectron2's ``get_cfg()`` copies, as ``import moco_d2`` does."""
     add_config(defaults._C)
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 import moco_d2
 from moco_d2.data import stream_seed
+from moco_d2.detection.classes import CLASSES, class_names
 from moco_d2.detection.evaluators import build_evaluator, describe_backend
 from moco_d2.detection.loader import build_loader
 from moco_d2.detection.preflight import changes, check_run, fit_to_machine, scale_to_processes, starting_point
@@ -254,7 +255,9 @@ class TransferTrainer(DefaultTrainer):
         }
 
     def train(self) -> None:
-        """Train to the end, evaluate, and write ``results.json``."""
+        """Train to the end, evaluate, and write ``results.json``; before, ``classes.json``, which names the classes."""
+        if comm.is_main_process():
+            write_json(os.path.join(self.cfg.OUTPUT_DIR, CLASSES), class_names(self.cfg))
         super().train()
         if comm.is_main_process() and self.cfg.DATASETS.TEST:
             result = describe_result(self.cfg, self._last_eval_results, self.weights)

@@ -112,12 +112,11 @@ def launch(
         world, rank, local, locals_ = (
             int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         )
-        check_gpus(locals_, device, world, "torchrun's --nproc-per-node")
+        check_processes(locals_, device, world, "torchrun's --nproc-per-node")
         _run(main, args, _Group("env://", world, rank, local, locals_, timeout, cuda), os.getppid())
         return
-    _check_counts(num_gpus, num_machines, machine_rank)
-    check_gpus(num_gpus, device, num_gpus * num_machines)
-    _check_address(dist_url, num_machines)
+    _check_machines(num_machines, machine_rank, dist_url)
+    check_processes(num_gpus, device, num_gpus * num_machines)
     if num_gpus * num_machines == 1:
         preemption.listen()
         if cuda and ":" in device:
@@ -171,16 +170,8 @@ def _checked(timeout: float) -> float:
     return timeout
 
 
-def _check_counts(num_gpus: int, num_machines: int, machine_rank: int) -> None:
-    if num_gpus < 1 or num_machines < 1 or not 0 <= machine_rank < num_machines:
-        raise ValueError(
-            f"--num-gpus {num_gpus} --num-machines {num_machines} --machine-rank {machine_rank}: counts start at 1 "
-            "(without a GPU, --num-gpus counts processes on the CPU), and ranks run from 0 to num-machines - 1"
-        )
-
-
-def check_gpus(processes: int, device: str, world_size: int, option: str = "--num-gpus") -> None:
-    """Check that there is a GPU for each process of this machine.
+def check_processes(processes: int, device: str, world_size: int, option: str = "--num-gpus") -> None:
+    """Check the number of processes on this machine: at least one, and a GPU for each where they compute on GPUs.
 
     Args:
         processes: on this machine.
@@ -189,12 +180,13 @@ def check_gpus(processes: int, device: str, world_size: int, option: str = "--nu
         option: of the command line, to be named.
 
     Raises:
-        ValueError: there are fewer GPUs, or all processes would take the same one.
+        ValueError: there are none, too few GPUs, or all processes would take the same one.
     """
-    available = torch.cuda.device_count()
+    if processes < 1:
+        raise ValueError(f"{option} is {processes}; it must be at least 1 (without a GPU: processes on the CPU)")
     if not torch.cuda.is_available() or torch.device(device).type != "cuda":
         return
-    if processes > available:
+    if processes > (available := torch.cuda.device_count()):
         raise ValueError(f"{option} is {processes}, but this machine has {available}")
     if ":" in device and world_size > 1:
         raise ValueError(
@@ -203,18 +195,23 @@ def check_gpus(processes: int, device: str, world_size: int, option: str = "--nu
         )
 
 
-def _check_address(dist_url: str, num_machines: int) -> None:
+def _check_machines(num_machines: int, machine_rank: int, dist_url: str) -> None:
+    if num_machines < 1 or not 0 <= machine_rank < num_machines:
+        raise ValueError(
+            f"--num-machines {num_machines} --machine-rank {machine_rank}: there is at least one machine, and ranks "
+            "run from 0 to num-machines - 1"
+        )
     if dist_url == "auto":
         if num_machines > 1:
             raise ValueError("several machines need --dist-url tcp://HOST:PORT of the first machine")
         return
-    found = re.fullmatch(r"tcp://([^/:\s]+|\[[0-9a-fA-F:]+\]):([0-9]+)|(?:file:///.+)", dist_url)
+    found = re.fullmatch(r"tcp://([^/:\s]+|\[[0-9a-fA-F:]+\]):([0-9]+)|file:///.+", dist_url)
     if not found or (found[2] and not 0 < int(found[2]) < 2**16):
         raise ValueError(f"--dist-url is {dist_url!r}; it must be tcp://HOST:PORT of the first machine")
     if found[1]:
         try:
             socket.getaddrinfo(found[1].strip("[]"), found[2])
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise ValueError(f"--dist-url is {dist_url!r}, but that host is not known here") from error
 
 

@@ -144,7 +144,9 @@ def plan(voc_root, monkeypatch, tmp_path):
 def finish(trial, **weights):
     """Leave what a finished trial leaves."""
     trials.prepare(trial)
-    (trial.folder / "results.json").write_text(json.dumps({"protocol": trial.protocol, "weights": weights}))
+    (trial.folder / "results.json").write_text(
+        json.dumps({"protocol": trial.protocol, "weights": weights, "metrics": {}})
+    )
 
 
 def test_what_differs_is_refused_and_nothing_is_mixed(plan, tmp_path):

@@ -87,7 +87,7 @@ def _original(error: BaseException) -> tuple[type[BaseException], str, list[tupl
     kind, text = type(error), str(error)
     frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
     if found := _IN_WORKER.match(str(error.args[0]) if error.args else ""):
-        name, text = found.groups()
+        name, text = found[1], found[2].rstrip("\n")
         passed = re.findall(r'^  File "(.+)", line (\d+)', found[0], re.MULTILINE)
         frames += [(file, int(line)) for file, line in passed]
         # Those that take more than one string come as RuntimeError: JSONDecodeError, UnicodeDecodeError.
@@ -103,10 +103,9 @@ def _below(kind: type[BaseException]) -> Iterator[type[BaseException]]:
 
 def _of_system(error: BaseException, text: str) -> Ending:
     """Sort an OSError. Those without a number were raised with a text, by us or by a library that reads files."""
-    stated = re.match(r"\[Errno (\d+)\]", text)
+    stated = re.fullmatch(r"\[Errno (\d+)\] ([^:]+)(?:: '(.*)')?", text)
     number = getattr(error, "errno", None) or (int(stated[1]) if stated else None)
-    filename, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
-    line = f"{os.fsdecode(filename)}: {reason}" if isinstance(filename, str | bytes) and reason else text
+    line = f"{stated[3]}: {stated[2]}" if stated and stated[3] else text
     if number in _NO_ROOM:
         return Ending(DISK_FULL, line)
     if number is None or number in _OF_PATHS:

@@ -18,6 +18,8 @@ import cli
 
 def main(args: argparse.Namespace) -> None:
     """Make the page that was asked for."""
+    if args.count < 1:
+        raise ValueError(f"--count is {args.count}; it must be at least 1")
     from moco_d2.config import load_cfg
     from moco_d2.evaluation.visualize import detections_page, samples_page
 

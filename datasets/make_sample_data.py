@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from math import ceil
@@ -299,14 +298,13 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; made anew if this script made it")
     parser.add_argument("--seed", type=int, default=0, help="other seeds give other pictures (default: 0)")
     args = parser.parse_args()
-    try:
-        make_all(args.out, args.seed)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    make_all(args.out, args.seed)
     for split, count in SPLITS.items():
         print(f"{count:5d} pictures  {split}")
     print(f"in {args.out}; use it with: export DETECTRON2_DATASETS={args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    from moco_d2.exits import guard
+
+    guard(main)

@@ -55,7 +55,8 @@ def detectron2_lists(name: str) -> Record:
     """
     spec = importlib.util.find_spec("detectron2")
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("Detectron2 is not installed, and the categories come from it: make install")
+        said = "Detectron2 is not installed, and the categories come from it: make install"
+        raise ModuleNotFoundError(said, name="detectron2")
     return runpy.run_path(str(Path(spec.submodule_search_locations[0]) / "data" / "datasets" / f"{name}.py"))
 
 

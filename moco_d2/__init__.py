@@ -1,6 +1,7 @@
 """Pretrain without labels, convert, and measure it in detection: MoCo for Detectron2.
 
-Importing the package registers every name its YAML files use (methods, heads, datasets), which needs Detectron2.
+Importing the package registers every name its YAML files use (methods, heads, datasets), and their keys, with
+Detectron2, which it therefore needs.
 ``moco_d2.layers``, ``moco_d2.methods`` and ``moco_d2.convert`` need torch only, and import without it.
 """
 
@@ -14,7 +15,8 @@ __version__ = "0.1.0"
 INSTALL_DETECTRON2 = "python -m moco_d2.install_detectron2"
 
 _TORCH_ONLY = ("moco_d2.layers", "moco_d2.methods", "moco_d2.convert", "moco_d2.facts", "moco_d2.io")
-_NEEDS_NOTHING = ("moco_d2.doctor", "moco_d2.install_detectron2")
+# moco_d2.exits is imported first only by a command that has failed before it could import anything else.
+_NEEDS_NOTHING = ("moco_d2.doctor", "moco_d2.exits", "moco_d2.install_detectron2")
 
 
 def _wanted_module() -> str:
@@ -40,10 +42,13 @@ if _spec is None or _spec.origin is None:
     if not _wanted.startswith(_TORCH_ONLY + _NEEDS_NOTHING):
         raise ImportError(
             f"moco_d2 needs detectron2, which is not installed. Install it with\n    {INSTALL_DETECTRON2}\n"
-            "(moco_d2.layers, moco_d2.methods and moco_d2.convert work without it: import them by their full name)"
+            "(moco_d2.layers, moco_d2.methods and moco_d2.convert work without it: import them by their full name)",
+            name="detectron2",
         )
 elif not _wanted.startswith(_NEEDS_NOTHING):  # The doctor must come through when Detectron2 is broken.
     from moco_d2.io.paths import expand_datasets_root
 
     expand_datasets_root()  # Detectron2 reads the variable when its data sets are imported, which comes next.
-    from moco_d2 import data, detection, methods  # noqa: F401  (registers)
+    from moco_d2 import config, data, detection, methods  # noqa: F401  (registers)
+
+    config.extend_detectron2()

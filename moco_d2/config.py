@@ -14,6 +14,7 @@ import itertools
 import logging
 import operator
 import os
+import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,7 @@ from typing import IO, Any
 import torch
 import yaml
 from detectron2.config import CfgNode as CN
+from detectron2.config import defaults
 from detectron2.config import get_cfg as detectron2_get_cfg
 from detectron2.config.compat import guess_version
 
@@ -43,16 +45,39 @@ INITS = {"moco": "", "supervised": "_supervised", "random": "_random"}
 def get_cfg() -> CN:
     """Return Detectron2's default config extended with this project's keys."""
     cfg = detectron2_get_cfg()
+    add_config(cfg)
+    return cfg
+
+
+def add_config(cfg: CN) -> None:
+    """Add this project's keys, with their defaults, to a config of Detectron2's; keys that it has already stay.
+
+    A program of Detectron2's reads the shipped files, and a run's ``config.yaml``, with such a config.
+    """
+    ours = CN({group: CN() for group in ("SOLVER", "DATASETS", "INPUT", "TEST")})
 
     # Name of the recipe (pretraining) or protocol (detector + data + schedule). It travels with the weights and into
     # every result; it says nothing about the initial weights.
-    cfg.PROTOCOL = ""
+    ours.PROTOCOL = ""
 
-    _add_method(cfg)
-    _add_data(cfg)
-    _add_training(cfg)
-    _add_detection(cfg)
-    return cfg
+    _add_method(ours)
+    _add_data(ours)
+    _add_training(ours)
+    _add_detection(ours)
+    _add_missing(cfg, ours)
+
+
+def extend_detectron2() -> None:
+    """Add this project's keys to the defaults that Detectron2's ``get_cfg()`` copies, as ``import moco_d2`` does."""
+    add_config(defaults._C)
+
+
+def _add_missing(cfg: CN, more: CN) -> None:
+    for key, value in more.items():
+        if key not in cfg:
+            cfg[key] = value
+        elif isinstance(value, CN):
+            _add_missing(cfg[key], value)
 
 
 def _add_method(cfg: CN) -> None:
@@ -266,10 +291,30 @@ def _expanded(value: Any, names: Container[Any]) -> Any:
 
 
 def use_device_there_is(cfg: CN) -> None:
-    """Set ``MODEL.DEVICE`` to the CPU where it asks for a GPU and there is none."""
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+    """Write ``MODEL.DEVICE`` as the rest of the project reads it: ``cpu``, ``cuda``, or ``cuda:N``, one GPU of several.
+
+    Letters may be of either case. Where there is no GPU, every cuda device becomes the CPU, and the log says so.
+
+    Raises:
+        ValueError: it is another device, or a GPU that is not there.
+    """
+    asked = cfg.MODEL.DEVICE
+    found = re.fullmatch(r"(cpu|cuda)(?::([0-9]+))?", str(asked).strip().lower())
+    if not found or (found[1] == "cpu" and int(found[2] or 0)):
+        raise ValueError(
+            f"MODEL.DEVICE is {asked!r}; this project computes on a GPU of NVIDIA's or on the CPU: write cuda, cuda:N "
+            "for one GPU of several, or cpu"
+        )
+    device, number = found[1], found[2]
+    if device == "cuda" and not torch.cuda.is_available():
         logger.info("no GPU here: MODEL.DEVICE is cpu")
-        cfg.MODEL.DEVICE = "cpu"
+        device = "cpu"
+    if device == "cuda" and number is not None:
+        if int(number) >= (count := torch.cuda.device_count()):
+            last = f"cuda:0 to cuda:{count - 1}" if count > 1 else "cuda:0"
+            raise ValueError(f"MODEL.DEVICE is {asked!r}, but this machine has {count} GPU(s): {last}")
+        device = f"cuda:{int(number)}"
+    cfg.MODEL.DEVICE = device
 
 
 def list_configs() -> list[str]:

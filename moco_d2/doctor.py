@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from moco_d2 import INSTALL_DETECTRON2, __version__, install_detectron2
+from moco_d2.exits import ending, guard
 from moco_d2.io.paths import expand_variable
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
@@ -192,15 +193,21 @@ def check_datasets(root: Path) -> Iterator[Finding]:
         yield Finding(NOTE, f"no dataset folder {root.absolute()} ($DETECTRON2_DATASETS)", DATASETS_HELP)
         return
     yield Finding(OK, f"datasets are looked for in {root.absolute()}")
-    yield _check_voc(root / "VOC2007", ("trainval", "test"))
-    yield _check_voc(root / "VOC2012", ("trainval",))
-    yield _check_voc_labels(root / "VOC2012")
-    yield _check_coco(root / "coco", ("train2017", "val2017"))
-    yield _check_keypoints(root / "coco" / "annotations", ("train2017", "val2017"))
-    for version in ("v0.5", "v1"):
-        yield _check_lvis(root / "lvis", version)
-    yield _check_cityscapes(root / "cityscapes", ("train", "val"))
-    yield _check_imagenet(root / "imagenet" / "train")
+    for name, check in (
+        ("VOC2007", lambda: _check_voc(root / "VOC2007", ("trainval", "test"))),
+        ("VOC2012", lambda: _check_voc(root / "VOC2012", ("trainval",))),
+        ("VOC2012 semantic segmentation", lambda: _check_voc_labels(root / "VOC2012")),
+        ("coco", lambda: _check_coco(root / "coco", ("train2017", "val2017"))),
+        ("coco keypoints", lambda: _check_keypoints(root / "coco" / "annotations", ("train2017", "val2017"))),
+        ("LVIS v0.5", lambda: _check_lvis(root / "lvis", "v0.5")),
+        ("LVIS v1", lambda: _check_lvis(root / "lvis", "v1")),
+        ("cityscapes", lambda: _check_cityscapes(root / "cityscapes", ("train", "val"))),
+        ("imagenet/train", lambda: _check_imagenet(root / "imagenet" / "train")),
+    ):
+        try:
+            yield check()
+        except (OSError, ValueError) as error:  # a folder that nobody may look into, a list in another encoding
+            yield Finding(NOTE, f"{name}: cannot be read: {ending(error).line or error}", DATASETS_HELP)
 
 
 def _images(folder: Path) -> set[str]:
@@ -350,4 +357,4 @@ def _failures(sections: dict[str, list[Finding]]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guard(main)

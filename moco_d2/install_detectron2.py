@@ -26,6 +26,8 @@ import zipfile
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
+from moco_d2.exits import guard
+
 REQUIREMENT = "sal-detectron2==0.7.2"
 SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 OFFICIAL = "git+https://github.com/facebookresearch/detectron2.git"
@@ -189,4 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guard(main)

@@ -18,6 +18,7 @@ from detectron2.config import CfgNode
 
 from moco_d2 import roles
 from moco_d2.config import INITS, flat, list_configs, load_cfg
+from moco_d2.exits import guard
 
 _LABELS = {
     "random": "random",
@@ -198,4 +199,4 @@ def _figures(protocol: Protocol) -> str:
 
 
 if __name__ == "__main__":
-    print(protocol_table(), published_tables(), sep="\n", end="")
+    guard(lambda: print(protocol_table(), published_tables(), sep="\n", end=""))

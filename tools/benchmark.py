@@ -172,11 +172,8 @@ def main() -> None:
     for command in commands.choices.values():
         command.add_argument("-o", "--output", type=cli.path, metavar="FILE", help="write the numbers as JSON")
     args = parser.parse_args()
-    try:
-        args.run(args)
-    except ValueError as error:
-        cli.fail(str(error))
+    args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    cli.guard(main)

@@ -6,6 +6,7 @@ Nothing heavy is imported at the top, so that ``--help`` is quick.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import subprocess
@@ -63,6 +64,7 @@ def setup(args: argparse.Namespace, check: Callable[[Any], None] = lambda cfg: N
     from detectron2.utils.logger import setup_logger
 
     from moco_d2.config import config_files, load_cfg, use_device_there_is
+    from moco_d2.exits import ending
     from moco_d2.running import folder
     from moco_d2.running.checkpoints import recorded_seed
 
@@ -72,15 +74,22 @@ def setup(args: argparse.Namespace, check: Callable[[Any], None] = lambda cfg: N
     folder.claim(cfg.OUTPUT_DIR, args.resume, evaluates)
     # An evaluation may have its run's folder, where config.yaml says how the run was trained.
     notes = os.path.join(cfg.OUTPUT_DIR, "eval_only") if evaluates else cfg.OUTPUT_DIR
-    setup_logger(notes, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
+    log = setup_logger(notes, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
     use_device_there_is(cfg)
     if cfg.SEED < 0:  # Drawn here, so that the run's config.yaml records it.
         drawn = recorded_seed(cfg.OUTPUT_DIR) if args.resume else None
         cfg.SEED = comm.shared_random_seed() % 2**31 if drawn is None else drawn
-    args.config_file = str(config_files(args.config_file)[0])  # which default_setup writes into the log
+    configs = config_files(args.config_file) if args.config_file else []
+    args.config_file = str(configs[0]) if configs else ""  # which default_setup writes into the log
     noted = cfg.clone()
     noted.OUTPUT_DIR = notes
     default_setup(noted, args)
+    for path in configs[1:]:  # the init that a suffix of the name stands for
+        log.info("Contents of %s, merged after it:\n%s", path, path.read_text())
+    # Detectron2's loop prints the traceback of whatever leaves it. A user's mistake has it in the log alone.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(
+        lambda record: not (record.exc_info and record.exc_info[1] and ending(record.exc_info[1]).line)
+    )
     cfg.freeze()
     return cfg
 
@@ -122,33 +131,40 @@ def run(
     args: argparse.Namespace,
     check: Callable[[Any], Iterable[str]] | None = None,
     stage: str = "",
-) -> None:
+) -> NoReturn:
     """Launch ``main(args)`` in every process, and end with the exit codes of docs/reliability.md.
 
-    A mistake of the user's, and a disk that is full, end in one clear line. ``check`` and ``stage``: see
-    :func:`load_cfg`.
+    Device, folder and processes are checked before. ``check`` and ``stage``: see :func:`load_cfg`.
     """
-    from moco_d2 import patience
-    from moco_d2.config import load_cfg
-    from moco_d2.engine.launch import RankFailedError, launch
-    from moco_d2.running.checkpoints import EXIT_NOT_WRITTEN, NotWrittenError
-    from moco_d2.running.preemption import EXIT_PREEMPTED, requested
 
-    codes = {"ValueError": 2, "FloatingPointError": 2, NotWrittenError.__name__: EXIT_NOT_WRITTEN}
-    try:
+    def work() -> None:
+        from moco_d2 import patience
+        from moco_d2.config import load_cfg, use_device_there_is
+        from moco_d2.engine.launch import launch
+        from moco_d2.io.files import check_folder
+
+        cfg = load_cfg(args.config_file, args.opts, check, stage)
+        use_device_there_is(cfg)
+        check_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         timeout = patience.DEFAULT if args.timeout is None else args.timeout
-        device = load_cfg(args.config_file, args.opts, check, stage).MODEL.DEVICE
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args, timeout, device)
+        machines = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
+        launch(main, *machines, args, timeout, cfg.MODEL.DEVICE)
+
+    guard(work)
+
+
+def guard(work: Callable[[], int | None]) -> NoReturn:
+    """Do a command's work, which may return an exit code, and end as :func:`moco_d2.exits.ending` says."""
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:  # not left to moco_d2.exits: it may be an import that was interrupted
+        fail("interrupted", 130)
     except Exception as error:
-        kind = error.kind if isinstance(error, RankFailedError) else type(error).__name__
-        if kind in codes:
-            fail(error.message if isinstance(error, RankFailedError) else str(error), codes[kind])
-        if not isinstance(error, RankFailedError):
-            raise
-        # A cluster that asks a job to stop may kill parts of it before they can save. An error is an error even then:
-        # a job that always ends in it would be started again for ever.
-        killed = kind in ("SIGTERM", "SIGUSR1", "SIGKILL")
-        fail(str(error), EXIT_PREEMPTED if killed and requested() else 1)
+        from moco_d2.exits import leave
+
+        leave(error)
+    sys.exit(code)
 
 
 def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options: Any) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 
 import cli
 
@@ -43,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     return built
 
 
-def main() -> int:
-    """Run the conversion and print its account; return the exit code."""
+def main() -> None:
+    """Run the conversion and print its account."""
     args = parser().parse_args()
     if not args.list and args.output is None:
         parser().error("the following arguments are required: input, output")
@@ -63,48 +62,37 @@ def main() -> int:
 
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
     if args.list or args.to:
-        return other_work(args)
+        other_work(args)
+        return
     if not args.no_proof and not can_prove():
-        print(
-            "error: the proof was not made, and nothing was written: detectron2 is missing; install it "
-            "(python -m moco_d2.install_detectron2), or accept an unproven file with --no-proof",
-            file=sys.stderr,
+        raise ValueError(
+            "the proof was not made, and nothing was written: detectron2 is missing; install it "
+            "(python -m moco_d2.install_detectron2), or accept an unproven file with --no-proof"
         )
-        return 2
-    try:
-        parts = tuple(filter(None, args.parts.split(",")))
-        if args.report:
-            check_named_file(args.report, is_report)
-        choice = Choice(source=args.source, prefix=args.prefix, norm=args.norm, parts=parts, drop=tuple(args.drop))
-        content = convert_and_report(args.input, args.output, not args.no_proof, choice, args.picture, args.bake)
-        if args.report:
-            write_report(content, args.report)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parts = tuple(filter(None, args.parts.split(",")))
+    if args.report:
+        check_named_file(args.report, is_report)
+    choice = Choice(source=args.source, prefix=args.prefix, norm=args.norm, parts=parts, drop=tuple(args.drop))
+    content = convert_and_report(args.input, args.output, not args.no_proof, choice, args.picture, args.bake)
+    if args.report:
+        write_report(content, args.report)
     print("\n".join(summary(content)))
-    return 0
 
 
-def other_work(args: argparse.Namespace) -> int:
-    """List the published weights, or write a backbone of ours for other tools; return the exit code."""
+def other_work(args: argparse.Namespace) -> None:
+    """List the published weights, or write a backbone of ours for other tools."""
     from moco_d2.convert.back import restore
     from moco_d2.convert.catalog import listing
 
-    try:
-        if args.list:
-            print(listing())
-            return 0
-        backbone = restore(args.input, args.output, args.to)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.list:
+        print(listing())
+        return
+    backbone = restore(args.input, args.output, args.to)
     print(f"weights  {backbone.facts.origin}" + (f" ({backbone.facts.protocol})" if backbone.facts.protocol else ""))
     for note in backbone.notes:
         print(f"note     {note}")
     print(f"written  {args.output}: {len(backbone.tensors)} tensors")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.guard(main)

@@ -57,18 +57,14 @@ class Demo:
         self.environment = {**os.environ, "DETECTRON2_DATASETS": str(output / "datasets")}
 
     def stage(self, title: str, *command: str | Path) -> None:
-        """Run one command, showing its progress.
-
-        Raises:
-            ValueError: it failed; the message names its log.
-        """
+        """Run one command, showing its progress; should it fail, end with its exit code and name its log."""
         words = [str(word) for word in command]
         log = self.output / "logs" / f"{title.replace(' ', '_').replace(',', '')}.log"
         print(f"\n[{self._clock()}] {title}\n  $ {shlex.join(words)}", flush=True)
         shown = cli.PROGRESS if "OUTPUT_DIR" in words else re.compile(r".*\S")
         code = cli.follow(words, log, shown, cwd=ROOT, env=self.environment, pass_fds=[self.lock])
         if code:
-            raise ValueError(f"stage {title!r} failed with code {code}; its log is {log}")
+            cli.fail(f"stage {title!r} failed with code {code}; its log is {log}", code if code > 0 else 1)
 
     def _clock(self) -> str:
         minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
@@ -123,11 +119,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="iterations of each training, to try the pipeline itself")
     parser.add_argument("--full", action="store_true", help="full-width ResNet-50 instead of quarter width")
     args = parser.parse_args()
-    try:
-        Demo(args.output.resolve(), args.full, args.steps).run()
-    except ValueError as error:
-        cli.fail(str(error))
+    Demo(args.output.resolve(), args.full, args.steps).run()
 
 
 if __name__ == "__main__":
-    main()
+    cli.guard(main)

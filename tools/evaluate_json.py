@@ -64,7 +64,4 @@ if __name__ == "__main__":
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        main(arguments)
-    except (ValueError, OSError) as error:
-        cli.fail(str(error))
+    cli.guard(lambda: main(arguments))

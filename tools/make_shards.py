@@ -48,7 +48,7 @@ def make(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Read the command line, and pack or index."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=cli.path, nargs="?", help="images, in any number of subfolders")
     parser.add_argument("out", type=cli.path, nargs="?", help="folder for the shards")
@@ -64,16 +64,13 @@ def main() -> None:
     if (args.index is None) == (args.out is None) or (args.index is None and not (args.folder or args.list)):
         parser.error("name FOLDER and OUT, or --list FILE and OUT, or --index DIR")
     logging.basicConfig(format="%(message)s")
-    try:
-        if args.index:
-            from moco_d2.data.packing import index
+    if args.index:
+        from moco_d2.data.packing import index
 
-            print(f"{args.index}: {index(args.index)} images")
-        else:
-            make(args)
-    except (OSError, ValueError) as error:
-        cli.fail(str(error))
+        print(f"{args.index}: {index(args.index)} images")
+    else:
+        make(args)
 
 
 if __name__ == "__main__":
-    main()
+    cli.guard(main)

@@ -9,6 +9,7 @@ runs.csv (a line a run).
 """
 
 import argparse
+import logging
 
 import cli
 
@@ -29,12 +30,10 @@ def main() -> None:
     args = parser.parse_args()
     from moco_d2.evaluation.report import write_report
 
-    try:
-        for path in write_report(args.runs, args.output, args.compare):
-            print(path)
-    except ValueError as error:
-        cli.fail(str(error))
+    logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
+    for path in write_report(args.runs, args.output, args.compare):
+        print(path)
 
 
 if __name__ == "__main__":
-    main()
+    cli.guard(main)

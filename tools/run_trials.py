@@ -9,7 +9,7 @@ r"""Fine-tune a protocol's detector from each of several weights, over several s
 Run it again to continue: what is done is not repeated, what was cut off goes on from its last checkpoint. Several may
 run at once on one folder (one a GPU, say); no trial is run twice. The exit code is 0 when all trials asked for are
 done, 1 when some failed or are run elsewhere, 2 when the command is wrong, 75 when it was asked to stop (SIGTERM,
-SIGUSR1) and the same command continues. KEY VALUE pairs come last. More is in
+SIGUSR1), 130 when it was interrupted: then the same command continues. KEY VALUE pairs come last. More is in
 docs/trials.md.
 """
 
@@ -138,9 +138,4 @@ def heed() -> None:
 
 if __name__ == "__main__":
     heed()
-    try:
-        sys.exit(main())
-    except ValueError as error:
-        cli.fail(str(error))
-    except KeyboardInterrupt:
-        cli.fail("interrupted; the same command continues")
+    cli.guard(main)

@@ -17,6 +17,8 @@ import cli
 
 def main(args: argparse.Namespace) -> None:
     """Make the page that was asked for."""
+    if args.count < 1:
+        raise ValueError(f"--count is {args.count}; it must be at least 1")
     from moco_d2.config import load_cfg
     from moco_d2.evaluation.visualize import detections_page, samples_page
 
@@ -46,7 +48,4 @@ if __name__ == "__main__":
         page.add_argument("--count", type=int, default=12, help="pictures shown, of each kind (default: 12)")
         page.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     arguments = parser.parse_args()
-    try:
-        main(arguments)
-    except ValueError as error:
-        cli.fail(str(error))
+    cli.guard(lambda: main(arguments))

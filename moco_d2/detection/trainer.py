@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 import moco_d2
 from moco_d2.data import stream_seed
 from moco_d2.detection.checkpointer import TransferCheckpointer
+from moco_d2.detection.classes import CLASSES, class_names
 from moco_d2.detection.evaluators import build_evaluator, describe_backend
 from moco_d2.detection.loader import build_loader
 from moco_d2.detection.mapper import PictureMapper
@@ -307,7 +308,9 @@ class TransferTrainer(DefaultTrainer):
         }
 
     def train(self) -> None:
-        """Train to the end, evaluate, and write ``results.json``."""
+        """Train to the end, evaluate, and write ``results.json``; before, ``classes.json``, which names the classes."""
+        if comm.is_main_process():
+            write_json(os.path.join(self.cfg.OUTPUT_DIR, CLASSES), class_names(self.cfg))
         with pictures_in_one_line():
             super().train()
 

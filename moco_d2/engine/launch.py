@@ -11,7 +11,9 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -29,7 +31,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from moco_d2 import patience
+from moco_d2 import exits, patience
 from moco_d2.running import preemption
 
 # After one process has failed, the others have this long, in seconds, to end by themselves.
@@ -40,29 +42,37 @@ class RankFailedError(RuntimeError):
     """A process was lost or raised an error, and all were ended.
 
     Attributes:
-        kind: name of the exception's class, or of the signal that killed the process.
-        message: the exception's message.
+        exit_code: of the command (:mod:`moco_d2.exits`).
+        line: what the process says of a user's mistake; empty for a fault of ours, or a process that was killed.
     """
 
-    def __init__(self, text: str, kind: str, message: str) -> None:
+    def __init__(self, text: str, exit_code: int, line: str) -> None:
         super().__init__(text)
-        self.kind, self.message = kind, message
+        self.exit_code, self.line = exit_code, line
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """How a process ended; what it tells the launcher through a file."""
+    """How a process ended; what it tells the launcher through a file.
+
+    Attributes:
+        signal: name of the one that killed it, if one did.
+        code: exit code of the command.
+        line: see :class:`RankFailedError`.
+        text: the rank, and its traceback.
+    """
 
     rank: int
     time: float
-    kind: str
-    message: str
+    signal: str
+    code: int
+    line: str
     text: str
 
     @property
     def order(self) -> tuple[bool, float]:
         """Sort the cause before its consequences: what was killed raised nothing, but makes the others raise."""
-        return not self.kind.startswith("SIG") or self.kind == "SIGABRT", self.time
+        return self.signal in ("", "SIGABRT"), self.time
 
 
 def launch(
@@ -91,24 +101,26 @@ def launch(
         device: what ``main`` computes on, as in ``MODEL.DEVICE``; the CPU where there is no GPU.
 
     Raises:
-        ValueError: more processes asked for than there are GPUs, a bad machine count, or a bad timeout.
+        ValueError: more processes asked for than there are GPUs, a bad machine count, address or timeout.
         RankFailedError: one of several processes on this machine failed; all of them have ended.
         Preempted: the run was asked to stop, and has saved.
     """
-    if timeout <= 0:
-        raise ValueError(f"--timeout is {timeout:g}; it must be a positive number of seconds")
-    patience.set_limit(timeout)
+    patience.set_limit(_checked(timeout))
     cuda = torch.cuda.is_available() and torch.device(device).type == "cuda"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         preemption.listen()
         world, rank, local, locals_ = (
             int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         )
+        check_processes(locals_, device, world, "torchrun's --nproc-per-node")
         _run(main, args, _Group("env://", world, rank, local, locals_, timeout, cuda), os.getppid())
         return
-    _check(num_gpus, num_machines, machine_rank, dist_url, cuda)
+    _check_machines(num_machines, machine_rank, dist_url)
+    check_processes(num_gpus, device, num_gpus * num_machines)
     if num_gpus * num_machines == 1:
         preemption.listen()
+        if cuda and ":" in device:
+            torch.cuda.set_device(device)
         main(args)
         return
     groups = [
@@ -152,17 +164,55 @@ class _Group:
         comm.synchronize()
 
 
-def _check(num_gpus: int, num_machines: int, machine_rank: int, dist_url: str, cuda: bool) -> None:
-    available = torch.cuda.device_count()
-    if num_gpus < 1 or num_machines < 1 or not 0 <= machine_rank < num_machines:
+def _checked(timeout: float) -> float:
+    if not 1 <= timeout <= 1e8:  # not-a-number included; beyond, torch's counters overflow
+        raise ValueError(f"--timeout is {timeout:g}; it must be a number of seconds from 1 to 100,000,000")
+    return timeout
+
+
+def check_processes(processes: int, device: str, world_size: int, option: str = "--num-gpus") -> None:
+    """Check the number of processes on this machine: at least one, and a GPU for each where they compute on GPUs.
+
+    Args:
+        processes: on this machine.
+        device: as in ``MODEL.DEVICE``.
+        world_size: processes on all machines.
+        option: of the command line, to be named.
+
+    Raises:
+        ValueError: there are none, too few GPUs, or all processes would take the same one.
+    """
+    if processes < 1:
+        raise ValueError(f"{option} is {processes}; it must be at least 1 (without a GPU: processes on the CPU)")
+    if not torch.cuda.is_available() or torch.device(device).type != "cuda":
+        return
+    if processes > (available := torch.cuda.device_count()):
+        raise ValueError(f"{option} is {processes}, but this machine has {available}")
+    if ":" in device and world_size > 1:
         raise ValueError(
-            f"--num-gpus {num_gpus} --num-machines {num_machines} --machine-rank {machine_rank}: counts start at 1, "
-            "and ranks run from 0 to num-machines - 1"
+            f"MODEL.DEVICE is {device}, but each of the {world_size} processes takes a GPU of its own: write cuda, and "
+            "choose the GPUs with the environment's CUDA_VISIBLE_DEVICES"
         )
-    if cuda and num_gpus > available:
-        raise ValueError(f"--num-gpus is {num_gpus}, but this machine has {available}")
-    if num_machines > 1 and dist_url == "auto":
-        raise ValueError("several machines need --dist-url tcp://HOST:PORT of the first machine")
+
+
+def _check_machines(num_machines: int, machine_rank: int, dist_url: str) -> None:
+    if num_machines < 1 or not 0 <= machine_rank < num_machines:
+        raise ValueError(
+            f"--num-machines {num_machines} --machine-rank {machine_rank}: there is at least one machine, and ranks "
+            "run from 0 to num-machines - 1"
+        )
+    if dist_url == "auto":
+        if num_machines > 1:
+            raise ValueError("several machines need --dist-url tcp://HOST:PORT of the first machine")
+        return
+    found = re.fullmatch(r"tcp://([^/:\s]+|\[[0-9a-fA-F:]+\]):([0-9]+)|file:///.+", dist_url)
+    if not found or (found[2] and not 0 < int(found[2]) < 2**16):
+        raise ValueError(f"--dist-url is {dist_url!r}; it must be tcp://HOST:PORT of the first machine")
+    if found[1]:
+        try:
+            socket.getaddrinfo(found[1].strip("[]"), found[2])
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"--dist-url is {dist_url!r}, but that host is not known here") from error
 
 
 def _run(main: Callable[[Any], None], args: Any, group: _Group, parent: int) -> None:
@@ -226,7 +276,10 @@ def _start_all(main: Callable[[Any], None], args: Any, groups: list[_Group]) -> 
             text += f"\nRank {', '.join(map(str, stuck))} did not end within {GRACE} s and was killed"
         if others:
             text += f"\nRank {', '.join(str(failure.rank) for failure in others)} failed after it"
-        raise RankFailedError(text, first.kind, first.message)
+        # A cluster that asks a job to stop may kill parts of it before they can save. An error is an error even then:
+        # a job that always ends in it would be started again for ever.
+        asked = first.signal in ("SIGTERM", "SIGUSR1", "SIGKILL") and preemption.requested()
+        raise RankFailedError(text, preemption.EXIT_PREEMPTED if asked else first.code, first.line)
     if any(process.exitcode == preemption.EXIT_PREEMPTED for process in ranks.values()):
         raise preemption.Preempted
 
@@ -236,13 +289,12 @@ def _rank_main(main: Callable[[Any], None], args: Any, group: _Group, folder: st
     # Loaders' workers shall start as they do elsewhere, forked as a rule, not as their own parent was started.
     multiprocessing.set_start_method(method, force=True)
     preemption.listen()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The launcher hears it, too, and ends all.
     try:
         _run(main, args, group, launcher)
     except Exception as error:
-        report = _Failure(
-            group.rank, time.time(), type(error).__name__, str(error),
-            f"rank {group.rank} failed:\n{traceback.format_exc()}",
-        )  # fmt: skip
+        end, text = exits.conclude(error), f"rank {group.rank} failed:\n{traceback.format_exc()}"
+        report = _Failure(group.rank, time.time(), "", end.code, end.line, text)
         Path(folder, str(group.rank)).write_text(json.dumps(asdict(report)))
         sys.stdout.flush()
         sys.stderr.flush()
@@ -280,8 +332,8 @@ def _failure(rank: int, code: int | None, report: Path) -> _Failure:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         hint = " (by the kernel, for want of memory?)" if name == "SIGKILL" else ""
-        return _Failure(rank, time.time(), name, "", f"rank {rank} was killed by {name}{hint}")
-    return _Failure(rank, time.time(), "", "", f"rank {rank} ended with code {code}")
+        return _Failure(rank, time.time(), name, exits.FAULT, "", f"rank {rank} was killed by {name}{hint}")
+    return _Failure(rank, time.time(), "", exits.FAULT, "", f"rank {rank} ended with code {code}")
 
 
 def _signal(processes: Iterable[BaseProcess], signum: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from moco_d2.data import ViewDataset, build_backend, build_recipe, open_source
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.mapper import read_label_image, read_pixels
 from moco_d2.detection.weights import all_names, load_weights
+from moco_d2.evaluation.records import read_scalars
 from moco_d2.io.files import atomic_write
 
 FolderLike = str | os.PathLike[str]
@@ -36,8 +36,13 @@ def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
     Args:
         run: its folder, with ``metrics.json`` and ``config.yaml``.
         path: the PNG to write.
+
+    Raises:
+        ValueError: it recorded nothing.
     """
-    records = [json.loads(line) for line in (Path(run) / "metrics.json").read_text().splitlines()]
+    records = list(read_scalars(Path(run)))
+    if not records:
+        raise ValueError(f"{Path(run) / 'metrics.json'} is missing, or holds no figures of a pretraining run")
     args = load_cfg(Path(run) / "config.yaml").SSL.ARGS
     figure, axes = _figure(2, 2, (10, 6.4))
     panels: list[tuple[str, dict[str, str], tuple[float, str] | None]] = [
@@ -49,7 +54,8 @@ def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
     for axis, (title, curves, line) in zip(axes.flat, panels, strict=True):
         for key, label in curves.items():
             points = [(r["iteration"] + 1, r[key]) for r in records if key in r]
-            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.8, marker=".", markersize=4)
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axis.plot(x, y, label=label, linewidth=1.8, marker=".", markersize=4)
         if line:
             axis.axhline(line[0], color="grey", linestyle="--", linewidth=1, label=line[1])
         axis.set(title=title, xlabel="iteration")

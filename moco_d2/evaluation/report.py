@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -25,6 +26,8 @@ from moco_d2.evaluation.summary import Difference, Row, Run, Table, heading
 from moco_d2.io import files
 from moco_d2.model_zoo import Published
 
+logger = logging.getLogger(__name__)
+
 COLUMNS = ("pre-train", "protocol", "test set", "AP", "AP50", "AP75", "mask AP", "iterations")
 FLAG = "⚑"
 
@@ -33,17 +36,17 @@ def rows(init: str, result: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the table's rows of a run, one a test set, as ``COLUMNS``; a metric without a value is a dash."""
 
     def show(metrics: Mapping[str, Any], task: str, name: str) -> str:
-        value = metrics.get(task, {}).get(name)
+        value = (metrics or {}).get(task, {}).get(name)
         return "-" if value is None else f"{value:.2f}"
 
     return [
         (
             init,
-            result["protocol"],
+            result["protocol"] or "-",
             test_set,
             *(show(metrics, "bbox", name) for name in ("AP", "AP50", "AP75")),
             show(metrics, "segm", "AP"),
-            str(result["iterations"]),
+            str(result.get("iterations", "-")),
         )
         for test_set, metrics in result["metrics"].items()
     ]
@@ -80,15 +83,18 @@ def write_report(
         ValueError: a path holds no finished run, a label is not among the runs, or the folder holds files of these
             names that are no report of ours.
     """
-    runs = summary.find_runs(paths)
+    left_out: list[str] = []
+    runs = summary.find_runs(paths, left_out.append)
+    for problem in left_out:
+        logger.warning("left out: %s", problem)
     tables = summary.build_tables(runs)
     known = sorted({row.label for table in tables for row in table.rows})
     for label in labels:
         if label not in known:
             raise ValueError(f"no run was started from {label!r}; there are {', '.join(known)}")
     texts = {
-        "report.md": markdown(tables, runs, labels),
-        "report.html": html(tables, runs, labels),
+        "report.md": markdown(tables, runs, labels, left_out),
+        "report.html": html(tables, runs, labels, left_out),
         "report.tex": latex(tables),
         "report.csv": _csv(_cell_records(tables)),
         "runs.csv": _csv(provenance(run) for run in runs),
@@ -100,7 +106,9 @@ def write_report(
     return [Path(folder) / name for name in texts]
 
 
-def markdown(tables: Sequence[Table], runs: Sequence[Run], labels: Sequence[str] = ()) -> str:
+def markdown(
+    tables: Sequence[Table], runs: Sequence[Run], labels: Sequence[str] = (), left_out: Sequence[str] = ()
+) -> str:
     """Return the report as Markdown."""
     parts = ["# Results", _LEGEND]
     for table in tables:
@@ -123,6 +131,8 @@ def markdown(tables: Sequence[Table], runs: Sequence[Run], labels: Sequence[str]
     if shared:
         parts += ["All runs:", "\n".join(f"* {key}: {records[0][key]}" for key in shared)]
     parts += ["Commands:", "\n".join(f"    {record['command']}" for record in records)]
+    if left_out:
+        parts += [f"{len(left_out)} left out:", "\n".join(f"* {problem}" for problem in left_out)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -140,13 +150,14 @@ def latex(tables: Sequence[Table]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def html(tables: Sequence[Table], runs: Sequence[Run], labels: Sequence[str] = ()) -> str:
+def html(tables: Sequence[Table], runs: Sequence[Run], labels: Sequence[str] = (), left_out: Sequence[str] = ()) -> str:
     """Return the report as one HTML page with everything in it."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files(__package__).joinpath("report.html").read_text())
     return template.render(
         tables=tables,
         runs=runs,
+        left_out=left_out,
         anchors={run.folder: f"run-{number}" for number, run in enumerate(runs, start=1)},
         pairs=[summary.compared(table, labels) for table in tables],
         about=about,

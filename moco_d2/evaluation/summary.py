@@ -6,21 +6,23 @@ and part of the labels agree, and only the seed differs.
 
 from __future__ import annotations
 
-import json
+import logging
+import math
 import os
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moco_d2.config import INITS, load_cfg
+from moco_d2.evaluation.records import FRACTION, RESULTS, read_result, read_scalars, read_trial
 from moco_d2.model_zoo import Protocol, Published, config_changes, get_protocol
 
-RESULTS = "results.json"  # what a training leaves when it is done
-RECORD = "trial.json"  # what run_trials was asked for
+logger = logging.getLogger(__name__)
+
 BASELINES = tuple(init for init in INITS if init != "moco")
 TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint", "sem_seg": ""}  # in a report's order, in words
 AUGMENTED = "_TTA"  # behind a task's name: evaluated with test-time augmentation
@@ -76,14 +78,14 @@ class Run:
     @property
     def percent(self) -> float:
         """Part of the training labels it used."""
-        return next((float(c.partition("=")[2]) for c in self._changes or () if c.startswith(_FRACTION)), 100.0)
+        return next((float(c.partition("=")[2]) for c in self._changes or () if c.startswith(FRACTION)), 100.0)
 
     @property
     def changes(self) -> tuple[str, ...] | None:
         """``KEY=value`` where its config departs from the protocol's, but for the labels' part; None when unknown."""
         if self._changes is None:
             return None
-        return tuple(change for change in self._changes if not change.startswith(_FRACTION))
+        return tuple(change for change in self._changes if not change.startswith(FRACTION))
 
     @cached_property
     def _changes(self) -> list[str] | None:
@@ -130,26 +132,16 @@ class Run:
         return {
             test_set: {
                 f"{task}/{name}": float(value)
-                for task, values in (tasks or {}).items() for name, value in values.items() if value is not None
+                for task, values in (tasks or {}).items() for name, value in values.items()
+                if value is not None and math.isfinite(value)
             }
             for test_set, tasks in (self.result.get("metrics") or {}).items()
         }  # fmt: skip
 
     def curve(self, key: str) -> list[tuple[int, float]]:
         """Return (iterations done, value) of a scalar in ``metrics.json``; of what was done twice, the second."""
-        path = self.folder / "metrics.json"
-        points: dict[int, float] = {}
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the line that a killed run did not finish
-                continue
-            if isinstance(record.get(key), (int, float)) and "iteration" in record:
-                points[int(record["iteration"])] = float(record[key])
+        points = {line["iteration"]: float(line[key]) for line in read_scalars(self.folder) if key in line}
         return sorted(points.items())
-
-
-_FRACTION = "DATASETS.FRACTION="
 
 
 @dataclass(frozen=True)
@@ -240,31 +232,41 @@ class Table:
         return found
 
 
-def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[Run]:
+def find_runs(paths: Iterable[str | os.PathLike[str]], report: Callable[[str], None] = logger.warning) -> list[Run]:
     """Read every finished run in folders and below them.
 
+    Args:
+        paths: the folders.
+        report: is told of each result that is left out, because it is damaged or another program's.
+
     Raises:
-        ValueError: a path holds none.
+        ValueError: a path holds no run.
     """
-    folders: dict[Path, None] = {}
+    runs: dict[Path, Run] = {}
     for path in paths:
+        problems: list[str] = []
         found = sorted(file.parent.resolve() for file in Path(path).rglob(RESULTS))
+        for folder in found:
+            try:
+                runs.setdefault(folder, read_run(folder))
+            except ValueError as error:
+                problems.append(str(error))
         if not found:
             raise ValueError(f"{path} holds no finished run: there is no {RESULTS} in it or below")
-        folders |= dict.fromkeys(found)
-    return [read_run(folder) for folder in folders]
+        if len(problems) == len(found):
+            raise ValueError(f"{path} holds no finished run that can be read:\n" + "\n".join(problems))
+        for problem in problems:
+            report(problem)
+    return list(runs.values())
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
     """Read a finished run.
 
     Raises:
-        ValueError: it has no readable ``results.json``.
+        ValueError: it has no readable ``results.json``, or its ``trial.json`` is damaged.
     """
-    folder = Path(folder)
-    if not (folder / RESULTS).is_file():
-        raise ValueError(f"{folder / RESULTS} is missing: the run has not finished, or is no fine-tuning run")
-    return Run(folder, read_json(folder / RESULTS), read_json(folder / RECORD))
+    return Run(Path(folder), read_result(Path(folder)), read_trial(Path(folder)))
 
 
 def build_tables(runs: Iterable[Run]) -> list[Table]:
@@ -336,7 +338,7 @@ def _table(name: str, variant: str, test_set: str, runs: Sequence[Run]) -> Table
     metrics = {
         f"{task}/{metric}"
         for run in runs
-        for task, values in run.result["metrics"][test_set].items()
+        for task, values in (run.result["metrics"][test_set] or {}).items()
         for metric in values
     }
     printed = [metric for published in protocol.published for metric in published.metrics] if protocol else []
@@ -407,18 +409,3 @@ def _order(metric: str) -> tuple[int, int, str]:
         MAIN.index(name) if name in MAIN else len(MAIN),
         metric,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one where there is no file.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    try:
-        content = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it must hold an object")
-    return content

@@ -23,10 +23,12 @@ from detectron2.utils.collect_env import collect_env_info
 
 from moco_d2.config import INITS, flat, get_cfg
 from moco_d2.detection.datasets import register_custom
-from moco_d2.detection.preflight import check_run, check_weights, scale_to_processes
+from moco_d2.detection.preflight import check_run, check_weights, fit_to_machine, scale_to_processes
 from moco_d2.detection.subsets import check_percent
 from moco_d2.detection.weights import check_source
-from moco_d2.evaluation.summary import BASELINES, RECORD, RESULTS, read_json
+from moco_d2.engine.launch import check_processes
+from moco_d2.evaluation.records import RECORD, RESULTS, read_result, read_trial
+from moco_d2.evaluation.summary import BASELINES
 from moco_d2.io import files, locks
 from moco_d2.io.checkpoints import facts_in, open_checkpoint
 from moco_d2.io.paths import expand
@@ -163,13 +165,14 @@ def state(trial: Trial) -> str:
     """
     folder = trial.folder
     begun, done = ((folder / name).is_file() for name in ("last_checkpoint", RESULTS))
-    recorded = read_json(folder / RECORD)
-    if not {"weights", "config"} <= set(recorded):
-        if begun or done or (folder / RECORD).exists():
+    recorded = read_trial(folder, complete=True)
+    if not recorded:
+        if begun or done:
             raise ValueError(f"{folder} holds a run that run_trials did not start; choose another --output")
         return "new"
     differences = list(_differences(recorded, trial))
-    used, asked = read_json(folder / RESULTS).get("weights", {}).get("sha256"), trial.init.sha256
+    result = read_result(folder) if done else {}
+    used, asked = (result.get("weights") or {}).get("sha256"), trial.init.sha256
     if used and used != asked:
         differences.append(f"weights: {RESULTS} names SHA-256 {used[:12]}, asked for is {asked[:12] or 'none'}")
     if differences:
@@ -255,8 +258,9 @@ def _trial(protocol: str, base: str, init: Init, seed: int, percent: float, outp
 def _check(cfg: CfgNode, processes: int) -> None:
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty: there would be nothing to compare")
+    cfg = fit_to_machine(cfg, processes)
+    check_processes(processes, cfg.MODEL.DEVICE, processes)
     with tempfile.TemporaryDirectory() as folder:  # for users' labels that are written anew to OUTPUT_DIR
-        cfg = cfg.clone()
         cfg.defrost()
         cfg.OUTPUT_DIR = folder
         register_custom(cfg)

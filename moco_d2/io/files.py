@@ -206,6 +206,8 @@ def check_folder(path: str | os.PathLike[str], what: str) -> None:
     Raises:
         ValueError: it could not.
     """
+    if not os.fspath(path) or "\0" in os.fspath(path):
+        raise ValueError(f"{what} is {os.fspath(path)!r}; it must name a folder")
     place = Path(os.path.abspath(path))
     while not os.path.lexists(place):
         place = place.parent

@@ -37,6 +37,8 @@ _POINTER = "last_checkpoint"
 class NotWrittenError(OSError):
     """A checkpoint could not be written; the one before it is as it was."""
 
+    exit_code = EXIT_NOT_WRITTEN
+
 
 def write_tensors(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a checkpoint file that is whole or not there.

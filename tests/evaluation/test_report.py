@@ -269,3 +269,61 @@ def test_the_rows_compared_by_class_can_be_chosen(tmp_path: Path) -> None:
 def test_folders_without_a_finished_run_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no finished run"):
         report.write_report([tmp_path], tmp_path / "report")
+
+
+FOREIGN = {
+    "torchvision": '{"accuracy": 0.76, "epoch": 90}',
+    "no test set": '{"protocol": "x", "metrics": {"bbox": {"AP": 1.0}}}',
+    "words": '{"protocol": "x", "metrics": {"val": {"bbox": {"AP": "57.0"}}}}',
+    "truth": '{"protocol": "x", "metrics": {"val": {"bbox": {"AP": true}}}}',
+    "list of sets": '{"protocol": "x", "metrics": [{"bbox": {"AP": 1.0}}]}',
+    "weights": '{"protocol": "x", "metrics": {}, "weights": "w.pth"}',
+    "facts": '{"protocol": "x", "metrics": {}, "weights": {"facts": {"origin": 3}}}',
+    "changes": '{"protocol": "x", "metrics": {}, "config_changes": "SEED=1"}',
+    "part": '{"protocol": "x", "metrics": {}, "config_changes": ["DATASETS.FRACTION=all"]}',
+    "scaled": '{"protocol": "x", "metrics": {}, "scaled": {"SOLVER.MAX_ITER": 4}}',
+    "seed": '{"protocol": "x", "metrics": {}, "seed": "one"}',
+    "protocol": '{"protocol": ["x"], "metrics": {}}',
+    "list": "[1, 2]",
+    "number": "3",
+    "null": "null",
+    "cut": '{"protocol": "x", "metr',
+    "empty": "",
+    "bytes": "\udcff\udcfe",
+    "deep": "[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN.keys())
+def test_a_result_of_another_program_is_left_out_by_name(text: str, tmp_path: Path) -> None:
+    other = tmp_path / "runs/other/results.json"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=rf"runs holds no finished run that can be read:\n{other} (is|cannot)"):
+        report.write_report([tmp_path / "runs"], tmp_path / "report")
+    record(tmp_path / "runs/ours", "random", 0, _voc(33.8))
+    left_out: list[str] = []
+    (run,) = summary.find_runs([tmp_path / "runs"], left_out.append)
+    assert run.label == "random" and len(left_out) == 1 and left_out[0].startswith(str(other))
+
+
+def test_what_was_left_out_is_in_the_report_and_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record(tmp_path / "runs/ours", "random", 0, _voc(33.8), curve=[(9, {"total_loss": 1.0}), (19, {"total_loss": 0.5})])
+    with (tmp_path / "runs/ours/metrics.json").open("ab") as file:
+        file.write(
+            b'5\n[1]\nnull\n{"iteration": "x"}\n{"total_loss": 1}\n{"iteration": 29, "total_loss": NaN}\n\xff\n{"iter'
+        )
+    for name in ("a", "b"):
+        record(tmp_path / f"runs/{name}", "random", 1, _voc(40.0))
+    (tmp_path / "runs/a/trial.json").write_text('{"init": "random"}')
+    (tmp_path / "runs/b/results.json").unlink()
+    (tmp_path / "runs/b/results.json").mkdir()
+    report.write_report([tmp_path / "runs"], tmp_path / "report")
+    assert [record.message.split()[2] for record in caplog.records] == [
+        str(tmp_path / "runs/a/trial.json"), str(tmp_path / "runs/b/results.json"),
+    ]  # fmt: skip
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "report" / name).read_text()
+        assert "2 left out" in text and "runs/a/trial.json is not as tools/run_trials.py writes it: init" in text
+    (run,) = summary.find_runs([tmp_path / "runs"], print)
+    assert run.curve("total_loss") == [(9, 1.0), (19, 0.5)]

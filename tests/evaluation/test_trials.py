@@ -132,9 +132,9 @@ def plan(voc_root, monkeypatch, tmp_path):
     register_pascal_voc("tiny_voc", str(voc_root / "VOC2007"), "trainval", 2007)
     MetadataCatalog.get("tiny_voc").evaluator_type = "pascal_voc"
 
-    def planned(weights, *opts, seeds=(0,), percents=(100.0,), protocol=PROTOCOL):
+    def planned(weights, *opts, seeds=(0,), percents=(100.0,), protocol=PROTOCOL, processes=1):
         words = [*sets, *SHORT, *opts]
-        return trials.plan(protocol, weights, seeds, tmp_path / "out", percents, words)
+        return trials.plan(protocol, weights, seeds, tmp_path / "out", percents, words, processes)
 
     yield planned
     DatasetCatalog.remove("tiny_voc")
@@ -144,7 +144,9 @@ def plan(voc_root, monkeypatch, tmp_path):
 def finish(trial, **weights):
     """Leave what a finished trial leaves."""
     trials.prepare(trial)
-    (trial.folder / "results.json").write_text(json.dumps({"protocol": trial.protocol, "weights": weights}))
+    (trial.folder / "results.json").write_text(
+        json.dumps({"protocol": trial.protocol, "weights": weights, "metrics": {}})
+    )
 
 
 def test_what_differs_is_refused_and_nothing_is_mixed(plan, tmp_path):
@@ -158,6 +160,14 @@ def test_what_differs_is_refused_and_nothing_is_mixed(plan, tmp_path):
     finish(trial, path="x.pth", sha256="f" * 64)
     with pytest.raises(ValueError, match=r"results\.json names SHA-256 ffffffffffff, asked for is none"):
         plan(["random"])
+    for content, message in (
+        ("{", "is damaged"),
+        ('{"init": {"kind": 3}}', "writes it: init"),
+        ('{"seed": 1}', "lacks config"),
+    ):
+        (trial.folder / "trial.json").write_text(content)
+        with pytest.raises(ValueError, match=rf"trial\.json .*{message}"):
+            trials.state(trial)
     (trial.folder / "trial.json").unlink()
     with pytest.raises(ValueError, match="holds a run that run_trials did not start"):
         plan(["random"])
@@ -205,6 +215,10 @@ def test_missing_data_and_keys_with_an_option_of_their_own(plan):
         plan(["random"], "DATASETS.TRAIN", "('tiny_vo',)")
     with pytest.raises(ValueError, match=r"DATASETS\.TEST is empty"):
         plan(["random"], "DATASETS.TEST", "()")
+    with pytest.raises(ValueError, match=r"MODEL\.DEVICE is 'mps'"):
+        plan(["random"], "MODEL.DEVICE", "mps")
+    with pytest.raises(ValueError, match="--num-gpus is 0; it must be at least 1"):
+        plan(["random"], processes=0)
     with pytest.raises(ValueError, match="SEED is set by --seeds"):
         plan(["random"], "SEED", "3")
 

@@ -1,0 +1,160 @@
+"""The one reader of what runs leave for reports: results, what a trial was asked for, and scalars over iterations.
+
+Whatever lies in a folder of runs may be somebody else's, or cut short. A file whose
+content has not the shape that this project writes is refused by its name, so that a report never holds a figure of
+another program. Earlier versions wrote less, which counts as empty; what a later version adds is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+RESULTS = "results.json"  # what a training leaves when it is done
+RECORD = "trial.json"  # what run_trials was asked for
+SCALARS = "metrics.json"  # figures on the way, a line each time
+FRACTION = "DATASETS.FRACTION="
+
+Check = Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value from JSON is a number; JSON's true is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is(*kinds: type) -> Check:
+    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+def _or_null(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _mapping_of(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+def _fields(**checks: Check) -> Check:
+    """Return a check of an object, of which any field may be missing."""
+    return lambda value: isinstance(value, dict) and not list(_wrong(value, checks))
+
+
+def _wrong(content: Mapping[str, Any], checks: Mapping[str, Check]) -> Iterator[str]:
+    return (key for key, check in checks.items() if key in content and not check(content[key]))
+
+
+def _change(value: Any) -> bool:
+    """Check a ``KEY=value``; of the labels' part the value is read."""
+    if not isinstance(value, str) or not value.startswith(FRACTION):
+        return isinstance(value, str)
+    try:
+        return math.isfinite(float(value.removeprefix(FRACTION)))
+    except ValueError:
+        return False
+
+
+_TEXT, _WHOLE = _is(str), _is(int)
+_FACTS = _fields(origin=_TEXT, protocol=_TEXT, parts=_list_of(_TEXT))
+_WEIGHTS = _fields(path=_or_null(_TEXT), sha256=_or_null(_TEXT), facts=_or_null(_FACTS))
+
+# Test set -> task -> metric -> figure, or null where there is none.
+_METRICS = _mapping_of(_or_null(_mapping_of(_mapping_of(_or_null(is_number)))))
+_RESULT: dict[str, Check] = {
+    "protocol": _or_null(_TEXT),
+    "metrics": _METRICS,
+    "weights": _or_null(_WEIGHTS),
+    "config_changes": _or_null(_list_of(_change)),
+    "scaled": _or_null(_mapping_of(lambda value: isinstance(value, list) and len(value) == 2)),
+    "engine": _or_null(_fields(ACCUMULATE=_WHOLE)),
+    "versions": _or_null(_mapping_of(_or_null(_TEXT))),
+    "seed": _WHOLE,
+    "iterations": _WHOLE,
+    "commit": _or_null(_TEXT),
+}
+_TRIAL: dict[str, Check] = {
+    "init": _fields(label=_TEXT, kind=_TEXT),
+    "weights": _WEIGHTS,
+    "config": _mapping_of(lambda value: True),
+}
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Return a finished run's ``results.json``.
+
+    Raises:
+        ValueError: there is none, it is damaged, or another program's.
+    """
+    path = folder / RESULTS
+    if not path.exists():
+        raise ValueError(f"{path} is missing: the run has not finished, or is no fine-tuning run")
+    content = read_json(path)
+    if missing := [key for key in ("protocol", "metrics") if key not in content]:
+        raise ValueError(f"{path} is no result of tools/train_net.py: it has no {' and no '.join(missing)}")
+    return _checked(path, content, _RESULT, "tools/train_net.py")
+
+
+def read_trial(folder: Path, complete: bool = False) -> dict[str, Any]:
+    """Return a trial's ``trial.json``; an empty object where there is none.
+
+    Args:
+        folder: of the trial.
+        complete: whether its weights and its config are needed, to compare them.
+
+    Raises:
+        ValueError: it is damaged, or another program's.
+    """
+    path = folder / RECORD
+    content = _checked(path, read_json(path), _TRIAL, "tools/run_trials.py")
+    if content and complete:
+        found = {*content, *(f"weights.{key}" for key in content.get("weights", ()))}
+        if missing := {"config", "weights.path", "weights.sha256"} - found:
+            raise ValueError(f"{path} is not as tools/run_trials.py writes it: it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def read_scalars(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a run's ``metrics.json`` that hold an iteration; nothing where there is no such file.
+
+    Other lines are passed over: the one that a killed run did not finish, or what is none of ours.
+    """
+    path = folder / SCALARS
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and _WHOLE(record.get("iteration")):
+            yield {key: value for key, value in record.items() if is_number(value) and math.isfinite(value)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; an empty one where there is no file.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged or no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it must hold an object, not a {type(content).__name__}")
+    return content
+
+
+def _checked(path: Path, content: dict[str, Any], checks: Mapping[str, Check], writer: str) -> dict[str, Any]:
+    if wrong := list(_wrong(content, checks)):
+        raise ValueError(f"{path} is not as {writer} writes it: {', '.join(wrong)}")
+    return content

@@ -238,8 +238,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(folder: str, tmp_path: Path) -
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(ValueError, match="OUTPUT_DIR") as caught:
-        files.check_folder(named := folder.replace("{tmp}", str(tmp_path)), "OUTPUT_DIR")
-        files.make_folder(named, "OUTPUT_DIR")
+        files.make_folder(folder.replace("{tmp}", str(tmp_path)), "OUTPUT_DIR")
     assert "\n" not in str(caught.value)
 
 

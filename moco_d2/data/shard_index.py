@@ -129,8 +129,8 @@ def say_left_out(what: str, lost: int, further: int) -> None:
     if lost:
         logger.warning(
             "%s: %d image file(s) are left out, as their names have more than one dot: by WebDataset's rule x.1.jpg "
-            "and x.2.jpg are fields of one sample x, which has no picture x.jpg. Unpack the tar and name the folder or "
-            "pack it with tools/make_shards.py, which gives names with one dot", what, lost,
+            "and x.2.jpg are fields of one sample x, which has no picture x.jpg. Unpack the tar and name the folder, "
+            "or pack that with tools/make_shards.py, which gives names with one dot", what, lost,
         )  # fmt: skip
     if further:
         logger.info(

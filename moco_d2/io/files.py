@@ -220,8 +220,9 @@ def make_folder(path: str | os.PathLike[str], what: str) -> Path:
     """Make a folder if it is not there, and return it.
 
     Raises:
-        ValueError: it cannot be made.
+        ValueError: it cannot be made, or not be written to.
     """
+    check_folder(path, what)
     with one_line(path, what):
         Path(path).mkdir(parents=True, exist_ok=True)
     return Path(path)

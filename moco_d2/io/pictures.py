@@ -126,7 +126,9 @@ def _refuse(opened: Image.Image) -> None:
     if opened.format in _PROGRAMS:
         raise RefusedError(f"{kind}: another program would have to draw it; save it as PNG")
     if opened.mode not in _EIGHT_BIT and not (_is_deep_grey(opened) and opened.format in _SIXTEEN_BIT):
-        raise RefusedError(f"{kind}: which of its values are black and white is not known; save it with 8 or 16 bits")
+        raise RefusedError(
+            f"{kind}: which of its values are black and white is not known; save it as PNG with 8 or 16 bits"
+        )
     if set(_tiff(opened, _SAMPLE_FORMAT, (1,))) != {1}:
         raise RefusedError(f"{kind}, with signed samples: which are black and white is not known; save it unsigned")
 

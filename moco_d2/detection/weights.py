@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,7 +48,7 @@ class WeightsRecord:
 
     path: str
     facts: BackboneFacts
-    version: FileVersion | None = None
+    version: FileVersion | None = field(default=None, compare=False)
 
     @cached_property
     def sha256(self) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from checkpoint_layouts import LAYOUTS, network
+from checkpoint_layouts import LAYOUTS, network, trunk
+from safetensors.torch import save_file
 
 from moco_d2.config import config_files, load_cfg
 from moco_d2.convert import prove, read_checkpoint, read_facts
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
-from moco_d2.convert.report import summary
+from moco_d2.convert.report import convert_and_report, summary
 from moco_d2.facts import BackboneFacts
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -169,3 +170,21 @@ def test_the_config_goes_below_a_detectors(
     assert {key: got[key] for key in expected} == expected
     assert {key for key in got if got[key] != before[key]} <= set(expected)  # nothing else has changed
     assert set(report["config"]) <= set(expected)
+
+
+def test_a_checkpoint_in_parts_has_one_account_by_folder_and_by_index(tmp_path: Path) -> None:
+    """As Hugging Face keeps them; what lies beside the parts says how the network is fed."""
+    folder, state = tmp_path / "net", {key: tensor.contiguous() for key, tensor in trunk(network()).items()}
+    folder.mkdir()
+    parts = {f"model-0000{n}-of-00002.safetensors": sorted(state)[n - 1 :: 2] for n in (1, 2)}
+    for name, keys in parts.items():
+        save_file({key: state[key] for key in keys}, folder / name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {key: name for name, keys in parts.items() for key in keys}}))
+    (folder / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}))
+    accounts = [convert_and_report(path, tmp_path / "out.pth", proof=False) for path in (folder, index)]
+    assert all(
+        len(account["mapped"]) == 265 and account["facts"]["pixels"]["std"] == [127.5] * 3 for account in accounts
+    )
+    whole = hashlib.sha256(b"".join((folder / name).read_bytes() for name in (index.name, *parts))).hexdigest()
+    assert [account["input"]["sha256"] for account in accounts] == [whole] * 2

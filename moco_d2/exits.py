@@ -69,7 +69,7 @@ def ending(error: BaseException) -> Ending:
         return Ending(code, getattr(error, "line", "") or str(error))
     kind, text, files = _original(error)
     if issubclass(kind, OSError):
-        return _of_system(error, text)
+        return _of_system(error, text, _place(files))
     if issubclass(kind, ValueError | FloatingPointError):
         return Ending(MISTAKE, text, _place(files))
     if issubclass(kind, KeyError) and files and files[-1][0].endswith(_LOOK_UP):
@@ -101,7 +101,7 @@ def _below(kind: type[BaseException]) -> Iterator[type[BaseException]]:
         yield from _below(child)
 
 
-def _of_system(error: BaseException, text: str) -> Ending:
+def _of_system(error: BaseException, text: str, place: str) -> Ending:
     """Sort an OSError. Those without a number were raised with a text, by us or by a library that reads files."""
     stated = re.fullmatch(r"\[Errno (\d+)\] ([^:]+)(?:: '(.*)')?", text)
     number = getattr(error, "errno", None) or (int(stated[1]) if stated else None)
@@ -109,7 +109,7 @@ def _of_system(error: BaseException, text: str) -> Ending:
     if number in _NO_ROOM:
         return Ending(DISK_FULL, line)
     if number is None or number in _OF_PATHS:
-        return Ending(MISTAKE, line)
+        return Ending(MISTAKE, line, place if number is None else "")
     return Ending(FAULT, "")
 
 

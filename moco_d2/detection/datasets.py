@@ -188,7 +188,7 @@ def check_copies(cfg: CfgNode) -> None:
         if entry.name not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             continue
         if problem := _place_problem(place, entries):  # The labels are read in this rare case only.
-            needs = Needs.of(cfg, sizes=False)
+            needs = Needs.of(cfg, False, entry.name in cfg.DATASETS.TRAIN)
             coco = read_coco(entry, needs, ignore) if entry.format == "coco" else None
             voc = read_voc(entry, needs, ignore) if entry.format == "voc" else None
             if (coco and coco.changed) or (voc and not voc.plain):

@@ -22,10 +22,10 @@ _TRAINED = (
 )  # fmt: skip
 # What training and evaluation write besides; the copies in datasets/ are looked after where they are made.
 _TRAINING = (
-    *_TRAINED, "config.yaml", "log.txt", "log.txt.rank*", "events.out.tfevents.*", "inference", "skipped.jsonl",
-    "training_subset.json",
+    *_TRAINED, "classes.json", "config.yaml", "log.txt", "log.txt.rank*", "events.out.tfevents.*", "inference", "TTA",
+    "skipped.jsonl", "training_subset.json",
 )  # fmt: skip
-_EVALUATION = ("eval_only", "inference", "results_eval_only.json")
+_EVALUATION = ("eval_only", "inference", "TTA", "results_eval_only.json")
 # What Detectron2 opens for writing as it stands: through a link, it would write into the file that the link leads to.
 _OPENED = ("config.yaml", "log.txt", "metrics.json", "skipped.jsonl", "eval_only/config.yaml", "eval_only/log.txt")
 

@@ -256,9 +256,9 @@ def _method_args(cfg: CN) -> CN:
 def _defaults(cfg: CN) -> dict[str, Any]:
     """Return the default of every key, arguments of the config's method included."""
     default = get_cfg()
-    default.SSL.METHOD = cfg.SSL.METHOD
-    default.SSL.ARGS = _method_args(default)
-    return flat(default) | {"SSL.METHOD": get_cfg().SSL.METHOD}
+    method = cfg.SSL.METHOD if cfg.SSL.METHOD in METHODS else default.SSL.METHOD
+    default.SSL.ARGS = CN(default_args(method))
+    return flat(default)
 
 
 def _expand_paths(cfg: CN) -> list[str]:

@@ -259,7 +259,9 @@ def unread(
         if role(key, stage) == UNREAD:
             yield f"{key} is {value!r}, but {stage} does not use it: {_remedy(key, stage)}"
         elif key in asked and value not in ((), [], "") and (switch := turned_off(key, stage, values, defaults)):
-            yield f"{key} is {value!r}, but nothing uses it with {switch}: leave it out, or change {switch.split()[0]}"
+            instead = _namesake(key, stage, values, defaults) if switch.startswith(_ARCHITECTURE) else ""
+            remedy = f"set {instead}" if instead else f"change {switch.split()[0]}"
+            yield f"{key} is {value!r}, but nothing uses it with {switch}: leave it out, or {remedy}"
 
 
 def _remedy(key: str, stage: str) -> str:
@@ -268,6 +270,12 @@ def _remedy(key: str, stage: str) -> str:
             return _INSTEAD[stage][name]
     other = DETECTION if stage == PRETRAINING else PRETRAINING
     return f"it is a key of {other} ({_COMMANDS[other]})" if role(key, other) else "nothing does; leave it out"
+
+
+def _namesake(key: str, stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Return the key of the same name (``NUM_CLASSES``) that the head of this architecture has, if it has one."""
+    heads = (f"MODEL.{group}.{key.rpartition('.')[2]}" for group in ("ROI_HEADS", "RETINANET", "SEM_SEG_HEAD"))
+    return next((k for k in heads if k in values and not turned_off(k, stage, values, defaults)), "")
 
 
 def _and_groups(key: str) -> Iterator[str]:

@@ -124,6 +124,13 @@ def test_a_key_does_nothing_by_where_it_stands(tmp_path: Path) -> None:
     assert load_cfg(VOC_FPN, on_top).MODEL.ROI_MASK_HEAD.NUM_CONV == 2, "looked at only, nothing is refused"
 
 
+def test_the_namesake_of_the_detectors_own_head_is_named() -> None:
+    (complaint,) = refusal("COCO-Detection/retinanet_R_50_FPN_1x", "MODEL.ROI_HEADS.NUM_CLASSES", "2")
+    assert complaint.endswith(
+        "with MODEL.META_ARCHITECTURE RetinaNet: leave it out, or set MODEL.RETINANET.NUM_CLASSES"
+    )
+
+
 def test_all_ignored_keys_are_told_at_once_with_what_else_is_wrong() -> None:
     words = [
         "SSL.ENCODER.WIDTH",

@@ -18,7 +18,7 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from measure import alternate, compare, cpu_seconds, peak_bytes
-from moco_d2.engine.optim import build_sgd, scaled_lr
+from moco_d2.engine.optim import build_optimizer, scaled_lr
 from moco_d2.engine.pretrain import PretrainTrainer
 from moco_d2.engine.step import PretrainStep, chosen_autocast
 from moco_d2.layers.distributed import wrap_ddp
@@ -39,7 +39,7 @@ class Ours:
         assert isinstance(method, MoCo)
         self.method, self.views = method, views
         self.method.recording = False  # as in 19 of 20 steps
-        optimizer = build_sgd(cfg, method)
+        optimizer = build_optimizer(cfg, method)
         self.step: SimpleTrainer = PretrainStep(
             self.wrapped(), itertools.repeat(views), optimizer, chosen_autocast(cfg), period=20, max_iter=0
         )

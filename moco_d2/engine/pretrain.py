@@ -17,7 +17,7 @@ from moco_d2.data import ViewLoader, build_recipe
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
 from moco_d2.engine.loader import build_loader
-from moco_d2.engine.optim import build_schedule, build_sgd, total_steps, trajectory
+from moco_d2.engine.optim import ScheduledOptimizer, build_optimizer, total_steps, trajectory
 from moco_d2.engine.preflight import check_config, configured_method
 from moco_d2.engine.step import PretrainStep, apply_switches, chosen_autocast, describe_switches
 from moco_d2.facts import BackboneFacts
@@ -58,11 +58,12 @@ class PretrainTrainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, total_steps(cfg, self.steps_per_epoch)
 
         self.method = self.build_model(cfg)
-        optimizer = build_sgd(cfg, self.method)
-        self.scheduler = build_schedule(cfg, optimizer, self.steps_per_epoch)
+        optimizer = build_optimizer(cfg, self.method)
+        self.scheduler = ScheduledOptimizer(cfg, optimizer, self.steps_per_epoch)
         self._trainer = PretrainStep(
-            wrap_ddp(self.method), loader, optimizer, chosen_autocast(cfg), LOG_PERIOD, self.max_iter
-        )
+            wrap_ddp(self.method), loader, optimizer, chosen_autocast(cfg), LOG_PERIOD, self.max_iter,
+            cfg.SOLVER.CLIP_GRADIENTS.ENABLED,
+        )  # fmt: skip
         me = weakref.proxy(self)
         self.checkpointer = PretrainCheckpointer(self.method, cfg.OUTPUT_DIR, lambda: me.facts(), trainer=me)
         self.register_hooks(self.build_hooks())

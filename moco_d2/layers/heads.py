@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from torch import nn
@@ -43,7 +44,7 @@ def mlp(
     if last_norm not in ("", "affine", "plain", "gamma"):
         raise ValueError(f"last_norm is {last_norm!r}; it must be '', 'affine', 'plain' or 'gamma'")
     layers: list[nn.Module] = []
-    for features, hidden in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for features, hidden in itertools.pairwise(sizes[:-1]):
         layers.append(nn.Linear(features, hidden, bias=bias))
         layers += [nn.BatchNorm1d(hidden)] * norm
         layers.append(activation())
@@ -51,7 +52,7 @@ def mlp(
     if last_norm:
         layers.append(nn.BatchNorm1d(sizes[-1], affine=last_norm != "plain"))
         if last_norm == "gamma":
-            layers[-1].bias.requires_grad_(False)  # type: ignore[union-attr, operator]
+            layers[-1].bias.requires_grad_(False)
     return nn.Sequential(*layers)
 
 

@@ -1,4 +1,4 @@
-"""LARS, layer-wise adaptive rates (You et al., arXiv 1708.03888), in the forms that self-supervised papers published."""
+"""LARS, layer-wise adaptive rates (You et al., arXiv 1708.03888), in the forms that papers on pretraining published."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Lars(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights that have a gradient."""
         loss = None
         if closure is not None:
@@ -69,7 +69,7 @@ class Lars(Optimizer):
     def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
         gradients: list[torch.Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
         decay = group["weight_decay"]
-        updates = torch._foreach_add(gradients, parameters, alpha=decay)
+        updates = list(torch._foreach_add(gradients, parameters, alpha=decay))
         if group["adapt"]:
             sizes = torch.stack(torch._foreach_norm(parameters))
             slopes = torch.stack(torch._foreach_norm(gradients if self.form == "larc" else updates))

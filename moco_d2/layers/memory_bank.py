@@ -38,8 +38,8 @@ class MemoryBank(nn.Module):
         super().__init__()
         if images < 1 or dim < 1 or not 0 <= momentum <= 1:
             raise ValueError(
-                f"a memory bank of {images} images, {dim} features and momentum {momentum}: it needs at least one image "
-                "and one feature, and a momentum in [0, 1]"
+                f"a memory bank of {images} images, {dim} features and momentum {momentum}: it needs at least one of "
+                "each, and a momentum in [0, 1]"
             )
         self.momentum = momentum
         bound = (dim / 3) ** -0.5

@@ -53,8 +53,20 @@ class SSLMethod(nn.Module, ABC):
         """Return the networks that forward calls, for compilation (default: the children that have parameters)."""
         return [child for child in self.children() if next(child.parameters(), None) is not None]
 
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Return the trainable parameters in groups, each with what sets it apart.
+
+        A group is ``{"params": parameters}`` and may have ``constant_lr: True`` (the schedule leaves its lr alone, as
+        SimSiam's predictor wants), ``lr_factor`` (multiplies the lr) and ``no_weight_decay: True``. The default is one
+        group of all parameters. Every trainable parameter stands in one group.
+        """
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
     def before_step(self, progress: float) -> None:
         """Run before a step's forward, with the fraction of training done in [0, 1) (schedules)."""
+
+    def after_backward(self) -> None:
+        """Run between the backward pass and the optimizer's step, when gradients are unscaled (frozen layers)."""
 
     def after_step(self) -> None:
         """Run after the optimizer's step (centres, target networks)."""

@@ -17,11 +17,12 @@ from detectron2.config import CfgNode
 
 from moco_d2.config import flat, get_cfg, wrong_type
 from moco_d2.data import BACKENDS, RECIPES
+from moco_d2.engine.build import outline
 from moco_d2.engine.optim import OPTIMIZERS
 from moco_d2.engine.schedules import SCHEDULES
 from moco_d2.engine.step import AUTOCAST
-from moco_d2.layers.resnet import ARCHITECTURES, build_resnet
-from moco_d2.methods import METHODS, SSLMethod, build_method, default_args, method_class
+from moco_d2.layers.resnet import ARCHITECTURES
+from moco_d2.methods import METHODS, default_args, method_class
 from moco_d2.nearest import unknown_name
 
 # What pretraining reads of SOLVER. Detectron2 has more, for detectors: set, they would be ignored without a word.
@@ -113,19 +114,6 @@ def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
         method.check_batch(batch // world_size)
     except ValueError as error:
         yield f"SOLVER.IMS_PER_BATCH is {batch}: {error}"
-
-
-def configured_method(cfg: CfgNode) -> SSLMethod:
-    """Return the method that a config describes, with random weights."""
-    ssl = cfg.SSL
-    encoder = functools.partial(build_resnet, ssl.ENCODER.NAME, width=ssl.ENCODER.WIDTH, stem=ssl.ENCODER.STEM)
-    return build_method(ssl.METHOD, encoder, dict(ssl.ARGS))
-
-
-def outline(cfg: CfgNode) -> SSLMethod:
-    """Return the method on the meta device, where it costs no memory and holds no values."""
-    with torch.device("meta"):
-        return configured_method(cfg)
 
 
 def _argument_problems(ssl: CfgNode) -> Iterator[str]:

@@ -294,7 +294,7 @@ def fuzz(count: int, backend: str, workers: int = 0) -> tuple[int, float]:
     for number, views in enumerate(itertools.islice(loader, count // 50)):
         if number == count // 500:
             first = resident()
-        assert [(view.shape, bool(view.isfinite().all())) for view in views] == [((50, 3, 16, 16), True)] * 2
+        assert [(view.shape, bool(view.isfinite().all())) for view in views.images] == [((50, 3, 16, 16), True)] * 2
     assert loader.skips.seen == count
     return loader.skips.replaced, resident() - first
 

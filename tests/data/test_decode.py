@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_d2.data.augment import Box
+from moco_d2.data.augment import Box, Plan
 from moco_d2.data.decode import Picture, read_image
 
 RNG = np.random.default_rng(0)
@@ -159,7 +159,7 @@ def test_a_large_jpeg_is_decoded_at_the_size_that_the_smallest_crop_needs(
     data = saved(smooth(400, 480), form, quality=95, exif=exif)
     opened = Spy(data)
     boxes = [Box(5, 10, smallest, smallest + 9), Box(21, 30, 300, 320)]
-    crops = opened.crops(boxes, 32)
+    crops = opened.crops([Plan(box, (), 32) for box in boxes])
     assert opened.reduced == reduction
     whole = read_image(io.BytesIO(data))
     for box, crop in zip(boxes, crops, strict=True):

@@ -16,6 +16,7 @@ from moco_d2.engine.optim import OPTIMIZERS, ScheduledOptimizer, build_optimizer
 from moco_d2.engine.preflight import config_problems
 from moco_d2.engine.schedules import lr_factor, weight_decay
 from moco_d2.layers.lars import Lars
+from moco_d2.layers.views import Views
 from moco_d2.methods import SSLMethod
 from moco_d2.running.checkpoints import changed_settings
 
@@ -85,8 +86,8 @@ class Net(SSLMethod):
         self.body = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3))
         self.predictor = nn.Linear(3, 2)
 
-    def forward(self, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"loss": self.predictor(self.body(views[0])).square().mean()}
+    def forward(self, views: Views) -> dict[str, torch.Tensor]:
+        return {"loss": self.predictor(self.body(views.images[0])).square().mean()}
 
     def backbone(self) -> nn.Module:
         return self.body
@@ -133,7 +134,7 @@ def test_optimizers_learn_resume_and_are_torchs_where_torch_has_them(name: str) 
     def run(steps: int, method: Net, optimizer: torch.optim.Optimizer) -> float:
         for _ in range(steps):
             optimizer.zero_grad()
-            loss = method([x])["loss"]
+            loss = method(Views([x], torch.arange(16), torch.zeros(1, 16, 4)))["loss"]
             loss.backward()
             optimizer.step()
         return loss.item()

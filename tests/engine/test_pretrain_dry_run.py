@@ -70,9 +70,9 @@ def test_a_rehearsal_says_what_the_run_will_be(images: str, tmp_path: Path, proc
 class Sleepy(DeviceBackend):
     """Takes 0.1 s an image, whatever the machine."""
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan], size: int) -> list[np.ndarray]:
+    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[np.ndarray]:
         time.sleep(0.1)
-        return super().prepare(picture, plans, size)
+        return super().prepare(picture, plans)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # they sleep, whatever the number of cores

@@ -21,9 +21,9 @@ from moco_d2.engine.pretrain import PretrainTrainer
 class SlowBackend(PilBackend):
     """Takes its time over every image."""
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan], size: int) -> list[np.ndarray]:
+    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[np.ndarray]:
         time.sleep(0.003)
-        return super().prepare(picture, plans, size)
+        return super().prepare(picture, plans)
 
 
 class Relief(HookBase):

@@ -24,6 +24,7 @@ from moco_d2.engine.step import PretrainStep, chosen_autocast
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.ema import ema_update_
 from moco_d2.layers.losses import info_nce
+from moco_d2.layers.views import Views
 from moco_d2.methods import MoCo
 
 WARM_UP = 2  # steps that are not timed: buffers, algorithms, compilation

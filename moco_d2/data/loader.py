@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cv2
@@ -44,7 +44,7 @@ class Sample:
     plans: list[Plan]
     skipped: tuple[Skip, ...]
     position: int = -1
-    boxes: np.ndarray | None = None
+    boxes: np.ndarray = field(default_factory=lambda: np.empty((0, 4), np.float32))
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,7 @@ class ViewDataset(Dataset[Sample]):
             raise OSError(f"{picture.width} x {picture.height} pixels, DATA.MAX_PIXELS is {self.max_pixels}")
         return picture, self.recipe.plan(picture.height, picture.width, stream_seed(self.seed, *key))
 
-    def _sample(
-        self, position: int, picture: Picture, plans: list[Plan], skipped: tuple[Skip, ...] = ()
-    ) -> Sample:
+    def _sample(self, position: int, picture: Picture, plans: list[Plan], skipped: tuple[Skip, ...] = ()) -> Sample:
         boxes = np.array([_corners(plan, picture) for plan in plans], np.float32)
         return Sample(self.backend.prepare(picture, plans), plans, skipped, position, boxes)
 

@@ -85,8 +85,8 @@ class PretrainMetrics(HookBase):
             low, value = one.collapsed_below, scalars.get(one.key)
             if low is not None and value is not None and value < low and not self.collapsed:
                 logger.warning(
-                    "%s is %.2g, and %.2g when features spread evenly: the network maps all images to nearly one point. "
-                    "Look at the augmentation, the lr and the batch norm; with more images and steps it may recover",
+                    "%s is %.2g, and %.2g when features spread evenly: the network maps all images to nearly one "
+                    "point. Check augmentation, lr and batch norm; with more images and steps it may recover",
                     one.key, value, one.reference or low,
                 )  # fmt: skip
                 self.collapsed = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -45,8 +44,9 @@ def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
         panels.setdefault(one.panel, []).append(one)
     rows, columns = -(-len(panels) // 2), min(2, len(panels))
     figure, axes = _figure(rows, columns, (5 * columns, 3.2 * rows))
-    for axis, (title, curves) in itertools.zip_longest(axes.flat, panels.items(), fillvalue=("", [])):
-        axis.set_visible(bool(curves))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         for one in curves:
             points = [(r["iteration"] + 1, r[one.key]) for r in records if one.key in r]
             label = one.label.removeprefix("-")
@@ -55,8 +55,7 @@ def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
                 axis.axhline(one.reference, color="grey", linestyle="--", linewidth=1, label=one.reference_label)
         axis.set(title=title, xlabel="iteration")
         axis.grid(alpha=0.3)
-        if curves:
-            axis.legend(frameon=False, fontsize=9)
+        axis.legend(frameon=False, fontsize=9)
     _save_figure(figure, path)
 
 

@@ -16,7 +16,7 @@ from moco_d2.nearest import did_you_mean, unknown_name
 METHODS: dict[str, type[SSLMethod]] = {}
 
 # Arguments of a constructor that the engine gives; all others are SSL.ARGS.
-_GIVEN = ("self", "encoder", "images")
+_GIVEN = ("encoder", "images")
 
 
 class Diagnostic(NamedTuple):
@@ -141,12 +141,11 @@ def method_class(name: str) -> type[SSLMethod]:
 def default_args(name: str) -> dict[str, Any]:
     """Return the keyword arguments of a method with their defaults, as ``SSL.ARGS`` takes them."""
     parameters = inspect.signature(method_class(name)).parameters
-    return {key: p.default for key, p in parameters.items() if key not in _GIVEN}
+    own = {key: p.default for key, p in parameters.items() if key not in _GIVEN}
+    return {key: default for key, default in own.items() if default is not inspect.Parameter.empty}
 
 
-def build_method(
-    name: str, encoder: Callable[[int], nn.Module], args: dict[str, Any], images: int = 1
-) -> SSLMethod:
+def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str, Any], images: int = 1) -> SSLMethod:
     """Construct a method.
 
     Args:

@@ -141,9 +141,9 @@ class Spy(Picture):
 
     reduced = 1
 
-    def _reduced_crops(self, boxes, size, reduction):  # type: ignore[no-untyped-def]
+    def _reduced_crops(self, plans, reduction):  # type: ignore[no-untyped-def]
         self.reduced = reduction
-        return super()._reduced_crops(boxes, size, reduction)
+        return super()._reduced_crops(plans, reduction)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_crops_agree_with_pils(photos: list[bytes]) -> None:
                 wanted = F.resized_crop(whole, *plan.box, [plan.size, plan.size], mode)
                 difference = np.abs(np.asarray(wanted).astype(int) - crop)
                 assert difference.max() <= 1 + bicubic, plan
-                assert difference.mean() < 0.1, plan
+                assert difference.mean() < 0.3, plan
 
 
 def batches(files: list[str], recipe: str, backend: str, count: int = 3, workers: int = 0) -> torch.Tensor:

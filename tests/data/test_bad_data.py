@@ -158,7 +158,7 @@ def test_each_is_named_once_by_each_process_also_after_a_resume(workers: int, tm
     loader = load(files, out, 1.0, workers)
     batches = iter(loader)
     for _ in range(12):  # three epochs
-        assert [view.shape for view in next(batches)] == [(10, 3, 16, 16)] * 2
+        assert [view.shape for view in next(batches).images] == [(10, 3, 16, 16)] * 2
     del batches
     logged = lines(out)
     assert sorted(str(line["path"]) for line in logged) == sorted(f for f in files if "~" not in f)

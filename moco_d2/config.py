@@ -133,14 +133,33 @@ def _add_training(cfg: CN) -> None:
     # Pretraining length in epochs; 0 means SOLVER.MAX_ITER iterations. With epochs, SOLVER.STEPS counts epochs too and
     # the lr changes once an epoch, as the MoCo authors do; with iterations both count iterations.
     cfg.SOLVER.EPOCHS = 0
-    # Pretraining lr schedule: "step" (times SOLVER.GAMMA at each of SOLVER.STEPS) or "cosine" (to 0). Detection uses
-    # Detectron2's SOLVER.LR_SCHEDULER_NAME.
+    # Pretraining's optimizer: "sgd", "adamw", "lars" (MoCo v3, BYOL, Barlow Twins, VICReg, DINO), "lars_classic"
+    # (SimCLR), "larc" (SwAV); moco_d2/layers/lars.py has the equations. SOLVER.CLIP_GRADIENTS applies to all.
+    cfg.SOLVER.OPTIMIZER = "sgd"
+    # Trust coefficient of the layer-wise rates (lars, lars_classic, larc).
+    cfg.SOLVER.TRUST = 0.001
+    # Biases and norms (parameters of one dimension) get no weight decay and no layer-wise rate, and their lr is
+    # multiplied by LR_FACTOR_1D.
+    cfg.SOLVER.EXCLUDE_1D = False
+    cfg.SOLVER.LR_FACTOR_1D = 1.0
+    # Pretraining lr schedule: "cosine" (to END_FACTOR times the peak), "step" (times SOLVER.GAMMA at each of
+    # SOLVER.STEPS) or "constant". Detection uses Detectron2's SOLVER.LR_SCHEDULER_NAME.
     cfg.SOLVER.SCHEDULE = "cosine"
+    cfg.SOLVER.END_FACTOR = 0.0
+    # With SOLVER.EPOCHS: how often the lr changes, once per "epoch" (MoCo's code) or per "iteration" (later papers').
+    cfg.SOLVER.LR_EVERY = "epoch"
     # Number of the first epoch in the cosine formula: 0 in MoCo's ImageNet code, 1 in the authors' CIFAR demo.
     cfg.SOLVER.FIRST_EPOCH = 0
-    # Batch at which SOLVER.BASE_LR is meant. When SOLVER.IMS_PER_BATCH differs, pretraining uses
-    # BASE_LR * IMS_PER_BATCH / REFERENCE_BATCH (the linear rule) and says so; 0 turns the rule off.
+    # Epochs (without SOLVER.EPOCHS: iterations) in which the lr rises linearly from WARMUP_FROM times the peak to the
+    # peak, at every iteration. Detectron2's WARMUP_ITERS is detection's.
+    cfg.SOLVER.WARMUP = 0.0
+    cfg.SOLVER.WARMUP_FROM = 0.0
+    # Weight decay at the end of pretraining, reached along a cosine from WEIGHT_DECAY (DINO); negative: it is constant.
+    cfg.SOLVER.WEIGHT_DECAY_END = -1.0
+    # Batch at which SOLVER.BASE_LR is meant. When SOLVER.IMS_PER_BATCH differs, pretraining multiplies BASE_LR by
+    # IMS_PER_BATCH / REFERENCE_BATCH (LR_RULE "linear") or by its square root ("sqrt"), and says so; 0 turns this off.
     cfg.SOLVER.REFERENCE_BATCH = 256
+    cfg.SOLVER.LR_RULE = "linear"
 
     # This many periodic checkpoints are kept, the newest; 0 keeps all (330 MB each for MoCo's ResNet-50). With 1 there
     # is none to fall back on should the last one be damaged.
@@ -159,7 +178,7 @@ def _add_training(cfg: CN) -> None:
     cfg.ENGINE.CHANNELS_LAST = False
     # torch.compile the networks (detectors: the backbone); the first iterations then take minutes.
     cfg.ENGINE.COMPILE = False
-    # Pretraining: SGD as one operation over all weights instead of several for each.
+    # Pretraining: SGD (or AdamW) as one operation over all weights instead of several for each.
     cfg.ENGINE.FUSED_SGD = True
 
 

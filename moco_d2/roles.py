@@ -66,10 +66,21 @@ ROLES = {
     "SOLVER.WEIGHT_DECAY": _Roles(RECIPE, PROTOCOL),
     "SOLVER.GAMMA": _Roles(RECIPE, PROTOCOL),
     "SOLVER.STEPS": _Roles(RECIPE, PROTOCOL),
+    "SOLVER.CLIP_GRADIENTS": _Roles(RECIPE, PROTOCOL),
     "SOLVER.EPOCHS": _Roles(RECIPE, UNREAD),
+    "SOLVER.OPTIMIZER": _Roles(RECIPE, UNREAD),
+    "SOLVER.TRUST": _Roles(RECIPE, UNREAD),
+    "SOLVER.EXCLUDE_1D": _Roles(RECIPE, UNREAD),
+    "SOLVER.LR_FACTOR_1D": _Roles(RECIPE, UNREAD),
     "SOLVER.SCHEDULE": _Roles(RECIPE, UNREAD),
+    "SOLVER.END_FACTOR": _Roles(RECIPE, UNREAD),
+    "SOLVER.LR_EVERY": _Roles(RECIPE, UNREAD),
     "SOLVER.FIRST_EPOCH": _Roles(RECIPE, UNREAD),
+    "SOLVER.WARMUP": _Roles(RECIPE, UNREAD),
+    "SOLVER.WARMUP_FROM": _Roles(RECIPE, UNREAD),
+    "SOLVER.WEIGHT_DECAY_END": _Roles(RECIPE, UNREAD),
     "SOLVER.REFERENCE_BATCH": _Roles(RECIPE, UNREAD),
+    "SOLVER.LR_RULE": _Roles(RECIPE, UNREAD),
     "SOLVER.ACCUMULATE": _Roles(UNREAD, MACHINE),  # stands in for processes; results tell it as they tell their number
     "SOLVER.CHECKPOINT_PERIOD": _Roles(BOOKKEEPING, BOOKKEEPING),
     "SOLVER.CHECKPOINT_KEEP": _Roles(BOOKKEEPING, BOOKKEEPING),
@@ -129,9 +140,15 @@ def _group(name: str, *keys: str) -> tuple[str, ...]:
 # default). Only names that are known stand here: what a user's own architecture or head reads, we cannot say.
 _OFF = {
     PRETRAINING: (
-        _Off(("SOLVER.STEPS", "SOLVER.GAMMA"), "SOLVER.SCHEDULE", ("cosine",)),
-        _Off(("SOLVER.FIRST_EPOCH",), "SOLVER.SCHEDULE", ("step",)),
-        _Off(("SOLVER.FIRST_EPOCH",), "SOLVER.EPOCHS", (0,)),
+        _Off(("SOLVER.STEPS", "SOLVER.GAMMA"), "SOLVER.SCHEDULE", ("cosine", "constant")),
+        _Off(("SOLVER.FIRST_EPOCH", "SOLVER.END_FACTOR"), "SOLVER.SCHEDULE", ("step", "constant")),
+        _Off(("SOLVER.FIRST_EPOCH", "SOLVER.LR_EVERY"), "SOLVER.EPOCHS", (0,)),
+        _Off(("SOLVER.TRUST",), "SOLVER.OPTIMIZER", ("sgd", "adamw")),
+        _Off(("SOLVER.NESTEROV",), "SOLVER.OPTIMIZER", ("adamw", "lars", "lars_classic", "larc")),
+        _Off(("SOLVER.MOMENTUM",), "SOLVER.OPTIMIZER", ("adamw",)),
+        _Off(("SOLVER.LR_FACTOR_1D",), "SOLVER.EXCLUDE_1D", (False,)),
+        _Off(("SOLVER.WARMUP_FROM",), "SOLVER.WARMUP", (0.0,)),
+        _Off(_group("SOLVER.CLIP_GRADIENTS", "CLIP_TYPE", "CLIP_VALUE", "NORM_TYPE"), "SOLVER.CLIP_GRADIENTS.ENABLED", (False,)),
     ),
     DETECTION: (
         _Off(

@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from torchvision import transforms as T
 
 from moco_d2.data import EpochSampler, FileSource, ViewDataset, ViewLoader, build_backend, build_recipe, list_folder
-from moco_d2.data.augment import Box
+from moco_d2.data.augment import Box, Plan
 from moco_d2.data.backends import BACKENDS, CV2_STEPS, PIL_STEPS, to_levels
 from moco_d2.data.batched import DEVICE_STEPS, pack_steps
 from moco_d2.data.decode import Picture
@@ -109,7 +109,7 @@ def part_rows(files: Sequence[str], size: int, repeats: int) -> list[dict[str, A
     pictures = [Picture(one) for one in data]
     whole = [read_image(file) for file in files[:BATCH]]
     boxes = [Box(p.height // 8, p.width // 8, p.height * 3 // 4, p.width * 3 // 4) for p in pictures]
-    views = [picture.crops([box], size)[0] for picture, box in zip(pictures, boxes, strict=True)]
+    views = [picture.crops([Plan(box, (), size)])[0] for picture, box in zip(pictures, boxes, strict=True)]
     pil_views, levels = [Image.fromarray(view) for view in views], to_levels(torch.from_numpy(np.stack(views)))
     cropped = list(zip(pictures, whole, boxes, strict=True))
 
@@ -153,7 +153,7 @@ def part_rows(files: Sequence[str], size: int, repeats: int) -> list[dict[str, A
 
 
 def _crops(size: int, count: int, item: tuple[bytes, Box]) -> object:
-    return Picture(item[0]).crops([item[1]] * count, size)
+    return Picture(item[0]).crops([Plan(item[1], (), size)] * count)
 
 
 def _second(step: Callable[[Any, Any], object], value: object, view: object) -> object:
@@ -170,7 +170,7 @@ def equality_rows(files: Sequence[str], size: int) -> list[dict[str, Any]]:
     for name, side, reduced in (("crop", size, False), ("crop of a JPEG decoded at a half", half, True)):
         theirs = np.stack([np.asarray(T.functional.resized_crop(image, *box, [side, side])) for image, _, box in whole])
         again = [Picture(Path(file).read_bytes(), reduced=reduced) for _, file, _ in whole]
-        ours = np.stack([picture.crops([box], side)[0] for picture, box in zip(again, boxes, strict=True)])
+        ours = np.stack([picture.crops([Plan(box, (), side)])[0] for picture, box in zip(again, boxes, strict=True)])
         rows.append(_differences(name, theirs, ours, ours))
     views = np.stack([np.asarray(T.functional.resized_crop(image, *box, [size, size])) for image, _, box in whole])
     recipe = build_recipe(RECIPE, size)
@@ -178,7 +178,7 @@ def equality_rows(files: Sequence[str], size: int) -> list[dict[str, Any]]:
     made = []
     for name in BACKENDS:
         backend = build_backend(name, CPU)
-        prepared = [backend.prepare(*both, size)[0] for both in zip(pictures, plans, strict=True)]
+        prepared = [backend.prepare(*both)[0] for both in zip(pictures, plans, strict=True)]
         steps = pack_steps([first.steps for first, _ in plans])
         made.append(backend.finish(torch.from_numpy(np.stack(prepared)), steps).permute(0, 2, 3, 1).numpy())
     steps_alone = [_differences(kind, *_with_step(kind, views)) for kind in STEPS]

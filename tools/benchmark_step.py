@@ -18,12 +18,13 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from measure import alternate, compare, cpu_seconds, peak_bytes
-from moco_d2.engine.optim import build_sgd, scaled_lr
+from moco_d2.engine.optim import build_optimizer, scaled_lr
 from moco_d2.engine.pretrain import PretrainTrainer
 from moco_d2.engine.step import PretrainStep, chosen_autocast
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.ema import ema_update_
 from moco_d2.layers.losses import info_nce
+from moco_d2.layers.views import Views
 from moco_d2.methods import MoCo
 
 WARM_UP = 2  # steps that are not timed: buffers, algorithms, compilation
@@ -34,12 +35,12 @@ class Ours:
 
     name = "ours"
 
-    def __init__(self, cfg: CfgNode, views: list[torch.Tensor]) -> None:
+    def __init__(self, cfg: CfgNode, views: Views) -> None:
         method = PretrainTrainer.build_model(cfg)
         assert isinstance(method, MoCo)
         self.method, self.views = method, views
         self.method.recording = False  # as in 19 of 20 steps
-        optimizer = build_sgd(cfg, method)
+        optimizer = build_optimizer(cfg, method)
         self.step: SimpleTrainer = PretrainStep(
             self.wrapped(), itertools.repeat(views), optimizer, chosen_autocast(cfg), period=20, max_iter=0
         )
@@ -62,11 +63,11 @@ class Networks(torch.nn.Module):
         super().__init__()
         self.encoder_q, self.key_encoder = method.encoder_q, [method.encoder_k]
 
-    def forward(self, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def forward(self, views: Views) -> dict[str, torch.Tensor]:
         """Encode both views; the sum of the queries stands for a loss."""
         with torch.no_grad():
-            self.key_encoder[0](views[1])
-        return {"sum": self.encoder_q(views[0]).float().sum()}
+            self.key_encoder[0](views.images[1])
+        return {"sum": self.encoder_q(views.images[0]).float().sum()}
 
 
 class Encoders(Ours):
@@ -74,7 +75,7 @@ class Encoders(Ours):
 
     name = "its encoders alone"
 
-    def __init__(self, cfg: CfgNode, views: list[torch.Tensor]) -> None:
+    def __init__(self, cfg: CfgNode, views: Views) -> None:
         super().__init__(cfg, views)
         self.step.optimizer.step = lambda *_, **__: None
 
@@ -102,7 +103,7 @@ class Authors:
 
     name = "the authors' form"
 
-    def __init__(self, cfg: CfgNode, views: list[torch.Tensor]) -> None:
+    def __init__(self, cfg: CfgNode, views: Views) -> None:
         plain = cfg.clone()
         plain.ENGINE.CHANNELS_LAST, plain.ENGINE.COMPILE = False, False
         method = PretrainTrainer.build_model(plain)
@@ -119,12 +120,12 @@ class Authors:
     def run(self) -> None:
         """Take a step."""
         f_q, f_k, m = self.method.encoder_q, self.method.encoder_k, self.method.momentum
-        q = F.normalize(f_q(self.views[0]), dim=1)
+        q = F.normalize(f_q(self.views.images[0]), dim=1)
         with torch.no_grad():
             for p_q, p_k in zip(f_q.parameters(), f_k.parameters(), strict=True):
                 p_k.data = p_k.data * m + p_q.data * (1 - m)
             order = torch.randperm(len(q)).to(q.device)
-            k = F.normalize(f_k(self.views[1][order]), dim=1)[order.argsort()]
+            k = F.normalize(f_k(self.views.images[1][order]), dim=1)[order.argsort()]
         loss, logits = textbook(q, k, self.queue.clone().detach(), self.method.temperature)
         self.queue[:, self.pointer : self.pointer + len(k)] = k.T
         self.pointer = (self.pointer + len(k)) % self.queue.shape[1]
@@ -158,11 +159,12 @@ def _gpu_seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def made_up_views(cfg: CfgNode, world_size: int = 1) -> list[torch.Tensor]:
+def made_up_views(cfg: CfgNode, world_size: int = 1) -> Views:
     """Return two views (N, 3, H, W) of noise on the device."""
     torch.manual_seed(0)
     batch, size = cfg.SOLVER.IMS_PER_BATCH // world_size, cfg.DATA.CROP_SIZE
-    return [torch.randn(batch, 3, size, size).to(cfg.MODEL.DEVICE) for _ in range(2)]
+    images = [torch.randn(batch, 3, size, size).to(cfg.MODEL.DEVICE) for _ in range(2)]
+    return Views(images, torch.arange(batch), torch.zeros(2, batch, 4))
 
 
 def step_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:
@@ -181,7 +183,7 @@ def part_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:
     for parameter in method.encoder_q.parameters():
         parameter.grad = torch.zeros_like(parameter)
     queue = method.queue
-    q, k = (F.normalize(torch.randn(len(ours.views[0]), queue.features.shape[1]), dim=1) for _ in range(2))
+    q, k = (F.normalize(torch.randn(len(ours.views.images[0]), queue.features.shape[1]), dim=1) for _ in range(2))
     q, k = q.to(cfg.MODEL.DEVICE).requires_grad_(), k.to(cfg.MODEL.DEVICE)
     parts: dict[str, Callable[[], object]] = {
         "loss and its gradient": lambda: info_nce(q, k, queue.features, method.temperature).backward(),

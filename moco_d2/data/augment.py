@@ -47,10 +47,24 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A view's drawn parameters. Each recipe gives its own fixed number of steps, skipped ones included."""
+    """A view's drawn parameters. Each view of a recipe has its own fixed number of steps, skipped ones included.
+
+    Attributes:
+        box: the crop.
+        steps: what is done to the view.
+        size: side of the view in pixels.
+        bicubic: whether the crop is resized by bicubic interpolation, else bilinear.
+    """
 
     box: Box
     steps: tuple[Step, ...]
+    size: int
+    bicubic: bool = False
+
+    @property
+    def flipped(self) -> bool:
+        """Whether the view is mirrored."""
+        return sum(step.kind == "flip" for step in self.steps) % 2 == 1
 
 
 class Op(Protocol):
@@ -64,11 +78,19 @@ class Op(Protocol):
 
 @dataclass(frozen=True)
 class Crop:
-    """torchvision's RandomResizedCrop: area as a part of the image's, aspect ratio log-uniform, ten tries."""
+    """torchvision's RandomResizedCrop: area as a part of the image's, aspect ratio log-uniform, ten tries.
+
+    Attributes:
+        size: side of the view in pixels.
+        scale: least and largest area, as a part of the image's.
+        ratio: least and largest width / height.
+        bicubic: interpolation of the resizing; bilinear otherwise.
+    """
 
     size: int
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    bicubic: bool = False
     tries: ClassVar[int] = 10
     draws: ClassVar[int] = 4 * tries
 
@@ -182,7 +204,8 @@ class View:
         count = self.crop.draws + sum(op.draws for op in self.ops)
         drawn = torch.rand(count, dtype=torch.float64, generator=generator).tolist()
         rest = iter(drawn[self.crop.draws :])
-        return Plan(self.crop.box(drawn, height, width), tuple(step for op in self.ops for step in op.steps(rest)))
+        steps = tuple(step for op in self.ops for step in op.steps(rest))
+        return Plan(self.crop.box(drawn, height, width), steps, self.crop.size, self.crop.bicubic)
 
 
 @dataclass(frozen=True)
@@ -190,7 +213,7 @@ class Recipe:
     """How an image becomes views.
 
     Attributes:
-        views: one record a view; all have the same size.
+        views: one record a view; sizes may differ, and large views come first.
         pixels: the normalisation, which becomes the weights' input convention.
     """
 

@@ -26,8 +26,8 @@ Pixels8 = np.ndarray  # (H, W, 3) uint8
 class Backend(Protocol):
     """One way to make views."""
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan], size: int) -> list[Pixels8]:
-        """Return an image's views so far, each (size, size, 3) uint8; one CPU thread.
+    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[Pixels8]:
+        """Return an image's views so far, each (plan.size, plan.size, 3) uint8; one CPU thread.
 
         Raises:
             OSError: the file is damaged.
@@ -40,12 +40,13 @@ class Backend(Protocol):
 class PilBackend:
     """The authors' operations: decoding apart, what their loader computes, to the bit."""
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan], size: int) -> list[Pixels8]:
+    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[Pixels8]:
         """Crop, then do every step, with PIL."""
         whole = Image.fromarray(picture.decode().permute(1, 2, 0).numpy())
         views = []
         for plan in plans:
-            view = F.resized_crop(whole, *plan.box, [size, size])
+            mode = F.InterpolationMode.BICUBIC if plan.bicubic else F.InterpolationMode.BILINEAR
+            view = F.resized_crop(whole, *plan.box, [plan.size, plan.size], mode)
             for kind, value in plan.steps:
                 view = PIL_STEPS[kind](view, value)
             views.append(np.array(view))
@@ -59,9 +60,9 @@ class PilBackend:
 class Cv2Backend:
     """torchvision's decoding and resizing, then OpenCV and tables, 8 bits throughout."""
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan], size: int) -> list[Pixels8]:
+    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[Pixels8]:
         """Crop, then do every step."""
-        views = picture.crops([plan.box for plan in plans], size)
+        views = picture.crops(plans)
         for number, plan in enumerate(plans):
             for kind, value in plan.steps:
                 views[number] = CV2_STEPS[kind](views[number], value)
@@ -75,9 +76,9 @@ class Cv2Backend:
 class DeviceBackend:
     """The workers decode and crop; the steps are done on the training device, a batch at a time."""
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan], size: int) -> list[Pixels8]:
+    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[Pixels8]:
         """Crop."""
-        return picture.crops([plan.box for plan in plans], size)
+        return picture.crops(plans)
 
     def finish(self, views: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """Do every step."""

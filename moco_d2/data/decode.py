@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from moco_d2.data.augment import Box
+from moco_d2.data.augment import Plan
 from moco_d2.io.pictures import MAX_PIXELS, open_picture, orientation, read_image, upright_rgb
 
 __all__ = ["Picture", "read_image"]
@@ -77,46 +77,50 @@ class Picture:
         pixels = pixels.transpose(0, 1) if self._swapped else pixels
         return pixels.flip(self._reversed).contiguous().permute(2, 0, 1) if self._swapped or self._reversed else image
 
-    def crops(self, boxes: Sequence[Box], size: int) -> list[np.ndarray]:
-        """Decode once and return the boxes resized with antialiasing, each (size, size, 3) uint8.
+    def crops(self, plans: Sequence[Plan]) -> list[np.ndarray]:
+        """Decode once and return each plan's box resized with antialiasing, (plan.size, plan.size, 3) uint8.
 
-        If the picture may be reduced, a JPEG of which every box stays at least ``size`` pixels high and wide is decoded
-        at 1/2, 1/4 or 1/8 of its size, the smallest such; then a crop is that of the reduced image, near to but not
-        that of the whole.
+        If the picture may be reduced, a JPEG of which every box stays at least as large as its view is decoded at 1/2,
+        1/4 or 1/8 of its size, the smallest such; then a crop is that of the reduced image, near to but not that of the
+        whole.
 
         Raises:
             OSError: the file is damaged.
         """
-        if reduction := self._reduction(boxes, size):
-            return self._reduced_crops(boxes, size, reduction)
+        if reduction := self._reduction(plans):
+            return self._reduced_crops(plans, reduction)
         image = self.decode()
-        return [_resize(image[:, b.top : b.top + b.height, b.left : b.left + b.width], size) for b in boxes]
+        parts = [(plan, plan.box) for plan in plans]
+        return [_resize(image[:, b.top : b.top + b.height, b.left : b.left + b.width], plan) for plan, b in parts]
 
     def _is_plain_jpeg(self) -> bool:
         # MPO is a JPEG with more pictures behind the first. CMYK needs PIL's colours.
         return self._opened.format in ("JPEG", "MPO") and self._opened.mode in ("L", "RGB")
 
-    def _reduction(self, boxes: Sequence[Box], size: int) -> int:
-        """Return the largest reduction at which no box gets smaller than a view; 0 for none."""
+    def _reduction(self, plans: Sequence[Plan]) -> int:
+        """Return the largest reduction at which no box gets smaller than its view; 0 for none."""
         if not self._reduced or not self._is_plain_jpeg():
             return 0
-        smallest = min(min(box.height, box.width) for box in boxes)
-        return next((r for r in REDUCTIONS if smallest // r >= size), 0)
+        sides = [(min(plan.box.height, plan.box.width), plan.size) for plan in plans]
+        return next((r for r in REDUCTIONS if all(side // r >= size for side, size in sides)), 0)
 
-    def _reduced_crops(self, boxes: Sequence[Box], size: int, reduction: int) -> list[np.ndarray]:
+    def _reduced_crops(self, plans: Sequence[Plan], reduction: int) -> list[np.ndarray]:
         width, height = self._opened.size
         self._opened.draft("RGB", (width // reduction, height // reduction))
         image = upright_rgb(self._opened)
         crops = []
-        for top, left, height, width in boxes:
+        for plan in plans:
+            top, left, height, width = plan.box
             edges = (left, top, min(left + width, image.width * reduction), min(top + height, image.height * reduction))
             part = (edges[0] / reduction, edges[1] / reduction, edges[2] / reduction, edges[3] / reduction)
-            crops.append(np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=part)))
+            mode = Image.Resampling.BICUBIC if plan.bicubic else Image.Resampling.BILINEAR
+            crops.append(np.array(image.resize((plan.size, plan.size), mode, box=part)))
         return crops
 
 
-def _resize(part: torch.Tensor, size: int) -> np.ndarray:
-    """Resize (3, H, W) uint8 as PIL's bilinear filter does: (size, size, 3)."""
+def _resize(part: torch.Tensor, plan: Plan) -> np.ndarray:
+    """Resize (3, H, W) uint8 as PIL's filters do: (plan.size, plan.size, 3)."""
     part = part[None].contiguous(memory_format=torch.channels_last)  # the resizing is fastest on whole pixels
-    part = interpolate(part, (size, size), mode="bilinear", antialias=True)
+    mode = "bicubic" if plan.bicubic else "bilinear"
+    part = interpolate(part, (plan.size, plan.size), mode=mode, antialias=True)
     return np.ascontiguousarray(part[0].permute(1, 2, 0).numpy())

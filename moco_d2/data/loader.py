@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cv2
@@ -20,18 +20,28 @@ from moco_d2.data.sampler import EpochSampler, stream_seed
 from moco_d2.data.skipped import Skip, SkipLog
 from moco_d2.data.sources import Source
 from moco_d2.io.pictures import MAX_PIXELS, describe
+from moco_d2.layers.views import Views
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image's views as a backend prepared them, their plans, and the unreadable images it stands for.
+    """One image's views as a backend prepared them, and the unreadable images it stands for.
 
     Without views, if there was nothing to stand for them.
+
+    Attributes:
+        views: V arrays (H_v, W_v, 3) uint8.
+        plans: their drawn parameters.
+        skipped: what could not be read.
+        position: number of the image that is shown.
+        boxes: (V, 4), see :class:`~moco_d2.layers.views.Views`.
     """
 
     views: list[np.ndarray]
     plans: list[Plan]
     skipped: tuple[Skip, ...]
+    position: int = -1
+    boxes: np.ndarray = field(default_factory=lambda: np.empty((0, 4), np.float32))
 
 
 @dataclass(frozen=True)
@@ -41,18 +51,23 @@ class Batch:
     Attributes:
         views: V tensors (N, H, W, 3) uint8: a quarter of what floats would take between processes and to the device.
         steps: V tensors (N, S, 2), the drawn parameters; they stay on the host.
+        index: (N,) int64, numbers of the images that are shown.
+        boxes: (V, N, 4) float32, see :class:`~moco_d2.layers.views.Views`.
         skipped: what could not be read.
         replaced: number of images that stand for one that could not be read.
     """
 
     views: list[torch.Tensor]
     steps: list[torch.Tensor]
+    index: torch.Tensor
+    boxes: torch.Tensor
     skipped: tuple[Skip, ...]
     replaced: int
 
     def pin_memory(self) -> Batch:
         """Return the batch with its views in pinned memory (torch's DataLoader calls this)."""
-        return replace(self, views=[view.pin_memory() for view in self.views])
+        views = [view.pin_memory() for view in self.views]
+        return replace(self, views=views, index=self.index.pin_memory(), boxes=self.boxes.pin_memory())
 
 
 class ViewDataset(Dataset[Sample]):
@@ -83,7 +98,7 @@ class ViewDataset(Dataset[Sample]):
         skipped: list[Skip] = []
         for position in replacements(index, len(self.source)):
             try:
-                return self._sample(*self._plan(position, key), tuple(skipped))
+                return self._sample(position, *self._plan(position, key), tuple(skipped))
             except Exception as error:  # A damaged file makes decoders raise anything: OSError, SyntaxError, ...
                 reason = f"{type(error).__name__}: {describe(error)}"
                 skipped.append(Skip(self.source.name(position), reason, epoch))
@@ -101,12 +116,12 @@ class ViewDataset(Dataset[Sample]):
             except Exception:
                 planned.append(None)
         planned.reverse()  # An image that PIL decoded stays in its Picture: each is dropped before the next.
-        return [self._decoded(planned.pop()) or self[key] for key in keys]
+        return [self._decoded(key[1], planned.pop()) or self[key] for key in keys]
 
-    def _decoded(self, planned: tuple[Picture, list[Plan]] | None) -> Sample | None:
+    def _decoded(self, position: int, planned: tuple[Picture, list[Plan]] | None) -> Sample | None:
         """Return a sample, None where :meth:`__getitem__` has to find out why there is none."""
         try:
-            return self._sample(*planned) if planned else None
+            return self._sample(position, *planned) if planned else None
         except Exception:
             return None
 
@@ -114,9 +129,18 @@ class ViewDataset(Dataset[Sample]):
         picture = Picture(self.source.read(position), self.max_pixels, self.reduced)
         return picture, self.recipe.plan(picture.height, picture.width, stream_seed(self.seed, *key))
 
-    def _sample(self, picture: Picture, plans: list[Plan], skipped: tuple[Skip, ...] = ()) -> Sample:
-        size = self.recipe.views[0].crop.size
-        return Sample(self.backend.prepare(picture, plans, size), plans, skipped)
+    def _sample(self, position: int, picture: Picture, plans: list[Plan], skipped: tuple[Skip, ...] = ()) -> Sample:
+        boxes = np.array([_corners(plan, picture) for plan in plans], np.float32)
+        return Sample(self.backend.prepare(picture, plans), plans, skipped, position, boxes)
+
+
+def _corners(plan: Plan, picture: Picture) -> tuple[float, float, float, float]:
+    """Return x0, y0, x1, y1 of a view's crop in parts of the image, x0 and x1 exchanged where it is mirrored."""
+    box = plan.box
+    x0, x1 = box.left / picture.width, (box.left + box.width) / picture.width
+    if plan.flipped:
+        x0, x1 = x1, x0
+    return x0, box.top / picture.height, x1, (box.top + box.height) / picture.height
 
 
 def replacements(index: int, size: int) -> Iterator[int]:
@@ -135,8 +159,10 @@ def collate(samples: list[Sample]) -> Batch:
     views = [default_collate(list(view)) for view in zip(*(sample.views for sample in whole), strict=True)]
     plans = zip(*(sample.plans for sample in whole), strict=True)
     steps = [pack_steps([plan.steps for plan in view]) for view in plans]
+    index = torch.tensor([sample.position for sample in whole])
+    boxes = torch.from_numpy(np.stack([sample.boxes for sample in whole], 1)) if whole else torch.empty(0)
     skipped = tuple(skip for sample in samples for skip in sample.skipped)
-    return Batch(views, steps, skipped, sum(bool(sample.skipped) for sample in samples))
+    return Batch(views, steps, index, boxes, skipped, sum(bool(sample.skipped) for sample in samples))
 
 
 class ViewLoader:
@@ -159,7 +185,7 @@ class ViewLoader:
         pixels = dataset.recipe.pixels
         self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (pixels.mean, pixels.std))
 
-    def __iter__(self) -> Iterator[list[torch.Tensor]]:
+    def __iter__(self) -> Iterator[Views]:
         options: dict[str, Any] = {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
         # Its own generator: a DataLoader draws a seed when it starts, which would shift a resumed step's randomness.
         options["generator"] = torch.Generator()
@@ -174,9 +200,11 @@ class ViewLoader:
                 self.skips.stop()
             yield self.finish(batch)
 
-    def finish(self, batch: Batch) -> list[torch.Tensor]:
-        """Return a batch on the device, its steps done and normalised: V tensors (N, 3, H, W)."""
-        return [self._finish(view, steps) for view, steps in zip(batch.views, batch.steps, strict=True)]
+    def finish(self, batch: Batch) -> Views:
+        """Return a batch on the device, its steps done and normalised."""
+        images = [self._finish(view, steps) for view, steps in zip(batch.views, batch.steps, strict=True)]
+        index, boxes = (x.to(self.device, non_blocking=True) for x in (batch.index, batch.boxes))
+        return Views(images, index, boxes)
 
     def _finish(self, views: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         levels = self.dataset.backend.finish(views.to(self.device, non_blocking=True), steps)

@@ -16,8 +16,9 @@ from detectron2.utils import comm
 from moco_d2.config import use_device_there_is
 from moco_d2.data import ViewDataset, ViewLoader
 from moco_d2.data.decode import Picture
+from moco_d2.engine.build import outline
 from moco_d2.engine.optim import scaled_lr, total_steps
-from moco_d2.engine.preflight import check_config, outline
+from moco_d2.engine.preflight import check_config
 from moco_d2.engine.pretrain import PretrainTrainer, recipe_changes
 from moco_d2.io.files import atomic_write
 from moco_d2.io.pictures import describe
@@ -135,7 +136,7 @@ def _shorten(full: CfgNode, world_size: int) -> CfgNode:
     cfg = full.clone()
     cfg.defrost()
     cfg.SOLVER.BASE_LR, cfg.SOLVER.REFERENCE_BATCH = scaled_lr(full), 0
-    cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 0, STEPS, ()
+    cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP = 0, STEPS, (), 0.0
     cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP = 1, 0  # the first is resumed from
     if cfg.MODEL.DEVICE == "cpu":
         cfg.SOLVER.IMS_PER_BATCH = world_size * _part_of(cfg, world_size)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import logging
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
 
 from moco_d2.data.backends import DeviceBackend, PilBackend
+from moco_d2.layers.views import Views
 from moco_d2.methods import SSLMethod
 from moco_d2.running.progress import ProgressPrinter
 
@@ -22,12 +24,22 @@ LOADER_SHARE = 0.1
 class MethodSchedule(HookBase):
     """Tell the method how far training is, and when the optimizer has stepped."""
 
-    def __init__(self, method: SSLMethod) -> None:
-        self.method = method
+    def __init__(self, method: SSLMethod, steps_per_epoch: int, replay: Callable[[], Iterator[Views]]) -> None:
+        """Set up.
+
+        Args:
+            method: to tell.
+            steps_per_epoch: iterations per epoch.
+            replay: returns the batches of the epoch that begins.
+        """
+        self.method, self.steps_per_epoch, self.replay = method, steps_per_epoch, replay
 
     def before_step(self) -> None:
-        """Run the method's schedules."""
-        self.method.before_step(self.trainer.iter / self.trainer.max_iter)
+        """Run the method's schedules, and what it does before an epoch."""
+        epoch, step = divmod(self.trainer.iter, self.steps_per_epoch)
+        if step == 0:
+            self.method.before_epoch(epoch, self.replay)
+        self.method.before_step(self.trainer.iter / self.trainer.max_iter, self.trainer.iter / self.steps_per_epoch)
 
     def after_step(self) -> None:
         """Let the method update what follows the weights."""
@@ -42,7 +54,7 @@ class PretrainMetrics(HookBase):
 
     def __init__(self, method: SSLMethod, batch: int, steps_per_epoch: int, period: int) -> None:
         self.method, self.batch, self.steps_per_epoch, self.period = method, batch, steps_per_epoch, period
-        self.loader_is_slow = False
+        self.loader_is_slow, self.collapsed = False, False
 
     def before_step(self) -> None:
         """Let the method take its diagnostics where they are written: they cost, and nobody sees the others."""
@@ -54,7 +66,8 @@ class PretrainMetrics(HookBase):
         if not self.method.recording:
             return
         storage = get_event_storage()
-        scalars = {name: value.item() for name, value in self.method.metrics.items()}
+        scalars = {name: value.item() for name, value in self.method.recorded.items()}
+        self._judge_spread(scalars)
         scalars["epoch"] = (self.trainer.iter + 1) / self.steps_per_epoch
         scalars["unreadable_images"] = len(self.trainer.data_loader.skips.paths)
         if "time" in storage.histories():
@@ -65,6 +78,18 @@ class PretrainMetrics(HookBase):
                     storage.history("data_time").avg(self.period), storage.history("time").avg(self.period)
                 )
         storage.put_scalars(**scalars, smoothing_hint=False)
+
+    def _judge_spread(self, scalars: Mapping[str, float]) -> None:
+        """Warn, once, when a diagnostic says that the network has collapsed."""
+        for one in self.method.diagnostics():
+            low, value = one.collapsed_below, scalars.get(one.key)
+            if low is not None and value is not None and value < low and not self.collapsed:
+                logger.warning(
+                    "%s is %.2g, and %.2g when features spread evenly: the network maps all images to nearly one "
+                    "point. Check augmentation, lr and batch norm; with more images and steps it may recover",
+                    one.key, value, one.reference or low,
+                )  # fmt: skip
+                self.collapsed = True
 
     def _judge_loader(self, waited: float, step: float) -> None:
         """Warn when the loader becomes the bottleneck, and say when it no longer is."""
@@ -89,6 +114,10 @@ class PretrainMetrics(HookBase):
 class PretrainPrinter(ProgressPrinter):
     """One line of progress: what a person watches during pretraining, with the time left."""
 
+    def __init__(self, max_iter: int, method: SSLMethod) -> None:
+        super().__init__(max_iter)
+        self.method = method
+
     def write(self) -> None:
         """Log the line."""
         storage = get_event_storage()
@@ -96,13 +125,15 @@ class PretrainPrinter(ProgressPrinter):
             return
         values = {name: history.latest() for name, history in storage.histories().items()}
         eta = self._get_eta(storage) or str(datetime.timedelta(0))
-        loss = storage.history("total_loss").median(self._window_size)
-        line = [f"eta {eta}", f"iter {storage.iter + 1}/{self._max_iter}", f"loss {loss:.4f}"]
+        values["total_loss"] = storage.history("total_loss").median(self._window_size)
+        loss, *others = [
+            (one.key, one.label, one.form) for one in self.method.diagnostics() if not one.label.startswith("-")
+        ]
+        line = [f"eta {eta}", f"iter {storage.iter + 1}/{self._max_iter}"]
         shown = [
+            loss,
             ("epoch", "epoch", ".2f"),
-            ("contrast_acc1", "acc@1", ".3f"),
-            ("contrast_acc5", "acc@5", ".3f"),
-            ("feature_std", "std", ".4f"),
+            *others,
             ("lr", "lr", ".4g"),
             ("images_per_second", "images/s", ".1f"),
             ("data_time", "data s", ".3f"),

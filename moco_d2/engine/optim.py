@@ -1,38 +1,104 @@
-"""The optimizer and the learning-rate schedules of MoCo's code."""
+"""The optimizers of pretraining: a registry, the groups of parameters, and the scheduler that drives both."""
 
 from __future__ import annotations
 
-import bisect
 import functools
 import logging
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from torch import nn
+from detectron2.solver.build import maybe_add_gradient_clipping
 from torch.optim.lr_scheduler import LambdaLR
+
+from moco_d2.engine.schedules import SCHEDULES, lr_factor, weight_decay
+from moco_d2.layers.lars import FORMS, Lars
+from moco_d2.methods import SSLMethod
 
 logger = logging.getLogger(__name__)
 
+Groups = list[dict[str, Any]]
 
-def build_sgd(cfg: CfgNode, model: nn.Module) -> torch.optim.SGD:
-    """Return SGD over all trainable parameters, weight decay on each (BN and biases too, as published)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+
+class OptimizerKind(NamedTuple):
+    """What belongs to a name of ``SOLVER.OPTIMIZER``.
+
+    Attributes:
+        build: maps (groups, config) to the optimizer.
+        keys: of SOLVER, which it reads besides the lr and the weight decay.
+    """
+
+    build: Callable[[Groups, CfgNode], torch.optim.Optimizer]
+    keys: tuple[str, ...]
+
+
+def _sgd(groups: Groups, cfg: CfgNode) -> torch.optim.Optimizer:
+    solver = cfg.SOLVER
     optimizer = torch.optim.SGD(
-        parameters,
+        groups,
         lr=scaled_lr(cfg),
-        momentum=cfg.SOLVER.MOMENTUM,
-        weight_decay=cfg.SOLVER.WEIGHT_DECAY,
-        nesterov=cfg.SOLVER.NESTEROV,
+        momentum=solver.MOMENTUM,
+        weight_decay=solver.WEIGHT_DECAY,
+        nesterov=solver.NESTEROV,
         fused=cfg.ENGINE.FUSED_SGD or None,
     )
-    # Zeros are where momentum starts in any case. Left to itself, the fused kernel makes room for it in a first step
-    # that loss scaling may then skip, and adds what happened to be there.
-    for parameter in parameters if cfg.SOLVER.MOMENTUM else ():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    optimizer.register_load_state_dict_post_hook(functools.partial(_fit_state, fused=cfg.ENGINE.FUSED_SGD or None))
+    # Momentum starts at zero in any case. Left to itself, the fused kernel allocates it in a first step that loss
+    # scaling may then skip, and later adds the uninitialised values.
+    for group in optimizer.param_groups if solver.MOMENTUM else ():
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _adamw(groups: Groups, cfg: CfgNode) -> torch.optim.Optimizer:
+    fused = cfg.ENGINE.FUSED_SGD or None
+    return torch.optim.AdamW(groups, lr=scaled_lr(cfg), weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=fused)
+
+
+def _lars(form: str, groups: Groups, cfg: CfgNode) -> torch.optim.Optimizer:
+    solver = cfg.SOLVER
+    return Lars(groups, scaled_lr(cfg), solver.MOMENTUM, solver.WEIGHT_DECAY, solver.TRUST, form)
+
+
+OPTIMIZERS: dict[str, OptimizerKind] = {
+    "sgd": OptimizerKind(_sgd, ("MOMENTUM", "NESTEROV")),
+    "adamw": OptimizerKind(_adamw, ()),
+    **{form: OptimizerKind(functools.partial(_lars, form), ("MOMENTUM", "TRUST")) for form in FORMS},
+}
+
+
+def build_optimizer(cfg: CfgNode, method: SSLMethod) -> torch.optim.Optimizer:
+    """Return ``SOLVER.OPTIMIZER`` over a method's groups of parameters, clipped as ``SOLVER.CLIP_GRADIENTS`` says.
+
+    Clipping is Detectron2's, which clips each parameter's gradient by itself, as DINO does.
+    """
+    optimizer = OPTIMIZERS[cfg.SOLVER.OPTIMIZER].build(parameter_groups(cfg, method), cfg)
+    fused = optimizer.defaults.get("fused")
+    optimizer.register_load_state_dict_post_hook(functools.partial(_fit_state, fused=fused))
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def parameter_groups(cfg: CfgNode, method: SSLMethod) -> Groups:
+    """Return a method's groups of trainable parameters with their lr and weight decay.
+
+    With ``SOLVER.EXCLUDE_1D`` every group is split: biases and norms, the parameters of one dimension, have no weight
+    decay and no layer-wise scale (``adapt``), and their lr is multiplied by ``SOLVER.LR_FACTOR_1D``.
+    """
+    groups: Groups = []
+    for given in method.param_groups():
+        parameters, lr = list(given["params"]), scaled_lr(cfg, quiet=True) * given.get("lr_factor", 1.0)
+        decay = 0.0 if given.get("no_weight_decay") else cfg.SOLVER.WEIGHT_DECAY
+        own = {"lr": lr, "weight_decay": decay}
+        own |= {"constant_lr": True} if given.get("constant_lr") else {}
+        if not cfg.SOLVER.EXCLUDE_1D:
+            groups.append({"params": parameters, **own})
+            continue
+        vectors = {"lr": lr * cfg.SOLVER.LR_FACTOR_1D, "weight_decay": 0.0, "adapt": False}
+        groups.append({"params": [p for p in parameters if p.ndim > 1], **own})
+        groups.append({"params": [p for p in parameters if p.ndim <= 1], **own, **vectors})
+    return [group for group in groups if group["params"]]
 
 
 def _fit_state(optimizer: torch.optim.Optimizer, fused: bool | None) -> None:
@@ -42,56 +108,88 @@ def _fit_state(optimizer: torch.optim.Optimizer, fused: bool | None) -> None:
     to the wrong weights, without a word.
     """
     for group in optimizer.param_groups:
-        group["fused"] = fused
+        if "fused" in group:
+            group["fused"] = fused
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter).copy_(value)
 
 
+# Settings of SOLVER that runs of earlier versions do not know, and what they had in their place.
+LATER = {
+    "OPTIMIZER": "sgd", "EXCLUDE_1D": False, "LR_FACTOR_1D": 1.0, "WARMUP": 0.0, "WARMUP_FROM": 0.0,
+    "LR_EVERY": "epoch", "LR_RULE": "linear", "WEIGHT_DECAY_END": -1.0, "END_FACTOR": 0.0,
+    "CLIP_GRADIENTS.ENABLED": False,
+}  # fmt: skip
+
+
 def trajectory(cfg: CfgNode) -> dict[str, Any]:
     """Return the settings that an update of the weights follows from, by name: a resumed run must have the same.
 
-    Most of them it could not even change: optimizer and scheduler take the checkpoint's.
+    Most of them it could not even change: optimizer and scheduler take the checkpoint's. A setting that earlier
+    versions lack is left out where it has the value that they imply, so that their runs resume.
     """
-    keys = ["BASE_LR", "REFERENCE_BATCH", "MOMENTUM", "NESTEROV", "WEIGHT_DECAY", "EPOCHS", "SCHEDULE"]
-    keys += ["GAMMA", "STEPS"] if cfg.SOLVER.SCHEDULE == "step" else ["FIRST_EPOCH"]
-    return {f"SOLVER.{key}": cfg.SOLVER[key] for key in keys}
+    solver = cfg.SOLVER
+    keys = ["BASE_LR", "REFERENCE_BATCH", "WEIGHT_DECAY", "EPOCHS", "SCHEDULE"]
+    keys += [*OPTIMIZERS[solver.OPTIMIZER].keys, *SCHEDULES[solver.SCHEDULE][1], *LATER]
+    if solver.CLIP_GRADIENTS.ENABLED:
+        keys += [f"CLIP_GRADIENTS.{key}" for key in ("CLIP_TYPE", "CLIP_VALUE", "NORM_TYPE")]
+    values = {key: functools.reduce(lambda node, name: node[name], key.split("."), solver) for key in keys}
+    return {f"SOLVER.{key}": value for key, value in values.items() if key not in LATER or value != LATER[key]}
 
 
-def scaled_lr(cfg: CfgNode) -> float:
-    """Return ``BASE_LR`` scaled linearly from ``REFERENCE_BATCH`` to ``IMS_PER_BATCH``; 0 for the former: unscaled."""
-    reference = cfg.SOLVER.REFERENCE_BATCH
-    if reference == 0 or reference == cfg.SOLVER.IMS_PER_BATCH:
-        return cfg.SOLVER.BASE_LR
-    lr = cfg.SOLVER.BASE_LR * cfg.SOLVER.IMS_PER_BATCH / reference
-    logger.info(
-        "lr %g = %g * %d / %d: BASE_LR is meant for a batch of %d (SOLVER.REFERENCE_BATCH 0 turns this off)",
-        lr, cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH, reference, reference,
-    )  # fmt: skip
-    return lr
+def scaled_lr(cfg: CfgNode, quiet: bool = False) -> float:
+    """Return the peak lr: ``BASE_LR`` scaled from ``REFERENCE_BATCH`` to ``IMS_PER_BATCH``.
+
+    ``SOLVER.LR_RULE`` is ``linear`` or ``sqrt`` (the square root of the ratio, SimCLR's alternative). A reference of 0
+    turns scaling off. ``quiet``: do not log it.
+    """
+    solver = cfg.SOLVER
+    if solver.REFERENCE_BATCH == 0 or solver.REFERENCE_BATCH == solver.IMS_PER_BATCH:
+        return float(solver.BASE_LR)
+    ratio = solver.IMS_PER_BATCH / solver.REFERENCE_BATCH
+    lr = solver.BASE_LR * (math.sqrt(ratio) if solver.LR_RULE == "sqrt" else ratio)
+    if not quiet:
+        logger.info(
+            "lr %g: SOLVER.BASE_LR %g is meant for a batch of %d, and the batch is %d (%s rule; "
+            "SOLVER.REFERENCE_BATCH 0 turns this off)",
+            lr, solver.BASE_LR, solver.REFERENCE_BATCH, solver.IMS_PER_BATCH, solver.LR_RULE,
+        )  # fmt: skip
+    return float(lr)
 
 
 def total_steps(cfg: CfgNode, steps_per_epoch: int) -> int:
     """Return the length of pretraining in iterations."""
-    return cfg.SOLVER.EPOCHS * steps_per_epoch or cfg.SOLVER.MAX_ITER
+    return int(cfg.SOLVER.EPOCHS * steps_per_epoch or cfg.SOLVER.MAX_ITER)
 
 
-def lr_factor(cfg: CfgNode, iteration: int, steps_per_epoch: int) -> float:
-    """Return lr / base lr at an iteration.
+class ScheduledOptimizer(LambdaLR):
+    """The per-iteration scheduler: the lr of each group by :func:`lr_factor`, and the weight decay.
 
-    Time runs in epochs if ``SOLVER.EPOCHS`` is set (the lr then changes once an epoch, as in the authors' code), else
-    in iterations. ``cosine`` is 0.5 (1 + cos(pi t / T)) with t counted from ``SOLVER.FIRST_EPOCH``; ``step`` multiplies
-    by ``GAMMA`` at each of ``STEPS``, counted from 0.
+    A group with ``constant_lr`` keeps its lr; a group without weight decay keeps none.
     """
-    by_epoch = cfg.SOLVER.EPOCHS > 0
-    time = iteration // steps_per_epoch if by_epoch else iteration
-    if cfg.SOLVER.SCHEDULE == "step":
-        return cfg.SOLVER.GAMMA ** bisect.bisect_right(sorted(cfg.SOLVER.STEPS), time)
-    end = cfg.SOLVER.EPOCHS if by_epoch else cfg.SOLVER.MAX_ITER
-    return 0.5 * (1 + math.cos(math.pi * (time + (cfg.SOLVER.FIRST_EPOCH if by_epoch else 0)) / end))
 
+    def __init__(self, cfg: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
+        self.cfg, self.length = cfg, total_steps(cfg, steps_per_epoch)
 
-def build_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LambdaLR:
-    """Return the per-iteration scheduler of :func:`lr_factor`."""
-    return LambdaLR(optimizer, lambda iteration: lr_factor(cfg, iteration, steps_per_epoch))
+        def factor(iteration: int) -> float:
+            return lr_factor(cfg, iteration, steps_per_epoch)
+
+        constant = [group.get("constant_lr", False) for group in optimizer.param_groups]
+        super().__init__(optimizer, [(lambda _: 1.0) if held else factor for held in constant])
+
+    def step(self, epoch: int | None = None) -> None:
+        """Move to the next iteration."""
+        super().step(epoch)
+        if self.cfg.SOLVER.WEIGHT_DECAY_END >= 0:
+            decay = weight_decay(self.cfg, min(1.0, self.last_epoch / self.length))
+            for group in self._decayed():
+                group["weight_decay"] = decay
+
+    def _decayed(self) -> Iterator[dict[str, Any]]:
+        yield from (group for group in self.optimizer.param_groups if group["weight_decay"] > 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position; the config is the run's own."""
+        return {key: value for key, value in super().state_dict().items() if key not in ("cfg", "length")}

@@ -16,9 +16,12 @@ from detectron2.config import CfgNode
 
 from moco_d2.config import flat, get_cfg, mistyped_keys, unread_keys
 from moco_d2.data import BACKENDS, RECIPES
+from moco_d2.engine.build import outline
+from moco_d2.engine.optim import OPTIMIZERS
+from moco_d2.engine.schedules import SCHEDULES
 from moco_d2.engine.step import AUTOCAST
-from moco_d2.layers.resnet import ARCHITECTURES, build_resnet
-from moco_d2.methods import METHODS, SSLMethod, build_method, default_args, method_class
+from moco_d2.layers.resnet import ARCHITECTURES
+from moco_d2.methods import METHODS, default_args, method_class
 from moco_d2.nearest import unknown_name
 from moco_d2.roles import PRETRAINING
 from moco_d2.settings import fits, wrong_type
@@ -78,19 +81,6 @@ def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
         yield f"SOLVER.IMS_PER_BATCH is {batch}: {error}"
 
 
-def configured_method(cfg: CfgNode) -> SSLMethod:
-    """Return the method that a config describes, with random weights."""
-    ssl = cfg.SSL
-    encoder = functools.partial(build_resnet, ssl.ENCODER.NAME, width=ssl.ENCODER.WIDTH, stem=ssl.ENCODER.STEM)
-    return build_method(ssl.METHOD, encoder, dict(ssl.ARGS))
-
-
-def outline(cfg: CfgNode) -> SSLMethod:
-    """Return the method on the meta device, where it costs no memory and holds no values."""
-    with torch.device("meta"):
-        return configured_method(cfg)
-
-
 def _argument_problems(ssl: CfgNode) -> Iterator[str]:
     """Yield the arguments of a method that it does not have, or that are of another type than it states."""
     accepted = default_args(ssl.METHOD)
@@ -136,7 +126,8 @@ def _can_be_written(folder: str) -> bool:
 
 def _solver_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
     solver = cfg.SOLVER
-    yield from _unknown("SOLVER.SCHEDULE", solver.SCHEDULE, ("step", "cosine"))
+    yield from _unknown("SOLVER.SCHEDULE", solver.SCHEDULE, SCHEDULES)
+    yield from _optimizer_problems(solver)
     if solver.IMS_PER_BATCH <= 0 or solver.IMS_PER_BATCH % world_size:
         yield f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}; it must be a multiple of the {world_size} processes"
     rules = [
@@ -160,6 +151,29 @@ def _solver_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
     if not 0 <= cfg.SEED < 2**64:
         yield f"SEED is {cfg.SEED}; it must be in [0, 2**64) by now (tools draw one for -1)"
     yield from _length_problems(solver)
+
+
+def _optimizer_problems(solver: CfgNode) -> Iterator[str]:
+    yield from _unknown("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
+    yield from _unknown("SOLVER.LR_EVERY", solver.LR_EVERY, ("epoch", "iteration"))
+    yield from _unknown("SOLVER.LR_RULE", solver.LR_RULE, ("linear", "sqrt"))
+    if solver.CLIP_GRADIENTS.ENABLED:
+        yield from _unknown("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", solver.CLIP_GRADIENTS.CLIP_TYPE, ("value", "norm"))
+    length = solver.EPOCHS or solver.MAX_ITER
+    rules = [
+        ("TRUST", solver.TRUST > 0, "positive"),
+        ("LR_FACTOR_1D", solver.LR_FACTOR_1D >= 0, "0 or more"),
+        ("LR_FACTOR_1D", solver.EXCLUDE_1D or solver.LR_FACTOR_1D == 1, "1 without SOLVER.EXCLUDE_1D"),
+        ("WARMUP", solver.WARMUP == 0 or 0 < solver.WARMUP < length, "0, or positive and shorter than training"),
+        ("WARMUP_FROM", 0 <= solver.WARMUP_FROM <= 1, "a part of the peak, in [0, 1]"),
+        ("END_FACTOR", 0 <= solver.END_FACTOR <= 1, "a part of the peak, in [0, 1]"),
+        (
+            "WEIGHT_DECAY_END",
+            solver.WEIGHT_DECAY_END < 0 or solver.WEIGHT_DECAY > 0,
+            "negative (off) without SOLVER.WEIGHT_DECAY",
+        ),
+    ]
+    yield from (f"SOLVER.{key} is {solver[key]}; it must be {rule}" for key, holds, rule in rules if not holds)
 
 
 def _engine_problems(cfg: CfgNode) -> Iterator[str]:

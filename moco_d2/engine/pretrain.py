@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,16 +16,18 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 
 from moco_d2.data import ViewLoader, build_recipe
+from moco_d2.engine.build import configured_method
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
 from moco_d2.engine.loader import build_loader
-from moco_d2.engine.optim import build_schedule, build_sgd, total_steps, trajectory
-from moco_d2.engine.preflight import check_config, configured_method
+from moco_d2.engine.optim import ScheduledOptimizer, build_optimizer, total_steps, trajectory
+from moco_d2.engine.preflight import check_config
 from moco_d2.engine.step import PretrainStep, apply_switches, chosen_autocast, describe_switches
 from moco_d2.facts import BackboneFacts
 from moco_d2.io.checkpoints import forget_checkpoint
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.resnet import describe
+from moco_d2.layers.views import Views
 from moco_d2.methods import SSLMethod
 from moco_d2.model_zoo import pretraining_changes
 from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, last_whole
@@ -59,23 +63,24 @@ class PretrainTrainer(DefaultTrainer):
         self.steps_per_epoch = loader.sampler.steps_per_epoch
         self.start_iter, self.max_iter = 0, total_steps(cfg, self.steps_per_epoch)
 
-        self.method = self.build_model(cfg)
-        optimizer = build_sgd(cfg, self.method)
-        self.scheduler = build_schedule(cfg, optimizer, self.steps_per_epoch)
+        self.method = self.build_model(cfg, len(loader.dataset))
+        optimizer = build_optimizer(cfg, self.method)
+        self.scheduler = ScheduledOptimizer(cfg, optimizer, self.steps_per_epoch)
         self._trainer = PretrainStep(
-            wrap_ddp(self.method), loader, optimizer, chosen_autocast(cfg), LOG_PERIOD, self.max_iter
-        )
+            wrap_ddp(self.method), loader, optimizer, chosen_autocast(cfg), LOG_PERIOD, self.max_iter,
+            cfg.SOLVER.CLIP_GRADIENTS.ENABLED,
+        )  # fmt: skip
         me = weakref.proxy(self)
         self.checkpointer = PretrainCheckpointer(self.method, cfg.OUTPUT_DIR, lambda: me.facts(), trainer=me)
         self.register_hooks(self.build_hooks())
         self._announce(len(loader.dataset))
 
     @classmethod
-    def build_model(cls, cfg: CfgNode) -> SSLMethod:
-        """Build the method on its device, from ``SEED`` alone, with the switches of ``ENGINE``."""
+    def build_model(cls, cfg: CfgNode, images: int = 1) -> SSLMethod:
+        """Build the method for a set of ``images``, on its device, from ``SEED`` alone, as ``ENGINE`` says."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.SEED)
-            method = configured_method(cfg)
+            method = configured_method(cfg, images)
         return apply_switches(method.to(cfg.MODEL.DEVICE), cfg)
 
     @classmethod
@@ -105,7 +110,7 @@ class PretrainTrainer(DefaultTrainer):
         return [
             # Processes draw apart (dropout, masks); what they share, as MoCo's permutation, rank 0 draws for all.
             StepSeed(self.seed, stream=comm.get_rank()),
-            MethodSchedule(self.method),
+            MethodSchedule(self.method, self.steps_per_epoch, self._replay),
             hooks.IterationTimer(),
             hooks.LRScheduler(self._trainer.optimizer, self.scheduler),
             PretrainMetrics(self.method, solver.IMS_PER_BATCH, self.steps_per_epoch, LOG_PERIOD),
@@ -114,11 +119,17 @@ class PretrainTrainer(DefaultTrainer):
             StopWhenAsked(checkpoint),
         ]
 
+    def _replay(self) -> Iterator[Views]:
+        """Yield this process's batches of the epoch that begins, by a loader of their own."""
+        loader = self.build_train_loader(self.cfg)
+        loader.sampler.start = self.iter
+        yield from itertools.islice(loader, self.steps_per_epoch)
+
     def build_writers(self) -> list[EventWriter]:
         """Return the writers: progress line, ``metrics.json``, TensorBoard."""
         folder = self.cfg.OUTPUT_DIR
         return [
-            PretrainPrinter(self.max_iter),
+            PretrainPrinter(self.max_iter, self.method),
             JSONWriter(os.path.join(folder, "metrics.json")),
             TensorboardXWriter(folder),
         ]

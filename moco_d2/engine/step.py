@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class PretrainStep(SimpleTrainer):
         autocast: str,
         period: int,
         max_iter: int,
+        clipped: bool = False,
     ) -> None:
         """Set up.
 
@@ -43,11 +44,15 @@ class PretrainStep(SimpleTrainer):
             autocast: ``bfloat16``, ``float16`` (with loss scaling), or empty for none.
             period: number of steps between two readings of the losses.
             max_iter: number of steps in all; after the last the losses are read as well.
+            clipped: whether the optimizer clips gradients.
         """
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device.type
         self.autocast, self.period, self.max_iter = AUTOCAST.get(autocast), period, max_iter
         self.grad_scaler = torch.amp.GradScaler(self.device, enabled=self.autocast is torch.float16)
+        self.method = cast(SSLMethod, getattr(model, "module", model))
+        # Only where somebody looks at gradients: the fused kernel unscales them in passing.
+        self.unscale = clipped or type(self.method).after_backward is not SSLMethod.after_backward
         self._losses: list[tuple[int, dict[str, torch.Tensor]]] = []
 
     def run_step(self) -> None:
@@ -60,7 +65,9 @@ class PretrainStep(SimpleTrainer):
             losses = self.model(views)
         self.optimizer.zero_grad()
         self.grad_scaler.scale(sum(losses.values())).backward()
-        self.after_backward()
+        if self.unscale:
+            self.grad_scaler.unscale_(self.optimizer)
+        self.method.after_backward()
         self._losses.append((self.iter, {name: loss.detach() for name, loss in losses.items()}))
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,14 +23,16 @@ from moco_d2.data import ViewDataset, build_backend, build_recipe, open_source
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.mapper import read_label_image, read_pixels
 from moco_d2.detection.weights import all_names, load_weights
+from moco_d2.engine.build import outline
 from moco_d2.evaluation.records import read_scalars
 from moco_d2.io.files import atomic_write
+from moco_d2.methods import Diagnostic
 
 FolderLike = str | os.PathLike[str]
 
 
 def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
-    """Draw loss, contrast accuracy, similarities, and feature std with lr, of a pretraining run.
+    """Draw the loss and the method's other diagnostics of a pretraining run.
 
     Args:
         run: its folder, with ``metrics.json`` and ``config.yaml``.
@@ -43,21 +44,20 @@ def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
     records = list(read_scalars(Path(run)))
     if not records:
         raise ValueError(f"{Path(run) / 'metrics.json'} is missing, or holds no figures of a pretraining run")
-    args = load_cfg(Path(run) / "config.yaml").SSL.ARGS
-    figure, axes = _figure(2, 2, (10, 6.4))
-    panels: list[tuple[str, dict[str, str], tuple[float, str] | None]] = [
-        ("loss", {"total_loss": "InfoNCE"}, (math.log(1 + args.queue_size), "chance, log(1 + K)")),
-        ("contrast accuracy", {"contrast_acc1": "top-1", "contrast_acc5": "top-5"}, None),
-        ("cosine similarity", {"positive_similarity": "positive key", "negative_similarity": "queue"}, None),
-        ("feature std", {"feature_std": "std"}, (1 / math.sqrt(args.dim), "spread evenly, 1/sqrt(C)")),
-    ]
-    for axis, (title, curves, line) in zip(axes.flat, panels, strict=True):
-        for key, label in curves.items():
-            points = [(r["iteration"] + 1, r[key]) for r in records if key in r]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            axis.plot(x, y, label=label, linewidth=1.8, marker=".", markersize=4)
-        if line:
-            axis.axhline(line[0], color="grey", linestyle="--", linewidth=1, label=line[1])
+    panels: dict[str, list[Diagnostic]] = {}
+    for one in outline(load_cfg(Path(run) / "config.yaml")).diagnostics():
+        panels.setdefault(one.panel, []).append(one)
+    rows, columns = -(-len(panels) // 2), min(2, len(panels))
+    figure, axes = _figure(rows, columns, (5 * columns, 3.2 * rows))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        for one in curves:
+            points = [(r["iteration"] + 1, r[one.key]) for r in records if one.key in r]
+            label = one.label.removeprefix("-")
+            axis.plot(*(zip(*points, strict=True) if points else ((), ())), label=label, marker=".", markersize=4)
+            if one.reference is not None:
+                axis.axhline(one.reference, color="grey", linestyle="--", linewidth=1, label=one.reference_label)
         axis.set(title=title, xlabel="iteration")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,6 +34,47 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
     everyone = x.new_empty(world_size() * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(everyone, x.contiguous())
     return everyone
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """Concatenate every process's ``x`` in rank order, with gradient.
+
+    DDP averages the gradients of the processes' losses. A loss of a process's own anchors against gathered features,
+    and a loss that every process computes alike from gathered features, then both have exactly the gradient of one
+    process that holds the whole batch. With :func:`all_gather` they do not.
+
+    Args:
+        x: (N, ...), the same shape in every process.
+
+    Returns:
+        (world_size * N, ...); ``x`` itself in one process. A process receives the sum of all processes' gradients for
+        its own rows.
+    """
+    if world_size() == 1:
+        return x
+    return torch.cat(torch.distributed.nn.functional.all_gather(x.contiguous()))
+
+
+def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
+    """Add up every process's ``x``, with gradient (see :func:`gather`); ``x`` itself in one process.
+
+    Args:
+        x: any shape, the same in every process.
+    """
+    if world_size() == 1:
+        return x
+    total: torch.Tensor = torch.distributed.nn.functional.all_reduce(x)
+    return total
+
+
+@torch.no_grad()
+def total(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum of every process's ``x``, without gradient; ``x`` itself is unchanged."""
+    if world_size() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x
 
 
 @torch.no_grad()

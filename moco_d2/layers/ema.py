@@ -1,6 +1,8 @@
-"""The exponential moving average that makes a key encoder (MoCo, Eq. 2)."""
+"""The exponential moving average that makes a key, target or teacher network, and the schedule of its momentum."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import nn
@@ -20,3 +22,13 @@ def ema_update_(target: nn.Module, online: nn.Module, momentum: float) -> None:
     kept: list[torch.Tensor] = list(target.parameters())
     new: list[torch.Tensor] = list(online.parameters())
     torch._foreach_lerp_(kept, new, 1 - momentum)  # theta_k + (1 - m) (theta_q - theta_k): one pass over memory
+
+
+def cosine_momentum(start: float, progress: float) -> float:
+    """Return m = 1 - (1 - start) (1 + cos(pi progress)) / 2, which rises from ``start`` to 1 (BYOL, section 3.2).
+
+    Args:
+        start: m at the beginning of training, in [0, 1].
+        progress: part of training that is done, in [0, 1].
+    """
+    return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,6 +1,6 @@
 """Self-supervised methods, one a file. Importing the package registers them all."""
 
-from moco_d2.methods.base import METHODS, SSLMethod, build_method, default_args, method_class
+from moco_d2.methods.base import METHODS, Diagnostic, SSLMethod, build_method, default_args, method_class
 from moco_d2.methods.moco import MoCo
 
-__all__ = ["METHODS", "MoCo", "SSLMethod", "build_method", "default_args", "method_class"]
+__all__ = ["METHODS", "Diagnostic", "MoCo", "SSLMethod", "build_method", "default_args", "method_class"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from moco_d2.layers.ema import ema_update_
 from moco_d2.layers.heads import mlp_head, without_head
 from moco_d2.layers.losses import contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
-from moco_d2.methods.base import SSLMethod, register
+from moco_d2.layers.views import Views
+from moco_d2.methods.base import Diagnostic, SSLMethod, register
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +92,9 @@ class MoCo(SSLMethod):
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.queue = FeatureQueue(queue_size, dim, QUEUE_DTYPES[queue_dtype])
 
-    def forward(self, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    def forward(self, views: Views) -> dict[str, torch.Tensor]:
         """Algorithm 1 of the paper: the loss of two views (N, 3, H, W) of each image."""
-        x1, x2 = views
+        x1, x2 = views.images
         if self.training:
             self.check_batch(len(x1))
             ema_update_(self.encoder_k, self.encoder_q, self.momentum)
@@ -139,7 +140,7 @@ class MoCo(SSLMethod):
     def _record(self, q: torch.Tensor, k: torch.Tensor) -> None:
         negatives = self.queue.features
         ranks = contrast_rank(q, k, negatives)  # (N,)
-        self.metrics = {
+        self.recorded = {
             "contrast_acc1": (ranks < 1).float().mean(),
             "contrast_acc5": (ranks < 5).float().mean(),
             "positive_similarity": (q * k).sum(dim=1).mean(),
@@ -147,6 +148,20 @@ class MoCo(SSLMethod):
             # 1 / sqrt(C) when features spread over the sphere, 0 when they have collapsed to a point.
             "feature_std": q.std(dim=0).mean(),
         }
+
+    def diagnostics(self) -> Sequence[Diagnostic]:
+        """Describe loss, accuracy against the queue, similarities, and how far features spread."""
+        k, c = self.queue.features.shape
+        even = 1 / math.sqrt(c)
+        chance = math.log(1 + k) * (2 if self.symmetric else 1)
+        return (
+            Diagnostic("total_loss", "loss", "loss", ".4f", chance, "chance, log(1 + K)"),
+            Diagnostic("contrast_acc1", "contrast accuracy", "acc@1"),
+            Diagnostic("contrast_acc5", "contrast accuracy", "acc@5"),
+            Diagnostic("positive_similarity", "cosine similarity", "-positive key"),
+            Diagnostic("negative_similarity", "cosine similarity", "-queue"),
+            Diagnostic("feature_std", "feature std", "std", ".4f", even, "spread evenly, 1/sqrt(C)", even / 10),
+        )
 
     def check_batch(self, size: int) -> None:
         """Raise ValueError if a process's images cannot be split into the BN groups."""

@@ -1,5 +1,6 @@
 """Recipes as data: published values, torchvision's distributions, and three backends that make the same views."""
 
+import dataclasses
 import io
 import math
 import random
@@ -42,7 +43,7 @@ def files(photos: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> list
 @pytest.fixture(scope="module")
 def views(photos: list[bytes]) -> np.ndarray:
     """Return (N, H, W, 3) crops."""
-    return np.stack([Picture(data).crops([Box(20, 30, 300, 320)], SIZE)[0] for data in photos])
+    return np.stack([Picture(data).crops([Plan(Box(20, 30, 300, 320), (), SIZE)])[0] for data in photos])
 
 
 PUBLISHED = {  # The order and magnitudes of the authors' code.
@@ -138,10 +139,15 @@ def test_crops_agree_with_pils(photos: list[bytes]) -> None:
     for seed in range(20):
         picture = Picture(photos[seed % len(photos)])
         whole = Image.fromarray(picture.decode().permute(1, 2, 0).numpy())
-        boxes = [plan.box for plan in recipe.plan(picture.height, picture.width, seed)]
-        for box, crop in zip(boxes, picture.crops(boxes, SIZE), strict=True):
-            difference = np.asarray(F.resized_crop(whole, *box, [SIZE, SIZE])).astype(int) - crop
-            assert np.abs(difference).max() <= 1, box
+        for bicubic in (False, True):
+            plans = recipe.plan(picture.height, picture.width, seed)
+            plans = [dataclasses.replace(plan, bicubic=bicubic, size=SIZE // (n + 1)) for n, plan in enumerate(plans)]
+            mode = F.InterpolationMode.BICUBIC if bicubic else F.InterpolationMode.BILINEAR
+            for plan, crop in zip(plans, picture.crops(plans), strict=True):
+                wanted = F.resized_crop(whole, *plan.box, [plan.size, plan.size], mode)
+                difference = np.abs(np.asarray(wanted).astype(int) - crop)
+                assert difference.max() <= 1 + bicubic, plan
+                assert difference.mean() < 0.3, plan
 
 
 def batches(files: list[str], recipe: str, backend: str, count: int = 3, workers: int = 0) -> torch.Tensor:
@@ -150,7 +156,7 @@ def batches(files: list[str], recipe: str, backend: str, count: int = 3, workers
     dataset = ViewDataset(FileSource(files), made, 5, build_backend(backend, CPU))
     loader = iter(ViewLoader(dataset, EpochSampler(len(files), len(files), seed=5), workers, CPU))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (made.pixels.mean, made.pixels.std))
-    return torch.stack([torch.stack(next(loader)) for _ in range(count)]) * std + mean
+    return torch.stack([torch.stack(next(loader).images) for _ in range(count)]) * std + mean
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -176,7 +182,7 @@ def test_normalised_as_by_torchvision(files: list[str]) -> None:
     loader = ViewLoader(dataset, EpochSampler(len(files), 1, seed=5), 0, CPU)
     key = next(iter(loader.sampler))[0]
     expected = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(F.to_tensor(dataset[key].views[0]))
-    torch.testing.assert_close(next(iter(loader))[0][0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(next(iter(loader)).images[0][0], expected, atol=1e-5, rtol=0)
 
 
 def random_steps(count: int) -> torch.Tensor:
@@ -323,7 +329,7 @@ def test_pixels_are_distributed_as_by_the_authors_transforms(backend: str, photo
     random.seed(4)
     theirs = np.stack([np.asarray(authors(whole)) for _ in range(count)]).astype(float)
     drawn = [recipe.plan(picture.height, picture.width, seed)[0] for seed in range(count)]
-    prepared = np.stack(made.prepare(picture, drawn, size))
+    prepared = np.stack(made.prepare(picture, drawn))
     ours = made.finish(torch.from_numpy(prepared), pack_steps([plan.steps for plan in drawn]))
     ours = ours.permute(0, 2, 3, 1).numpy().astype(float)
     for statistic in (

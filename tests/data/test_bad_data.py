@@ -158,7 +158,7 @@ def test_each_is_named_once_by_each_process_also_after_a_resume(workers: int, tm
     loader = load(files, out, 1.0, workers)
     batches = iter(loader)
     for _ in range(12):  # three epochs
-        assert [view.shape for view in next(batches)] == [(10, 3, 16, 16)] * 2
+        assert [view.shape for view in next(batches).images] == [(10, 3, 16, 16)] * 2
     del batches
     logged = lines(out)
     assert sorted(str(line["path"]) for line in logged) == sorted(f for f in files if "~" not in f)
@@ -295,7 +295,7 @@ def fuzz(count: int, backend: str, workers: int = 0) -> tuple[int, float]:
     for number, views in enumerate(itertools.islice(loader, count // 50)):
         if number == count // 500:
             first = resident()
-        assert [(view.shape, bool(view.isfinite().all())) for view in views] == [((50, 3, 16, 16), True)] * 2
+        assert [(view.shape, bool(view.isfinite().all())) for view in views.images] == [((50, 3, 16, 16), True)] * 2
     assert loader.skips.seen == count
     return loader.skips.replaced, resident() - first
 

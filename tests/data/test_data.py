@@ -84,10 +84,10 @@ class Watched(DeviceBackend):
         self.given: list[weakref.ref[Picture]] = []
         self.held: list[int] = []
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan], size: int) -> list[np.ndarray]:
+    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[np.ndarray]:
         self.given.append(weakref.ref(picture))
         self.held.append(sum(one() is not None for one in self.given))
-        return super().prepare(picture, plans, size)
+        return super().prepare(picture, plans)
 
 
 def test_a_worker_holds_one_decoded_picture_at_a_time(folder: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(folder: Path) -> None:
         sampler = EpochSampler(len(files), 4, seed=seed, start=start)
         dataset = ViewDataset(FileSource(files), recipe, seed, build_backend("cv2", torch.device("cpu")))
         stream = iter(ViewLoader(dataset, sampler, workers, torch.device("cpu")))
-        return [torch.stack(next(stream)) for _ in range(count)]
+        return [torch.stack(next(stream).images) for _ in range(count)]
 
     torch.manual_seed(0)
     whole = batches(0, 0, 5)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco_d2.data.augment import Box
+from moco_d2.data.augment import Box, Plan
 from moco_d2.data.decode import Picture
 from moco_d2.io.pictures import read_image
 
@@ -142,9 +142,9 @@ class Spy(Picture):
 
     reduced = 1
 
-    def _reduced_crops(self, boxes, size, reduction):  # type: ignore[no-untyped-def]
+    def _reduced_crops(self, plans, reduction):  # type: ignore[no-untyped-def]
         self.reduced = reduction
-        return super()._reduced_crops(boxes, size, reduction)
+        return super()._reduced_crops(plans, reduction)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,10 @@ def test_a_large_jpeg_is_decoded_at_the_size_that_the_smallest_crop_needs(
     opened = Spy(data, reduced=True)
     boxes = [Box(5, 10, smallest, smallest + 9), Box(21, 30, 300, 320)]
     exact = Spy(data)
-    exact.crops(boxes, 32)
+    plans = [Plan(box, (), 32) for box in boxes]
+    exact.crops(plans)
     assert exact.reduced == 1, "only where it was asked for"
-    crops = opened.crops(boxes, 32)
+    crops = opened.crops(plans)
     assert opened.reduced == reduction
     whole = read_image(io.BytesIO(data))
     for box, crop in zip(boxes, crops, strict=True):

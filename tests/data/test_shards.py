@@ -642,7 +642,7 @@ def test_the_cache_of_a_stream_must_hold_its_windows(
         build_loader(load_cfg("", [*options, "DATA.CACHE_GB", str(4 * size / 1e9)]))
     loader = build_loader(load_cfg("", [*options, "DATA.CACHE_GB", str(8 * size / 1e9)]))
     images = open_source([str(shards)]).fingerprint  # the same on a disk
-    assert next(iter(loader))[0].shape == (4, 3, 16, 16)
+    assert next(iter(loader)).images[0].shape == (4, 3, 16, 16)
     assert loader.sampler.settings() == {
         "fingerprint of the images' names": images, "DATA.LANES": 1, "DATA.SHUFFLE_SHARDS": 3
     }  # fmt: skip

@@ -117,7 +117,7 @@ def test_a_signal_while_the_ranks_import(signum: int, to_all: bool, code: int, t
 class HangingBackend(PilBackend):
     """Never comes back, for what is never here."""
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan], size: int) -> list[np.ndarray]:
+    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[np.ndarray]:
         time.sleep(1.5)
         raise AssertionError("nobody waits for this")
 

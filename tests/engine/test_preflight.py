@@ -84,7 +84,7 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
         (["SOLVER.SCHEDULE", "step", "SOLVER.STEPS", (120, 250)], "within the 200 epochs"),
         (["SOLVER.SCHEDULE", "step", "SOLVER.STEPS", (160, 120)], "under SCHEDULE step they rise"),
         (["SOLVER.WARMUP_ITERS", 500], "SOLVER.WARMUP_ITERS is 500, but pretraining does not use it"),
-        (["SOLVER.CLIP_GRADIENTS.ENABLED", True], "SOLVER.CLIP_GRADIENTS.ENABLED is True, but pretraining"),
+        (["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "all"], "CLIP_TYPE is 'all'"),
         (["SEED", -1], "SEED is -1"),
         (["SEED", 2**64], "SEED is 18446744073709551616; it must be in [0, 2**64)"),
     ],

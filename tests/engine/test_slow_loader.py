@@ -21,7 +21,7 @@ def messages(
         skips=SimpleNamespace(paths=()), workers=3, device=torch.device(device),
         dataset=SimpleNamespace(backend=backend),
     )  # fmt: skip
-    hook = PretrainMetrics(SimpleNamespace(metrics={}, recording=True), 8, 1, PERIOD)  # type: ignore[arg-type]
+    hook = PretrainMetrics(SimpleNamespace(recorded={}, diagnostics=lambda: (), recording=True), 8, 1, PERIOD)  # type: ignore[arg-type]
     hook.trainer = SimpleNamespace(iter=0, start_iter=0, max_iter=len(waits), data_loader=loader)
     said = []
     with EventStorage() as storage, caplog.at_level(logging.INFO, logger="moco_d2.engine.hooks"):

@@ -14,6 +14,7 @@ from torch import nn
 
 from moco_d2.layers.distributed import rank, world_size, wrap_ddp
 from moco_d2.layers.resnet import build_resnet
+from moco_d2.layers.views import Views
 from moco_d2.methods import METHODS, MoCo, build_method, default_args
 from moco_d2.methods.moco import from_official, to_official
 
@@ -26,9 +27,13 @@ def make(seed: int = 0, **kwargs: object) -> MoCo:
     return MoCo(small, **kwargs).double()
 
 
-def make_views(step: int, n: int = 8) -> list[torch.Tensor]:
+def make_views(step: int, n: int = 8) -> Views:
     generator = torch.Generator().manual_seed(100 + step)
-    return [torch.rand(n, 3, 32, 32, dtype=torch.float64, generator=generator) for _ in range(2)]
+    return as_views([torch.rand(n, 3, 32, 32, dtype=torch.float64, generator=generator) for _ in range(2)])
+
+
+def as_views(images: list[torch.Tensor]) -> Views:
+    return Views(images, torch.arange(len(images[0])), torch.zeros(len(images), len(images[0]), 4))
 
 
 @pytest.mark.parametrize("mlp", [False, True])
@@ -46,8 +51,8 @@ def test_steps_follow_algorithm_1(mlp: bool) -> None:
         with torch.no_grad():
             for p_k, p_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
                 p_k.copy_(m * p_k + (1 - m) * p_q)
-            k = F.normalize(f_k(views[1]), dim=1)
-        q = F.normalize(f_q(views[0]), dim=1)
+            k = F.normalize(f_k(views.images[1]), dim=1)
+        q = F.normalize(f_q(views.images[0]), dim=1)
         losses = []
         for i in range(len(q)):
             similarities = torch.stack([q[i] @ k[i], *(q[i] @ negative for negative in queue)]) / t
@@ -72,7 +77,7 @@ def test_the_key_encoder_gets_no_gradient_and_the_query_encoder_does() -> None:
 
 
 def test_shuffling_keeps_the_order_of_keys_and_changes_their_batch_statistics() -> None:
-    x = make_views(0)[1]
+    x = make_views(0).images[1]
 
     def keys(groups: int, shuffle: bool) -> torch.Tensor:
         torch.manual_seed(5)
@@ -89,7 +94,7 @@ def test_symmetric_loss_is_the_sum_of_both_directions_with_one_ema_step() -> Non
     before = both.queue.features.clone()
     loss = both(views)["loss_contrast"]
     one, other = make(shuffle=False), make(shuffle=False)
-    parts = one(views)["loss_contrast"] + other(views[::-1])["loss_contrast"]
+    parts = one(views)["loss_contrast"] + other(as_views(views.images[::-1]))["loss_contrast"]
     torch.testing.assert_close(loss, parts)
     torch.testing.assert_close(both.queue.features[:8], other.queue.features[:8])
     torch.testing.assert_close(both.queue.features[8:16], one.queue.features[:8])
@@ -100,10 +105,10 @@ def test_symmetric_loss_is_the_sum_of_both_directions_with_one_ema_step() -> Non
 def test_diagnostics_are_kept_out_of_the_loss() -> None:
     model = make()
     assert set(model(make_views(0))) == {"loss_contrast"}
-    assert set(model.metrics) == {
+    assert set(model.recorded) == {
         "contrast_acc1", "contrast_acc5", "positive_similarity", "negative_similarity", "feature_std",
     }  # fmt: skip
-    assert all(not value.requires_grad for value in model.metrics.values())
+    assert all(not value.requires_grad for value in model.recorded.values())
 
 
 def run_rank(process: int, processes: int, folder: str, shuffle: bool) -> None:
@@ -118,7 +123,7 @@ def run_rank(process: int, processes: int, folder: str, shuffle: bool) -> None:
     losses = []
     for step in range(3):
         torch.manual_seed(step)
-        views = [view.chunk(world_size())[rank()] for view in make_views(step)]
+        views = as_views([view.chunk(world_size())[rank()] for view in make_views(step).images])
         loss = ddp(views)["loss_contrast"]
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         mean = loss.detach() / processes
@@ -267,7 +272,7 @@ def test_every_method_keeps_the_contract(name: str) -> None:
     if "queue_size" in arguments:
         arguments["queue_size"] = 64
     method = build_method(name, small, arguments)
-    losses = method([view.float().repeat(2, 1, 2, 2) for view in make_views(0)])
+    losses = method(as_views([view.float().repeat(2, 1, 2, 2) for view in make_views(0).images]))
     assert losses and all(loss.ndim == 0 and loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
     backbone = method.backbone()

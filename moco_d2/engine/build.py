@@ -1,0 +1,29 @@
+"""From a config to the method that it describes."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from detectron2.config import CfgNode
+
+from moco_d2.layers.resnet import build_resnet
+from moco_d2.methods import SSLMethod, build_method
+
+
+def configured_method(cfg: CfgNode, images: int = 1) -> SSLMethod:
+    """Return the method that a config describes, with random weights.
+
+    Args:
+        cfg: config of a pretraining run.
+        images: number of images of the set.
+    """
+    ssl = cfg.SSL
+    encoder = functools.partial(build_resnet, ssl.ENCODER.NAME, width=ssl.ENCODER.WIDTH, stem=ssl.ENCODER.STEM)
+    return build_method(ssl.METHOD, encoder, dict(ssl.ARGS), images)
+
+
+def outline(cfg: CfgNode) -> SSLMethod:
+    """Return the method on the meta device, where it costs no memory and holds no values."""
+    with torch.device("meta"):
+        return configured_method(cfg)

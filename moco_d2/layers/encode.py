@@ -1,0 +1,43 @@
+"""Ways of calling an encoder: views of several sizes in as few passes as possible, and feature maps.
+
+Letters: V views, N images, D features of the encoder.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+
+def by_resolution(network: Callable[[torch.Tensor], torch.Tensor], images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Encode views of several sizes, neighbours of one size in one pass, as SwAV and DINO do.
+
+    Batch norm then sees all views of a pass together, which is part of those methods.
+
+    Args:
+        network: maps (M, 3, H, W) to (M, D).
+        images: V views, each (N, 3, H_v, W_v).
+
+    Returns:
+        (V * N, D), in the order of the views.
+    """
+    passes = itertools.groupby(images, key=lambda view: view.shape[2:])
+    return torch.cat([network(torch.cat(list(views))) for _, views in passes])
+
+
+def feature_map(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return what a ResNet under torchvision's names computes before its global pooling.
+
+    Args:
+        network: with ``conv1`` to ``layer4``.
+        x: (N, 3, H, W).
+
+    Returns:
+        (N, D, H / 32, W / 32) for the ImageNet stem.
+    """
+    for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+        x = getattr(network, name)(x)
+    return x

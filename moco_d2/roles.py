@@ -148,7 +148,10 @@ _OFF = {
         _Off(("SOLVER.MOMENTUM",), "SOLVER.OPTIMIZER", ("adamw",)),
         _Off(("SOLVER.LR_FACTOR_1D",), "SOLVER.EXCLUDE_1D", (False,)),
         _Off(("SOLVER.WARMUP_FROM",), "SOLVER.WARMUP", (0.0,)),
-        _Off(_group("SOLVER.CLIP_GRADIENTS", "CLIP_TYPE", "CLIP_VALUE", "NORM_TYPE"), "SOLVER.CLIP_GRADIENTS.ENABLED", (False,)),
+        _Off(
+            _group("SOLVER.CLIP_GRADIENTS", "CLIP_TYPE", "CLIP_VALUE", "NORM_TYPE"),
+            "SOLVER.CLIP_GRADIENTS.ENABLED", (False,),
+        ),
     ),
     DETECTION: (
         _Off(

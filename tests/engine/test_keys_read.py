@@ -21,6 +21,9 @@ ELSEWHERE = {
     "CUDNN_BENCHMARK": "by default_setup, which the commands call",
     "DATASETS.CUSTOM": "by register_custom, which the commands call",
     "SOLVER.STEPS": "with SOLVER.SCHEDULE step",
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "with SOLVER.CLIP_GRADIENTS.ENABLED",
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": "with SOLVER.CLIP_GRADIENTS.ENABLED",
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": "with SOLVER.CLIP_GRADIENTS.ENABLED",
     "DATA.DRY_RUN_PICTURES": "in dry runs",
 }
 # Detectron2's loop looks for results to compare with; there are none.

@@ -158,6 +158,18 @@ def leave(error: BaseException) -> NoReturn:
     _fail(end.line, end.code)
 
 
+def attempt(work: Callable[[], int | None]) -> int:
+    """Do a command's work and return the exit code; a user's mistake is said in its line, a fault of ours goes on."""
+    try:
+        return work() or 0
+    except Exception as error:
+        end = conclude(error)
+        if not end.line:
+            raise
+        sys.stderr.write(f"error: {end.line}\n")
+        return end.code
+
+
 def guard(work: Callable[[], int | None]) -> NoReturn:
     """Do a command's work, which may return an exit code, and end as :func:`ending` says."""
     try:

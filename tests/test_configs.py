@@ -11,8 +11,9 @@ import detectron2.config
 import pytest
 import yaml
 from detectron2 import model_zoo
+from detectron2.config import CfgNode
 
-from moco_d2.config import INITS, config_files, flat, list_configs, load_cfg
+from moco_d2.config import INITS, add_config, config_files, flat, list_configs, load_cfg
 from moco_d2.model_zoo import config_changes, get_config, get_protocol, list_protocols, protocol_table, published_tables
 
 # The quick schedules are shipped configs with smaller numbers, under names of their own.
@@ -148,9 +149,16 @@ PUBLISHED = {
 OURS = {"SOLVER.REFERENCE_WORLD_SIZE": 8}
 
 
+def our_keys():
+    """Return the leaves that importing this project adds to Detectron2's."""
+    alone = CfgNode({group: CfgNode() for group in ("SOLVER", "DATASETS", "INPUT", "TEST")})
+    add_config(alone)
+    return set(flat(alone))
+
+
 def detectron2_keys(cfg):
-    """Return the leaves that Detectron2 knows, without the initial weights."""
-    known = flat(detectron2.config.get_cfg())
+    """Return the leaves that Detectron2 knows without us, without the initial weights."""
+    known = set(flat(detectron2.config.get_cfg())) - our_keys()
     return {key: value for key, value in flat(cfg).items() if key in known and key != "MODEL.WEIGHTS"}
 
 

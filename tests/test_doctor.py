@@ -215,3 +215,10 @@ def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch, tm
     notes = [finding.text for finding in doctor.check_devices() if finding.level == NOTE]
     assert "nvidia-smi is here, but torch" in notes[0]
     assert "naiveSyncBN" in notes[1]
+
+
+def test_a_list_in_another_encoding_is_a_note_and_the_others_are_looked_at(datasets: Path) -> None:
+    (datasets / "VOC2007/ImageSets/Main/test.txt").write_bytes(b"\xff\xfe")
+    found = {finding.text.partition(":")[0]: finding for finding in doctor.check_datasets(datasets)}
+    assert found["VOC2007"].level == NOTE and "cannot be read: 'utf-8' codec" in found["VOC2007"].text
+    assert found["VOC2012"].level == OK

@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     return built
 
 
-def main() -> None:
-    """Run the conversion and print its account."""
+def main() -> int:
+    """Do what the command line asks for; return the exit code."""
     args = parser().parse_args()
     if not args.list and args.output is None:
         parser().error("the following arguments are required: input, output")
@@ -54,16 +54,19 @@ def main() -> None:
             parser().error(f"{option} goes with a conversion, not with {'--list' if args.list else '--to'}")
     if args.picture and (args.list or args.to or args.no_proof):
         parser().error("--picture goes with a conversion that is proven")
+    logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
+    import moco_d2.convert  # noqa: F401  (before moco_d2.exits, which alone would leave the package empty)
+    from moco_d2.exits import attempt
 
-    # After the arguments, so that --help answers at once.
+    return attempt(lambda: (other_work if args.list or args.to else convert)(args))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Run the conversion and print its account."""
     from moco_d2.convert import Choice, can_prove
     from moco_d2.convert.report import convert_and_report, is_report, summary, write_report
     from moco_d2.io.files import check_named_file
 
-    logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
-    if args.list or args.to:
-        other_work(args)
-        return
     if not args.no_proof and not can_prove():
         raise ValueError(
             "the proof was not made, and nothing was written: detectron2 is missing; install it "

@@ -41,6 +41,8 @@ class Demo:
     """Runs stages one after the other, each in its own process with its own log."""
 
     def __init__(self, output: Path, full: bool, steps: int | None) -> None:
+        # For the stages, and for this process: Detectron2 reads it when it is imported.
+        os.environ["DETECTRON2_DATASETS"] = str(output / "datasets")
         from moco_d2.io import files
 
         self.output = output
@@ -54,7 +56,6 @@ class Demo:
         # The stages keep the lock, too, should this process be killed.
         self.lock = files.fresh_folder(output, CONTENT, "--output")
         files.make_folder(output / "logs", "--output")
-        self.environment = {**os.environ, "DETECTRON2_DATASETS": str(output / "datasets")}
 
     def stage(self, title: str, *command: str | Path) -> None:
         """Run one command, showing its progress; should it fail, end with its exit code and name its log."""
@@ -62,7 +63,7 @@ class Demo:
         log = self.output / "logs" / f"{title.replace(' ', '_').replace(',', '')}.log"
         print(f"\n[{self._clock()}] {title}\n  $ {shlex.join(words)}", flush=True)
         shown = cli.PROGRESS if "OUTPUT_DIR" in words else re.compile(r".*\S")
-        code = cli.follow(words, log, shown, cwd=ROOT, env=self.environment, pass_fds=[self.lock])
+        code = cli.follow(words, log, shown, cwd=ROOT, pass_fds=[self.lock])
         if code:
             cli.fail(f"stage {title!r} failed with code {code}; its log is {log}", code if code > 0 else 1)
 
@@ -93,7 +94,6 @@ class Demo:
 
     def report(self) -> None:
         """Write the table and the pictures."""
-        os.environ["DETECTRON2_DATASETS"] = self.environment["DETECTRON2_DATASETS"]
         from moco_d2.config import load_cfg
         from moco_d2.evaluation import pictures, report
         from moco_d2.io.files import atomic_write

@@ -182,7 +182,11 @@ def check_copies(cfg: CfgNode) -> None:
     Raises:
         ValueError: they would.
     """
-    entries, ignore = parse_entries(cfg.DATASETS.CUSTOM, _raise), lambda problem: None
+
+    def ignore(problem: str) -> None:
+        """Leave other problems to :func:`register_custom`, which tells all."""
+
+    entries = parse_entries(cfg.DATASETS.CUSTOM, ignore)
     for entry in entries:
         place = _copy_of(entry, Path(cfg.OUTPUT_DIR))
         if entry.name not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
@@ -294,12 +298,15 @@ def _place_problem(place: Path, entries: Sequence[Entry]) -> str:
         for path in (*labels, pictures, entry.json, folder.split_file if labels else None):
             if path is None:
                 continue
-            own = Path(os.path.realpath(path))
-            # Copies within a folder of annotations would be taken for further annotations.
-            if there == own or there in own.parents or (path in labels and own in there.parents):
+            own, where = Path(os.path.realpath(path)), ""
+            if there == own or there in own.parents:
+                where = "in the place of"
+            elif path in labels and own in there.parents:  # They would be taken for further annotations.
+                where = "among the annotations in"
+            if where:
                 return (
-                    f"the labels of a data set would be written anew to {place}, where {path} of data set "
-                    f"{entry.name!r} is: choose another OUTPUT_DIR"
+                    f"labels would be written anew to {place}, {where} {own} of data set {entry.name!r}: choose "
+                    "another OUTPUT_DIR"
                 )
     return ""
 

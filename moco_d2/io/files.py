@@ -303,7 +303,7 @@ def write_text(folder: Path, name: str, text: str) -> None:
         ValueError: the name, which may have folders in it, leads out of the folder.
     """
     path = folder / name
-    if ".." in path.parts or folder not in path.parents:
+    if ".." in Path(name).parts or os.path.isabs(name):
         raise ValueError(f"{name} leads out of the folder that it belongs into")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

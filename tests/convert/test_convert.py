@@ -586,7 +586,7 @@ sys.argv.append("--no-proof")
 assert main() == 0
 assert not any(name.startswith("detectron2.") for name in sys.modules)
 """
-    environment = {"PYTHONPATH": str(TOOL.parents[1]), "PATH": ""}
+    environment = {"PYTHONPATH": f"{TOOL.parents[1]}:{TOOL.parent}", "PATH": ""}
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )

@@ -179,7 +179,7 @@ def test_hidden_copies_are_left_out_in_both_stages_and_all_that_is_left_out_is_s
     assert said.levelname == "WARNING", "five files beside three pictures are many"
     kinds = "5 hidden, 2 .heic, 1 .jpg_large, 1 .txt, 1 without extension"
     assert said.getMessage().endswith(f"hidden: {kinds}") and str(messy) in said.getMessage()
-    assert {str(path) for _, path in walk(messy) if path.suffix.lower() in listing.EXTENSIONS} == set(
+    assert {str(path) for _, path in walk(messy, set()) if path.suffix.lower() in listing.EXTENSIONS} == set(
         list_folder(messy)
     ), "as fine-tuning finds them"
     caplog.clear()

@@ -171,4 +171,6 @@ def test_bfloat16_autocast_changes_losses_a_little():
         with EventStorage():
             losses[autocast] = {name: loss.item() for name, loss in trainer._losses(batch(cfg)).items()}
     assert losses["bfloat16"] != losses[""]
-    assert losses["bfloat16"] == pytest.approx(losses[""], rel=0.05, abs=0.02)
+    # Rounding, which processors do differently, moves proposals, and with them the regions that the heads learn from.
+    assert losses["bfloat16"] == pytest.approx(losses[""], rel=0.05, abs=0.05)
+    assert sum(losses["bfloat16"].values()) == pytest.approx(sum(losses[""].values()), rel=0.02)

@@ -116,27 +116,30 @@ def _fit_state(optimizer: torch.optim.Optimizer, fused: bool | None) -> None:
                 state[name] = torch.empty_like(parameter).copy_(value)
 
 
-# Settings of SOLVER that runs of earlier versions do not know, and what they had in their place.
-LATER = {
-    "OPTIMIZER": "sgd", "EXCLUDE_1D": False, "LR_FACTOR_1D": 1.0, "WARMUP": 0.0, "WARMUP_FROM": 0.0,
-    "LR_EVERY": "epoch", "LR_RULE": "linear", "WEIGHT_DECAY_END": -1.0, "END_FACTOR": 0.0,
-    "CLIP_GRADIENTS.ENABLED": False,
+# What runs of earlier versions, which do not record these settings, had in their place.
+IMPLIED = {
+    "SOLVER.OPTIMIZER": "sgd", "SOLVER.EXCLUDE_1D": False, "SOLVER.WARMUP": 0.0, "SOLVER.LR_EVERY": "epoch",
+    "SOLVER.LR_RULE": "linear", "SOLVER.WEIGHT_DECAY_END": -1.0, "SOLVER.END_FACTOR": 0.0,
+    "SOLVER.CLIP_GRADIENTS.ENABLED": False,
 }  # fmt: skip
 
 
 def trajectory(cfg: CfgNode) -> dict[str, Any]:
     """Return the settings that an update of the weights follows from, by name: a resumed run must have the same.
 
-    Most of them it could not even change: optimizer and scheduler take the checkpoint's. A setting that earlier
-    versions lack is left out where it has the value that they imply, so that their runs resume.
+    Most of them it could not even change: optimizer and scheduler take the checkpoint's.
     """
     solver = cfg.SOLVER
-    keys = ["BASE_LR", "REFERENCE_BATCH", "WEIGHT_DECAY", "EPOCHS", "SCHEDULE"]
-    keys += [*OPTIMIZERS[solver.OPTIMIZER].keys, *SCHEDULES[solver.SCHEDULE][1], *LATER]
+    keys = ["BASE_LR", "REFERENCE_BATCH", "WEIGHT_DECAY", "EPOCHS", "SCHEDULE", "OPTIMIZER", "EXCLUDE_1D", "WARMUP"]
+    keys += ["LR_RULE", "WEIGHT_DECAY_END", "CLIP_GRADIENTS.ENABLED", *OPTIMIZERS[solver.OPTIMIZER].keys]
+    keys += SCHEDULES[solver.SCHEDULE][1]
+    keys += ["LR_EVERY"] if solver.EPOCHS else []
+    keys += ["LR_FACTOR_1D"] if solver.EXCLUDE_1D else []
+    keys += ["WARMUP_FROM"] if solver.WARMUP else []
     if solver.CLIP_GRADIENTS.ENABLED:
         keys += [f"CLIP_GRADIENTS.{key}" for key in ("CLIP_TYPE", "CLIP_VALUE", "NORM_TYPE")]
     values = {key: functools.reduce(lambda node, name: node[name], key.split("."), solver) for key in keys}
-    return {f"SOLVER.{key}": value for key, value in values.items() if key not in LATER or value != LATER[key]}
+    return {f"SOLVER.{key}": value for key, value in values.items()}
 
 
 def scaled_lr(cfg: CfgNode, quiet: bool = False) -> float:

@@ -20,7 +20,7 @@ from moco_d2.engine.build import configured_method
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
 from moco_d2.engine.loader import build_loader
-from moco_d2.engine.optim import ScheduledOptimizer, build_optimizer, total_steps, trajectory
+from moco_d2.engine.optim import IMPLIED, ScheduledOptimizer, build_optimizer, total_steps, trajectory
 from moco_d2.engine.preflight import check_config
 from moco_d2.engine.step import PretrainStep, apply_switches, chosen_autocast, describe_switches
 from moco_d2.facts import BackboneFacts
@@ -172,8 +172,10 @@ class PretrainTrainer(DefaultTrainer):
                 what its number of processes made of the method, so that it could not go on exactly.
         """
         # Checkpoints of earlier versions do not have the method's own settings, and are of runs that decoded so.
-        then = {**self.method.settings(), "DATA.REDUCED_DECODING": True, **state.get("run", {})}
-        changed = changed_settings(then, self._run())
+        now = self._run()
+        implied = {key: value for key, value in IMPLIED.items() if key in now}
+        then = {**self.method.settings(), "DATA.REDUCED_DECODING": True, **implied, **state.get("run", {})}
+        changed = changed_settings(then, now)
         if changed:
             raise ValueError(
                 f"cannot resume exactly: {'; '.join(changed.values())}. Restore the setting, or the number of "

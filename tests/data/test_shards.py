@@ -516,7 +516,7 @@ def batches(source: object, start: int, count: int, workers: int, world: int, la
         )  # fmt: skip
         dataset = ViewDataset(source, build_recipe("moco_v2", 16), 3, build_backend("cv2", CPU))  # type: ignore[arg-type]
         loaders.append(iter(ViewLoader(dataset, sampler, workers, CPU)))
-    return [torch.cat([torch.stack(next(loader)) for loader in loaders], 1) for _ in range(count)]
+    return [torch.cat([torch.stack(next(loader).images) for loader in loaders], 1) for _ in range(count)]
 
 
 def test_a_resumed_stream_is_the_uninterrupted_one_whoever_reads_it(

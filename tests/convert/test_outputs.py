@@ -111,3 +111,8 @@ def test_a_report_is_refused_before_the_conversion(
     assert tool.main() == 2
     assert re.fullmatch(rf"error: {theirs}: a file that this command did not write.*\n", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
+    for name in ("out.pth", "./out.yaml"):
+        monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(tmp_path / name)])
+        assert tool.main() == 2
+        assert "the report would have the name of another file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]

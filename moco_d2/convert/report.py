@@ -103,9 +103,7 @@ def check_report(path: str | os.PathLike[str], source: str | os.PathLike[str], o
     """
     for other in (source, output, config_path(output)):
         if os.path.realpath(path) == os.path.realpath(other):
-            raise ValueError(
-                f"{path}: the report would have the name of another file of this conversion; choose its own"
-            )
+            raise ValueError(f"{path}: another file of this conversion has this name; choose one for the report")
     check_named_file(path, is_report)
 
 

@@ -25,6 +25,7 @@ from moco_d2.detection.missing import is_voc_list, listed_files, missing_files
 from moco_d2.detection.proposals import proposal_problems
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 from moco_d2.nearest import did_you_mean
+from moco_d2.rehearsal import quiet
 from moco_d2.roles import DETECTION
 from moco_d2.running.checkpoints import check_resumable, last_whole
 from moco_d2.running.folder import refuse_to_overwrite
@@ -171,6 +172,18 @@ def check_weights(cfg: CfgNode, resume: bool = False) -> None:
         load_weights(checkpointer, cfg, path, all_names if resuming else pretrained_names)
 
 
+def check_resume(cfg: CfgNode) -> None:
+    """Check for a dry run that the detector takes the checkpoint of the run that is to be continued, if there is one.
+
+    Raises:
+        ValueError: see :func:`check_weights`.
+    """
+    found = last_whole(cfg.OUTPUT_DIR)
+    with quiet():
+        if found:
+            check_weights(cfg, resume=True)
+
+
 @contextmanager
 def building() -> Iterator[None]:
     """Turn what Detectron2 raises at values of ``MODEL`` that it cannot build a detector from into a ValueError."""
@@ -223,7 +236,7 @@ def _range_problems(cfg: CfgNode) -> Iterator[str]:
         (
             "INPUT.MIN_SIZE_TRAIN",
             cfg.INPUT.MIN_SIZE_TRAIN or cfg.INPUT.RANDOM_SCALE,
-            "a list of short sides, not empty",
+            "short sides in pixels",
         ),
         ("INPUT.MIN_SIZE_TRAIN_SAMPLING", cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING in ("choice", "range"), "choice or range"),
         ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP in _FLIPS, f"one of {', '.join(_FLIPS)}"),
@@ -232,8 +245,8 @@ def _range_problems(cfg: CfgNode) -> Iterator[str]:
         ("TEST.DETECTIONS_PER_IMAGE", test.DETECTIONS_PER_IMAGE > 0, "positive"),
         (
             "TEST.EXPECTED_RESULTS",
-            all(map(_is_expectation, test.EXPECTED_RESULTS)),
-            "[task, metric, value, tolerance], ...",
+            all(map(_is_expected, test.EXPECTED_RESULTS)),
+            "of [task, metric, value, tolerance]",
         ),
         ("TEST.PRECISE_BN.NUM_ITER", test.PRECISE_BN.NUM_ITER > 0 or not test.PRECISE_BN.ENABLED, "positive"),
     ]
@@ -241,7 +254,7 @@ def _range_problems(cfg: CfgNode) -> Iterator[str]:
     yield from (f"{key} is {values[key]!r}; it must be {rule}" for key, holds, rule in rules if not holds)
 
 
-def _is_expectation(item: Any) -> bool:
+def _is_expected(item: Any) -> bool:
     numbers = item[2:] if isinstance(item, list | tuple) and len(item) == 4 else ("",)
     return all(isinstance(number, int | float) for number in numbers)
 

@@ -33,8 +33,8 @@ def proposal_problems(cfg: CfgNode, train: bool = True) -> Iterator[str]:
     taken, precomputed = cfg.MODEL.LOAD_PROPOSALS, cfg.MODEL.PROPOSAL_GENERATOR.NAME == _PRECOMPUTED
     if taken != precomputed and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
         yield (
-            f"MODEL.LOAD_PROPOSALS is {taken} and MODEL.PROPOSAL_GENERATOR.NAME is {cfg.MODEL.PROPOSAL_GENERATOR.NAME}: "
-            f"proposals are read from files with True and {_PRECOMPUTED}, and else with neither"
+            f"MODEL.LOAD_PROPOSALS is {taken} and MODEL.PROPOSAL_GENERATOR.NAME is "
+            f"{cfg.MODEL.PROPOSAL_GENERATOR.NAME}: True and {_PRECOMPUTED} go together, for proposals from files"
         )
     used: list[str] = []
     for kind in ("TRAIN", "TEST") if taken else ():
@@ -42,7 +42,7 @@ def proposal_problems(cfg: CfgNode, train: bool = True) -> Iterator[str]:
         if kind == "TRAIN" and not train:
             continue
         if len(names) != len(paths):
-            yield f"DATASETS.PROPOSAL_FILES_{kind} names {len(paths)} files; DATASETS.{kind} needs {len(names)}, one a set"
+            yield f"DATASETS.PROPOSAL_FILES_{kind} names {len(paths)} files; it must name {len(names)}, one a data set"
             continue
         used += paths
     for path in dict.fromkeys(used):
@@ -62,7 +62,7 @@ def read_proposals(path: str) -> dict[str, Any]:
     content = {_KEYS.get(key, key): value for key, value in checkpoint.content.items()}
     mode = content.get("bbox_mode", BoxMode.XYXY_ABS)
     foreign = [name for name in checkpoint.stubbed if name != _BOX_MODE]
-    lists = [content.get(key) for key in ("ids", "boxes", "objectness_logits")]
+    lists: list[Any] = [content.get(key) for key in ("ids", "boxes", "objectness_logits")]
     if foreign or not all(isinstance(items, list | np.ndarray) for items in lists):
         what = f"names code that is not in it ({some(foreign, 3)})" if foreign else "is no file of proposals"
         raise CheckpointError(
@@ -70,9 +70,7 @@ def read_proposals(path: str) -> dict[str, Any]:
             "two), as Detectron2 writes them"
         )
     if len({len(items) for items in lists}) > 1:
-        raise CheckpointError(
-            f"{path}: its `ids`, `boxes` and `objectness_logits` are not of one length; write it anew"
-        )
+        raise CheckpointError(f"{path}: `ids`, `boxes` and `objectness_logits` are not of one length; write it anew")
     try:
         content["bbox_mode"] = BoxMode(mode.arguments[0] if isinstance(mode, Stub) else mode)
     except (ValueError, IndexError) as error:
@@ -98,8 +96,8 @@ def load_proposals(records: list[dict[str, Any]], path: str) -> list[dict[str, A
     place = {str(name): number for number, name in enumerate(content["ids"])}
     if missing := [str(record["image_id"]) for record in records if str(record["image_id"]) not in place]:
         raise ValueError(
-            f"{path} has no proposals for {len(missing)} of {len(records)} pictures (image_id {some(missing, 3)}); give "
-            "the file that was made for this data set"
+            f"{path} has no proposals for {len(missing)} of {len(records)} pictures (image_id {some(missing, 3)}); "
+            "give the file that was made for this data set"
         )
     for record in records:
         record |= _of_picture(content, place[str(record["image_id"])])

@@ -292,8 +292,8 @@ def test_weights_alone_are_not_resumed(images: str, tmp_path: Path) -> None:
     for content, message in (
         ({"model": run["model"]}, "it holds no trainer"),
         ({"state_dict": run["model"]}, "it holds no model and no trainer"),
-        ({**run, "trainer": {"optimizer": 1, "iteration": "x"}}, "cannot resume exactly"),
-        ({**run, "trainer": {**run["trainer"], "optimizer": 1}}, "a checkpoint of another model or run"),
+        ({**run, "trainer": {"_trainer": 1, "iteration": "x"}}, "cannot resume exactly"),
+        ({**run, "trainer": {**run["trainer"], "_trainer": 1}}, "a checkpoint of another model or run"),
     ):
         for path in tmp_path.glob("model_*.pth"):
             path.unlink()

@@ -23,6 +23,7 @@ from moco_d2.config import load_cfg
 from moco_d2.detection.subsets import FILE, select, training_set
 from moco_d2.evaluation import trials
 from moco_d2.evaluation.summary import find_runs
+from moco_d2.provenance import sha256
 
 # Detectron2's own, when a detector is built.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
@@ -199,7 +200,7 @@ def test_other_weights_of_the_same_name_are_refused(plan, tmp_path):
         if seed == 0:
             (trial,) = plan([str(path)])
             finish(trial)
-            assert (trial.init.label, trial.init.sha256) == ("mine", trials.sha256(path))
+            assert (trial.init.label, trial.init.sha256) == ("mine", sha256(path))
             assert trials.state(plan([str(path)])[0]) == "done"
     with pytest.raises(ValueError, match=r"weights: \S+mine\.pth \(SHA-256 \w{12}\) there"):
         plan([str(path)])

@@ -64,8 +64,7 @@ def main() -> int:
 def convert(args: argparse.Namespace) -> None:
     """Run the conversion and print its account."""
     from moco_d2.convert import Choice, can_prove
-    from moco_d2.convert.report import convert_and_report, is_report, summary, write_report
-    from moco_d2.io.files import check_named_file
+    from moco_d2.convert.report import check_report, convert_and_report, summary, write_report
 
     if not args.no_proof and not can_prove():
         raise ValueError(
@@ -74,7 +73,7 @@ def convert(args: argparse.Namespace) -> None:
         )
     parts = tuple(filter(None, args.parts.split(",")))
     if args.report:
-        check_named_file(args.report, is_report)
+        check_report(args.report, args.input, args.output)
     choice = Choice(source=args.source, prefix=args.prefix, norm=args.norm, parts=parts, drop=tuple(args.drop))
     content = convert_and_report(args.input, args.output, not args.no_proof, choice, args.picture, args.bake)
     if args.report:

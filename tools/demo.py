@@ -32,8 +32,6 @@ DETECTORS = {
     "COCO R50-FPN": "configs/quick_schedules/mask_rcnn_R_50_FPN_quick.yaml",
 }
 INITS = ("MoCo", "random")
-# What lies in the output folder; one with anything else is not emptied.
-CONTENT = ("datasets", "pretrain", "moco.pth", "moco.yaml", "logs", "table.md", "*.png", "VOC_*", "COCO_*")
 PRETRAIN = "configs/quick_schedules/moco_v2_R50_quick.yaml"
 
 
@@ -54,8 +52,8 @@ class Demo:
             self.detect_options = [*self.detect_options, *short]
         self.began = time.monotonic()
         # The stages keep the lock, too, should this process be killed.
-        self.lock = files.fresh_folder(output, CONTENT, "--output")
-        files.make_folder(output / "logs", "--output")
+        self.lock = files.fresh_folder(output, content(), "--output")
+        files.claim(output / "logs", ["*.log"], "--output")
 
     def stage(self, title: str, *command: str | Path) -> None:
         """Run one command, showing its progress; should it fail, end with its exit code and name its log."""
@@ -90,7 +88,7 @@ class Demo:
 
     def run_folder(self, name: str, init: str) -> Path:
         """Return the folder of a fine-tuning run."""
-        return self.output / f"{name}_{init}".replace(" ", "_")
+        return self.output / run_name(name, init)
 
     def report(self) -> None:
         """Write the table and the pictures."""
@@ -109,6 +107,18 @@ class Demo:
         print(f"\n[{self._clock()}] done\n\n{table}\n")
         print("One seed and a short schedule on drawn pictures: differences of a few points are noise.")
         print(f"The table, pictures (*.png), logs and checkpoints are in {self.output}")
+
+
+def run_name(name: str, init: str) -> str:
+    """Return the name of the folder of a fine-tuning run."""
+    return f"{name}_{init}".replace(" ", "_")
+
+
+def content() -> list[str]:
+    """Return the names of what lies in the output folder; one with anything else is not emptied."""
+    runs = [run_name(name, init) for name in DETECTORS for init in INITS]
+    pictures = ["pretraining.png", "views.png", *(f"detections_{name.split()[0]}.png" for name in DETECTORS)]
+    return ["datasets", "pretrain", "moco.pth", "moco.yaml", "logs", "table.md", *pictures, *runs]
 
 
 def main() -> None:

@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import logging
+import os
 import time
+from pathlib import Path
 
 import cli
 
@@ -28,8 +30,7 @@ def make(args: argparse.Namespace) -> None:
     from moco_d2.data.packing import pack
 
     root = args.list.parent if args.list else args.folder
-    lines = args.list.read_text().splitlines() if args.list else []
-    files = [str(root / line) for line in lines if line] if args.list else list_folder(root)
+    files = read_list(args.list) if args.list else list_folder(root)
     begun = said = time.monotonic()
     done = written = lost = size = 0
     for packed in pack(files, root, args.out, args.shard_size, args.seed):
@@ -45,6 +46,23 @@ def make(args: argparse.Namespace) -> None:
         f"{args.out}: {done - lost} images in {-(-len(files) // args.shard_size)} shards"
         + f", {lost} unreadable" * (lost > 0)
     )
+
+
+def read_list(path: Path) -> list[str]:
+    """Return the files that a list names, one a line, from its place.
+
+    Raises:
+        ValueError: it is no text, names nothing, or names files that are not there.
+    """
+    try:
+        files = [str(path.parent / line) for line in path.read_text().splitlines() if line]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--list {path} is no text ({error}); it must name a file a line") from error
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing or not files:
+        found = f"names {len(missing)} files that are not there ({missing[0]}, ...)" if missing else "names no file"
+        raise ValueError(f"--list {path} {found}; its paths start at the folder that it lies in")
+    return files
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ Configs that end in _supervised and _random need no MODEL.WEIGHTS.
 """
 
 import argparse
+from typing import Any
 
 import cli
 
@@ -19,11 +20,16 @@ def main(args: argparse.Namespace) -> None:
     """Train, or with ``--eval-only`` evaluate, in this process."""
     from moco_d2.detection.datasets import check_copies, register_custom
     from moco_d2.detection.dry_run import rehearse
-    from moco_d2.detection.preflight import check_weights
+    from moco_d2.detection.preflight import check_resume, check_weights
     from moco_d2.detection.trainer import TransferTrainer, evaluate
 
+    def check(cfg: Any) -> None:
+        check_copies(cfg)
+        if args.resume:
+            check_resume(cfg)
+
     if args.dry_run:
-        cli.dry_run(args, rehearse, check_copies)
+        cli.dry_run(args, rehearse, check)
         return
     cfg = cli.setup(args, check_copies)
     register_custom(cfg, train=not args.eval_only)
@@ -38,8 +44,9 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = cli.launch_parser(__doc__)
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, a trained detector")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, a trained detector")
+    instead.add_argument(
         "--dry-run", action="store_true", help="rehearse the run: data, weights, 2 steps, evaluation, ETA"
     )
     cli.run(main, parser.parse_args(), stage="fine-tuning")

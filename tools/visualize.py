@@ -19,6 +19,8 @@ def main(args: argparse.Namespace) -> None:
     """Make the page that was asked for."""
     if args.count < 1:
         raise ValueError(f"--count is {args.count}; it must be at least 1")
+    if args.page == "detections" and args.pictures < 0:
+        raise ValueError(f"--pictures is {args.pictures}; it must be at least 1, or 0 for all")
     from moco_d2.config import load_cfg
     from moco_d2.evaluation.visualize import detections_page, samples_page
 
@@ -27,7 +29,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         runs = {}
         for run in args.run:
-            path = run if run.suffix == ".pth" else run / "model_final.pth"
+            path = run / "model_final.pth" if run.is_dir() or run.suffix != ".pth" else run
             runs[path.parent.name if path.parent.name not in runs else str(path)] = path
         page = detections_page(runs, args.output, args.count, args.pictures, args.opts)
     print(page)

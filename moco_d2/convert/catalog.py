@@ -23,12 +23,12 @@ import filelock
 import yaml
 
 from moco_d2.convert.choice import Choice
-from moco_d2.convert.conversion import write
+from moco_d2.convert.conversion import is_converted, write
 from moco_d2.convert.convert import CONVERTER, convert_state
 from moco_d2.convert.prove import can_prove
 from moco_d2.io.checkpoints import read_checkpoint
 from moco_d2.io.download import TransferError, megabytes, size_of, transfer
-from moco_d2.io.files import atomic_write, move, remove
+from moco_d2.io.files import atomic_write, check_named_file, has_keys, move, remove
 from moco_d2.io.paths import expand_variable
 
 logger = logging.getLogger(__name__)
@@ -148,6 +148,7 @@ def _differences(entry: Entry, converted: Path) -> list[str]:
 def _make(entry: Entry, converted: Path, differences: list[str]) -> None:
     """Fetch and convert an entry's file, and note what it was made from."""
     kept = converted.is_file()
+    _refuse_foreign(converted)
     if kept:
         logger.info("%s is made anew: %s", entry.name, "; ".join(differences))
     raw = converted.with_suffix(".download")
@@ -164,6 +165,16 @@ def _make(entry: Entry, converted: Path, differences: list[str]) -> None:
     with atomic_write(converted.with_suffix(".json")) as file:
         file.write(json.dumps({**_made_from(entry), **record}, indent=1).encode())
     remove(raw)
+
+
+def _refuse_foreign(converted: Path) -> None:
+    """Refuse, before anything is fetched, a cache in which files of the user's have our names."""
+    try:
+        check_named_file(converted, is_converted)
+        if not converted.is_file():  # beside weights of ours the note is ours, too, even if it is damaged
+            check_named_file(converted.with_suffix(".json"), has_keys("url", "sha256", "fetched"))
+    except ValueError as error:
+        raise CatalogError(f"{error}; MOCO_D2_CACHE names another folder for published weights") from error
 
 
 def download(entry: Entry, target: Path) -> dict[str, Any]:

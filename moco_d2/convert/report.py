@@ -17,7 +17,7 @@ from moco_d2.convert.parts import part_of
 from moco_d2.convert.prove import TOLERANCE, other_padding, read_picture
 from moco_d2.convert.trunk import unwrap
 from moco_d2.io.checkpoints import checkpoint_sha256
-from moco_d2.io.files import has_keys, named_file
+from moco_d2.io.files import check_named_file, has_keys, named_file
 from moco_d2.provenance import provenance, sha256
 
 _GROUPS = 8  # of foreign keys that the summary lists
@@ -93,6 +93,18 @@ def report(
 
 
 is_report = has_keys("source", "mapped", "facts", "proof", "command")
+
+
+def check_report(path: str | os.PathLike[str], source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
+    """Refuse, before a conversion, a report that cannot be written after it.
+
+    Raises:
+        ValueError: the name is that of the weights, of their config, or of a file that is no report.
+    """
+    for other in (source, output, config_path(output)):
+        if os.path.realpath(path) == os.path.realpath(other):
+            raise ValueError(f"{path}: another file of this conversion has this name; choose one for the report")
+    check_named_file(path, is_report)
 
 
 def write_report(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

@@ -177,7 +177,7 @@ def custom_problems(cfg: CfgNode) -> list[str]:
 
 
 def check_copies(cfg: CfgNode) -> None:
-    """Refuse an ``OUTPUT_DIR`` where copies of labels would overwrite the user's files; nothing is written.
+    """Refuse an ``OUTPUT_DIR`` where copies of labels would meet what is not ours; nothing is written.
 
     Raises:
         ValueError: they would.
@@ -191,7 +191,7 @@ def check_copies(cfg: CfgNode) -> None:
         place = _copy_of(entry, Path(cfg.OUTPUT_DIR))
         if entry.name not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             continue
-        if problem := _place_problem(place, entries):  # The labels are read in this rare case only.
+        if problem := _place_problem(place, entries) or _taken(place):  # The labels are read in this rare case only.
             needs = Needs.of(cfg, False, entry.name in cfg.DATASETS.TRAIN)
             coco = read_coco(entry, needs, ignore) if entry.format == "coco" else None
             voc = read_voc(entry, needs, ignore) if entry.format == "voc" else None
@@ -308,6 +308,18 @@ def _place_problem(place: Path, entries: Sequence[Entry]) -> str:
                     f"labels would be written anew to {place}, {where} {own} of data set {entry.name!r}: choose "
                     "another OUTPUT_DIR"
                 )
+    return ""
+
+
+def _taken(place: Path) -> str:
+    """Say why a copy of labels cannot replace what is at a place, as writing it would; empty if it can."""
+    try:
+        if place.suffix == ".json":
+            files.check_claim(place.parent, [files.exactly(place.name)], "OUTPUT_DIR")
+        else:
+            files.check_replaceable(place, "OUTPUT_DIR")
+    except ValueError as error:
+        return str(error)
     return ""
 
 

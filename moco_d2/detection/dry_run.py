@@ -28,6 +28,7 @@ from moco_d2.detection.evaluators import describe_backend
 from moco_d2.detection.mapper import PictureMapper
 from moco_d2.detection.missing import is_voc_list, missing_files
 from moco_d2.detection.preflight import check_weights, fit_to_machine, run_problems, scale_to_processes
+from moco_d2.detection.proposals import with_proposals
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.detection.weights import all_names, load_weights
 from moco_d2.io.pictures import PictureError, describe
@@ -78,7 +79,7 @@ class Rehearsal(TransferTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Load the first pictures of a test set."""
-        records = DatasetCatalog.get(dataset_name)[:IMAGES]
+        records = with_proposals(cfg, dataset_name, DatasetCatalog.get(dataset_name))[:IMAGES]
         return build_detection_test_loader(records, mapper=PictureMapper(cfg, is_train=False))
 
     @classmethod

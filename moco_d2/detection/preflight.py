@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +22,12 @@ from moco_d2.config import flat, mistyped_keys, unread_keys, use_device_there_is
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.evaluators import evaluator_type
 from moco_d2.detection.missing import is_voc_list, listed_files, missing_files
+from moco_d2.detection.proposals import proposal_problems
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 from moco_d2.nearest import did_you_mean
+from moco_d2.rehearsal import quiet
 from moco_d2.roles import DETECTION
-from moco_d2.running.checkpoints import last_whole
+from moco_d2.running.checkpoints import check_resumable, last_whole
 from moco_d2.running.folder import refuse_to_overwrite
 
 logger = logging.getLogger(__name__)
@@ -33,6 +38,8 @@ _CLASSES = {
     "RetinaNet": ("RETINANET", "thing_classes"),
     "SemanticSegmentor": ("SEM_SEG_HEAD", "stuff_classes"),
 }
+
+_FLIPS = ("horizontal", "vertical", "none")
 
 
 def fit_to_machine(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -116,6 +123,7 @@ def run_problems(cfg: CfgNode, world_size: int, train: bool = True) -> Iterator[
         return
     yield from _range_problems(cfg)
     yield from _augmentation_problems(cfg)
+    yield from proposal_problems(cfg, train)
     if train:
         yield from _batch_problems(cfg, world_size)
     names = dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST))
@@ -134,12 +142,15 @@ def starting_point(cfg: CfgNode, resume: bool) -> tuple[str, bool]:
     """Return the file that training starts from, and whether it is the checkpoint of an interrupted run.
 
     Raises:
-        ValueError: a fresh start was asked for, but ``OUTPUT_DIR`` holds a run, which would be overwritten.
+        ValueError: a fresh start was asked for, but ``OUTPUT_DIR`` holds a run, which would be overwritten; or its
+            checkpoints are no run's.
     """
     if not resume:
         refuse_to_overwrite(cfg.OUTPUT_DIR)
         return cfg.MODEL.WEIGHTS, False
     path = last_whole(cfg.OUTPUT_DIR)
+    if path:
+        check_resumable(path)
     return path or cfg.MODEL.WEIGHTS, bool(path)
 
 
@@ -155,8 +166,38 @@ def check_weights(cfg: CfgNode, resume: bool = False) -> None:
     cfg.MODEL.DEVICE = "cpu"
     # The trainer's own initialisation, which follows from the seed, must not depend on this one.
     with torch.random.fork_rng(devices=[]):
-        checkpointer = TransferCheckpointer(build_model(cfg))
+        with building():
+            model = build_model(cfg)
+        checkpointer = TransferCheckpointer(model)
         load_weights(checkpointer, cfg, path, all_names if resuming else pretrained_names)
+
+
+def check_resume(cfg: CfgNode) -> None:
+    """Check for a dry run that the detector takes the checkpoint of the run that is to be continued, if there is one.
+
+    Raises:
+        ValueError: see :func:`check_weights`.
+    """
+    found = last_whole(cfg.OUTPUT_DIR)
+    with quiet():
+        if found:
+            check_weights(cfg, resume=True)
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Turn what Detectron2 raises at values of ``MODEL`` that it cannot build a detector from into a ValueError."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        library = next((name for name in ("detectron2", "fvcore", "torch") if f"/{name}/" in place.filename), "")
+        if not library or "CUDA" in str(error):  # a fault of ours or in code of the user's own, or of the machine
+            raise
+        raise ValueError(
+            f"{library} cannot build this detector: {type(error).__name__}: {' '.join(str(error).split())[:300]} (at "
+            f"`{place.line}` of {Path(place.filename).name}); correct the keys of MODEL that it follows from"
+        ) from error
 
 
 def _batch_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
@@ -192,11 +233,30 @@ def _range_problems(cfg: CfgNode) -> Iterator[str]:
         ("SOLVER.REFERENCE_WORLD_SIZE", solver.REFERENCE_WORLD_SIZE >= 0, "a number of processes, or 0"),
         ("SOLVER.CHECKPOINT_KEEP", solver.CHECKPOINT_KEEP >= 0, "positive, or 0 to keep all"),
         ("SOLVER.CHECKPOINT_KEEP_EVERY", solver.CHECKPOINT_KEEP_EVERY >= 0, "0 or more"),
+        (
+            "INPUT.MIN_SIZE_TRAIN",
+            cfg.INPUT.MIN_SIZE_TRAIN or cfg.INPUT.RANDOM_SCALE,
+            "short sides in pixels",
+        ),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING in ("choice", "range"), "choice or range"),
+        ("INPUT.RANDOM_FLIP", cfg.INPUT.RANDOM_FLIP in _FLIPS, f"one of {', '.join(_FLIPS)}"),
+        ("INPUT.MAX_SIZE_TRAIN", cfg.INPUT.MAX_SIZE_TRAIN > 0, "positive"),
+        ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE > 0, "positive"),
         ("TEST.DETECTIONS_PER_IMAGE", test.DETECTIONS_PER_IMAGE > 0, "positive"),
+        (
+            "TEST.EXPECTED_RESULTS",
+            all(map(_is_expected, test.EXPECTED_RESULTS)),
+            "of [task, metric, value, tolerance]",
+        ),
         ("TEST.PRECISE_BN.NUM_ITER", test.PRECISE_BN.NUM_ITER > 0 or not test.PRECISE_BN.ENABLED, "positive"),
     ]
     values = flat(cfg)
     yield from (f"{key} is {values[key]!r}; it must be {rule}" for key, holds, rule in rules if not holds)
+
+
+def _is_expected(item: Any) -> bool:
+    numbers = item[2:] if isinstance(item, list | tuple) and len(item) == 4 else ("",)
+    return all(isinstance(number, int | float) for number in numbers)
 
 
 def _augmentation_problems(cfg: CfgNode) -> Iterator[str]:

@@ -49,12 +49,23 @@ class PretrainCheckpointer(Checkpointer):
         """Read a run's checkpoint; fvcore's own reading may run code from it."""
         return read_run(filename)
 
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load a run's checkpoint.
+
+        Raises:
+            ValueError: it cannot be read, or is of another run.
+        """
+        try:
+            return dict(super().load(path, checkpointables))
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:600]
+            raise ValueError(
+                f"{path} is a checkpoint of another model or run (was SSL changed?): {type(error).__name__}: {reason}"
+            ) from error
+
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         """Load strictly: fvcore's own only warns of what does not fit."""
-        try:
-            self.model.load_state_dict(checkpoint.pop("model"))
-        except RuntimeError as error:
-            raise ValueError(f"the checkpoint is of another model (was SSL changed?): {error}") from error
+        self.model.load_state_dict(checkpoint.pop("model"))
 
 
 def load_method(method: SSLMethod, path: str) -> None:

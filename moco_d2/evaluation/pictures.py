@@ -22,6 +22,7 @@ from moco_d2.config import load_cfg, use_device_there_is
 from moco_d2.data import ViewDataset, build_backend, build_recipe, open_source
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.mapper import read_label_image, read_pixels
+from moco_d2.detection.preflight import building
 from moco_d2.detection.weights import all_names, load_weights
 from moco_d2.engine.build import outline
 from moco_d2.evaluation.records import read_scalars
@@ -234,7 +235,8 @@ def load_predictor(weights: FolderLike, threshold: float, opts: Sequence[str] = 
     use_device_there_is(cfg)
     cfg.MODEL.WEIGHTS = ""  # loaded below, where what is missing is an error
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
-    predictor = DefaultPredictor(cfg)
+    with building():
+        predictor = DefaultPredictor(cfg)
     load_weights(TransferCheckpointer(predictor.model), cfg, str(weights), all_names)
     return predictor
 

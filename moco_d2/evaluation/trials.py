@@ -202,7 +202,12 @@ def locked(trial: Trial) -> Iterator[int | None]:
 
 
 def prepare(trial: Trial) -> None:
-    """Write what a trial is, and where it runs, into its folder: ``trial.json`` and ``environment.txt``."""
+    """Write what a trial is, and where it runs, into its folder: ``trial.json`` and ``environment.txt``.
+
+    Raises:
+        ValueError: files of these names, or a log, are there that no trial wrote.
+    """
+    files.claim(trial.folder, [RECORD, ENVIRONMENT, LOG], "--output", trusted=bool(read_trial(trial.folder)))
     for name, text in ((RECORD, json.dumps(trial.record(), indent=1)), (ENVIRONMENT, collect_env_info())):
         with files.one_line(trial.folder, "--output"), files.atomic_write(trial.folder / name) as file:
             file.write(text.encode() + b"\n")

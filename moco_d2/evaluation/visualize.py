@@ -124,6 +124,8 @@ def detections_page(
     tests = {predictor.cfg.DATASETS.TEST[:1] for predictor in predictors.values()}
     if len(predictors) not in (1, 2) or len(tests) != 1 or tests == {()}:
         raise ValueError(f"one or two runs of one test set are shown, not {len(runs)} of {sorted(tests)}")
+    if any(predictor.cfg.MODEL.LOAD_PROPOSALS for predictor in predictors.values()):
+        raise ValueError("MODEL.LOAD_PROPOSALS is True: a detector that takes its proposals from a file is not shown")
     with tempfile.TemporaryDirectory() as scratch:
         for predictor in predictors.values():
             cfg = _with_output(predictor.cfg, scratch)

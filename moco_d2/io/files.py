@@ -252,8 +252,23 @@ def claim(folder: str | os.PathLike[str], patterns: Sequence[str], what: str, tr
         ValueError: an entry that matches is there already, and is not noted; or nothing can be written.
     """
     folder = make_folder(folder, what)
-    names = sorted(os.listdir(folder))  # before the notes, which another process of ours makes before it writes
-    noted = _noted(folder)
+    if new := check_claim(folder, patterns, what, trusted):
+        with one_line(folder, what):
+            _note(folder, [*_noted(folder), *new])
+
+
+def check_claim(folder: str | os.PathLike[str], patterns: Sequence[str], what: str, trusted: bool = False) -> list[str]:
+    """Refuse what :func:`claim` would refuse in a folder, which may be missing; nothing is written.
+
+    Returns:
+        The patterns that are not noted yet.
+
+    Raises:
+        ValueError: an entry that matches is there already, and is not noted.
+    """
+    # The names before the notes, which another process of ours makes before it writes.
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    noted = _noted(Path(folder))
     new = [pattern for pattern in patterns if pattern not in noted]
     taken = [name for name in names if _matches(name, new)]
     if taken and not trusted:
@@ -261,9 +276,7 @@ def claim(folder: str | os.PathLike[str], patterns: Sequence[str], what: str, tr
             f"{what} {folder} holds {taken[0]}, which was not written by this command and would be overwritten: move "
             "it away, or name another folder"
         )
-    if new:
-        with one_line(folder, what):
-            _note(folder, [*noted, *new])
+    return new
 
 
 def exactly(name: str) -> str:
@@ -285,7 +298,7 @@ def replaced_folder(folder: str | os.PathLike[str], what: str) -> Iterator[Path]
         new, old = Path(own, "new"), Path(own, "old")
         new.mkdir()
         yield new
-        _note(new, [exactly(name) for name in os.listdir(new)])
+        _note(new, [exactly(name) for name in os.listdir(new)], _files_below(new))
         if folder.exists():
             folder.rename(old)
         try:
@@ -350,7 +363,9 @@ def empty_folder(folder: str | os.PathLike[str], what: str) -> Path:
         ValueError: it is not, or could not.
     """
     folder = Path(folder)
-    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"{what} {folder} is a file; choose a new folder")
+    if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{what} {folder} is not empty; choose a new folder")
     check_folder(folder, what)
     return folder
@@ -372,26 +387,39 @@ def check_replaceable(folder: Path, what: str) -> None:
 
 def _refuse_foreign(folder: Path, what: str) -> None:
     known = [*_noted(folder), MARKER, LOCK]
-    for name in sorted(os.listdir(folder)):
-        if not _matches(name, known) and not (name.startswith(".") and name.endswith(_SUFFIX)):
-            raise ValueError(
-                f"{what} {folder} holds {name}, which this command did not put there: move it away, or name another "
-                "folder"
-            )
+    foreign = [name for name in sorted(os.listdir(folder)) if not _matches(name, known) and not _is_leftover(name)]
+    if not foreign and (files := _noted(folder, "files")):
+        foreign = sorted({*_files_below(folder)} - {*files, MARKER, LOCK})
+    if foreign:
+        raise ValueError(
+            f"{what} {folder} holds {foreign[0]}, which this command did not put there: move it away, or name another "
+            "folder"
+        )
 
 
-def _noted(folder: Path) -> list[str]:
-    """Return the patterns of what is ours in a folder."""
+def _is_leftover(name: str) -> bool:
+    return name.startswith(".") and name.endswith(_SUFFIX)
+
+
+def _files_below(folder: Path) -> list[str]:
+    """Return the paths of all files in a folder and its folders, leftovers of killed processes aside."""
+    found = (Path(place, name) for place, _, names in os.walk(folder) for name in names if not _is_leftover(name))
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _noted(folder: Path, kind: str = "ours") -> list[str]:
+    """Return the patterns of what is ours in a folder; or all files that we put there, if they are noted."""
     try:
-        return [str(pattern) for pattern in json.loads((folder / MARKER).read_bytes())["ours"]]
+        return [str(pattern) for pattern in json.loads((folder / MARKER).read_bytes())[kind]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
-def _note(folder: Path, patterns: Iterable[str]) -> None:
+def _note(folder: Path, patterns: Iterable[str], files: Sequence[str] = ()) -> None:
     text = "What moco_d2 wrote into this folder, and may overwrite or remove; everything else is left alone."
+    content = {"about": text, "ours": sorted(patterns), **({"files": list(files)} if files else {})}
     with atomic_write(folder / MARKER) as file:
-        file.write(json.dumps({"about": text, "ours": sorted(patterns)}, indent=1).encode() + b"\n")
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
 from moco_d2.io.checkpoints import CheckpointError, open_checkpoint
-from moco_d2.io.files import atomic_write, remove, remove_leftovers
+from moco_d2.io.files import atomic_write, remove
 from moco_d2.io.version import FileVersion
 from moco_d2.running.weights import refuse_stubs
 
@@ -97,7 +97,6 @@ def _last_whole(folder: Path) -> str:
     candidates = _candidates(folder)
     if not candidates:
         return ""
-    remove_leftovers(folder)
     problems = []
     for path in candidates:
         problem = " ".join(damage(path).split())
@@ -146,6 +145,21 @@ def _damage(version: FileVersion) -> str:
     except Exception as error:  # Depending on where the damage is, zipfile raises nearly anything.
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def check_resumable(path: str | os.PathLike[str]) -> None:
+    """Refuse to resume from a file that holds weights alone: the run would begin anew without a word.
+
+    Raises:
+        CheckpointError: it is no checkpoint of a training.
+    """
+    content = open_checkpoint(path).content
+    missing = [key for key in ("model", "trainer") if not isinstance(content.get(key), Mapping)]
+    if missing:
+        raise CheckpointError(
+            f"{path} is no checkpoint of a run that could go on: it holds no {' and no '.join(missing)}; start a new "
+            f"run in another OUTPUT_DIR with MODEL.WEIGHTS {path}"
+        )
 
 
 def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from detectron2.utils import comm
 
 from moco_d2.io import files, locks
+from moco_d2.running.checkpoints import check_resumable, last_whole
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,9 @@ def claim(output_dir: str, resume: bool = False, evaluates: bool = False) -> Non
 
 
 def check(output_dir: str, resume: bool = False) -> None:
-    """Refuse, for a dry run, what :func:`claim` would refuse for a training; nothing is written.
+    """Refuse, for a dry run, what :func:`claim` would refuse for a training, or a resumed one; nothing is written.
+
+    Every process must call this.
 
     Raises:
         ValueError: it would.
@@ -64,6 +67,10 @@ def check(output_dir: str, resume: bool = False) -> None:
     files.check_folder(output_dir, "OUTPUT_DIR")
     if not resume:
         refuse_to_overwrite(output_dir)
+    _refuse_links(Path(output_dir))
+    files.check_claim(output_dir, _TRAINING, "OUTPUT_DIR", resume and _trusted(Path(output_dir)))
+    if resume and (path := last_whole(output_dir)):
+        check_resumable(path)
 
 
 def refuse_to_overwrite(output_dir: str) -> None:
@@ -91,11 +98,16 @@ def _claim(folder: Path, resume: bool, evaluates: bool) -> None:
     files.make_folder(folder, "OUTPUT_DIR")
     _refuse_links(folder)
     _lock(folder, PATIENCE if resume else 0)
+    if resume and _trusted(folder):
+        files.remove_leftovers(folder)  # With the lock held, nobody is writing there.
     if fresh:  # The command that held the lock may have left a run.
         refuse_to_overwrite(str(folder))
-    # A folder with a pointer is a run's: of ours from before there were notes, or of Detectron2's.
-    trusted = (folder / _POINTER).is_file() and not fresh
-    files.claim(folder, _EVALUATION if evaluates else _TRAINING, "OUTPUT_DIR", trusted)
+    files.claim(folder, _EVALUATION if evaluates else _TRAINING, "OUTPUT_DIR", not fresh and _trusted(folder))
+
+
+def _trusted(folder: Path) -> bool:
+    """Tell whether a folder is a run's by its pointer: of ours from before there were notes, or of Detectron2's."""
+    return (folder / _POINTER).is_file()
 
 
 def _refuse_links(folder: Path) -> None:

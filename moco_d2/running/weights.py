@@ -17,8 +17,12 @@ from moco_d2.io.checkpoints import Checkpoint, CheckpointError, some
 from moco_d2.io.sharded import find_index
 
 
-def local_path(path: str) -> str:
-    """Return where the file of ``MODEL.WEIGHTS`` lies on this machine; an address is fetched.
+def local_path(path: str, what: str = "MODEL.WEIGHTS") -> str:
+    """Return where a file that a config names lies on this machine; an address is fetched.
+
+    Args:
+        path: a path or an address.
+        what: how the user named it.
 
     Raises:
         ValueError: it cannot be fetched, it is a folder, or there is no such file.
@@ -28,21 +32,20 @@ def local_path(path: str) -> str:
         local = PathManager.get_local_path(bare)
     except Exception as error:  # whatever the network has in store
         raise ValueError(
-            f"MODEL.WEIGHTS {path} could not be fetched ({error}).\n"
-            "  Fetch it elsewhere and pass MODEL.WEIGHTS with the file's path"
+            f"{what} {path} could not be fetched ({error}).\n  Fetch it elsewhere and pass the file's path"
         ) from error
     if os.path.isfile(local):
         return str(local)
     if os.path.isdir(local):
         index = find_index(Path(local))
         if index is None:
-            raise ValueError(f"MODEL.WEIGHTS {path}: {forms.of_folder(Path(local))}")
+            raise ValueError(f"{what} {path}: {forms.of_folder(Path(local))}")
         return str(index)
     folder = os.path.dirname(local) or "."
     beside = os.listdir(folder) if os.path.isdir(folder) else []
     near = difflib.get_close_matches(os.path.basename(local), beside, n=3)
     hint = f"; nearest in {folder}: {', '.join(near)}" if near else ""
-    raise ValueError(f"MODEL.WEIGHTS {path} does not exist{hint}")
+    raise ValueError(f"{what} {path} does not exist{hint}")
 
 
 def refuse_stubs(checkpoint: Checkpoint, place: str) -> None:

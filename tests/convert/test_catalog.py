@@ -326,6 +326,15 @@ def test_the_file_is_the_same_wherever_it_is_made(
     assert sha256(fetch("quarter")) == first
 
 
+@pytest.mark.parametrize("name", ["quarter.pth", "quarter.json"])
+def test_the_user_s_files_in_a_cache_are_kept(name: str, server: Server, entry: Any, cache: Path) -> None:
+    cache.mkdir(exist_ok=True)
+    (cache / name).write_text("the user's")
+    with pytest.raises(CatalogError, match=rf"{name}: a file that this command did not write .*; MOCO_D2_CACHE names"):
+        fetch("quarter")
+    assert (cache / name).read_text() == "the user's" and not server.seen, "nothing was fetched"
+
+
 def test_a_cache_that_cannot_be_written_is_named(entry: Any, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
     with pytest.raises(CatalogError, match="MOCO_D2_CACHE names another folder"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +98,7 @@ def test_the_input_is_kept_under_each_of_its_names(
 
 
 def test_a_report_is_refused_before_the_conversion(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(TOOLS))
     import convert_checkpoint as tool
@@ -108,6 +107,11 @@ def test_a_report_is_refused_before_the_conversion(
     theirs.write_text(json.dumps({"images": [], "annotations": []}))
     words = [str(source), str(tmp_path / "out.pth"), "--no-proof", "--report", str(theirs)]
     monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words])
-    assert tool.main() == 2
-    assert re.fullmatch(rf"error: {theirs}: a file that this command did not write.*\n", capsys.readouterr().err)
+    with pytest.raises(ValueError, match=rf"^{theirs}: a file that this command did not write[^\n]*$"):
+        tool.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
+    for name in ("out.pth", "./out.yaml"):
+        monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(tmp_path / name)])
+        with pytest.raises(ValueError, match="another file of this conversion has this name"):
+            tool.main()
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]

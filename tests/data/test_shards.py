@@ -659,3 +659,21 @@ def test_what_only_has_the_name_of_an_image_neither_blocks_nor_fills_the_memory(
     for name, message in (("pipe", "mode p"), ("disk", "1099511627776 bytes")):
         with pytest.raises(OSError, match=f"not an image file: .*{message}"):
             FileSource([str(tmp_path / f"{name}.jpg")]).read(0)
+
+
+def test_a_list_of_files_is_checked_before_they_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from make_shards import read_list
+
+    names = tmp_path / "list.txt"
+    (tmp_path / "a.jpg").touch()
+    for content, message in (
+        (b"\xff\xfe", "is no text"),
+        (b"\n", "names no file"),
+        (b"a.jpg\nb.jpg\n", r"names 1 files that are not there \(\S*b\.jpg, \.\.\.\); its paths start at the folder"),
+    ):
+        names.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^--list \S*list\.txt {message}[^\n]*$"):
+            read_list(names)
+    names.write_text("a.jpg\n")
+    assert read_list(names) == [str(tmp_path / "a.jpg")]

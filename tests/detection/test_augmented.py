@@ -138,6 +138,12 @@ def test_a_dry_run_evaluates_with_it_at_one_size(tiny: None, tmp_path: Path) -> 
         ("MODEL.PIXEL_MEAN", ["x", 0.0, 0.0], "it must be a list or tuple"),
         ("TEST.AUG.MIN_SIZES", (), "it must name the short sides"),
         ("TEST.DETECTIONS_PER_IMAGE", 0, "it must be positive"),
+        ("TEST.EXPECTED_RESULTS", [["bbox", "AP", 1]], "it must be of [task, metric, value, tolerance]"),
+        ("INPUT.MIN_SIZE_TRAIN", (), "it must be short sides in pixels"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "foo", "it must be choice or range"),
+        ("INPUT.RANDOM_FLIP", "foo", "it must be one of horizontal, vertical, none"),
+        ("INPUT.MAX_SIZE_TRAIN", 0, "it must be positive"),
+        ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 0, "it must be positive"),
     ],
 )
 def test_values_that_cannot_be_are_named_before_anything_is_built(key: str, value: Any, said: str, tiny: None) -> None:

@@ -21,7 +21,7 @@ from detectron2.modeling import build_model
 from small_detector import COCO_C4, COCO_FPN, SHORT, VOC_C4, small_cfg
 
 from moco_d2.convert import Choice, convert_checkpoint
-from moco_d2.detection.preflight import check_weights, starting_point
+from moco_d2.detection.preflight import check_resume, check_weights, starting_point
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.detection.weights import WeightsRecord, all_names, facts_of, load_weights, pretrained_names
 from moco_d2.io import checkpoints, version
@@ -330,11 +330,32 @@ def test_check_weights_leaves_the_random_state_alone(converted_file, tmp_path):
 def test_a_fresh_start_does_not_overwrite_a_run(tmp_path):
     cfg = small_cfg(VOC_C4, "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path)
     assert starting_point(cfg, resume=True) == ("", False)
-    torch.save({"model": {}}, tmp_path / "model_0000001.pth")
+    torch.save({"model": {}, "trainer": {}}, tmp_path / "model_0000001.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     assert starting_point(cfg, resume=True) == (str(tmp_path / "model_0000001.pth"), True)
     with pytest.raises(ValueError, match="holds a run already"):
         starting_point(cfg, resume=False)
+    torch.save({"model": {}}, tmp_path / "model_0000001.pth")
+    with pytest.raises(ValueError, match=r"no checkpoint of a run that could go on: it holds no trainer; start a new"):
+        check_weights(cfg, resume=True)
+    with pytest.raises(ValueError, match="it holds no trainer"):
+        check_resume(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.RESNETS.DEPTH", 19, "detectron2 cannot build this detector: KeyError: 19"),
+        ("MODEL.RESNETS.NORM", "XX", "detectron2 cannot build this detector: KeyError: 'XX'"),
+        ("MODEL.RESNETS.RES2_OUT_CHANNELS", -1, "torch cannot build this detector: RuntimeError: Trying to create"),
+        ("MODEL.RPN.IOU_THRESHOLDS", [0.9, 0.1], "detectron2 cannot build this detector: AssertionError: "),
+    ],
+)
+def test_what_no_detector_can_be_built_of_is_told_in_one_line(key, value, message):
+    cfg = small_cfg(VOC_C4, "MODEL.WEIGHTS", "", key, value)
+    for build in (check_weights, TransferTrainer.build_model):
+        with pytest.raises(ValueError, match=rf"^{message}[^\n]*; correct the keys of MODEL that it follows from$"):
+            build(cfg)
 
 
 @pytest.fixture(scope="module")

@@ -282,8 +282,25 @@ def test_resuming_with_another_recipe_is_refused(images: str, tmp_path: Path) ->
     way_out = ("MODEL.WEIGHTS", tmp_path / "model_final.pth", "SOLVER.EPOCHS", 1, *other)
     (group,) = train(options(images, tmp_path / "new", *way_out)).optimizer.param_groups
     assert (group["initial_lr"], group["momentum"]) == (pytest.approx(0.01 * 8 / 256), 0.8)
-    with pytest.raises(ValueError, match="of another model"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/model_final\.pth is a checkpoint of another model[^\n]+$"):
         train(options(images, tmp_path, "SOLVER.EPOCHS", 1, "SSL.ARGS.queue_size", 48), resume=True)
+
+
+def test_weights_alone_are_not_resumed(images: str, tmp_path: Path) -> None:
+    """The run would begin anew, and nobody would hear of it."""
+    train(options(images, tmp_path, "SOLVER.EPOCHS", 1))
+    run = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    for content, message in (
+        ({"model": run["model"]}, "it holds no trainer"),
+        ({"state_dict": run["model"]}, "it holds no model and no trainer"),
+        ({**run, "trainer": {"_trainer": 1, "iteration": "x"}}, "cannot resume exactly"),
+        ({**run, "trainer": {**run["trainer"], "_trainer": 1}}, "a checkpoint of another model or run"),
+    ):
+        for path in tmp_path.glob("model_*.pth"):
+            path.unlink()
+        torch.save(content, tmp_path / "model_final.pth")
+        with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
+            train(options(images, tmp_path, "SOLVER.EPOCHS", 1), resume=True)
 
 
 def test_fewer_images_than_a_batch_are_refused(images: str, tmp_path: Path) -> None:

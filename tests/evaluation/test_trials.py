@@ -150,6 +150,20 @@ def finish(trial, **weights):
     )
 
 
+@pytest.mark.parametrize("name", ["environment.txt", "trial.log"])
+def test_a_trial_overwrites_nothing_of_the_user_s(name, plan):
+    (trial,) = plan(["random"])
+    trial.folder.mkdir(parents=True)
+    (trial.folder / name).write_text("the user's")
+    with pytest.raises(ValueError, match=f"holds {name}, which was not written by this command"):
+        trials.prepare(trial)
+    assert (trial.folder / name).read_text() == "the user's"
+    (trial.folder / name).unlink()
+    for _ in range(2):  # an attempt that is repeated
+        trials.prepare(trial)
+        (trial.folder / name).write_text("ours")
+
+
 def test_what_differs_is_refused_and_nothing_is_mixed(plan, tmp_path):
     (trial,) = plan(["random"])
     finish(trial, path="", sha256=None)

@@ -129,6 +129,12 @@ def test_only_a_folder_of_ours_is_replaced_or_emptied(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="holds JPEGImages, which this command did not put there"):
             use()
+    (folder / "JPEGImages").rmdir()
+    (folder / "Annotations/a/mine.xml").write_text("the user's")
+    with pytest.raises(ValueError, match=r"holds Annotations/a/mine\.xml, which this command did not put there"):
+        files.replaced_folder(folder, "OUT").__enter__()
+    (folder / "Annotations/a/mine.xml").unlink()
+    (folder / "JPEGImages").mkdir()
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(ValueError, match="is a link"), files.replaced_folder(tmp_path / "link", "OUT"):
         pass

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
@@ -65,8 +67,11 @@ def test_a_fresh_run_does_not_mix_with_another(left: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("resume", [False, True])
 def test_the_user_s_own_files_are_not_taken_for_a_run_s(theirs: str, resume: bool, tmp_path: Path) -> None:
     write(tmp_path / theirs)
-    with pytest.raises(ValueError, match=f"holds {theirs.partition('/')[0]}, which was not written by this command"):
-        folder.claim(str(tmp_path), resume)
+    for act in (folder.check, folder.claim):
+        with pytest.raises(
+            ValueError, match=f"holds {theirs.partition('/')[0]}, which was not written by this command"
+        ):
+            act(str(tmp_path), resume)
     assert {name: text for name, text in tree(tmp_path).items() if text} == {theirs: b"the user's"} | lock_text(
         tmp_path
     )
@@ -108,8 +113,34 @@ def test_nothing_is_written_through_a_link(link: Callable[[Path, Path], None], t
     folder.claim(str(tmp_path / "run"))
     locks._forget_locks()
     link(tmp_path / "run/config.yaml", tmp_path / "mine.yaml")
-    with pytest.raises(ValueError, match=r"config\.yaml is a link"):
-        folder.claim(str(tmp_path / "run"), resume=True)
+    for act in (folder.check, folder.claim):
+        with pytest.raises(ValueError, match=r"config\.yaml is a link"):
+            act(str(tmp_path / "run"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {}}, "no checkpoint of a run that could go on: it holds no trainer"),
+        ({"trainer": {}, "model": 1}, "it holds no model"),
+        ({"model": {}, "trainer": {}, "x": argparse.Namespace()}, r"none of the 1 checkpoints .*argparse\.Namespace"),
+    ],
+)
+def test_a_dry_run_looks_at_what_would_be_resumed(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "model_final.pth")
+    write(tmp_path / "last_checkpoint", "model_final.pth")
+    write(tmp_path / ".model_0000002.pth.abc.partial", "what a run that lives is writing")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        folder.check(str(tmp_path), resume=True)
+    assert tree(tmp_path) == before
+
+
+def test_leftovers_go_when_the_folder_is_locked(tmp_path: Path) -> None:
+    write(tmp_path / "last_checkpoint", "model_final.pth")
+    write(tmp_path / ".model_0000002.pth.abc.partial")
+    folder.claim(str(tmp_path), resume=True)
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 @pytest.mark.parametrize("path", ["file/run", "/dev/null/x", "/proc/x", "file"])
@@ -256,8 +287,9 @@ def test_only_copies_of_ours_are_written_anew(kind: str, tmp_path: Path, monkeyp
     copy = tmp_path / "out/datasets" / ("parts" if kind == "voc" else "parts.json")
     theirs = copy / "Annotations/0.xml" if kind == "voc" else copy
     write(theirs)
-    with pytest.raises(ValueError, match=r"parts\S* holds Annotations|holds parts\.json"):
-        register_custom(cfg)
+    for act in (check_copies, register_custom):  # a dry run says it, too
+        with pytest.raises(ValueError, match=r"parts\S* holds Annotations|holds parts\.json"):
+            act(cfg)
     assert theirs.read_text() == "the user's"
     theirs.unlink()
     if kind == "voc":

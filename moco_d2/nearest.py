@@ -14,5 +14,7 @@ def unknown_name(what: str, name: object, choices: Iterable[str]) -> str:
 
 def did_you_mean(name: object, choices: Iterable[str], most: int = 1) -> str:
     """Return the end of a message, with the nearest choices (``most`` of them), or nothing where none is near."""
-    near = difflib.get_close_matches(str(name), list(choices), n=most)
+    words = list(choices)
+    same = [word for word in words if word.lower() == str(name).lower()]  # but for the letters' case
+    near = same or difflib.get_close_matches(str(name), words, n=most)
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""

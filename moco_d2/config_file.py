@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from fvcore.common.config import CfgNode
+from detectron2.config import CfgNode
 
 from moco_d2.io import paths
 
@@ -32,8 +32,8 @@ def read_config_file(path: str, source: str, shipped: Callable[[str], Path | Non
 
     try:
         given = Reader.load_yaml_with_base(path)
-    except _TwiceError as error:
-        raise ValueError(f"{source}: {error.problem} {_place(error)}; the first would be lost: join the two") from error
+    except _FileError as error:
+        raise ValueError(f"{source}: {error}") from error
     except yaml.constructor.ConstructorError as error:
         what = f"only plain values are read, and {_place(error)} asks for code: write there what it stands for"
         raise ValueError(f"{source}: {what} ({error.problem})") from error
@@ -45,27 +45,24 @@ def read_config_file(path: str, source: str, shipped: Callable[[str], Path | Non
         raise ValueError(f"{source}: cannot be read: {error}; save it as text in UTF-8") from error
     except (yaml.YAMLError, OSError, AssertionError) as error:
         raise ValueError(f"{source}: cannot be read: {' '.join(str(error).split())}") from error
-    except _BaseError as error:
-        raise ValueError(f"{source}: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{source}: holds a {type(given).__name__}, not keys with values")
     return given
 
 
 def _place(error: yaml.MarkedYAMLError) -> str:
-    mark = error.problem_mark
-    return f"line {mark.line + 1} of {mark.name}" if mark else "a line"
+    return _line(error.problem_mark) if error.problem_mark else "a line"
 
 
-class _BaseError(ValueError):
-    """A ``_BASE_`` cannot be found."""
+def _line(mark: yaml.Mark) -> str:
+    return f"line {mark.line + 1} of {mark.name}"
 
 
-class _TwiceError(yaml.constructor.ConstructorError):
-    """A mapping has a key twice."""
+class _FileError(ValueError):
+    """A mapping has a key twice, or a ``_BASE_`` cannot be found."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Reads plain values. Of two equal keys YAML keeps the last, and nobody would hear of the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -74,14 +71,16 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, Hashable) and key_node.tag != "tag:yaml.org,2002:merge":
                 if key in seen:
-                    raise _TwiceError(
-                        problem=f"the key {key} is there twice, again in", problem_mark=key_node.start_mark
+                    where = _line(key_node.start_mark)
+                    raise _FileError(
+                        f"the key {key} is there twice, again in {where}; the first would be lost: join the two"
                     )
                 seen.add(key)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
-class _Reader(CfgNode):
+class _Reader(CfgNode):  # type: ignore[misc]
     """Reads config files whose ``_BASE_`` may hold ``~`` and ``$VARIABLES``, or be the name of a shipped config."""
 
     known: Callable[[str], Path | None]
@@ -89,7 +88,7 @@ class _Reader(CfgNode):
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
         with super()._open_cfg(filename) as file:
-            content = yaml.load(file, Loader=_Loader)
+            content = _Loader(file).get_single_data()
         base = content.get("_BASE_") if isinstance(content, dict) else None
         if isinstance(base, str):
             content["_BASE_"] = cls._found(base, filename)
@@ -102,12 +101,12 @@ class _Reader(CfgNode):
         try:
             path = paths.expand(base)
         except ValueError as error:
-            raise _BaseError(f"_BASE_ is {base!r}: {error}") from error
+            raise _FileError(f"_BASE_ is {base!r}: {error}") from error
         if "://" in path or Path(filename).parent.joinpath(path).is_file():
             return path
         known = cls.known(path)
         if known is None:
-            raise _BaseError(
+            raise _FileError(
                 f"_BASE_ is {base!r}: No such file or directory from where the config is, and no shipped config's name"
             )
         return str(known)

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 def unknown_name(what: str, name: object, choices: Iterable[str]) -> str:
     """Return the complaint about a setting whose value is none of the choices: value, rule and nearest choice."""
     known = list(choices)
-    return f"{what} is {name!r}; it must be one of {', '.join(known)}{did_you_mean(name, known)}"
+    words = ", ".join(word or "empty" for word in known)
+    return f"{what} is {name!r}; it must be one of {words}{did_you_mean(name, known)}"
 
 
 def did_you_mean(name: object, choices: Iterable[str], most: int = 1) -> str:

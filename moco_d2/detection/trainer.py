@@ -31,14 +31,7 @@ from moco_d2.detection.classes import CLASSES, class_names
 from moco_d2.detection.evaluators import build_evaluator, describe_backend
 from moco_d2.detection.loader import build_loader
 from moco_d2.detection.mapper import PictureMapper
-from moco_d2.detection.preflight import (
-    changes,
-    check_run,
-    fit_to_machine,
-    of_settings,
-    scale_to_processes,
-    starting_point,
-)
+from moco_d2.detection.preflight import changes, check_run, fit_to_machine, scale_to_processes, starting_point
 from moco_d2.detection.segmentation import build_segmentation_mapper
 from moco_d2.detection.step import build_step
 from moco_d2.detection.subsets import training_set
@@ -119,8 +112,7 @@ class TransferTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build the detector, with the switches of ``ENGINE`` that concern it."""
-        with of_settings(cfg):
-            model = super().build_model(cfg)
+        model = super().build_model(cfg)
         stabilise_sync_norms(model)
         if cfg.ENGINE.CHANNELS_LAST:
             model.backbone.to(memory_format=torch.channels_last)

@@ -54,8 +54,7 @@ class PretrainCheckpointer(Checkpointer):
         try:
             self.model.load_state_dict(checkpoint.pop("model"))
         except RuntimeError as error:
-            said = " ".join(str(error).split())[:600]
-            raise ValueError(f"the checkpoint is of another model (was SSL changed?): {said}") from error
+            raise ValueError(f"the checkpoint is of another model (was SSL changed?): {error}") from error
 
 
 def load_method(method: SSLMethod, path: str) -> None:

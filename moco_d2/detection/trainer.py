@@ -38,7 +38,7 @@ from moco_d2.detection.subsets import training_set
 from moco_d2.detection.sync_norm import stabilise_sync_norms
 from moco_d2.detection.weights import WeightsRecord, all_names, load_weights, random_weights
 from moco_d2.io.checkpoints import forget_checkpoint
-from moco_d2.io.files import atomic_write
+from moco_d2.io.files import atomic_write, file_name
 from moco_d2.io.pictures import PictureError
 from moco_d2.layers.distributed import broadcast_module, wrap_ddp
 from moco_d2.model_zoo import config_changes
@@ -342,7 +342,7 @@ class _Noted(DatasetEvaluator):
 
 
 def _metrics_file(cfg: CfgNode, dataset_name: str) -> str:
-    return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name, "metrics.json")
+    return os.path.join(cfg.OUTPUT_DIR, "inference", file_name(dataset_name), "metrics.json")
 
 
 def _batch(run: Mapping[str, Any]) -> str:

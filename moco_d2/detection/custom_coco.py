@@ -74,9 +74,8 @@ def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
         notes.append("it has no labels: detections are saved, and there is nothing to evaluate")
     elif not annotations:
         report(f"{path}: empty split: none of its {len(images)} images has a usable object")
-    elif needs.trains and all(a["iscrowd"] or (needs.keypoints and not a["num_keypoints"]) for a in annotations):
-        what = " with a keypoint that is seen" if needs.keypoints else ""
-        report(f"{path}: empty split: none of its {len(images)} images has an object{what}, other than crowds")
+    elif needs.trains and all(record["iscrowd"] for record in annotations):
+        report(f"{path}: empty split: none of its {len(images)} images has an object, other than crowds")
     if needs.masks:
         notes += _blank_masks(images, annotations)
     own_ids = {

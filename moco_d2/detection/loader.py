@@ -101,7 +101,7 @@ def build_loader(cfg: CfgNode, seed: int, records: Sequence[Record] | None = Non
     Raises:
         ValueError: pictures are not there, or none has an object.
     """
-    records = training_records(cfg) if records is None else records
+    records = training_records(cfg, cfg.DATASETS.TRAIN) if records is None else records
     with seeded(seed):  # Samplers draw their seeds from numpy's generator.
         mapper = mapper or PictureMapper(cfg, is_train=True)
         parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=records)

@@ -73,6 +73,20 @@ class RepeatablePreciseBN(hooks.PreciseBN):
         super().update_stats()
 
 
+class EvaluateIfDone(hooks.EvalHook):
+    """Detectron2's hook, but for the end of a run whose last step has failed: that one would be evaluated, too.
+
+    Its figures would be those of a detector that is not trained to the end, and the error would show hours later, or
+    never where the evaluation, too, fails.
+    """
+
+    def after_train(self) -> None:
+        """Evaluate, if all steps were taken."""
+        if self.trainer.iter < self.trainer.max_iter:  # the last step's number is max_iter - 1
+            self._eval_after_train = False
+        super().after_train()
+
+
 class TransferTrainer(DefaultTrainer):
     """Detectron2's ``DefaultTrainer`` for fine-tuning: on GPUs, one CPU process, or several.
 
@@ -156,8 +170,8 @@ class TransferTrainer(DefaultTrainer):
             hooks.LRScheduler(),
             self._build_precise_bn(),
             checkpoint,  # after precise-BN, which changes the model; before the evaluation, which may fail
-            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
-            hooks.EvalHook(0, self._evaluate_augmented) if cfg.TEST.AUG.ENABLED else None,
+            EvaluateIfDone(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            EvaluateIfDone(0, self._evaluate_augmented) if cfg.TEST.AUG.ENABLED else None,
             hooks.PeriodicWriter(self.build_writers(), period=20) if main else None,
             StopWhenAsked(checkpoint),
         ]

@@ -222,6 +222,8 @@ def _batch_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
 def _range_problems(cfg: CfgNode) -> Iterator[str]:
     solver, test = cfg.SOLVER, cfg.TEST
     rules = [
+        ("DATA.MAX_PIXELS", cfg.DATA.MAX_PIXELS > 0, "positive"),
+        ("DATA.DRY_RUN_PICTURES", cfg.DATA.DRY_RUN_PICTURES >= 0, "a number of pictures, or 0 for all"),
         ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS >= 0, "0 (no worker processes) or more"),
         ("SEED", cfg.SEED < 2**32, "below 2**32, or -1 to have one drawn"),
         ("SOLVER.MAX_ITER", solver.MAX_ITER > 0, "positive"),

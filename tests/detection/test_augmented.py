@@ -180,7 +180,6 @@ def test_values_of_which_detectron2_would_fail_later_are_named_first(
     assert len(found) == 1 and found[0].startswith(f"{key} is {value!r}; ") and said in found[0]
 
 
-
 def test_the_table_of_roles_says_what_detectors_read(trained: tuple[Path, Any, set[str]]) -> None:
     _, cfg, in_training = trained
     built = [

@@ -9,7 +9,6 @@ import ast
 import contextlib
 import difflib
 import functools
-import io
 import itertools
 import logging
 import operator
@@ -17,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -27,6 +26,7 @@ from detectron2.config import get_cfg as detectron2_get_cfg
 from detectron2.config.compat import guess_version
 
 from moco_d2 import roles
+from moco_d2.config_file import read_config_file
 from moco_d2.io import paths
 from moco_d2.io.pictures import MAX_PIXELS
 from moco_d2.methods import METHODS, default_args
@@ -353,7 +353,10 @@ def config_files(name: str | os.PathLike[str]) -> list[Path]:
     Raises:
         ValueError: there is none; the message lists the nearest shipped names.
     """
-    name = paths.expand(os.fspath(name))
+    try:
+        name = paths.expand(os.fspath(name))
+    except ValueError as error:
+        raise ValueError(f"the config file {str(name)!r}: {error}") from error
     if Path(name).is_file():
         return [Path(name)]
     root = _config_root()
@@ -363,9 +366,16 @@ def config_files(name: str | os.PathLike[str]) -> list[Path]:
     stem, _, init = short.rpartition("_")
     if init in INITS and (root / f"{stem}.yaml").is_file() and not stem.startswith(("Base/", "Pretrain/")):
         return [root / f"{stem}.yaml", root / "Base" / f"init-{init}.yaml"]
-    names = list_configs()
-    near = difflib.get_close_matches(short, names, n=3, cutoff=0.4) or names
-    raise ValueError(f"no config file {str(name)!r}, neither as a path nor by name; nearest: {', '.join(near)}")
+    near = difflib.get_close_matches(short, list_configs(), n=3, cutoff=0.4)
+    names = f"nearest: {', '.join(near)}" if near else "configs/README.md lists the names"
+    raise ValueError(f"no config file {str(name)!r}, neither as a path nor by name; {names}")
+
+
+def _shipped(name: str) -> Path | None:
+    """Return the one file of a shipped config, by its name, if it is one."""
+    short = name.removeprefix("configs/").removesuffix(".yaml")
+    path = _config_root() / f"{short}.yaml"
+    return path if path.is_file() else None
 
 
 def _config_root() -> Path:
@@ -380,7 +390,7 @@ def _merge_file(cfg: CN, path: str, source: str) -> set[str]:
 
     A file that states most keys is a run's ``config.yaml``, which nobody wrote: of that, none.
     """
-    given = _read_file(path, source)
+    given = read_config_file(path, source, _shipped)
     keys = flat(given)
     try:
         new = CN(given)
@@ -390,45 +400,10 @@ def _merge_file(cfg: CN, path: str, source: str) -> set[str]:
             cfg.merge_from_file(path, allow_unsafe=False)
     except (KeyError, AssertionError, ValueError, TypeError) as error:
         problems = [*itertools.chain.from_iterable(_merge_one(cfg, key, value) for key, value in keys.items())]
-        raise ValueError("\n".join(f"{source}: {problem}" for problem in problems or [str(error)])) from error
+        problems = list(dict.fromkeys(problems)) or [str(error)]
+        raise ValueError("\n".join(f"{source}: {problem}" for problem in problems)) from error
     own = flat(yaml.safe_load(Path(path).read_text()))
     return set(own) if len(own) < len(flat(cfg)) / 2 else set()
-
-
-class _ConfigFile(CN):
-    """Reads config files whose ``_BASE_`` may hold ``~`` and ``$VARIABLES``."""
-
-    @classmethod
-    def _open_cfg(cls, filename: str) -> IO[str]:
-        with super()._open_cfg(filename) as file:
-            content = yaml.safe_load(file)
-        if isinstance(content, dict) and (base := content.get("_BASE_")):
-            content["_BASE_"] = _expanded(base, ())
-        return io.StringIO(yaml.safe_dump(content, sort_keys=False))
-
-
-def _read_file(path: str, source: str) -> dict[str, Any]:
-    """Return the keys of a config file and of its ``_BASE_`` files, which may not run anything.
-
-    Detectron2's own reading would: a YAML tag can name any function. Configs come beside weights from strangers.
-
-    Raises:
-        ValueError: it is no YAML mapping, asks for code, or a ``_BASE_`` is missing or its own.
-    """
-    try:
-        given = _ConfigFile.load_yaml_with_base(path)
-    except yaml.constructor.ConstructorError as error:
-        what = f"only plain values are read ({error.problem}): write out what it stands for"
-        raise ValueError(f"{source}: {what}") from error
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{source}: it, or a _BASE_ of it, is empty or no mapping, or _BASE_ is no path") from error
-    except RecursionError as error:
-        raise ValueError(f"{source}: a _BASE_ leads back to the file itself") from error
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, AssertionError) as error:
-        raise ValueError(f"{source}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(given, dict):
-        raise ValueError(f"{source}: holds a {type(given).__name__}, not keys with values")
-    return given
 
 
 def _merge_words(cfg: CN, opts: Sequence[str]) -> list[str]:
@@ -444,6 +419,9 @@ def _merge_one(cfg: CN, key: str, value: Any) -> Iterator[str]:
     keys = dict(_keys(cfg))
     group = keys.get(key.rpartition(".")[0])
     if isinstance(group, CN) and group.is_new_allowed():
+        return
+    if isinstance(group, list):
+        yield f"{key.rpartition('.')[0]} is a mapping; it must be a list, as {group!r} is"
         return
     if key not in keys:
         yield f"no config key {key}{did_you_mean(key, keys, most=3)}"

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 
 from moco_d2.config import INITS, add_config, config_files, flat, list_configs, load_cfg
 from moco_d2.model_zoo import config_changes, get_config, get_protocol, list_protocols, protocol_table, published_tables
+from moco_d2.nearest import unknown_name
 
 # The quick schedules are shipped configs with smaller numbers, under names of their own.
 DETECTION = [name for name in list_configs() if not name.startswith(("Pretrain/", "quick_schedules/"))]
@@ -253,6 +254,10 @@ def test_all_unknown_keys_and_wrong_types_are_named_at_once(source: str, tmp_pat
         ("_BASE_: nowhere.yaml", "No such file"),
         ("_BASE_: it.yaml", "leads back to the file itself"),
         ("_BASE_: 3", "_BASE_ is no path"),
+        ("_BASE_: $NOT_SET/a.yaml", "_BASE_ is '$NOT_SET/a.yaml': the environment variable NOT_SET is not set"),
+        ("SOLVER: {GAMMA: 0.5}\nSEED: 1\nSOLVER: {MAX_ITER: 5}", "the key SOLVER is there twice, again in line 3 of "),
+        ("SOLVER: {GAMMA: 0.5, GAMMA: 0.6}", "the key GAMMA is there twice"),
+        ("DATASETS: {CUSTOM: {name: a, format: voc, root: d}}", "DATASETS.CUSTOM is a mapping; it must be a list"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_config_is_refused_in_one_line_and_runs_nothing(text, said, tmp_path, monkeypatch):
@@ -262,6 +267,36 @@ def test_a_file_that_is_no_config_is_refused_in_one_line_and_runs_nothing(text, 
         load_cfg("it.yaml")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("it.yaml: ")
     assert not Path("ran").exists()
+
+
+def test_the_line_that_asks_for_code_is_named_in_the_base_that_holds_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("SEED: 1\nVERSION: !!python/object/apply:eval ['2']\n")
+    (tmp_path / "own.yaml").write_text("_BASE_: base.yaml\n")
+    with pytest.raises(ValueError, match=r"own.yaml: only plain values are read, and line 2 of \S+base.yaml asks for"):
+        load_cfg(tmp_path / "own.yaml")
+
+
+@pytest.mark.parametrize("suffix", ["", ".yaml"])
+def test_a_base_may_be_a_shipped_configs_name_but_a_file_beside_the_config_goes_first(suffix, tmp_path):
+    name = f"{COCO}FPN_1x"
+    (tmp_path / "own.yaml").write_text(f"_BASE_: {name}{suffix}\nSEED: 7\n")
+    expected = load_cfg(name)
+    expected.SEED = 7
+    assert load_cfg(tmp_path / "own.yaml") == expected
+    beside = tmp_path / f"{name}{suffix}"
+    beside.parent.mkdir()
+    beside.write_text("SOLVER: {MAX_ITER: 3}\n")
+    assert load_cfg(tmp_path / "own.yaml").SOLVER.MAX_ITER == 3
+
+
+def test_what_is_nearest_to_a_name():
+    with pytest.raises(ValueError, match=r"no config key solver.base_lr; did you mean 'SOLVER.BASE_LR'\?$"):
+        load_cfg("", ["solver.base_lr", "1.0"])
+    with pytest.raises(ValueError, match=r"no config file '/', neither as a path nor by name; configs/README.md lists"):
+        load_cfg("/")
+    with pytest.raises(ValueError, match=r"the config file '\$NOT_SET/a': the environment variable NOT_SET"):
+        load_cfg("$NOT_SET/a")
+    assert unknown_name("KEY", "x", ("", "auto")) == "KEY is 'x'; it must be one of empty, auto"
 
 
 def test_published_rows_of_the_paper():

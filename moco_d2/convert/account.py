@@ -207,4 +207,6 @@ def _expression(trunk: Trunk, keys: Sequence[str]) -> str:
     ends = {name[len(_first(name, separators)) :][:1] for name in names}
     end = f"([{separators}]|$)" if len(ends) > 1 else re.escape(ends.pop()) or "$"
     words = "|".join(map(re.escape, firsts))
+    if not words.isprintable():  # Who types it has no key for them.
+        words = re.sub(r"\\?[\x00-\x1f\x7f-\x9f]", lambda _: r"\W", words)
     return f"{start}{f'({words})' if len(firsts) > 1 else words}{end}"

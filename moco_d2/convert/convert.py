@@ -201,7 +201,9 @@ def _tensors(trunk: Trunk, path: str | os.PathLike[str]) -> tuple[dict[str, torc
             notes.append(
                 f"split norms: the running statistics of {groups} groups were averaged, as their evaluation does"
             )
-    elif not trunk.group_norm:
+    elif trunk.group_norm:
+        notes.append("that the norms are GroupNorm is your word: a BatchNorm saved without statistics looks the same")
+    else:
         tensors = _with_statistics(tensors, trunk.depth)
     bias = trunk.keys.get(f"{trunk.prefix}conv1.bias")
     if bias is not None and trunk.naming == TORCHVISION:

@@ -15,6 +15,7 @@ from moco_d2.convert.names import NAMINGS, Naming
 from moco_d2.convert.sources import COMPANIONS, INSIDE_HEADS, LOOKALIKES, SOURCES
 from moco_d2.convert.trunk import Trunk, clean_prefix, find_trunks, is_tensor, said_prefix, selected, unwrap
 from moco_d2.io.checkpoints import CheckpointError, some
+from moco_d2.io.unpickle import Stub
 from moco_d2.layers.resnet import DEPTHS
 
 _INCOMPLETE = 0.5  # of a network's tensors: of which more is missing is another network
@@ -51,7 +52,7 @@ def not_recognised(
     if trunks:
         return _which(trunks, states, choice, path)
     refusal = look_alike((key for keys in states.values() for key in keys.values()), path)
-    return refusal or _incomplete(states, choice, path) or _nothing(checkpoint, states, path)
+    return refusal or _unread(places, path) or _incomplete(states, choice, path) or _nothing(checkpoint, states, path)
 
 
 def _which(trunks: Sequence[Trunk], states: Mapping[str, dict[str, str]], choice: Choice, path: Any) -> CheckpointError:
@@ -88,8 +89,9 @@ def _why(trunks: Sequence[Trunk], states: Mapping[str, dict[str, str]], choice: 
         if choice.norm:
             return "not a ResNet with GroupNorm: its norms have a running_mean, as BatchNorm's have"
         return (
-            "a ResNet with GroupNorm (its norms have no running_mean); Detectron2's default is a frozen BatchNorm, and "
-            "MODEL.RESNETS.NORM GN takes such a network"
+            "its norms have no running_mean: a ResNet with GroupNorm, or one with BatchNorm whose statistics were not "
+            "saved (state_dict() holds them, named_parameters() does not); if it is GroupNorm, which Detectron2 takes "
+            "with MODEL.RESNETS.NORM GN"
         )
     if choice.source:
         name = next(source.name for source in SOURCES if source.key == choice.source)
@@ -158,6 +160,24 @@ def _beginnings(keys: Mapping[str, str], naming: Naming) -> Iterable[str]:
     ends = (names[0], names[1 + len(naming.norm_tensors)])
     prefixes = (key.removesuffix(end) for key in keys for end in ends if key.endswith(end))
     return itertools.islice(dict.fromkeys(p for p in prefixes if not p or p[-1] in "./"), _CANDIDATES)
+
+
+def _unread(places: Mapping[str, Mapping[Any, Any]], path: Any) -> CheckpointError | None:
+    """Name the tensors of kinds that are not read: they are there, but would be called missing."""
+    tensors = [(key, value) for place in places.values() for key, value in place.items() if isinstance(value, Stub)]
+    kinds = {key: type(value).__name__.removeprefix("_rebuild_") for key, value in tensors if _is_rebuilt(value)}
+    if not kinds:
+        return None
+    plain = "save them with to_dense()" if any("sparse" in kind for kind in kinds.values()) else "save plain tensors"
+    return CheckpointError(
+        f"{path}: {len(kinds)} tensors are of a kind that is not read ({some(dict.fromkeys(kinds.values()))}): "
+        f"{some(kinds)}; {plain}"
+    )
+
+
+def _is_rebuilt(stub: Stub) -> bool:
+    """Return whether a stub stands for a tensor: torch pickles each kind as the call of ``_rebuild_KIND``."""
+    return type(stub).__name__.startswith("_rebuild_")
 
 
 def _incomplete(states: Mapping[str, dict[str, str]], choice: Choice, path: Any) -> CheckpointError | None:

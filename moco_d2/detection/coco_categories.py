@@ -45,7 +45,7 @@ class Categories:
         return {c["id"]: tuple(c.get("keypoints") or ()) for c in self.plain}
 
     def problem(self, category: int | str | None, said: Any) -> str | None:
-        """Return why no object can be of a category of the file, or None.
+        """Return why no object can be of a category of the file; None if one can, or the category is a problem itself.
 
         Args:
             category: the id that was found in the file, or None.
@@ -55,10 +55,11 @@ class Categories:
             return None
         if category is not None and category in self.others:
             name = self.others[category]
-            return (
-                f"has the unknown class {name!r}: it is not in classes; to leave its objects out, write "
-                f"leave_out: [{name}] into the entry of DATASETS.CUSTOM"
-            )
+            way_out = f"; to leave its objects out, write leave_out: [{name}] into the entry of DATASETS.CUSTOM"
+            hint = did_you_mean(name, self.classes) or way_out
+            return f"has the unknown class {name!r}: it is not in classes, which are {listed(self.classes)}{hint}"
+        if category is not None:
+            return None
         plain = {record["id"]: record["name"] for record in self.plain}
         names = {own: plain[new] for own, new in self.new.items()} | self.left_out | self.others
         held = listed([f"{own!r} ({name})" for own, name in names.items()])

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from moco_d2.data.listing import EXTENSIONS
 from moco_d2.detection import custom_masks
@@ -73,6 +74,10 @@ def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
         notes.append("it has no labels: detections are saved, and there is nothing to evaluate")
     elif not annotations:
         report(f"{path}: empty split: none of its {len(images)} images has a usable object")
+    elif needs.trains and all(record["iscrowd"] for record in annotations):
+        report(f"{path}: empty split: none of its {len(images)} images has an object, other than crowds")
+    if needs.masks:
+        notes += _blank_masks(images, annotations)
     own_ids = {
         key: {new: own for own, new in ids.items()}
         for key, ids in (("image_id", new_image), ("category_id", categories.new))
@@ -85,6 +90,23 @@ def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
     return CocoLabels(content, changed, categories.classes, own_ids, list(categories.left_out), notes)
 
 
+def _blank_masks(images: Iterable[Record], annotations: Iterable[Record]) -> list[str]:
+    """Tell of objects whose polygons cover no pixel."""
+    by_id = {image["id"]: image for image in images}
+    blank = []
+    for record in annotations:
+        image, mask = by_id[record["image_id"]], record["segmentation"]
+        size = image["width"], image["height"]
+        if not record["iscrowd"] and isinstance(mask, list) and custom_masks.is_blank(mask, size):
+            blank.append(f"bbox {record['bbox']} in {image['file_name']}")
+    if not blank:
+        return []
+    return [
+        f"number of objects whose polygons cover no pixel: {len(blank)}, the first with {blank[0]}; no detection can "
+        "match such a mask, and with INPUT.MASK_FORMAT bitmask the object is left out of training"
+    ]
+
+
 def _same(plain: list[Record] | None, own: Any) -> bool:
     """Return whether a list holds the file's own records: a record that was changed is a new object."""
     if plain is None or not isinstance(own, list):
@@ -95,9 +117,10 @@ def _same(plain: list[Record] | None, own: Any) -> bool:
 def picture_name(folder: Path, name: str) -> str | None:
     """Return how a COCO file's picture is called on this disk, relative to ``images``, or None if it is not there.
 
-    A name with backslashes was written on Windows.
+    A name with backslashes was written on Windows; macOS may compose accented letters from other characters.
     """
-    for option in (name, name.replace("\\", "/")):
+    slashes = name.replace("\\", "/")
+    for option in dict.fromkeys((name, slashes, normalize("NFC", slashes), normalize("NFD", slashes))):
         if os.path.isfile(folder / option):
             return option
     return None
@@ -186,7 +209,7 @@ def _annotations(
             ids |= {plain["id"]} if "id" in plain else set()
             if category in categories.left_out:
                 left_out[categories.left_out[category]] += 1
-            elif image in new_image:  # or else it was a problem already
+            elif image in new_image and category in categories.new:  # or else they were a problem already
                 new = {"image_id": new_image[image], "category_id": categories.new[category]}
                 names = categories.keypoints[new["category_id"]]
                 plain, problem = _object(replaced(plain, **new), sizes[new["image_id"]], needs, names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,3 +112,17 @@ def area(mask: Any, size: tuple[int, int]) -> float:
     if isinstance(mask, Mapping):
         return float(mask_api.area(packed(mask)))
     return float(mask_api.area(mask_api.merge(mask_api.frPyObjects(mask, size[1], size[0]))))
+
+
+def is_blank(value: Sequence[Sequence[float]], size: tuple[int, int]) -> bool:
+    """Return whether polygons that have been checked cover no pixel of a picture of (width, height)."""
+    # Drawing every polygon of a large data set takes minutes: only thin ones, and those that leave the picture, are.
+    return not any(_is_broad(polygon, size) for polygon in value) and area(value, size) == 0
+
+
+def _is_broad(polygon: Sequence[float], size: tuple[int, int]) -> bool:
+    x, y = polygon[::2], polygon[1::2]
+    if min(x) < 0 or min(y) < 0 or max(x) > size[0] or max(y) > size[1]:
+        return False
+    twice = sum(a * d - b * c for a, b, c, d in zip(x, y, [*x[1:], x[0]], [*y[1:], y[0]], strict=True))
+    return abs(twice) / 2 > 2 * max(max(x) - min(x), max(y) - min(y)) + 4

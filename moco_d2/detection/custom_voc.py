@@ -243,18 +243,24 @@ def _read_labels(folder: VocFolder, needs: Needs, report: Report) -> VocLabels:
     classes = list(entry.classes) or voc_classes(folder, report)
     records: dict[str, Record] = {}
     left_out: Counter[str] = Counter()
-    plain = folder.plain
+    plain, owners = folder.plain, dict[str, Path]()
     for where, name in folder.names(folder.xml_files):
         if name in records:
             report(f"{where}: {name!r} is listed twice: duplicate id")
         elif name not in folder.xml_files:
             report(f"{where}: missing annotation {folder.labels / name}.xml")
+        elif name != name.strip() or re.search(r"[\r\n]", name):
+            own = str(folder.xml_files[name])
+            report(f"{own!r}: no list can hold a name that begins or ends with a space, or has a line break: rename it")
         else:
             record = _voc_record(folder, name, classes, needs, report)
             if record:
                 plain &= record.pop("plain")
                 left_out.update(record.pop("left_out"))
                 records[name] = record
+                path, picture = folder.xml_files[name], record["file_name"]
+                if owners.setdefault(picture, path) != path:
+                    report(f"{path}:1: has the picture of {owners[picture]}, {picture}: move one of the two away")
     said = folder.split_file or folder.labels
     if not records:
         report(f"{said}: empty split: no image of it can be used")
@@ -307,7 +313,8 @@ def _voc_record(folder: VocFolder, name: str, classes: Sequence[str], needs: Nee
         "height": height,
         "width": width,
         "annotations": [annotation for annotation in annotations if annotation],
-        "plain": plain and all(map(_is_plain, items)),
+        # The evaluator looks for NAME.xml, and for objects directly below its root.
+        "plain": plain and path.suffix == ".xml" and items == tree.findall("object") and all(map(_is_plain, items)),
         "left_out": Counter(_text(item, "name") for item in left_out),
     }
 

@@ -16,7 +16,6 @@ from detectron2.data import (
     DatasetFromList,
     MetadataCatalog,
     build_detection_test_loader,
-    get_detection_dataset_dicts,
 )
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
@@ -29,6 +28,7 @@ from moco_d2.detection.mapper import PictureMapper
 from moco_d2.detection.missing import is_voc_list, missing_files
 from moco_d2.detection.preflight import check_weights, fit_to_machine, run_problems, scale_to_processes
 from moco_d2.detection.proposals import with_proposals
+from moco_d2.detection.subsets import training_records
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.detection.weights import all_names, load_weights
 from moco_d2.io.pictures import PictureError, describe
@@ -196,7 +196,7 @@ class _Pictures:
     def _add(self, name: str) -> None:
         cfg, trained = self._cfg, name in self._cfg.DATASETS.TRAIN
         try:
-            records = _used(cfg, name) if trained else DatasetCatalog.get(name)
+            records = training_records(cfg, [name]) if trained else DatasetCatalog.get(name)
             mapper = PictureMapper(cfg, is_train=trained, augmentations=[])
         except Exception as error:  # loaders raise anything; often what is wrong has been told already
             if not any(name in problem for problem in self._problems):
@@ -209,13 +209,6 @@ class _Pictures:
         there = [record for record in records if PathManager.isfile(record["file_name"])]
         chosen = [there[number] for number in evenly(len(there), cfg.DATA.DRY_RUN_PICTURES)]
         self._parts.append((mapper, DatasetFromList(chosen, copy=False)))
-
-
-def _used(cfg: CfgNode, name: str) -> list[dict[str, Any]]:
-    """Return the records of a training set that are trained on: Detectron2 leaves out pictures without objects."""
-    points = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    return list(get_detection_dataset_dicts((name,), filter_empty=empty, min_keypoints=points))
 
 
 def _shorten(full: CfgNode, world_size: int) -> CfgNode:

@@ -189,7 +189,7 @@ class Xml(NamedTuple):
 
     Attributes:
         root: each element says its line in the attribute ``line``.
-        plain: whether every parser can read the file: it is UTF-8 and says nothing else.
+        plain: whether every parser reads the same in the file: it is UTF-8, says nothing else, and has no namespaces.
     """
 
     root: ElementTree.Element
@@ -227,4 +227,5 @@ def parse_xml(path: Path) -> Xml:
     except expat.ExpatError as error:
         raise ValueError(f"{path}:{error.lineno}: no valid XML: {error}") from None
     said = declared[1].lower() if declared else b"utf-8"
-    return Xml(builder.close(), text.plain and said in (b"utf-8", b"us-ascii", b"ascii"))
+    plain = text.plain and said in (b"utf-8", b"us-ascii", b"ascii") and "xmlns" not in text.text
+    return Xml(builder.close(), plain)

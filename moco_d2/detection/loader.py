@@ -23,6 +23,7 @@ from moco_d2 import patience
 from moco_d2.data import stream_seed
 from moco_d2.detection.mapper import PictureMapper
 from moco_d2.detection.missing import missing_files
+from moco_d2.detection.subsets import training_records
 from moco_d2.io.pictures import naming, picture_size
 from moco_d2.running.seeds import seeded
 
@@ -98,8 +99,9 @@ def build_loader(cfg: CfgNode, seed: int, records: Sequence[Record] | None = Non
         A loader whose ``batch_sampler`` is a :class:`BatchStream`.
 
     Raises:
-        ValueError: pictures are not there.
+        ValueError: pictures are not there, or none has an object.
     """
+    records = training_records(cfg, cfg.DATASETS.TRAIN) if records is None else records
     with seeded(seed):  # Samplers draw their seeds from numpy's generator.
         mapper = mapper or PictureMapper(cfg, is_train=True)
         parts = build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=records)

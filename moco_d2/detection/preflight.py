@@ -124,6 +124,7 @@ def run_problems(cfg: CfgNode, world_size: int, train: bool = True) -> Iterator[
     yield from _range_problems(cfg)
     yield from _augmentation_problems(cfg)
     yield from proposal_problems(cfg, train)
+    yield from _picture_problems(cfg)
     if train:
         yield from _batch_problems(cfg, world_size)
     names = dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST))
@@ -221,6 +222,8 @@ def _batch_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
 def _range_problems(cfg: CfgNode) -> Iterator[str]:
     solver, test = cfg.SOLVER, cfg.TEST
     rules = [
+        ("DATA.MAX_PIXELS", cfg.DATA.MAX_PIXELS > 0, "positive"),
+        ("DATA.DRY_RUN_PICTURES", cfg.DATA.DRY_RUN_PICTURES >= 0, "a number of pictures, or 0 for all"),
         ("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS >= 0, "0 (no worker processes) or more"),
         ("SEED", cfg.SEED < 2**32, "below 2**32, or -1 to have one drawn"),
         ("SOLVER.MAX_ITER", solver.MAX_ITER > 0, "positive"),
@@ -281,6 +284,25 @@ def _augmentation_problems(cfg: CfgNode) -> Iterator[str]:
         )
     if not augmentation.MIN_SIZES or min(augmentation.MIN_SIZES) < 1:
         yield f"TEST.AUG.MIN_SIZES is {augmentation.MIN_SIZES}; it must name the short sides of the pictures, in pixels"
+
+
+def _picture_problems(cfg: CfgNode) -> Iterator[str]:
+    """Yield what is wrong with how pictures are read and fed, and with what of the detector is frozen or sampled."""
+    inputs, model = cfg.INPUT, cfg.MODEL
+    rules = [
+        ("DATA.MAX_PIXELS", cfg.DATA.MAX_PIXELS > 0, "positive"),
+        ("INPUT.FORMAT", inputs.FORMAT in ("RGB", "BGR"), "RGB or BGR"),
+        ("INPUT.MIN_SIZE_TRAIN", min(inputs.MIN_SIZE_TRAIN, default=1) > 0, "of sizes above 0"),
+        ("INPUT.MIN_SIZE_TEST", inputs.MIN_SIZE_TEST >= 0, "positive, or 0 for pictures as they are"),
+        ("INPUT.CROP.SIZE", len(inputs.CROP.SIZE) == 2 and min(inputs.CROP.SIZE) > 0, "height and width, above 0"),
+        ("MODEL.PIXEL_MEAN", len(model.PIXEL_MEAN) == 3, "three numbers"),
+        ("MODEL.PIXEL_STD", len(model.PIXEL_STD) == 3 and min(model.PIXEL_STD) > 0, "three numbers above 0"),
+        ("MODEL.BACKBONE.FREEZE_AT", 0 <= model.BACKBONE.FREEZE_AT <= 5, "0 (nothing is frozen) to 5 (all stages are)"),
+        ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", model.RPN.BATCH_SIZE_PER_IMAGE > 0, "positive"),
+        ("SOLVER.GAMMA", cfg.SOLVER.GAMMA > 0, "positive"),
+    ]
+    values = flat(cfg)
+    yield from (f"{key} is {values[key]!r}; it must be {rule}" for key, holds, rule in rules if not holds)
 
 
 def _dataset_problems(cfg: CfgNode, name: str) -> Iterator[str]:

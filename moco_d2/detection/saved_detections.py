@@ -77,7 +77,7 @@ class _Reader:
         self.image_ids, self.category_ids = Ids(images), Ids({**categories, **dict.fromkeys(left_out)})
         # Libraries look at the first detection to see what all are.
         self.shapes = [key for key in _SHAPES if any(found.get(key) is not None for found in content)]
-        self.points = next((len(f["keypoints"]) for f in content if isinstance(f.get("keypoints"), list)), 0)
+        self.points = next((len(f["keypoints"]) for f in content if isinstance(f.get("keypoints"), list)), 3)
         self.as_indices = _as_indices(content, categories)
 
     def detection(self, found: Detection) -> Detection:

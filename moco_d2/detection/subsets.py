@@ -52,6 +52,32 @@ def check_percent(percent: float) -> None:
         raise ValueError(f"DATASETS.FRACTION is {percent}; it must be a percentage above 0 and at most 100")
 
 
+def training_records(cfg: CfgNode, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the images of training sets as Detectron2's own loader takes them: without those that have no object.
+
+    Args:
+        cfg: config of the detector.
+        names: the data sets.
+
+    Raises:
+        ValueError: none is left.
+    """
+    try:
+        return list(
+            get_detection_dataset_dicts(
+                names,
+                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+                min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+                proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+            )
+        )
+    except AssertionError as error:
+        raise ValueError(
+            f"no picture of {', '.join(names)} has an object to train on ({error}): a crowd is none, and "
+            "with MODEL.KEYPOINT_ON a picture needs MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE keypoints"
+        ) from None
+
+
 def training_set(cfg: CfgNode) -> list[dict[str, Any]] | None:
     """Choose the images to train on, and list them in ``OUTPUT_DIR/training_subset.json`` unless they are all.
 
@@ -69,13 +95,7 @@ def training_set(cfg: CfgNode) -> list[dict[str, Any]] | None:
     check_percent(percent)
     if percent == 100:
         return None
-    # The arguments are those of Detectron2's own loader: images without boxes are left out before the draw.
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    records = training_records(cfg, cfg.DATASETS.TRAIN)
     # Not the path, which differs between machines. Two data sets may use the same ids for different images.
     ids = [f"{record.get('image_id', '')} {os.path.basename(record['file_name'])}" for record in records]
     chosen = [records[index] for index in select(ids, percent, seed)]

@@ -38,7 +38,7 @@ from moco_d2.detection.subsets import training_set
 from moco_d2.detection.sync_norm import stabilise_sync_norms
 from moco_d2.detection.weights import WeightsRecord, all_names, load_weights, random_weights
 from moco_d2.io.checkpoints import forget_checkpoint
-from moco_d2.io.files import atomic_write
+from moco_d2.io.files import atomic_write, file_name
 from moco_d2.io.pictures import PictureError
 from moco_d2.layers.distributed import broadcast_module, wrap_ddp
 from moco_d2.model_zoo import config_changes
@@ -71,6 +71,20 @@ class RepeatablePreciseBN(hooks.PreciseBN):
         """Update the statistics."""
         self._data_iter = None
         super().update_stats()
+
+
+class EvaluateIfDone(hooks.EvalHook):
+    """Detectron2's hook, but for the end of a run whose last step has failed: that one would be evaluated, too.
+
+    Its figures would be those of a detector that is not trained to the end, and the error would show hours later, or
+    never where the evaluation, too, fails.
+    """
+
+    def after_train(self) -> None:
+        """Evaluate, if all steps were taken."""
+        if self.trainer.iter < self.trainer.max_iter:  # the last step's number is max_iter - 1
+            self._eval_after_train = False
+        super().after_train()
 
 
 class TransferTrainer(DefaultTrainer):
@@ -157,8 +171,8 @@ class TransferTrainer(DefaultTrainer):
             hooks.LRScheduler(),
             self._build_precise_bn(),
             checkpoint,  # after precise-BN, which changes the model; before the evaluation, which may fail
-            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
-            hooks.EvalHook(0, self._evaluate_augmented) if cfg.TEST.AUG.ENABLED else None,
+            EvaluateIfDone(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            EvaluateIfDone(0, self._evaluate_augmented) if cfg.TEST.AUG.ENABLED else None,
             hooks.PeriodicWriter(self.build_writers(), period=20) if main else None,
             StopWhenAsked(checkpoint),
         ]
@@ -343,7 +357,7 @@ class _Noted(DatasetEvaluator):
 
 
 def _metrics_file(cfg: CfgNode, dataset_name: str) -> str:
-    return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name, "metrics.json")
+    return os.path.join(cfg.OUTPUT_DIR, "inference", file_name(dataset_name), "metrics.json")
 
 
 def _batch(run: Mapping[str, Any]) -> str:

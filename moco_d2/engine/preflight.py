@@ -105,6 +105,7 @@ def _data_problems(cfg: CfgNode) -> Iterator[str]:
     rules = [
         ("MAX_SKIPPED", 0 <= cfg.DATA.MAX_SKIPPED <= 1, "a part of the images, in [0, 1]"),
         ("MAX_PIXELS", cfg.DATA.MAX_PIXELS > 0, "positive"),
+        ("DRY_RUN_PICTURES", cfg.DATA.DRY_RUN_PICTURES >= 0, "a number of pictures, or 0 for all"),
         ("SHUFFLE_SHARDS", cfg.DATA.SHUFFLE_SHARDS >= 0, "positive, or 0 for all"),
         (
             "LANES",

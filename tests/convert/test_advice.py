@@ -170,6 +170,18 @@ ADVICE: dict[str, tuple[Build, str, list[str]]] = {
         ["--prefix net. --norm GN"],
     ),
     "not GroupNorm": (lambda net: dict(trunk(net)), "--norm GN", [""]),
+    "encoder and projector of no known project": (
+        lambda net: (
+            under("encoder.", trunk(net)) | head("projector.0.weight", "projector.0.bias", "projector.2.weight")
+        ),
+        "",
+        ["--prefix encoder."],
+    ),
+    "head with a line break in its name": (
+        lambda net: trunk(net) | head("mine\n.weight", "\x1b[0m.bias"),
+        "",
+        [r"--drop '^(mine\W|\W\[0m)\.'"],
+    ),
     "heads at the top": (
         lambda net: trunk(net) | head("simclr_layer.0.weight", "simclr_layer.2.bias"),
         "",

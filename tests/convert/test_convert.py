@@ -397,6 +397,22 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
         ["incomplete MoCo", "2 of the 265", "encoder_q.layer3.4.conv2.weight", "encoder_q.layer4.0.bn1.bias"],
     ),
     "group-norm": (lambda s: without(s, "running_"), ["GroupNorm", "--norm GN"]),
+    "group-norm-or-parameters-alone": (lambda s: without(s, "running_"), ["statistics were not saved", "state_dict()"]),
+    "convnext": (
+        lambda s: {"features.1.0.layer_scale": torch.ones(3, 1, 1), "features.1.0.block.0.weight": torch.ones(3)},
+        ["a ConvNeXt", "layer_scale"],
+    ),
+    "mobilenet-v3": (lambda s: {"features.1.block.0.0.weight": torch.ones(3)}, ["a MobileNet", "block.0.0"]),
+    "googlenet": (lambda s: {"inception3a.branch1.conv.weight": torch.ones(3)}, ["Inception", "inception3a"]),
+    "video": (
+        lambda s: {"stem.0.weight": torch.ones(3), "layer1.0.conv1.0.weight": torch.ones(3, 3, 3, 3, 3)},
+        ["a network for video", "layer1.0.conv1.0.weight"],
+    ),
+    "name-of-several-lines": (
+        lambda s: {**s, "layer1.0.a\nb": torch.ones(3)},
+        ["inside the backbone: 'layer1.0.a\\nb'"],
+    ),
+    "name-without-end": (lambda s: {**s, f"layer1.0.{'x' * 9999}": torch.ones(3)}, ["inside the backbone: ", "xx..."]),
     "unknown-keys": (lambda s: {**s, "layer4.0.se.weight": torch.ones(3)}, ["channel attention", "layer4.0.se.weight"]),
     "unknown-keys-2": (
         lambda s: {**s, "layer4.0.x.weight": torch.ones(3)},
@@ -536,6 +552,25 @@ def test_refusals_say_what_was_found(name: str, net: nn.Module) -> None:
     assert message.startswith("some/file.pth: ") and "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (torch.Tensor.to_sparse, ["1 tensors are of a kind that is not read (sparse_tensor)", "to_dense()"]),
+        (lambda t: torch.nested.nested_tensor([t[0], t[1]]), ["(nested_tensor)", "save plain tensors"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
+def test_a_tensor_of_a_kind_that_is_not_read_is_not_called_missing(
+    change: Callable[[torch.Tensor], torch.Tensor], words: list[str], net: nn.Module, tmp_path: Path
+) -> None:
+    state = {**trunk(net), "layer3.1.conv2.weight": change(trunk(net)["layer3.1.conv2.weight"])}
+    torch.save({"state_dict": under("module.", state)}, tmp_path / "in.pth")
+    with pytest.raises(CheckpointError) as refusal:
+        convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth", proof=False)
+    for word in [*words, "module.layer3.1.conv2.weight"]:
+        assert word in str(refusal.value)
 
 
 def test_narrow_resnet18_is_refused() -> None:

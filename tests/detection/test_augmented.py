@@ -155,6 +155,31 @@ def test_values_that_cannot_be_are_named_before_anything_is_built(key: str, valu
     assert len(found) == 1 and found[0].startswith(f"{key} is {value!r}; ") and said in found[0]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("DATA.MAX_PIXELS", 0, "it must be positive"),
+        ("DATASETS.TRAIN", ({"tiny": 1},), "it must hold names and paths, as text"),
+        ("INPUT.FORMAT", "GBR", "it must be RGB or BGR"),
+        ("INPUT.MIN_SIZE_TRAIN", (0,), "it must be of sizes above 0"),
+        ("INPUT.MIN_SIZE_TEST", -1, "it must be positive, or 0"),
+        ("INPUT.CROP.SIZE", [0.9], "it must be height and width"),
+        ("MODEL.PIXEL_MEAN", [1.0], "it must be three numbers"),
+        ("MODEL.PIXEL_STD", [0.0, 1.0, 1.0], "it must be three numbers above 0"),
+        ("MODEL.BACKBONE.FREEZE_AT", 9, "it must be 0 (nothing is frozen) to 5"),
+        ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 0, "it must be positive"),
+        ("SOLVER.GAMMA", -1.0, "it must be positive"),
+    ],
+)
+def test_values_of_which_detectron2_would_fail_later_are_named_first(
+    key: str, value: Any, said: str, tiny: None
+) -> None:
+    cfg = small_cfg(COCO_C4, *SHORT, *SETS)
+    cfg.merge_from_list([key, value])
+    found = [problem for problem in run_problems(cfg, 1) if "classes" not in problem]
+    assert len(found) == 1 and found[0].startswith(f"{key} is {value!r}; ") and said in found[0]
+
+
 def test_the_table_of_roles_says_what_detectors_read(trained: tuple[Path, Any, set[str]]) -> None:
     _, cfg, in_training = trained
     built = [

@@ -8,6 +8,7 @@ import shutil
 import time
 from contextlib import nullcontext as does_not_raise
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -262,6 +263,10 @@ COCO_PROBLEMS = {
     ),
     "a polygon in another country": (_set("annotations", 0, segmentation=[[1, 1, 1e12, 1, 5, 5]]), "far outside"),
     "no class is left": (lambda c: c.update(categories=[], annotations=[]), "has no categories: write classes"),
+    "crowds only": (
+        lambda c: [item.update(iscrowd=1) for item in c["annotations"]],
+        "empty split: none of its 4 images has an object, other than crowds",
+    ),
     "no object": (lambda c: c["images"].append(3), r"images\[4\] is 3 instead of an object"),
 }
 
@@ -271,6 +276,36 @@ def test_coco_problems_are_named(coco, kind):
     change, message = COCO_PROBLEMS[kind]
     with pytest.raises(ValueError, match=message):
         register_custom(config(coco(change)))
+
+
+def test_a_problem_of_a_category_is_told_once(coco):
+    problems = custom_problems(config(coco(_set("categories", 0, name=5)), opts=["MODEL.ROI_HEADS.NUM_CLASSES", 1]))
+    assert [problem.partition("categories[0]")[2] for problem in problems] == [" (id 30) has name 5; it must be text"]
+
+
+def test_a_class_that_is_nearly_known_is_not_left_out(coco):
+    with pytest.raises(ValueError, match=r"class 'bolt': .*which are bolts, screw; did you mean 'bolts'\?$"):
+        register_custom(config(coco(classes=["bolts", "screw"])))
+    with pytest.raises(ValueError, match=r"which are screw; to leave its objects out, write leave_out: \[bolt\] into"):
+        register_custom(config(coco(classes=["screw"])))
+
+
+@pytest.mark.parametrize(("said", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_found_that_another_system_composes_of_other_characters(coco, tmp_path, said, there):
+    entry = coco(_set("images", 1, file_name=normalize(said, "batch 1/\u00fc.png")))
+    (tmp_path / "pictures/batch 1/1.png").rename(tmp_path / normalize(there, "pictures/batch 1/\u00fc.png"))
+    for labels in (True, False):
+        assert all(Path(record["file_name"]).is_file() for record in pictures(config(entry), "parts", labels))
+
+
+def test_polygons_without_a_pixel_are_told(coco, caplog):
+    def change(content):
+        for index, polygon in enumerate(([5, 5, 9, 5, 7, 5], [120, 1, 130, 1, 130, 90], [2, 2, 9, 2, 9, 2.4, 2, 2.4])):
+            _set("annotations", index, segmentation=[polygon])(content)
+
+    with caplog.at_level(logging.INFO, "moco_d2"):
+        register_custom(config(coco(change)))
+    assert "polygons cover no pixel: 3, the first with bbox [10, 10, 40.5, 30] in batch 1/0.png; no det" in caplog.text
 
 
 RUNS = {
@@ -529,6 +564,10 @@ VOC_PROBLEMS = {
         lambda r: (r / "JPEGImages/c.v2.bmp").touch() or _xml("c.v2.png", "")(r, "c.v2"),
         r"c.v2.xml:1: several pictures are called c.v2 \(c.v2.bmp, c.v2.png\), and no <filename>",
     ),
+    "a picture of two annotations": (
+        lambda r: (r / "JPEGImages/d.JPG").unlink() or _xml("d.JPG", "b.JPG", "d")(r),
+        r"d.xml:1: has the picture of .*Annotations/b.xml, .*JPEGImages/b.JPG: move one of the two away",
+    ),
     "missing image": (lambda r: (r / "JPEGImages/b.JPG").unlink(), r"b.xml:1: missing image .*JPEGImages/b with any"),
     "missing xml": (
         lambda r: (r / "Annotations/b.xml").unlink(),
@@ -553,6 +592,16 @@ def test_voc_problems_are_named(voc, kind):
     change, message = VOC_PROBLEMS[kind]
     with pytest.raises(ValueError, match=message):
         register_custom(config(voc(change, classes=["hammer & nail", "wrench"]), base=VOC_C4))
+
+
+def test_a_name_that_no_list_can_hold_is_refused(voc):
+    for name in (" b", "b\nb"):
+        entry = voc(split="")
+        path = Path(entry["root"], "Annotations", f"{name}.xml")
+        shutil.copy(path.with_name("b.xml"), path)
+        with pytest.raises(ValueError, match=r"b\.xml': no list can hold a name that .*: rename it"):
+            register_custom(config(entry, base=VOC_C4))
+        path.unlink()
 
 
 def test_a_dry_run_names_all_problems_even_those_of_pixels(coco, voc, tmp_path):
@@ -638,6 +687,26 @@ def test_xml_in_any_encoding_is_read_and_evaluated(voc, encoding, tmp_path):
     cfg = config(voc(change), base=VOC_C4, opts=["OUTPUT_DIR", tmp_path / "run"])
     register_custom(cfg)
     assert MetadataCatalog.get("tools").thing_classes == ["hammer & nail", name]
+    assert perfect_score(cfg, "tools")["AP"] == pytest.approx(100)
+
+
+OTHER_READERS = {
+    "namespace": _xml("<annotation>", '<annotation xmlns="http://example.org/voc">'),
+    "group": lambda r: _xml("<object>", "<objects><object>")(r) or _xml("</object>", "</object></objects>")(r),
+    "upper case": lambda r: (r / "Annotations/b.xml").rename(r / "Annotations/b.XML"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_READERS)
+def test_what_the_evaluator_would_read_in_another_way_is_made_plain(voc, kind, tmp_path):
+    def change(root):
+        for path in (root / "Annotations").iterdir():  # plain but for one
+            path.write_text(path.read_text().replace("hammer &amp; nail", "hammer"))
+        _split("a 1\nb\nc.v2\nd\n")(root)
+        OTHER_READERS[kind](root)
+
+    cfg = config(voc(change), base=VOC_C4, opts=["OUTPUT_DIR", tmp_path / "run"])
+    register_custom(cfg)
     assert perfect_score(cfg, "tools")["AP"] == pytest.approx(100)
 
 

@@ -24,6 +24,7 @@ from moco_d2.detection.preflight import check_run
 from moco_d2.detection.trainer import TransferTrainer, evaluate
 from moco_d2.evaluation.visualize import detections_page, samples_page
 from moco_d2.io.pictures import PictureError
+from moco_d2.running.mistakes import pictures_in_one_line
 from moco_d2.running.seeds import seeded
 
 pytestmark = [
@@ -177,6 +178,50 @@ def test_training_ends_in_one_line_and_no_traceback(workers: int, root: Path, ca
     assert record.getMessage() == f"training ends: {said}" and record.exc_info is None
 
 
+@pytest.mark.parametrize("precise_bn", [False, True])
+def test_a_run_whose_last_step_fails_is_not_evaluated(precise_bn: bool, root: Path) -> None:
+    cfg = voc_cfg(root, "DATASETS.TEST", "('voc_again',)", "SOLVER.MAX_ITER", 1, "TEST.PRECISE_BN.ENABLED", precise_bn)
+    trainer = TransferTrainer(cfg)
+    step = trainer.run_step
+
+    def run_step() -> None:
+        if precise_bn:
+            step()
+        shutil.rmtree(root / "VOC2007/JPEGImages")
+        if not precise_bn:
+            step()
+
+    trainer.run_step = run_step
+    with pytest.raises(PictureError, match=r"VOC2007/JPEGImages/00000\d\.jpg: is not there"):
+        trainer.train()
+    assert not (root / "out/results.json").exists() and not (root / "out/inference").exists()
+
+
+def test_a_process_that_is_left_alone_says_so_in_a_line(caplog) -> None:
+    loop = logging.getLogger("detectron2.engine.train_loop")
+    with pictures_in_one_line():
+        try:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Read error [::1]:5: Connection reset by peer")
+        except RuntimeError:
+            loop.exception("Exception during training:")
+    (record,) = caplog.records
+    assert record.getMessage() == "training ends, because another process has ended" and record.exc_info is None
+
+
+@pytest.mark.parametrize("opts", [(), ("DATASETS.FRACTION", 50.0)])
+def test_a_training_set_without_objects_is_a_mistake_in_one_line(opts: tuple[object, ...], root: Path) -> None:
+    labels = root / "coco/annotations/instances_val2017.json"
+    content = json.loads(labels.read_text())
+    for item in content["annotations"]:
+        item["iscrowd"] = 1
+    labels.write_text(json.dumps(content))
+    said = "no picture of coco has an object to train on .*: a crowd is none"
+    with pytest.raises(ValueError, match=f"^{said}"):
+        TransferTrainer.build_train_loader(coco_cfg(root, *opts))
+    with pytest.raises(ValueError, match=said):
+        list(rehearse(coco_cfg(root, *opts)))
+
+
 def test_results_are_kept_where_the_second_test_set_fails_and_where_a_writer_does(root: Path, monkeypatch) -> None:
     cfg = voc_cfg(root, "DATASETS.TEST", "('voc', 'voc_again')", "TEST.PRECISE_BN.ENABLED", False)
     trainer = TransferTrainer(cfg)
@@ -225,6 +270,12 @@ def test_the_dry_run_names_every_picture_and_annotation_at_once(root: Path) -> N
     with pytest.raises(ValueError) as caught:  # of those that are there, the first
         list(rehearse(small))
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_numbers_of_pixels_and_pictures_are_checked(root: Path) -> None:
+    for key, value, rule in (("MAX_PIXELS", 0, "positive"), ("DRY_RUN_PICTURES", -1, "a number of pictures, or 0")):
+        with pytest.raises(ValueError, match=rf"^DATA.{key} is {value}; it must be {rule}"):
+            check_run(voc_cfg(root, "MODEL.ROI_HEADS.NUM_CLASSES", 20, f"DATA.{key}", value), world_size=1)
 
 
 def test_files_that_a_list_names_are_looked_for_before_any_work(root: Path) -> None:

@@ -53,6 +53,7 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
         (["DATA.MAX_SKIPPED", 5.0], "DATA.MAX_SKIPPED is 5.0; it must be a part of the images, in [0, 1]"),
         (["DATA.MAX_PIXELS", True], "DATA.MAX_PIXELS is True; it must be an int"),
         (["DATA.MAX_PIXELS", 0], "DATA.MAX_PIXELS is 0; it must be positive"),
+        (["DATA.DRY_RUN_PICTURES", -1], "DATA.DRY_RUN_PICTURES is -1; it must be a number of pictures, or 0 for all"),
         (["DATA.SHUFFLE_SHARDS", -1], "DATA.SHUFFLE_SHARDS is -1"),
         (["DATA.LANES", 7], "DATA.LANES is 7; it must be 0, or a divisor of SOLVER.IMS_PER_BATCH 256"),
         (["DATA.LANES", -2], "DATA.LANES is -2"),

@@ -131,7 +131,9 @@ ENCODER = (
         arxiv="2002.05709",
         nest=("",),
         prefix="encoder.",
-        marks=(r"^projector\.",),
+        # Many networks have an encoder and a projector; linear layers without biases are this code's.
+        marks=(r"^projector\.0\.weight$", r"^projector\.2\.weight$"),
+        never=r"^projector\.([02]\.bias|1\.|3\.)",
         dropped=((r"^projector\.", "projection head"), without_fc("encoder.", "classifier")),
         pixels=UNIT_RGB,
         notes=("this code can stride in the 1x1 convolution (resnet_hacks.py); strides in the 3x3 are assumed",),

@@ -43,7 +43,7 @@ LOOKALIKES: tuple[Lookalike, ...] = (
         _ONLY,
     ),
     Lookalike(
-        r"(^|\.)(_?conv_stem\.|features\.\d+\.\d+\.block\.|features\.\d+\.conv\.\d)",
+        r"(^|\.)(_?conv_stem\.|features\.(\d+\.){1,2}block\.\d+\.\d+\.|features\.\d+\.conv\.\d)",
         "an EfficientNet or a MobileNet",
         "only ResNets can be converted",
     ),
@@ -63,7 +63,7 @@ LOOKALIKES: tuple[Lookalike, ...] = (
         "only ResNets can be converted",
     ),
     Lookalike(
-        r"(^|\.)(denseblock\d|Mixed_\d\w|level\d\.tree\d|stage\d\.\d\.(fuse_layers|branch\d)|features\.\d+\.squeeze|s\d\.b\d+"
+        r"(^|\.)(denseblock\d|Mixed_\d\w|inception\d\w|level\d\.tree\d|stage\d\.\d\.(fuse_layers|branch\d)|features\.\d+\.squeeze|s\d\.b\d+"
         r"|trunk_output)\.",
         "a DenseNet, Inception, DLA, HRNet, ShuffleNet, SqueezeNet or RegNet",
         "only ResNets can be converted",
@@ -94,6 +94,8 @@ LOOKALIKES: tuple[Lookalike, ...] = (
         "a quantised network",
         "convert the float checkpoint that it was made from",
     ),
+    # Before the deep stems, whose pattern its blocks have too.
+    Lookalike(r"(^|\.)layer\d\.\d+\.conv\d\.0\.", "a network for video (R3D, MC3, R(2+1)D)", _ONLY),
     Lookalike(
         r"(^|\.)conv1\.0\.weight$|(^|\.)stem\.[012]\.conv\.|(^|\.)net\.0\.2\.weight$",
         "a ResNet with a stem of three 3x3 convolutions (ResNet-C, -D, -S)",

@@ -241,13 +241,6 @@ def _picture_problems(cfg: CfgNode) -> Iterator[str]:
     ]
     values = flat(cfg)
     yield from (f"{key} is {values[key]!r}; it must be {rule}" for key, holds, rule in rules if not holds)
-    for which in ("TRAIN", "TEST") if model.LOAD_PROPOSALS else ():
-        sets, files = cfg.DATASETS[which], cfg.DATASETS[f"PROPOSAL_FILES_{which}"]
-        if len(sets) != len(files):
-            yield (
-                f"MODEL.LOAD_PROPOSALS is True: DATASETS.PROPOSAL_FILES_{which} must name a file for each of the "
-                f"{len(sets)} data sets of DATASETS.{which}, and names {len(files)}"
-            )
 
 
 def _dataset_problems(cfg: CfgNode, name: str) -> Iterator[str]:

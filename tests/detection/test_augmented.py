@@ -174,14 +174,6 @@ def test_values_of_which_detectron2_would_fail_later_are_named_first(
     assert len(found) == 1 and found[0].startswith(f"{key} is {value!r}; ") and said in found[0]
 
 
-def test_loaded_proposals_need_a_file_for_each_set(tiny: None) -> None:
-    cfg = small_cfg(COCO_FPN, *SHORT, *SETS, "MODEL.LOAD_PROPOSALS", "True")
-    said = [problem for problem in run_problems(cfg, 1) if "LOAD_PROPOSALS" in problem]
-    assert [problem.partition(" must name a file for each of the 1 data sets")[0] for problem in said] == [
-        f"MODEL.LOAD_PROPOSALS is True: DATASETS.PROPOSAL_FILES_{which}" for which in ("TRAIN", "TEST")
-    ]
-
-
 def test_the_table_of_roles_says_what_detectors_read(trained: tuple[Path, Any, set[str]]) -> None:
     _, cfg, in_training = trained
     built = [

@@ -133,8 +133,9 @@ class SavedDetections(DatasetEvaluator):
         self, dataset_name: str, backend: Any, labels: Any, check: Callable[[Mapping[str, Any]], str | None]
     ) -> None:
         self._name, self._backend, self._labels = dataset_name, backend, labels
-        if self._do_evaluation and (problem := check(labels.dataset)):
-            self._leave_to_reference(f"{self._metadata.json_file}: {problem}")
+        self._problem = check(labels.dataset) if self._do_evaluation else None
+        if self._problem:
+            self._leave_to_reference(f"{self._metadata.json_file}: {self._problem}")
 
     def evaluate_file(self, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
         """Return what ``evaluate`` returns for the detections that it saved to this file, or others in COCO's form.
@@ -221,6 +222,11 @@ class SavedDetections(DatasetEvaluator):
             try:
                 scores[task] = self._score_task(results, task, **options)
             except Exception as error:
+                if self._backend == self.reference and self._problem:
+                    raise ValueError(
+                        f"{self._metadata.json_file}: {self._problem}, and {self.reference} cannot evaluate that: "
+                        "correct it, or name the file in DATASETS.CUSTOM, which fills in what is certain"
+                    ) from error
                 if self._backend == self.reference:
                     raise
                 self._leave_to_reference(f"{self._backend} failed ({type(error).__name__}: {error})")
@@ -321,7 +327,7 @@ def labels_problem(dataset: Mapping[str, Any], crowds: bool = True) -> str | Non
         # pycocotools takes a detection matched with id 0 for one that is not matched.
         if not isinstance(label["id"], int) or label["id"] < 1:
             return f"an annotation has the id {label['id']!r}, which is no positive number"
-        if not np.isfinite([label["area"], *label["bbox"]]).all():
+        if not all(isinstance(value, (int, float)) and np.isfinite(value) for value in (label["area"], *label["bbox"])):
             return f"annotation {label['id']} has an area or box that is not finite"
     for key in ("annotations", "categories", "images"):
         ids = [record["id"] for record in dataset[key]]

@@ -96,8 +96,8 @@ def _blank_masks(images: Iterable[Record], annotations: Iterable[Record]) -> lis
     blank = []
     for record in annotations:
         image, mask = by_id[record["image_id"]], record["segmentation"]
-        size = image["width"], image["height"]
-        if not record["iscrowd"] and isinstance(mask, list) and custom_masks.is_blank(mask, size):
+        drawn = isinstance(mask, list) and not record["iscrowd"]
+        if drawn and custom_masks.is_blank(mask, (image["width"], image["height"])):
             blank.append(f"bbox {record['bbox']} in {image['file_name']}")
     if not blank:
         return []

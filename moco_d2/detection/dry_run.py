@@ -25,7 +25,7 @@ from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.datasets import custom_problems
 from moco_d2.detection.evaluators import describe_backend
 from moco_d2.detection.mapper import PictureMapper
-from moco_d2.detection.missing import is_voc_list, missing_files
+from moco_d2.detection.missing import is_voc_list, missing_files, unreadable
 from moco_d2.detection.preflight import check_weights, fit_to_machine, run_problems, scale_to_processes
 from moco_d2.detection.proposals import with_proposals
 from moco_d2.detection.subsets import training_records
@@ -197,11 +197,11 @@ class _Pictures:
         cfg, trained = self._cfg, name in self._cfg.DATASETS.TRAIN
         try:
             records = training_records(cfg, [name]) if trained else DatasetCatalog.get(name)
-            mapper = PictureMapper(cfg, is_train=trained, augmentations=[])
         except Exception as error:  # loaders raise anything; often what is wrong has been told already
             if not any(name in problem for problem in self._problems):
-                self._problems.append(f"data set {name!r} cannot be read: {type(error).__name__}: {error}")
+                self._problems.append(str(error) if trained else unreadable(name, error))
             return
+        mapper = PictureMapper(cfg, is_train=trained, augmentations=[])
         paths = [record["file_name"] for record in records]
         told = name in cfg.DATASETS.TEST or is_voc_list(name) or MetadataCatalog.get(name).get("custom")
         if not told and (missing := missing_files(name, paths)):

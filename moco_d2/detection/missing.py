@@ -1,13 +1,19 @@
-"""Files that a data set lists and that are not on the disk, found before a run and not in the middle of it."""
+"""Files that a data set lists and that are not on the disk or cannot be read, found before a run and not amid it."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
+
+from moco_d2.detection.custom import Entry, Needs
+from moco_d2.detection.custom_coco import read_coco
+from moco_d2.detection.custom_voc import read_voc
 
 _NAMED = 5  # files in a message
 
@@ -60,6 +66,27 @@ def listed_files(dataset_name: str) -> Iterator[str]:
         yield record["file_name"]
         if "sem_seg_file_name" in record:
             yield record["sem_seg_file_name"]
+
+
+def unreadable(dataset_name: str, error: Exception) -> str:
+    """Say why a registered data set cannot be read, by file and record if its labels are in COCO's or VOC's form.
+
+    Args:
+        dataset_name: the data set.
+        error: what its loader raised, which often names neither.
+    """
+    meta, problems = MetadataCatalog.get(dataset_name), list[str]()
+    with contextlib.suppress(Exception):  # of a reader that is made for other data sets, and only looks for the cause
+        if is_voc_list(dataset_name):
+            root, classes = Path(meta.dirname), tuple(meta.thing_classes)
+            entry = Entry(dataset_name, "voc", root, None, None, meta.split, classes)
+            read_voc(entry, Needs(trains=False), problems.append)
+        elif meta.get("evaluator_type") == "coco":
+            images = Path(meta.image_root)
+            entry = Entry(dataset_name, "coco", images, Path(meta.json_file), images, "", ())
+            read_coco(entry, Needs(trains=False), problems.append)
+    why = problems[0] if problems else f"{type(error).__name__}: {error}"
+    return f"data set {dataset_name!r} cannot be read: {why}"
 
 
 def is_voc_list(dataset_name: str) -> bool:

@@ -21,7 +21,7 @@ from detectron2.utils.file_io import PathManager
 from moco_d2.config import flat, mistyped_keys, unread_keys, use_device_there_is
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.evaluators import evaluator_type
-from moco_d2.detection.missing import is_voc_list, listed_files, missing_files
+from moco_d2.detection.missing import is_voc_list, listed_files, missing_files, unreadable
 from moco_d2.detection.proposals import proposal_problems
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 from moco_d2.nearest import did_you_mean
@@ -320,18 +320,20 @@ def _dataset_problems(cfg: CfgNode, name: str) -> Iterator[str]:
             + "\n  datasets/README.md shows the expected folders"
         )
     elif not meta.get("custom") and (name in cfg.DATASETS.TEST or is_voc_list(name)):  # a custom one is checked already
-        yield from _missing_pictures(name)
+        yield from _missing_pictures(name, read=name in cfg.DATASETS.TEST)
     key, kind = _CLASSES.get(cfg.MODEL.META_ARCHITECTURE, ("", ""))
     classes = meta.get(kind)
     if classes and len(classes) != cfg.MODEL[key].NUM_CLASSES:
         yield f"data set {name!r} has {len(classes)} classes: pass MODEL.{key}.NUM_CLASSES {len(classes)}"
 
 
-def _missing_pictures(name: str) -> Iterator[str]:
+def _missing_pictures(name: str, read: bool) -> Iterator[str]:
     try:
         problem = missing_files(name, listed_files(name))
+        if read and not problem and is_voc_list(name):  # Other lists are in the labels, which have been read by now.
+            DatasetCatalog.get(name)
     except Exception as error:  # loaders raise anything, AssertionError and KeyError included
-        problem = f"data set {name!r} cannot be read: {type(error).__name__}: {error}"
+        problem = unreadable(name, error)
     if problem:
         yield problem
 

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.utils import comm
 
+from moco_d2.detection.missing import unreadable
 from moco_d2.io.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def training_records(cfg: CfgNode, names: Sequence[str]) -> list[dict[str, Any]]
         names: the data sets.
 
     Raises:
-        ValueError: none is left.
+        ValueError: the labels cannot be read, or no image is left.
     """
     try:
         return list(
@@ -71,11 +72,22 @@ def training_records(cfg: CfgNode, names: Sequence[str]) -> list[dict[str, Any]]
                 proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
             )
         )
-    except AssertionError as error:
+    except Exception as error:  # loaders raise anything
+        if not str(error).startswith("No valid data found"):
+            raise ValueError(next(filter(None, map(_fault, names)), f"{type(error).__name__}: {error}")) from error
         raise ValueError(
             f"no picture of {', '.join(names)} has an object to train on ({error}): a crowd is none, and "
             "with MODEL.KEYPOINT_ON a picture needs MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE keypoints"
         ) from None
+
+
+def _fault(name: str) -> str:
+    """Say why a data set cannot be read; empty if it can."""
+    try:
+        DatasetCatalog.get(name)
+    except Exception as error:
+        return unreadable(name, error)
+    return ""
 
 
 def training_set(cfg: CfgNode) -> list[dict[str, Any]] | None:

@@ -29,6 +29,7 @@ from moco_d2.data import stream_seed
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.classes import CLASSES, class_names
 from moco_d2.detection.evaluators import build_evaluator, describe_backend
+from moco_d2.detection.hooks import EvaluateIfDone, RepeatablePreciseBN
 from moco_d2.detection.loader import build_loader
 from moco_d2.detection.mapper import PictureMapper
 from moco_d2.detection.preflight import building, changes, check_run, fit_to_machine, scale_to_processes, starting_point
@@ -62,29 +63,6 @@ _SCHEDULE = (
 )  # fmt: skip
 # Of ENGINE, those that concern detectors.
 _SWITCHES = ("AUTOCAST", "CHANNELS_LAST", "COMPILE")
-
-
-class RepeatablePreciseBN(hooks.PreciseBN):
-    """Detectron2's precise-BN, from the same pictures each time: a resumed run does not know how many were used."""
-
-    def update_stats(self) -> None:
-        """Update the statistics."""
-        self._data_iter = None
-        super().update_stats()
-
-
-class EvaluateIfDone(hooks.EvalHook):
-    """Detectron2's hook, but for the end of a run whose last step has failed: that one would be evaluated, too.
-
-    Its figures would be those of a detector that is not trained to the end, and the error would show hours later, or
-    never where the evaluation, too, fails.
-    """
-
-    def after_train(self) -> None:
-        """Evaluate, if all steps were taken."""
-        if self.trainer.iter < self.trainer.max_iter:  # the last step's number is max_iter - 1
-            self._eval_after_train = False
-        super().after_train()
 
 
 class TransferTrainer(DefaultTrainer):

@@ -13,10 +13,12 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from small_detector import COCO_FPN, SHORT, VOC_C4, small_cfg
 
 from moco_d2.detection.dry_run import rehearse
+from moco_d2.detection.evaluators import build_evaluator
 from moco_d2.detection.loader import build_loader
 from moco_d2.detection.mapper import PictureMapper
 from moco_d2.detection.missing import missing_files
@@ -290,6 +292,37 @@ def test_files_that_a_list_names_are_looked_for_before_any_work(root: Path) -> N
         assert said in str(caught.value)
     with pytest.raises(ValueError, match=r"data set 'coco': 1 of the 4 .*000000000004\.jpg"):
         build_loader(coco_cfg(root), seed=0)  # a training set's, as soon as its labels are read
+
+
+def test_labels_of_registered_sets_that_cannot_be_read_are_named_by_file_and_record(root: Path) -> None:
+    (root / "VOC2012/Annotations/000002.xml").write_text("<annotation>\n<object>")
+    cfg = voc_cfg(root, "MODEL.ROI_HEADS.NUM_CLASSES", 20, "DATASETS.TEST", "('voc_again',)")
+    with pytest.raises(ValueError, match=r"'voc_again' cannot be read: .*Annotations/000002\.xml:2: no valid XML"):
+        check_run(cfg, world_size=1)
+    labels = root / "coco/annotations/instances_val2017.json"
+    content = json.loads(labels.read_text())
+    for changes, said in (
+        ({"category_id": 999}, r":\d+: annotations\[1\] .* unknown class category_id 999"),
+        ({"id": content["annotations"][0]["id"]}, r":\d+: annotations\[1\] .* has the id of another annotation"),
+    ):
+        first, second, *others = content["annotations"]
+        labels.write_text(json.dumps({**content, "annotations": [first, {**second, **changes}, *others]}))
+        with pytest.raises(ValueError, match=rf"^data set 'coco' cannot be read: {labels}{said}"):
+            build_loader(coco_cfg(root), seed=0)
+
+
+def test_labels_that_no_library_can_evaluate_are_a_mistake_in_one_line(root: Path) -> None:
+    labels = root / "coco/annotations/instances_val2017.json"
+    content = json.loads(labels.read_text())
+    content["annotations"][0]["area"] = None
+    labels.write_text(json.dumps(content))
+    evaluator = build_evaluator(coco_cfg(root, "MODEL.MASK_ON", False), "coco")
+    evaluator.reset()
+    found = Instances((90, 120), pred_boxes=Boxes(torch.tensor([[20.0, 20, 70, 60]])))
+    found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.long)
+    evaluator.process([DatasetCatalog.get("coco")[0]], [{"instances": found}])
+    with pytest.raises(ValueError, match=rf"^{labels}: annotation 1 has an area or box that is not finite, and pycoco"):
+        evaluator.evaluate()
 
 
 def test_a_long_list_of_missing_files_is_cut(tmp_path: Path) -> None:

@@ -242,9 +242,12 @@ def load_cfg(
     stated: set[str] = set()
     for path in config_files(config_file) if config_file else ():
         stated |= _merge_file(cfg, str(path), str(config_file))
-    cfg.SSL.ARGS = _method_args(cfg)
     if len(opts) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, but {len(opts)} words were given: {' '.join(opts)}")
+    method = dict(zip(opts[::2], opts[1::2], strict=True)).get("SSL.METHOD", cfg.SSL.METHOD)
+    if method != cfg.SSL.METHOD:  # the file's arguments are those of its own method
+        cfg.SSL.METHOD, cfg.SSL.ARGS = str(method), CN(new_allowed=True)
+    cfg.SSL.ARGS = _method_args(cfg)
     # A file may be completed by the command line, and what it turns on be turned off there: its own keys do nothing if
     # they do nothing in the file, and still nothing in the end.
     asked = {key for key in stated if stage and roles.turned_off(key, stage, flat(cfg), _defaults(cfg))}

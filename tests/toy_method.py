@@ -50,7 +50,7 @@ class Toy(SSLMethod):
 
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
         """Compute two losses."""
-        if not self.frozen or self.progress == 0:
+        if self.frozen:
             self.seen.index_add_(0, views.index, torch.ones_like(views.index))
         features = F.normalize(by_resolution(self.online, views.images).float(), dim=1)  # (V N, C)
         predicted = F.normalize(self.predictor(features), dim=1).unflatten(0, (len(views.images), -1))

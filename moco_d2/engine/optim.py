@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.solver.build import maybe_add_gradient_clipping
 from torch.optim.lr_scheduler import LambdaLR
 
 from moco_d2.engine.schedules import SCHEDULES, lr_factor, weight_decay
@@ -70,14 +69,25 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 
 
 def build_optimizer(cfg: CfgNode, method: SSLMethod) -> torch.optim.Optimizer:
-    """Return ``SOLVER.OPTIMIZER`` over a method's groups of parameters, clipped as ``SOLVER.CLIP_GRADIENTS`` says.
-
-    Clipping is Detectron2's, which clips each parameter's gradient by itself, as DINO does.
-    """
+    """Return ``SOLVER.OPTIMIZER`` over a method's groups of parameters."""
     optimizer = OPTIMIZERS[cfg.SOLVER.OPTIMIZER].build(parameter_groups(cfg, method), cfg)
     fused = optimizer.defaults.get("fused")
     optimizer.register_load_state_dict_post_hook(functools.partial(_fit_state, fused=fused))
-    return maybe_add_gradient_clipping(cfg, optimizer)
+    return optimizer
+
+
+def build_clipper(cfg: CfgNode) -> Callable[[torch.nn.Parameter], Any] | None:
+    """Return what ``SOLVER.CLIP_GRADIENTS`` asks to do with each parameter's gradient; None if it is off.
+
+    As in Detectron2 and DINO, every parameter is clipped by itself. Detectron2's own clipping is not used because it
+    fails for a parameter without a gradient, as a frozen layer has none.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if not clip.ENABLED:
+        return None
+    if clip.CLIP_TYPE == "value":
+        return lambda parameter: torch.nn.utils.clip_grad_value_(parameter, clip.CLIP_VALUE)
+    return lambda parameter: torch.nn.utils.clip_grad_norm_(parameter, clip.CLIP_VALUE, clip.NORM_TYPE)
 
 
 def parameter_groups(cfg: CfgNode, method: SSLMethod) -> Groups:

@@ -20,7 +20,7 @@ from moco_d2.engine.build import configured_method
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
 from moco_d2.engine.loader import build_loader
-from moco_d2.engine.optim import IMPLIED, ScheduledOptimizer, build_optimizer, total_steps, trajectory
+from moco_d2.engine.optim import IMPLIED, ScheduledOptimizer, build_clipper, build_optimizer, total_steps, trajectory
 from moco_d2.engine.preflight import check_config
 from moco_d2.engine.step import PretrainStep, apply_switches, chosen_autocast, describe_switches
 from moco_d2.facts import BackboneFacts
@@ -68,7 +68,7 @@ class PretrainTrainer(DefaultTrainer):
         self.scheduler = ScheduledOptimizer(cfg, optimizer, self.steps_per_epoch)
         self._trainer = PretrainStep(
             wrap_ddp(self.method), loader, optimizer, chosen_autocast(cfg), LOG_PERIOD, self.max_iter,
-            cfg.SOLVER.CLIP_GRADIENTS.ENABLED,
+            build_clipper(cfg),
         )  # fmt: skip
         me = weakref.proxy(self)
         self.checkpointer = PretrainCheckpointer(self.method, cfg.OUTPUT_DIR, lambda: me.facts(), trainer=me)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -33,7 +34,7 @@ class PretrainStep(SimpleTrainer):
         autocast: str,
         period: int,
         max_iter: int,
-        clipped: bool = False,
+        clip: Callable[[nn.Parameter], Any] | None = None,
     ) -> None:
         """Set up.
 
@@ -44,7 +45,7 @@ class PretrainStep(SimpleTrainer):
             autocast: ``bfloat16``, ``float16`` (with loss scaling), or empty for none.
             period: number of steps between two readings of the losses.
             max_iter: number of steps in all; after the last the losses are read as well.
-            clipped: whether the optimizer clips gradients.
+            clip: what is done to a parameter's gradient before the optimizer's step.
         """
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device.type
@@ -52,7 +53,8 @@ class PretrainStep(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(self.device, enabled=self.autocast is torch.float16)
         self.method = cast(SSLMethod, getattr(model, "module", model))
         # Only where somebody looks at gradients: the fused kernel unscales them in passing.
-        self.unscale = clipped or type(self.method).after_backward is not SSLMethod.after_backward
+        self.clip = clip
+        self.unscale = clip is not None or type(self.method).after_backward is not SSLMethod.after_backward
         self._losses: list[tuple[int, dict[str, torch.Tensor]]] = []
 
     def run_step(self) -> None:
@@ -68,6 +70,9 @@ class PretrainStep(SimpleTrainer):
         if self.unscale:
             self.grad_scaler.unscale_(self.optimizer)
         self.method.after_backward()
+        if self.clip:
+            for parameter in (p for p in self.method.parameters() if p.grad is not None):
+                self.clip(parameter)
         self._losses.append((self.iter, {name: loss.detach() for name, loss in losses.items()}))
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()

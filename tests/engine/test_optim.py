@@ -9,10 +9,19 @@ from collections.abc import Callable
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
 from moco_d2.config import load_cfg
-from moco_d2.engine.optim import IMPLIED, OPTIMIZERS, ScheduledOptimizer, build_optimizer, scaled_lr, trajectory
+from moco_d2.engine.optim import (
+    IMPLIED,
+    OPTIMIZERS,
+    ScheduledOptimizer,
+    build_clipper,
+    build_optimizer,
+    scaled_lr,
+    trajectory,
+)
 from moco_d2.engine.preflight import config_problems
 from moco_d2.engine.schedules import lr_factor, weight_decay
 from moco_d2.layers.lars import Lars
@@ -164,16 +173,19 @@ def test_optimizers_learn_resume_and_are_torchs_where_torch_has_them(name: str) 
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_clipped_by_detectron2s_keys() -> None:
-    cfg = config("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm",
-                 "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.5, "SOLVER.OPTIMIZER", "adamw")  # fmt: skip
-    method = Net()
-    optimizer = build_optimizer(cfg, method)
-    for parameter in method.parameters():
-        parameter.grad = torch.ones_like(parameter) * 7
-    optimizer.step()
-    norms = [parameter.grad.norm().item() for parameter in method.parameters()]
-    assert norms == pytest.approx([0.5] * len(norms), rel=1e-4)
+@pytest.mark.parametrize(("kind", "expected"), [("norm", 0.5), ("value", None)])
+def test_gradients_are_clipped_as_by_detectron2(kind: str, expected: float | None) -> None:
+    keys = {"ENABLED": True, "CLIP_TYPE": kind, "CLIP_VALUE": 0.5}
+    cfg = config(*(word for key, value in keys.items() for word in (f"SOLVER.CLIP_GRADIENTS.{key}", value)))
+    ours, theirs = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(3, 4))
+    gradient = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)) * 3
+    ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+    clip = build_clipper(cfg)
+    assert clip is not None
+    clip(ours)
+    maybe_add_gradient_clipping(cfg, torch.optim.SGD([theirs], 0.1)).step()
+    assert torch.equal(ours.grad, theirs.grad) and not torch.equal(ours.grad, gradient)
+    assert expected is None or ours.grad.norm().item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_schedules_follow_their_closed_forms() -> None:

@@ -290,7 +290,6 @@ def _picture_problems(cfg: CfgNode) -> Iterator[str]:
     """Yield what is wrong with how pictures are read and fed, and with what of the detector is frozen or sampled."""
     inputs, model = cfg.INPUT, cfg.MODEL
     rules = [
-        ("DATA.MAX_PIXELS", cfg.DATA.MAX_PIXELS > 0, "positive"),
         ("INPUT.FORMAT", inputs.FORMAT in ("RGB", "BGR"), "RGB or BGR"),
         ("INPUT.MIN_SIZE_TRAIN", min(inputs.MIN_SIZE_TRAIN, default=1) > 0, "of sizes above 0"),
         ("INPUT.MIN_SIZE_TEST", inputs.MIN_SIZE_TEST >= 0, "positive, or 0 for pictures as they are"),

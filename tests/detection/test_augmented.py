@@ -158,7 +158,6 @@ def test_values_that_cannot_be_are_named_before_anything_is_built(key: str, valu
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("DATA.MAX_PIXELS", 0, "it must be positive"),
         ("DATASETS.TRAIN", ({"tiny": 1},), "it must hold names and paths, as text"),
         ("INPUT.FORMAT", "GBR", "it must be RGB or BGR"),
         ("INPUT.MIN_SIZE_TRAIN", (0,), "it must be of sizes above 0"),

@@ -18,8 +18,9 @@ from small_detector import COCO_C4, COCO_FPN, QUARTER, SHORT, VOC_C4, small_cfg
 
 from moco_d2.detection.coco_evaluation import ExactCOCOEvaluator
 from moco_d2.detection.evaluators import build_evaluator
+from moco_d2.detection.hooks import RepeatablePreciseBN
 from moco_d2.detection.preflight import check_run, fit_to_machine
-from moco_d2.detection.trainer import RepeatablePreciseBN, TransferTrainer, evaluate
+from moco_d2.detection.trainer import TransferTrainer, evaluate
 from moco_d2.detection.voc_evaluation import VOCEvaluator
 from moco_d2.provenance import sha256
 

@@ -52,7 +52,6 @@ ELSEWHERE = {
     "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE": "with labels of keypoints",
     "DATASETS.PROPOSAL_FILES_TRAIN": "with files of proposals",
     "DATASETS.PROPOSAL_FILES_TEST": "with files of proposals",
-    "DATA.DRY_RUN_PICTURES": "in dry runs",
 }
 # Read to see that they have their defaults.
 LOOKED_AT = {"SSL.METHOD"}

@@ -21,7 +21,6 @@ ELSEWHERE = {
     "CUDNN_BENCHMARK": "by default_setup, which the commands call",
     "DATASETS.CUSTOM": "by register_custom, which the commands call",
     "SOLVER.STEPS": "with SOLVER.SCHEDULE step",
-    "DATA.DRY_RUN_PICTURES": "in dry runs",
 }
 # Detectron2's loop looks for results to compare with; there are none.
 LOOKED_AT = {"TEST.EXPECTED_RESULTS"}

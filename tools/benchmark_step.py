@@ -25,7 +25,7 @@ from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.ema import ema_update_
 from moco_d2.layers.losses import info_nce
 from moco_d2.layers.views import Views
-from moco_d2.methods import MoCo
+from moco_d2.methods import MoCo, SSLMethod
 
 WARM_UP = 2  # steps that are not timed: buffers, algorithms, compilation
 
@@ -68,6 +68,8 @@ class Networks(torch.nn.Module):
         with torch.no_grad():
             self.key_encoder[0](views.images[1])
         return {"sum": self.encoder_q(views.images[0]).float().sum()}
+
+    after_backward = SSLMethod.after_backward
 
 
 class Encoders(Ours):

@@ -98,7 +98,7 @@ def test_the_input_is_kept_under_each_of_its_names(
 
 
 def test_a_report_is_refused_before_the_conversion(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(TOOLS))
     import convert_checkpoint as tool
@@ -107,11 +107,11 @@ def test_a_report_is_refused_before_the_conversion(
     theirs.write_text(json.dumps({"images": [], "annotations": []}))
     words = [str(source), str(tmp_path / "out.pth"), "--no-proof", "--report", str(theirs)]
     monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words])
-    with pytest.raises(ValueError, match=rf"^{theirs}: a file that this command did not write[^\n]*$"):
-        tool.main()
+    assert tool.main() == 2
+    assert capsys.readouterr().err.startswith(f"error: {theirs}: a file that this command did not write")
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
     for name in ("out.pth", "./out.yaml"):
         monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(tmp_path / name)])
-        with pytest.raises(ValueError, match="another file of this conversion has this name"):
-            tool.main()
+        assert tool.main() == 2
+        assert "another file of this conversion has this name" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]

@@ -420,9 +420,12 @@ def test_only_its_own_folder_is_replaced(maker: ModuleType, tmp_path: Path, monk
     ours = tmp_path / "deep" / "ours"
     maker.make_all(ours, seed=0)
     before = _files(ours)
-    (ours / "VOC2007" / "stale.jpg").write_text("")
     maker.make_all(ours, seed=0)
     assert _files(ours) == before
+    (ours / "VOC2007" / "mine.jpg").write_text("")
+    with pytest.raises(ValueError, match=r"holds VOC2007/mine\.jpg, which"):
+        maker.make_all(ours, seed=0)
+    (ours / "VOC2007" / "mine.jpg").unlink()
     (ours / "my_photos").mkdir()
     with pytest.raises(ValueError, match="holds my_photos, which"):
         maker.make_all(ours, seed=0)

@@ -27,7 +27,7 @@ from moco_d2.config import load_cfg
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.engine.launch import _Group, _run
 from moco_d2.engine.pretrain import PretrainTrainer
-from moco_d2.running import preemption
+from moco_d2.running import folder, preemption
 
 TRAINERS = {"pretrain": PretrainTrainer, "transfer": TransferTrainer}
 
@@ -38,6 +38,7 @@ def train(words: tuple[str, str, list[str]]) -> None:
     torch.set_num_threads(1)
     cfg = load_cfg(config, opts)
     seed_all_rng(cfg.SEED)
+    folder.claim(cfg.OUTPUT_DIR, resume=True)
     trainer = TRAINERS[stage](cfg)
     trainer.resume_or_load(resume=True)
     trainer.train()

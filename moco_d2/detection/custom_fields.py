@@ -1,4 +1,4 @@
-"""Rules of the fields of labels: which values are allowed, and which of them are made plain.
+"""Rules of the fields of labels: which values are allowed, and which of them are normalised.
 
 Every field of an image, an annotation or a category of a COCO file passes :func:`plain_record`; XML's texts pass the
 same rules. ``null`` means that the field is absent. A number may be text (``"12"``), because its meaning is certain;

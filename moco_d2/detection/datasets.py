@@ -284,7 +284,7 @@ def _register_voc(entry: Entry, needs: Needs, report: Report, place: Path, probl
 
 
 def _copy_of(entry: Entry, output_dir: Path) -> Path:
-    """Return where a data set's labels are made plain, if they have to be."""
+    """Return where the normalised copy of a data set's labels is written, if one is needed."""
     return output_dir / "datasets" / (f"{entry.name}.json" if entry.format == "coco" else entry.name)
 
 

@@ -197,6 +197,8 @@ class TransferTrainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         """Build the evaluator that the test set's metadata ask for; it writes down its metrics."""
+        if cfg.TEST.AUG.ENABLED:
+            logger.info("%s: first the plain evaluation, then with test-time augmentation (TEST.AUG)", dataset_name)
         return _Noted(build_evaluator(cfg, dataset_name), _metrics_file(cfg, dataset_name), dataset_name)
 
     @classmethod
@@ -224,7 +226,7 @@ class TransferTrainer(DefaultTrainer):
             ", ".join(map(str, aug.MIN_SIZES)), ", each mirrored too" if aug.FLIP else "",
         )  # fmt: skip
         own.defrost()
-        own.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "TTA")
+        own.OUTPUT_DIR, own.TEST.AUG.ENABLED = os.path.join(cfg.OUTPUT_DIR, "TTA"), False
         results = super().test(own, GeneralizedRCNNWithTTA(own, model))
         if len(cfg.DATASETS.TEST) == 1:  # without its name
             return {f"{task}_TTA": scores for task, scores in results.items()}

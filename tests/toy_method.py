@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco_d2.data.augment import RECIPES, Crop, Flip, Grey, Recipe, View
+from moco_d2.data.augment import Crop, Flip, Grey, Recipe, View
 from moco_d2.facts import IMAGENET_RGB
 from moco_d2.layers.distributed import gather
 from moco_d2.layers.ema import cosine_momentum, ema_update_
@@ -18,10 +18,9 @@ from moco_d2.layers.encode import by_resolution
 from moco_d2.layers.heads import without_head
 from moco_d2.layers.memory_bank import MemoryBank
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, register
+from moco_d2.methods.base import Diagnostic, SSLMethod
 
 
-@register
 class Toy(SSLMethod):
     """Every view should predict the target's feature of its image, and the bank's row of it."""
 
@@ -101,6 +100,3 @@ def toy_recipe(size: int) -> Recipe:
     large = View(Crop(size, (0.4, 1.0), bicubic=True), (Grey(0.2), Flip()))
     small = View(Crop(size // 2, (0.1, 0.4)), (Flip(),))
     return Recipe((large, large, small, small), IMAGENET_RGB)
-
-
-RECIPES["toy"] = toy_recipe

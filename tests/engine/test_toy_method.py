@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,24 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from PIL import Image
-from toy_method import Toy
+from toy_method import Toy, toy_recipe
 
 from moco_d2.config import load_cfg
 from moco_d2.convert import convert_checkpoint, read_facts
+from moco_d2.data.augment import RECIPES
 from moco_d2.engine.pretrain import PretrainTrainer
 from moco_d2.evaluation.pictures import draw_pretraining_curve, draw_view_pairs
+from moco_d2.methods import METHODS
 
 IMAGES, BATCH, EPOCHS = 20, 8, 2  # two steps an epoch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> Iterator[None]:
+    """Register the method and its recipe for these tests only: others walk the registries."""
+    METHODS["Toy"], RECIPES["toy"] = Toy, toy_recipe
+    yield
+    del METHODS["Toy"], RECIPES["toy"]
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def test_work_may_return_a_code() -> None:
         assert ended.value.code == code
 
 
-class Spoilt(Dataset[int]):
+class Failing(Dataset[int]):
     """Raises in a loader's worker."""
 
     def __init__(self, work: Callable[[], object]) -> None:
@@ -119,7 +119,7 @@ def test_an_error_of_a_loaders_worker_is_sorted_as_what_it_was_there() -> None:
         "fault": raises(TypeError("x")),
     }.items():
         with pytest.raises(Exception) as caught:
-            next(iter(DataLoader(Spoilt(work), num_workers=1)))
+            next(iter(DataLoader(Failing(work), num_workers=1)))
         end = exits.ending(caught.value)
         found[name] = (end.code, end.line)
     assert found == {

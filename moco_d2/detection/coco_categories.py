@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 @dataclass
 class Categories:
-    """Categories made plain.
+    """Normalised categories.
 
     Attributes:
         plain: in the order of their ids.

@@ -1,6 +1,6 @@
 """Users' own data sets (``DATASETS.CUSTOM``): the entries, and what checks of VOC and COCO labels have in common.
 
-Labels are read, checked and made plain: such as Detectron2's loaders, pycocotools and the evaluators can read.
+Labels are read, checked and normalised to what Detectron2's loaders, pycocotools and the evaluators expect.
 What a file leaves out is filled in where its meaning is certain (``iscrowd``, ``area``, ``difficult``, ids that are
 words or start at 0); all else is a problem, named by file, line and record. Problems go to ``report``, which collects
 them or raises: one path serves the run that stops at the first and ``--dry-run``, which tells all.

@@ -1,4 +1,4 @@
-"""COCO files as labelling tools write them, read, checked and made plain."""
+"""COCO files as labelling tools write them, read, checked and normalised."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LARGEST_ID = 2**53
 
 @dataclass(frozen=True)
 class CocoLabels:
-    """A COCO file made plain.
+    """A normalised COCO file.
 
     Attributes:
         content: images, categories and, unless the file has no labels at all, annotations.

@@ -1,4 +1,4 @@
-"""VOC folders as labelling tools write them, read, checked and made plain."""
+"""VOC folders as labelling tools write them, read, checked and normalised."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class VocLabels:
-    """A VOC folder made plain.
+    """A normalised VOC folder.
 
     Attributes:
         records: in Detectron2's format; each annotation also says whether it is ``difficult``. Without annotations if

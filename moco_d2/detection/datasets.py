@@ -333,7 +333,8 @@ def _write_copy(write: Callable[[], None], entry: Entry, place: Path, problem: s
         except ValueError as error:
             report(str(error))
         else:
-            logger.info("data set %s: %s made plain as %s", entry.name, entry.json or entry.root, place)
+            source = entry.json or entry.root
+            logger.info("data set %s: the labels of %s are normalised in the copy %s", entry.name, source, place)
 
 
 def _write_coco(path: Path, content: dict[str, Any]) -> None:

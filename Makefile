@@ -49,7 +49,7 @@ format: $(STAMP) ## Let ruff format the code and fix what it can
 	"$(BIN)/ruff" check --fix .
 
 doctor: $(STAMP) ## What is installed, what works, which datasets are found
-	"$(BIN)/python" -m moco_d2.doctor
+	"$(BIN)/python" -m moco_d2.commands.doctor
 
 install: $(STAMP) ## Only create the environment and install
 

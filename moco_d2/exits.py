@@ -1,7 +1,7 @@
 """How a command ends: a user's mistake in one line and exit code 2, a fault of ours in its traceback and exit code 1.
 
 :func:`ending` sorts an exception. Every command of the project ends by it, and so does a process of several, which
-tells its launcher (:mod:`moco_d2.engine.launch`). The codes are explained in docs/reliability.md.
+tells its launcher (:mod:`moco_d2.running.launch`). The codes are explained in docs/reliability.md.
 
 The module imports the standard library only, and not the rest of the package either: an installation in which torch or
 Detectron2 is broken can still say so.
@@ -36,7 +36,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Where libraries look up a name that a config gave, and raise KeyError where there is none.
 _LOOK_UP = (os.path.join("fvcore", "common", "registry.py"), os.path.join("detectron2", "data", "catalog.py"))
 _PACKAGE = Path(__file__).parent
-_OURS = (_PACKAGE, _PACKAGE.parent / "tools", _PACKAGE.parent / "datasets")
+_OURS = (_PACKAGE, _PACKAGE.parent / "tools", _PACKAGE.parent / "benchmarks")
 # What torch makes of an exception in a loader's worker: its class (if that takes one string) with this text.
 _IN_WORKER = re.compile(r"\ACaught (\w+) in .*?\nOriginal Traceback .*\n(?:[\w.]+\.)?\1: (.*)\Z", re.DOTALL)
 

@@ -28,6 +28,8 @@ from pathlib import Path, PurePosixPath
 
 from moco_d2.exits import guard
 
+COMMAND = "python -m moco_d2.install_detectron2"
+
 REQUIREMENT = "sal-detectron2==0.7.2"
 SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 OFFICIAL = "git+https://github.com/facebookresearch/detectron2.git"

@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode
 
-from moco_d2 import roles
-from moco_d2.config import INITS, flat, list_configs, load_cfg
+from moco_d2.config import INITS, flat, list_configs, load_cfg, roles
 from moco_d2.exits import guard
 
 _LABELS = {
@@ -109,8 +108,8 @@ def get_config(name: str, init: str = "moco", opts: Sequence[str] = ()) -> CfgNo
 def config_changes(cfg: CfgNode) -> list[str] | None:
     """List, as ``KEY=value``, where a config departs from the shipped one of its protocol (empty: it is the protocol).
 
-    Runs of one protocol may differ in their weights, machine and bookkeeping (:mod:`moco_d2.roles`). None where the
-    config names no shipped protocol.
+    Runs of one protocol may differ in their weights, machine and bookkeeping (:mod:`moco_d2.config.roles`). None where
+    the config names no shipped protocol.
     """
     if cfg.PROTOCOL not in _protocols():
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import logging
 import os
@@ -21,18 +20,15 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch.utils.data import DataLoader, Dataset
 
 from moco_d2 import exits
+from moco_d2.commands import cli
 from moco_d2.config import get_cfg, use_device_there_is
-from moco_d2.engine import launch
 from moco_d2.io import files
 from moco_d2.io.checkpoints import CheckpointError
+from moco_d2.running import launch
 from moco_d2.running.checkpoints import NotWrittenError
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools"
-spec = importlib.util.spec_from_file_location("cli_under_test", TOOLS / "cli.py")
-assert spec is not None and spec.loader is not None
-cli = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cli)
 
 
 def raises(error: BaseException) -> Callable[[], None]:
@@ -265,6 +261,6 @@ def test_every_command_ends_by_the_guard() -> None:
         str(path.relative_to(ROOT)): path.read_text().partition('\nif __name__ == "__main__":')[2] for path in scripts
     }
     commands = {name: text for name, text in commands.items() if text}
-    assert {"tools/report.py", "moco_d2/doctor.py", "datasets/make_sample_data.py"} <= commands.keys()
+    assert {"tools/report.py", "moco_d2/commands/doctor.py", "datasets/make_sample_data.py"} <= commands.keys()
     for name, text in commands.items():
         assert "guard(" in text or "cli.run(" in text, name

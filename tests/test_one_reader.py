@@ -22,10 +22,10 @@ OPENERS = {
 ALLOWED = {
     "moco_d2/io/checkpoints.py": {"safe_open": "the one reader"},
     "moco_d2/io/unpickle.py": {"pickle._Unpickler": "its class, with every name that it resolves on a list"},
-    "moco_d2/evaluation/pictures.py": {"DefaultPredictor": "with MODEL.WEIGHTS empty: load_weights fills it"},
-    "tools/benchmark_conversion.py": {"torch.load": "compared with the reader, on files that it wrote itself"},
-    "tools/benchmark_step.py": {"torch.load": "results that its own processes wrote a moment before"},
-    "tools/benchmark_scale.py": {"pickle.loads": "what it pickled itself, to weigh it"},
+    "moco_d2/reports/pictures.py": {"DefaultPredictor": "with MODEL.WEIGHTS empty: load_weights fills it"},
+    "benchmarks/conversion.py": {"torch.load": "compared with the reader, on files that it wrote itself"},
+    "benchmarks/step.py": {"torch.load": "results that its own processes wrote a moment before"},
+    "benchmarks/scale.py": {"pickle.loads": "what it pickled itself, to weigh it"},
 }
 
 

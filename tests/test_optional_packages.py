@@ -7,8 +7,8 @@ def test_missing_packages_are_named_before_a_run(tmp_path):
     code = """if True:
         from detectron2.data import MetadataCatalog
         from moco_d2.config import get_cfg
-        from moco_d2.detection.coco_evaluation import choose_backend
-        from moco_d2.detection.evaluators import evaluator_type
+        from moco_d2.detection.metrics.coco import choose_backend
+        from moco_d2.detection.metrics.evaluators import evaluator_type
         print(choose_backend("auto"))
         cfg = get_cfg()
         for kind in ("lvis", "cityscapes_instance", "cityscapes_sem_seg", "coco"):

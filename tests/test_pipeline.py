@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from moco_d2.convert import read_facts
-from moco_d2.provenance import sha256
+from moco_d2.io.provenance import sha256
 
 DEMO = Path(__file__).parents[1] / "tools" / "demo.py"
 

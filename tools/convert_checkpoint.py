@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-import cli
+from moco_d2.commands import cli
 
 
 def parser() -> argparse.ArgumentParser:

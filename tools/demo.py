@@ -17,7 +17,7 @@ import shlex
 import time
 from pathlib import Path
 
-import cli
+from moco_d2.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL_WIDTH = {
@@ -93,8 +93,8 @@ class Demo:
     def report(self) -> None:
         """Write the table and the pictures."""
         from moco_d2.config import load_cfg
-        from moco_d2.evaluation import pictures, report
         from moco_d2.io.files import atomic_write
+        from moco_d2.reports import pictures, report
 
         table = report.table([(init, self.run_folder(name, init)) for name in DETECTORS for init in INITS])
         with atomic_write(self.output / "table.md") as file:

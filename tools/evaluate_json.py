@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-import cli
+from moco_d2.commands import cli
 
 
 def main(args: argparse.Namespace) -> None:
@@ -28,10 +28,10 @@ def main(args: argparse.Namespace) -> None:
 
     from moco_d2.config import load_cfg
     from moco_d2.detection.datasets import register_custom
-    from moco_d2.detection.evaluators import describe_backend, evaluate_file
+    from moco_d2.detection.metrics.evaluators import describe_backend, evaluate_file
     from moco_d2.detection.trainer import to_json
     from moco_d2.io.files import check_named_file, has_keys, named_file
-    from moco_d2.provenance import provenance
+    from moco_d2.io.provenance import provenance
 
     ours = has_keys("dataset", "metrics", "evaluated_with", "command")
     if args.output:

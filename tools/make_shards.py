@@ -18,7 +18,7 @@ import os
 import time
 from pathlib import Path
 
-import cli
+from moco_d2.commands import cli
 
 
 def make(args: argparse.Namespace) -> None:

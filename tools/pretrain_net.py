@@ -11,14 +11,14 @@ Examples:
 import argparse
 from typing import Any
 
-import cli
+from moco_d2.commands import cli
 
 
 def main(args: argparse.Namespace) -> None:
     """Pretrain in this process."""
     from moco_d2.detection.datasets import register_custom
     from moco_d2.engine.dry_run import rehearse
-    from moco_d2.engine.pretrain import PretrainTrainer
+    from moco_d2.engine.trainer import PretrainTrainer
 
     if args.dry_run:
         cli.dry_run(args, rehearse)

@@ -11,7 +11,7 @@ runs.csv (a line a run).
 import argparse
 import logging
 
-import cli
+from moco_d2.commands import cli
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
         help="the two initialisations compared class by class (default: the first and the first baseline)",
     )  # fmt: skip
     args = parser.parse_args()
-    from moco_d2.evaluation.report import write_report
+    from moco_d2.reports.report import write_report
 
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s")
     for path in write_report(args.runs, args.output, args.compare):

@@ -27,10 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import cli
+from moco_d2.commands import cli
 
 if TYPE_CHECKING:
-    from moco_d2.evaluation.trials import Trial
+    from moco_d2.reports.trials import Trial
 
 TRAIN_NET = Path(__file__).resolve().parent / "train_net.py"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -72,7 +72,7 @@ def read_seeds(text: str) -> list[int]:
 
 def run_trial(trial: Trial, num_gpus: int) -> str:
     """Run one trial unless it is done or another process runs it; return what became of it."""
-    from moco_d2.evaluation import trials
+    from moco_d2.reports import trials
 
     with trials.locked(trial) as lock:
         if lock is None:
@@ -100,7 +100,7 @@ def run_trial(trial: Trial, num_gpus: int) -> str:
 def main() -> int:
     """Check everything, run what is missing, and say what became of it."""
     args = parse(sys.argv[1:])
-    from moco_d2.evaluation import trials
+    from moco_d2.reports import trials
 
     logging.getLogger("fvcore").setLevel(logging.ERROR)  # what the check of the weights loads is nobody's business
     seeds = read_seeds(args.seeds)

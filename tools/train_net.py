@@ -13,7 +13,7 @@ Configs that end in _supervised and _random need no MODEL.WEIGHTS.
 import argparse
 from typing import Any
 
-import cli
+from moco_d2.commands import cli
 
 
 def main(args: argparse.Namespace) -> None:

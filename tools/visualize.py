@@ -7,12 +7,12 @@ r"""Make a page of pictures: training samples, or what one or two detectors find
 
 A run is a folder with config.yaml and model_final.pth, or a checkpoint beside its config.yaml. Of one run the worst and
 the best pictures are shown, of two those where they differ most; how that is measured says
-moco_d2/evaluation/visualize.py. Open index.html in the output folder; the folder can be moved or sent.
+moco_d2/reports/visualize.py. Open index.html in the output folder; the folder can be moved or sent.
 """
 
 import argparse
 
-import cli
+from moco_d2.commands import cli
 
 
 def main(args: argparse.Namespace) -> None:
@@ -22,7 +22,7 @@ def main(args: argparse.Namespace) -> None:
     if args.page == "detections" and args.pictures < 0:
         raise ValueError(f"--pictures is {args.pictures}; it must be at least 1, or 0 for all")
     from moco_d2.config import load_cfg
-    from moco_d2.evaluation.visualize import detections_page, samples_page
+    from moco_d2.reports.visualize import detections_page, samples_page
 
     if args.page == "samples":
         page = samples_page(load_cfg(args.config_file, args.opts), args.output, args.count)

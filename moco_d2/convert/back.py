@@ -23,7 +23,7 @@ from moco_d2.facts import IMAGENET_RGB, BackboneFacts
 from moco_d2.io.checkpoints import CheckpointError, facts_in, read_checkpoint, some
 from moco_d2.io.files import check_named_file, named_file
 from moco_d2.layers.resnet import ARCHITECTURES
-from moco_d2.nearest import unknown_name
+from moco_d2.messages import unknown_name
 
 LAYOUTS = ("torchvision", "moco")
 

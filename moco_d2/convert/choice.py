@@ -16,7 +16,7 @@ from typing import Any
 from moco_d2.convert.parts import check_names
 from moco_d2.convert.sources import SOURCES
 from moco_d2.io.checkpoints import CheckpointError
-from moco_d2.nearest import unknown_name
+from moco_d2.messages import unknown_name
 
 _NORMS = ("", "GN")
 _TRIED = 8  # answers of one question; a file may hold a hundred networks

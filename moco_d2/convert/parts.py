@@ -20,7 +20,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from moco_d2.convert.names import NORM_TENSORS
 from moco_d2.facts import BackboneFacts
 from moco_d2.io.checkpoints import some
-from moco_d2.nearest import unknown_name
+from moco_d2.messages import unknown_name
 
 # What Detectron2's names in a part start with.
 HOMES = {"fpn": "backbone.fpn_", "box_head": "roi_heads.box_head."}

@@ -18,7 +18,7 @@ from moco_d2.convert.prove import TOLERANCE, other_padding, read_picture
 from moco_d2.convert.trunk import unwrap
 from moco_d2.io.checkpoints import checkpoint_sha256
 from moco_d2.io.files import check_named_file, has_keys, named_file
-from moco_d2.provenance import provenance, sha256
+from moco_d2.io.provenance import provenance, sha256
 
 _GROUPS = 8  # of foreign keys that the summary lists
 

@@ -1,5 +1,6 @@
 """Images to views: sources, augmentation recipes, the loader. Importing it registers ``imagenet_train``."""
 
+from moco_d2 import host  # noqa: F401  (first: Detectron2 must be there)
 from moco_d2.data.augment import RECIPES, Recipe, build_recipe
 from moco_d2.data.backends import BACKENDS, Backend, build_backend
 from moco_d2.data.loader import ViewDataset, ViewLoader

@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 
 from moco_d2.facts import IMAGENET_RGB, Pixels
-from moco_d2.nearest import unknown_name
+from moco_d2.messages import unknown_name
 
 LARGEST_BLUR = 2.4  # radius; batched.REACH holds the box of no larger one
 CIFAR_RGB = Pixels("RGB", (125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255))

@@ -18,7 +18,7 @@ from torchvision.transforms import functional as F
 from moco_d2.data.augment import Plan
 from moco_d2.data.batched import REACH, TIES_DOWN, box_weights, run_steps
 from moco_d2.data.decode import Picture
-from moco_d2.nearest import unknown_name
+from moco_d2.messages import unknown_name
 
 Pixels8 = np.ndarray  # (H, W, 3) uint8
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from moco_d2 import patience
 from moco_d2.data.augment import Plan, Recipe
 from moco_d2.data.backends import Backend
 from moco_d2.data.batched import pack_steps
@@ -19,6 +18,7 @@ from moco_d2.data.decode import Picture
 from moco_d2.data.sampler import EpochSampler, stream_seed
 from moco_d2.data.skipped import Skip, SkipLog
 from moco_d2.data.sources import Source
+from moco_d2.io import timeouts
 from moco_d2.io.pictures import MAX_PIXELS, describe
 from moco_d2.layers.views import Views
 
@@ -191,7 +191,7 @@ class ViewLoader:
         options["generator"] = torch.Generator()
         options["worker_init_fn"] = _one_thread
         if self.workers:
-            options["timeout"] = patience.limit()
+            options["timeout"] = timeouts.limit()
         batches = DataLoader(self.dataset, batch_sampler=self.sampler, collate_fn=collate, **options)
         for iteration, batch in enumerate(batches, self.sampler.start):
             self.skips.record(batch.skipped, iteration)

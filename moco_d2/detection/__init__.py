@@ -1,5 +1,6 @@
 """Stage 5: weights and YAML -> a trained, evaluated detector. Importing it registers every name its YAML may use."""
 
+from moco_d2 import host  # noqa: F401  (first: Detectron2 must be there)
 from moco_d2.detection import datasets, published
 from moco_d2.detection.backbones import DilatedC5
 from moco_d2.detection.roi_heads import Res5ROIHeadsExtraNorm

@@ -21,11 +21,11 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 
 from moco_d2.data.listing import EXTENSIONS
-from moco_d2.detection.custom import Entry, Needs, Report, parse_entries
-from moco_d2.detection.custom_coco import keypoint_metadata, missing_picture, picture_name, read_coco
-from moco_d2.detection.custom_fields import text
-from moco_d2.detection.custom_voc import VocFolder, read_voc, walk
-from moco_d2.detection.label_files import JsonFile, shown
+from moco_d2.detection.labels.coco import keypoint_metadata, missing_picture, picture_name, read_coco
+from moco_d2.detection.labels.fields import text
+from moco_d2.detection.labels.files import JsonFile, shown
+from moco_d2.detection.labels.sets import Entry, Needs, Report, parse_entries
+from moco_d2.detection.labels.voc import VocFolder, read_voc, walk
 from moco_d2.io import files
 
 logger = logging.getLogger(__name__)

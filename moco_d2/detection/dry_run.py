@@ -23,8 +23,8 @@ from detectron2.utils.file_io import PathManager
 
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.datasets import custom_problems
-from moco_d2.detection.evaluators import describe_backend
 from moco_d2.detection.mapper import PictureMapper
+from moco_d2.detection.metrics.evaluators import describe_backend
 from moco_d2.detection.missing import is_voc_list, missing_files, unreadable
 from moco_d2.detection.preflight import check_weights, fit_to_machine, run_problems, scale_to_processes
 from moco_d2.detection.proposals import with_proposals
@@ -33,7 +33,7 @@ from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.detection.weights import all_names, load_weights
 from moco_d2.io.pictures import PictureError, describe
 from moco_d2.model_zoo import config_changes
-from moco_d2.rehearsal import duration, one_list, parameters, peak_memory, quiet, recipe
+from moco_d2.running.dry_run import duration, one_list, parameters, peak_memory, quiet, recipe
 from moco_d2.running.picture_check import check_each, evenly
 
 STEPS = 2

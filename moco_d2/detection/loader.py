@@ -19,11 +19,11 @@ from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from moco_d2 import patience
 from moco_d2.data import stream_seed
 from moco_d2.detection.mapper import PictureMapper
 from moco_d2.detection.missing import missing_files
 from moco_d2.detection.subsets import training_records
+from moco_d2.io import timeouts
 from moco_d2.io.pictures import naming, picture_size
 from moco_d2.running.seeds import seeded
 
@@ -116,7 +116,7 @@ def build_loader(cfg: CfgNode, seed: int, records: Sequence[Record] | None = Non
         SeededPictures(parts["dataset"], parts["mapper"], seed),
         batch_sampler=stream,
         num_workers=parts["num_workers"],
-        timeout=patience.limit() if parts["num_workers"] else 0,
+        timeout=timeouts.limit() if parts["num_workers"] else 0,
         collate_fn=list,
         # Its own generator: a loader draws a seed when it starts, which would shift a resumed step's randomness.
         generator=torch.Generator(),

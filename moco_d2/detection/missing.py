@@ -11,9 +11,9 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from moco_d2.detection.custom import Entry, Needs
-from moco_d2.detection.custom_coco import read_coco
-from moco_d2.detection.custom_voc import read_voc
+from moco_d2.detection.labels.coco import read_coco
+from moco_d2.detection.labels.sets import Entry, Needs
+from moco_d2.detection.labels.voc import read_voc
 
 _NAMED = 5  # files in a message
 

@@ -19,15 +19,15 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 from detectron2.utils.file_io import PathManager
 
 from moco_d2.config import flat, mistyped_keys, unread_keys, use_device_there_is
+from moco_d2.config.roles import DETECTION
 from moco_d2.detection.checkpointer import TransferCheckpointer
-from moco_d2.detection.evaluators import evaluator_type
+from moco_d2.detection.metrics.evaluators import evaluator_type
 from moco_d2.detection.missing import is_voc_list, listed_files, missing_files, unreadable
 from moco_d2.detection.proposals import proposal_problems
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
-from moco_d2.nearest import did_you_mean
-from moco_d2.rehearsal import quiet
-from moco_d2.roles import DETECTION
+from moco_d2.messages import did_you_mean
 from moco_d2.running.checkpoints import check_resumable, last_whole
+from moco_d2.running.dry_run import quiet
 from moco_d2.running.folder import refuse_to_overwrite
 
 logger = logging.getLogger(__name__)

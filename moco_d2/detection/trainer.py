@@ -28,10 +28,10 @@ import moco_d2
 from moco_d2.data import stream_seed
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.classes import CLASSES, class_names
-from moco_d2.detection.evaluators import build_evaluator, describe_backend
 from moco_d2.detection.hooks import EvaluateIfDone, RepeatablePreciseBN
 from moco_d2.detection.loader import build_loader
 from moco_d2.detection.mapper import PictureMapper
+from moco_d2.detection.metrics.evaluators import build_evaluator, describe_backend
 from moco_d2.detection.preflight import building, changes, check_run, fit_to_machine, scale_to_processes, starting_point
 from moco_d2.detection.segmentation import build_segmentation_mapper
 from moco_d2.detection.step import build_step
@@ -41,9 +41,9 @@ from moco_d2.detection.weights import WeightsRecord, all_names, load_weights, ra
 from moco_d2.io.checkpoints import forget_checkpoint
 from moco_d2.io.files import atomic_write, file_name
 from moco_d2.io.pictures import PictureError
+from moco_d2.io.provenance import provenance
 from moco_d2.layers.distributed import broadcast_module, wrap_ddp
 from moco_d2.model_zoo import config_changes
-from moco_d2.provenance import provenance
 from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings
 from moco_d2.running.mistakes import pictures_in_one_line
 from moco_d2.running.preemption import StopWhenAsked

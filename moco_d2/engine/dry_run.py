@@ -19,10 +19,10 @@ from moco_d2.data.decode import Picture
 from moco_d2.engine.build import outline
 from moco_d2.engine.optim import scaled_lr, total_steps
 from moco_d2.engine.preflight import check_config
-from moco_d2.engine.pretrain import PretrainTrainer, recipe_changes
+from moco_d2.engine.trainer import PretrainTrainer, recipe_changes
 from moco_d2.io.files import atomic_write
 from moco_d2.io.pictures import describe
-from moco_d2.rehearsal import duration, one_list, parameters, peak_memory, quiet, recipe
+from moco_d2.running.dry_run import duration, one_list, parameters, peak_memory, quiet, recipe
 from moco_d2.running.picture_check import check_each, evenly
 
 STEPS = 2

@@ -15,16 +15,16 @@ import torch
 from detectron2.config import CfgNode
 
 from moco_d2.config import flat, get_cfg, mistyped_keys, unread_keys
+from moco_d2.config.roles import PRETRAINING
+from moco_d2.config.values import fits, wrong_type
 from moco_d2.data import BACKENDS, RECIPES
 from moco_d2.engine.build import outline
 from moco_d2.engine.optim import OPTIMIZERS
 from moco_d2.engine.schedules import SCHEDULES
 from moco_d2.engine.step import AUTOCAST
 from moco_d2.layers.resnet import ARCHITECTURES
+from moco_d2.messages import unknown_name
 from moco_d2.methods import METHODS, default_args, method_class
-from moco_d2.nearest import unknown_name
-from moco_d2.roles import PRETRAINING
-from moco_d2.settings import fits, wrong_type
 
 
 def check_config(cfg: CfgNode, world_size: int) -> None:

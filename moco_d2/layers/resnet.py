@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from moco_d2.facts import BackboneFacts, Pixels
-from moco_d2.nearest import unknown_name
+from moco_d2.messages import unknown_name
 
 # depth: (block, blocks per stage)
 DEPTHS: dict[int, tuple[Any, tuple[int, int, int, int]]] = {

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moco_d2.layers.views import Views
-from moco_d2.nearest import did_you_mean, unknown_name
+from moco_d2.messages import did_you_mean, unknown_name
 
 METHODS: dict[str, type[SSLMethod]] = {}
 

@@ -9,8 +9,8 @@ import numpy as np
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from moco_d2 import patience
-from moco_d2.rehearsal import duration
+from moco_d2.io import timeouts
+from moco_d2.running.dry_run import duration
 
 _EVERY = 10.0  # seconds between two lines about how far the check is
 _BATCH = 8  # pictures that a worker checks before it says so
@@ -42,7 +42,7 @@ def check_each(
     mine = numbers[comm.get_rank() :: comm.get_world_size()]
     loader = DataLoader(
         _Checks(check, mine), batch_size=_BATCH, num_workers=workers, collate_fn=list,
-        timeout=patience.limit() if workers else 0,
+        timeout=timeouts.limit() if workers else 0,
     )  # fmt: skip
     found: list[str] = []
     begun = said = time.monotonic()

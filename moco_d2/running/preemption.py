@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
 
-from moco_d2 import patience
+from moco_d2.io import timeouts
 from moco_d2.running.checkpoints import PeriodicCheckpoint
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class StopWhenAsked(HookBase):
     def before_train(self) -> None:
         """Make the group of processes that compare notes: on the CPU, so that no device is waited for."""
         if _several():
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=patience.limit()))
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeouts.limit()))
 
     def after_step(self) -> None:
         """Stop if all know that somebody was asked to."""

@@ -28,8 +28,8 @@ from moco_d2.config import load_cfg
 from moco_d2.convert import SOURCES, read_facts
 from moco_d2.convert.catalog import CatalogError, cache_folder, fetch, get_entry, list_entries, listing
 from moco_d2.detection.weights import load_weights
+from moco_d2.io.provenance import sha256
 from moco_d2.model_zoo import get_protocol
-from moco_d2.provenance import sha256
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,12 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
+from benchmarks.data import authors_transforms, draw_photo
 from moco_d2.data import BACKENDS, RECIPES, EpochSampler, FileSource, ViewDataset, ViewLoader, build_backend
 from moco_d2.data.augment import Blur, Box, Crop, Flip, Grey, Jitter, Plan, Solarise, Step, View, build_recipe
 from moco_d2.data.backends import CV2_STEPS, PIL_STEPS, to_levels
 from moco_d2.data.batched import DEVICE_STEPS, pack_steps, run_steps
 from moco_d2.data.decode import Picture
-from tools.benchmark_data import authors_transforms, draw_photo
 
 CPU = torch.device("cpu")
 SIZE = 224

@@ -15,7 +15,7 @@ import pytest
 
 from moco_d2.data import EpochSampler, list_folder, listing, open_source, stream_seed
 from moco_d2.data.listing import Listing, Paths
-from moco_d2.detection.custom_voc import walk
+from moco_d2.detection.labels.voc import walk
 
 
 @pytest.fixture(autouse=True)
@@ -228,7 +228,7 @@ def list_in_two_processes(folders: tuple[Path, Path]) -> None:
 
 
 def test_processes_that_list_other_images_do_not_begin(tmp_path: Path) -> None:
-    from moco_d2.engine.launch import RankFailedError, launch
+    from moco_d2.running.launch import RankFailedError, launch
 
     first, second = grow(tmp_path / "first", 1, 3), grow(tmp_path / "second", 1, 3)
     launch(list_in_two_processes, 2, args=(first, second), device="cpu")

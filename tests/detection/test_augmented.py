@@ -16,15 +16,14 @@ from detectron2.modeling.anchor_generator import build_anchor_generator
 from recorded_cfg import RecordedCfg
 from small_detector import COCO_C4, COCO_FPN, SHORT, small_cfg
 
-from moco_d2 import roles
-from moco_d2.config import _defaults, flat, get_cfg
+from moco_d2.config import _defaults, flat, get_cfg, roles
+from moco_d2.config.roles import DETECTION
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.dry_run import rehearse
 from moco_d2.detection.preflight import check_run, run_problems
 from moco_d2.detection.segmentation import build_segmentation_mapper
 from moco_d2.detection.trainer import TransferTrainer, evaluate, joined
-from moco_d2.evaluation.summary import build_tables, find_runs, heading
-from moco_d2.roles import DETECTION
+from moco_d2.reports.summary import build_tables, find_runs, heading
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning"),

@@ -27,8 +27,8 @@ from moco_d2.detection.preflight import check_weights
 from moco_d2.detection.trainer import evaluate
 from moco_d2.detection.weights import load_weights
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
-from moco_d2.evaluation import trials
-from moco_d2.evaluation.pictures import load_predictor
+from moco_d2.reports import trials
+from moco_d2.reports.pictures import load_predictor
 from moco_d2.running.checkpoints import last_whole, recorded_seed
 
 pytestmark = [

@@ -18,14 +18,14 @@ from PIL import Image
 from small_detector import COCO_FPN, SHORT, VOC_C4, small_cfg
 
 from moco_d2.detection.dry_run import rehearse
-from moco_d2.detection.evaluators import build_evaluator
 from moco_d2.detection.loader import build_loader
 from moco_d2.detection.mapper import PictureMapper
+from moco_d2.detection.metrics.evaluators import build_evaluator
 from moco_d2.detection.missing import missing_files
 from moco_d2.detection.preflight import check_run
 from moco_d2.detection.trainer import TransferTrainer, evaluate
-from moco_d2.evaluation.visualize import detections_page, samples_page
 from moco_d2.io.pictures import PictureError
+from moco_d2.reports.visualize import detections_page, samples_page
 from moco_d2.running.mistakes import pictures_in_one_line
 from moco_d2.running.seeds import seeded
 
@@ -338,6 +338,6 @@ def test_pages_of_pictures_name_a_picture_that_cannot_be_read(root: Path, tmp_pa
     with pytest.raises(PictureError, match=r"JPEGImages/00000\d\.jpg: .*truncated"):
         samples_page(voc_cfg(root), tmp_path / "samples", count=1)
     predictor = SimpleNamespace(cfg=voc_cfg(root))
-    monkeypatch.setattr("moco_d2.evaluation.visualize.load_predictor", lambda *_: predictor)
+    monkeypatch.setattr("moco_d2.reports.visualize.load_predictor", lambda *_: predictor)
     with pytest.raises(PictureError, match=r"JPEGImages/000000\.jpg: .*truncated"):
         detections_page({"run": "x"}, tmp_path / "page")

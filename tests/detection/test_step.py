@@ -15,9 +15,9 @@ from torch import nn
 from moco_d2.detection.preflight import changes, check_run, scale_to_processes
 from moco_d2.detection.step import AccumulatingTrainer, build_step
 from moco_d2.detection.trainer import TransferTrainer
-from moco_d2.engine.launch import launch
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.model_zoo import config_changes, get_config, list_protocols
+from moco_d2.running.launch import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 PROTOCOLS = [name for name in list_protocols() if not name.startswith("quick_")]

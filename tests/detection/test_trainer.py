@@ -16,13 +16,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 from small_detector import COCO_C4, COCO_FPN, QUARTER, SHORT, VOC_C4, small_cfg
 
-from moco_d2.detection.coco_evaluation import ExactCOCOEvaluator
-from moco_d2.detection.evaluators import build_evaluator
 from moco_d2.detection.hooks import RepeatablePreciseBN
+from moco_d2.detection.metrics.coco import ExactCOCOEvaluator
+from moco_d2.detection.metrics.evaluators import build_evaluator
+from moco_d2.detection.metrics.voc import VOCEvaluator
 from moco_d2.detection.preflight import check_run, fit_to_machine
 from moco_d2.detection.trainer import TransferTrainer, evaluate
-from moco_d2.detection.voc_evaluation import VOCEvaluator
-from moco_d2.provenance import sha256
+from moco_d2.io.provenance import sha256
 
 # Detectron2's own: meshgrid in the old way, masks handed to numpy 2 in the old way, classes without any box in VOC.
 pytestmark = [

@@ -10,10 +10,9 @@ from detectron2.config import CfgNode
 from PIL import Image
 from recorded_cfg import RecordedCfg
 
-from moco_d2 import roles
-from moco_d2.config import flat, load_cfg
-from moco_d2.engine.pretrain import PretrainTrainer
-from moco_d2.roles import PRETRAINING
+from moco_d2.config import flat, load_cfg, roles
+from moco_d2.config.roles import PRETRAINING
+from moco_d2.engine.trainer import PretrainTrainer
 
 # Read only where there is more than a test has.
 ELSEWHERE = {

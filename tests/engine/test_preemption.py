@@ -98,7 +98,7 @@ def test_an_error_after_a_request_is_an_error(tmp_path: Path) -> None:
     script = f"""
         import sys
         sys.path[:0] = {[str(ROOT / "tools"), str(Path(__file__).parent)]}
-        import cli, test_preemption
+        import test_preemption; from moco_d2.commands import cli
         args = cli.launch_parser(None).parse_args(["--config-file", "Pretrain/moco_v2_R50_200ep"])
         cli.run(test_preemption.failing_after_a_request, args)
     """
@@ -118,7 +118,7 @@ def test_a_second_signal_does_not_end_the_wait_for_what_is_saved(tmp_path: Path)
     script = f"""
         import pathlib, re, signal, sys
         sys.path.insert(0, {str(ROOT / "tools")!r})
-        import cli, run_trials
+        import run_trials; from moco_d2.commands import cli
         run_trials.heed()
         cli.follow([{str(training)!r}], pathlib.Path("log"), re.compile("x"), cwd={str(tmp_path)!r})
     """

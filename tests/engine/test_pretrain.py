@@ -20,8 +20,8 @@ from PIL import Image
 from moco_d2.config import flat, get_cfg, load_cfg
 from moco_d2.data import stream_seed
 from moco_d2.engine.optim import scaled_lr
-from moco_d2.engine.pretrain import PretrainTrainer, recipe_changes
 from moco_d2.engine.schedules import lr_factor
+from moco_d2.engine.trainer import PretrainTrainer, recipe_changes
 from moco_d2.facts import BackboneFacts
 from moco_d2.layers.resnet import network_for
 from moco_d2.methods.moco import MoCo, to_official

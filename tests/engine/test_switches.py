@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco_d2.config import load_cfg
-from moco_d2.engine.pretrain import PretrainTrainer
+from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.facts import BackboneFacts
 from moco_d2.model_zoo import pretraining_changes
 

@@ -18,9 +18,9 @@ from toy_method import Toy, toy_recipe
 from moco_d2.config import load_cfg
 from moco_d2.convert import convert_checkpoint, read_facts
 from moco_d2.data.augment import RECIPES
-from moco_d2.engine.pretrain import PretrainTrainer
-from moco_d2.evaluation.pictures import draw_pretraining_curve, draw_view_pairs
+from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.methods import METHODS
+from moco_d2.reports.pictures import draw_pretraining_curve, draw_view_pairs
 
 IMAGES, BATCH, EPOCHS = 20, 8, 2  # two steps an epoch
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moco_d2 import roles
-from moco_d2.config import flat, get_cfg, load_cfg
+from moco_d2.config import flat, get_cfg, load_cfg, roles
 from moco_d2.convert import catalog
 from moco_d2.data import listing
 from moco_d2.io.paths import expand, expand_datasets_root
@@ -106,7 +105,7 @@ def test_arguments_of_tools_are_expanded_or_refused_with_the_reason(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
-    import cli
+    from moco_d2.commands import cli
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=cli.path)

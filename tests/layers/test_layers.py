@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tools.measure import peak_bytes
 from torch import nn
 
 from moco_d2.layers.batch_norm import GroupBatchNorm2d, use_group_batch_norm
@@ -15,7 +16,6 @@ from moco_d2.layers.heads import mlp_head, without_head
 from moco_d2.layers.losses import BLOCK, contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
 from moco_d2.layers.resnet import ARCHITECTURES, build_resnet, describe, network_for
-from tools.measure import peak_bytes
 
 
 def unit(*shape: int) -> torch.Tensor:

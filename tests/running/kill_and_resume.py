@@ -25,9 +25,9 @@ from detectron2.utils.env import seed_all_rng
 
 from moco_d2.config import load_cfg
 from moco_d2.detection.trainer import TransferTrainer
-from moco_d2.engine.launch import _Group, _run
-from moco_d2.engine.pretrain import PretrainTrainer
+from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.running import folder, preemption
+from moco_d2.running.launch import _Group, _run
 
 TRAINERS = {"pretrain": PretrainTrainer, "transfer": TransferTrainer}
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from moco_d2.engine.launch import launch
+from moco_d2.running.launch import launch
 from moco_d2.running.preemption import StopWhenAsked
 
 

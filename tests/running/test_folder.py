@@ -250,7 +250,7 @@ def arguments(opts: list[str], dry_run: bool = False) -> argparse.Namespace:
 def test_a_copy_never_comes_into_the_place_of_the_user_s_files(
     case: str, dry_run: bool, train_net: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import cli
+    from moco_d2.commands import cli
 
     # Up to where data sets are looked at: the log is Detectron2's work.
     monkeypatch.setattr(cli, "setup", lambda args, check: load_cfg(args.config_file, args.opts))

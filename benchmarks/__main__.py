@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""Measure this project's parts against what they replace, on made-up data of a chosen size.
+
+    python -m benchmarks eval                                      # COCO's and VOC's metrics: about two minutes
+    python -m benchmarks eval --images 5000 --detections 100       # the size of the real test sets: about ten minutes
+    python -m benchmarks convert                                   # a training checkpoint: about a minute
+    python -m benchmarks step                                      # a step of pretraining: some ten minutes
+    python -m benchmarks step --device cuda --batch 256 --size 224 --autocast bfloat16 --channels-last --compile
+    python -m benchmarks data                                      # from JPEG files to views: about a minute
+    python -m benchmarks scale                                     # many files, shards, streams: about a minute
+    python -m benchmarks scale --files 1300000 --folders 1000      # as many as ImageNet's; $TMPDIR names another disk
+    python -m benchmarks startup                                   # --help of every tool
+
+Prints a table and, with --output, writes it as JSON together with commit, command and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from dataclasses import asdict
+from typing import Any
+
+from moco_d2.commands import cli
+
+
+def check(args: argparse.Namespace, **least: int) -> None:
+    """Raise ValueError for a number that is too small.
+
+    Args:
+        args: the command line.
+        least: the smallest number that each option takes.
+    """
+    for name, smallest in least.items():
+        if getattr(args, name) < smallest:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {smallest}")
+
+
+def evaluation(args: argparse.Namespace) -> None:
+    """Time every COCO backend, and VOC's evaluator against Detectron2's."""
+    check(args, images=1, detections=1)
+
+    from benchmarks.evaluation import coco_rows, voc_rows
+    from benchmarks.measure import machine, tables
+
+    rows = [*coco_rows(args.images, args.detections), *voc_rows(args.images, args.detections)]
+    settings = {"images": args.images, "detections": args.detections, "machine": machine("cpu")}
+    tables({"rows": [*map(asdict, rows)]}, settings, args.output, ("", "", ".2f", ".2f", ".1f", ".1e"))
+
+
+def conversion(args: argparse.Namespace) -> None:
+    """Time the conversion of a MoCo v2 training checkpoint against ``torch.load`` of it."""
+    check(args, repeats=1)
+
+    from benchmarks.conversion import rows
+    from benchmarks.measure import machine, tables
+
+    settings = {"width": args.width, "repeats": args.repeats, "machine": machine("cpu")}
+    tables({"rows": [*map(asdict, rows(args.width, args.repeats))]}, settings, args.output)
+
+
+def step(args: argparse.Namespace) -> None:
+    """Time a step of pretraining against its encoders alone, the authors' form of it, and plain DDP."""
+    check(args, repeats=2, batch=1, size=1)  # the spread needs two
+    import logging
+
+    import torch
+
+    from moco_d2.config import load_cfg
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, and torch finds no GPU here; without --device the CPU measures")
+    opts = {
+        "MODEL.DEVICE": args.device, "SOLVER.IMS_PER_BATCH": args.batch, "DATA.CROP_SIZE": args.size,
+        "SSL.ENCODER.NAME": args.encoder, "ENGINE.AUTOCAST": args.autocast, "SEED": 0,
+        "ENGINE.CHANNELS_LAST": args.channels_last, "ENGINE.COMPILE": args.compile,
+    }  # fmt: skip
+    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", [*map(str, itertools.chain(*opts.items())), *args.opts])
+    from benchmarks.measure import machine, tables
+    from benchmarks.step import ddp_rows, memory_rows, part_rows, step_rows
+    from moco_d2.engine.preflight import check_config
+
+    check_config(cfg, world_size=1)
+    logging.disable(logging.INFO)
+    found: dict[str, Any] = {
+        "step": step_rows(cfg, args.repeats),
+        "parts": part_rows(cfg, args.repeats),
+        "memory": memory_rows(cfg),
+    }
+    if args.device == "cpu":
+        found["two processes"] = ddp_rows(cfg, args.repeats)
+    over = next(row["ratio"] for row in found["step"] if row["what"] == "ours")
+    slowest = max(found["parts"][:-1], key=lambda row: row["seconds"])["what"]
+    found["bottleneck"] = f"the encoders, {min(1, 1 / over):.0%} of a step; of the rest, the {slowest}"
+    threads = 1 if args.device == "cpu" else torch.get_num_threads()
+    tables(found, {**opts, "machine": machine(args.device), "threads": threads}, args.output)
+
+
+def data(args: argparse.Namespace) -> None:
+    """Time every backend of the loader against the authors' loader."""
+    check(args, images=1, size=1, repeats=1)
+
+    from benchmarks.data import RECIPE, measure
+    from benchmarks.measure import machine, tables
+
+    found = measure(args.folder, args.images, args.size, args.repeats)
+    settings = {"folder": args.folder, "images": args.images, "size": args.size, "recipe": RECIPE}
+    tables(found, {**settings, "machine": machine("cpu"), "threads": 1}, args.output)
+
+
+def scale(args: argparse.Namespace) -> None:
+    """Time what sets of millions of images cost before and beside their pixels."""
+    check(args, files=1, folders=1, shards=64, samples=16, images=1, repeats=2)  # a batch of 1024 in 64 processes
+
+    from benchmarks.measure import machine, tables
+    from benchmarks.scale import Sizes, measure
+
+    sizes = Sizes(args.files, args.folders, args.shards, args.samples, args.images)
+    found = measure(sizes, args.repeats)
+    tables(found, {**asdict(sizes), "machine": machine("cpu")}, args.output)
+
+
+def startup(args: argparse.Namespace) -> None:
+    """Time --help of every tool against ``import torch``."""
+    check(args, repeats=1)
+
+    from benchmarks.measure import tables, tools_help
+
+    tables({"startup": tools_help(args.repeats)}, {}, args.output)
+
+
+def main() -> None:
+    """Read the command line and run one benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    command = commands.add_parser("eval", help="COCO's and VOC's metrics")
+    command.set_defaults(run=evaluation)
+    command.add_argument("--images", type=int, default=1000, help="number of pictures (default: %(default)s)")
+    command.add_argument("--detections", type=int, default=100, help="detections per picture (default: %(default)s)")
+    command = commands.add_parser("convert", help="conversion of a training checkpoint")
+    command.set_defaults(run=conversion)
+    command.add_argument("--width", type=float, default=1.0, help="of the ResNet-50 (default: %(default)s)")
+    command.add_argument("--repeats", type=int, default=5, help="runs of each, alternated (default: %(default)s)")
+    command = commands.add_parser("step", help="a step of pretraining; KEY VALUE pairs of the config come last")
+    command.set_defaults(run=step)
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    command.add_argument("--encoder", default="resnet50", metavar="NAME", help="(default: %(default)s)")
+    command.add_argument("--batch", type=int, default=32, help="images of a step (default: %(default)s)")
+    command.add_argument("--size", type=int, default=64, help="side of a view in pixels (default: %(default)s)")
+    command.add_argument("--autocast", default="", metavar="TYPE", help="bfloat16 or float16 (default: none)")
+    command.add_argument("--channels-last", action="store_true", help="ENGINE.CHANNELS_LAST")
+    command.add_argument("--compile", action="store_true", help="ENGINE.COMPILE")
+    command.add_argument("--repeats", type=int, default=7, help="steps of each kind (default: %(default)s)")
+    command.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    command = commands.add_parser("data", help="from image files to batches of views")
+    command.set_defaults(run=data)
+    command.add_argument("--folder", default="", help="of images (default: 500 x 375 JPEGs are drawn)")
+    command.add_argument("--images", type=int, default=64, help="number of them (default: %(default)s)")
+    command.add_argument("--size", type=int, default=224, help="side of a view in pixels (default: %(default)s)")
+    command.add_argument("--repeats", type=int, default=7, help="rounds (default: %(default)s)")
+    command = commands.add_parser("scale", help="folders of many files, shards and streams")
+    command.set_defaults(run=scale)
+    command.add_argument("--files", type=int, default=100_000, help="listed in folders (default: %(default)s)")
+    command.add_argument("--folders", type=int, default=100, help="of them (default: %(default)s)")
+    command.add_argument("--shards", type=int, default=94_000, help="of the stream (default: %(default)s)")
+    command.add_argument("--samples", type=int, default=10_000, help="images in each (default: %(default)s)")
+    command.add_argument("--images", type=int, default=2000, help="packed and read (default: %(default)s)")
+    command.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
+    command = commands.add_parser("startup", help="--help of every tool")
+    command.set_defaults(run=startup)
+    command.add_argument("--repeats", type=int, default=5, help="runs of each (default: %(default)s)")
+    for command in commands.choices.values():
+        command.add_argument("-o", "--output", type=cli.path, metavar="FILE", help="write the numbers as JSON")
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    cli.guard(main)

@@ -1,0 +1,206 @@
+"""What the command-line tools share: Detectron2's arguments, set-up, and errors a user can read.
+
+Nothing heavy is imported at the top, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+# What of a training's log is worth a line on the screen: progress, and the files it leaves.
+PROGRESS = re.compile(r"\beta:? \d.*?(?=  time:|$)|wrote \S+(?:results\.json|backbone\.pth)|error: .*")
+
+
+def launch_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that Detectron2's users know; options go before the KEY VALUE pairs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="path or shipped name of a config")
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine (without GPUs: on the CPU)")
+    parser.add_argument("--num-machines", type=int, default=1, help="total number of machines")
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of the first machine")
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS",
+        help="wait no longer for another process, or for a batch (docs/reliability.md has the default)",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR, if there is one")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    return parser
+
+
+def expanded(text: str) -> str:
+    """Return a path or address from the command line with ``~`` and ``$VARIABLES`` expanded: the shell may not have."""
+    if not text.startswith("~") and "$" not in text:
+        return text
+    from moco_d2.io.paths import expand
+
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def path(text: str) -> Path:
+    """Return :func:`expanded` as a path; a ``type`` of arguments."""
+    return Path(expanded(text))
+
+
+def setup(args: argparse.Namespace, check: Callable[[Any], None] = lambda cfg: None) -> Any:
+    """Read the config, take the run's folder, choose device and seed, start the log; return the frozen config.
+
+    ``check`` gets the config, and raises ValueError for what must not even begin to write.
+    """
+    from detectron2.engine import default_setup
+    from detectron2.utils import comm
+    from detectron2.utils.logger import setup_logger
+
+    from moco_d2.config import config_files, load_cfg, use_device_there_is
+    from moco_d2.exits import ending
+    from moco_d2.running import folder
+    from moco_d2.running.checkpoints import recorded_seed
+
+    cfg = load_cfg(args.config_file, args.opts)
+    evaluates = getattr(args, "eval_only", False)
+    check(cfg)
+    folder.claim(cfg.OUTPUT_DIR, args.resume, evaluates)
+    # An evaluation may have its run's folder, where config.yaml says how the run was trained.
+    notes = os.path.join(cfg.OUTPUT_DIR, "eval_only") if evaluates else cfg.OUTPUT_DIR
+    log = setup_logger(notes, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
+    use_device_there_is(cfg)
+    if cfg.SEED < 0:  # Drawn here, so that the run's config.yaml records it.
+        drawn = recorded_seed(cfg.OUTPUT_DIR) if args.resume else None
+        cfg.SEED = comm.shared_random_seed() % 2**31 if drawn is None else drawn
+    configs = config_files(args.config_file) if args.config_file else []
+    args.config_file = str(configs[0]) if configs else ""  # which default_setup writes into the log
+    noted = cfg.clone()
+    noted.OUTPUT_DIR = notes
+    default_setup(noted, args)
+    for path in configs[1:]:  # the init that a suffix of the name stands for
+        log.info("Contents of %s, merged after it:\n%s", path, path.read_text())
+    # Detectron2's loop prints the traceback of whatever leaves it. A user's mistake has it in the log alone.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(
+        lambda record: not (record.exc_info and record.exc_info[1] and ending(record.exc_info[1]).line)
+    )
+    cfg.freeze()
+    return cfg
+
+
+def dry_run(
+    args: argparse.Namespace,
+    rehearse: Callable[[Any], Iterator[tuple[str, str]]],
+    check: Callable[[Any], None] = lambda cfg: None,
+) -> None:
+    """Rehearse a run in a folder of its own and print what was found, ``(subject, finding)`` a line.
+
+    Args:
+        args: the command line.
+        rehearse: gets the config with that folder as ``OUTPUT_DIR``.
+        check: gets the config as it is, and raises ValueError for what the run itself would be refused for.
+    """
+    import tempfile
+
+    from detectron2.utils import comm
+
+    from moco_d2.config import load_cfg
+    from moco_d2.running import folder
+
+    cfg = load_cfg(args.config_file, args.opts)
+    folder.check(cfg.OUTPUT_DIR, args.resume)
+    check(cfg)
+    with tempfile.TemporaryDirectory() as own:
+        scratch = comm.all_gather(own)[0]  # one for all processes: what the first one writes, the others read
+        for subject, finding in rehearse(load_cfg(args.config_file, [*args.opts, "OUTPUT_DIR", scratch])):
+            if comm.is_main_process():
+                print(f"{subject:<11} {finding}", flush=True)
+        comm.synchronize()
+    if comm.is_main_process():
+        print("dry run     passed")
+
+
+def run(
+    main: Callable[[argparse.Namespace], None],
+    args: argparse.Namespace,
+    check: Callable[[Any], Iterable[str]] | None = None,
+    stage: str = "",
+) -> NoReturn:
+    """Launch ``main(args)`` in every process, and end with the exit codes of docs/reliability.md.
+
+    Device, folder and processes are checked before. ``check`` and ``stage``: see :func:`load_cfg`.
+    """
+
+    def work() -> None:
+        from moco_d2.config import load_cfg, use_device_there_is
+        from moco_d2.io import timeouts
+        from moco_d2.io.files import check_folder
+        from moco_d2.running.launch import launch
+
+        cfg = load_cfg(args.config_file, args.opts, check, stage)
+        use_device_there_is(cfg)
+        check_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
+        timeout = timeouts.DEFAULT if args.timeout is None else args.timeout
+        machines = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
+        launch(main, *machines, args, timeout, cfg.MODEL.DEVICE)
+
+    guard(work)
+
+
+def guard(work: Callable[[], int | None]) -> NoReturn:
+    """Do a command's work, which may return an exit code, and end as :func:`moco_d2.exits.ending` says."""
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+    except KeyboardInterrupt:  # not left to moco_d2.exits: it may be an import that was interrupted
+        fail("interrupted", 130)
+    except Exception as error:
+        from moco_d2.exits import leave
+
+        leave(error)
+    sys.exit(code)
+
+
+def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options: Any) -> int:
+    """Run a Python script in its own process and return its exit code.
+
+    Its output goes straight into a file, so that the script outlives us if it must; what ``shown`` finds in a line is
+    printed as well. When we are interrupted the script is ended too.
+
+    Args:
+        command: the script and its arguments.
+        log: the file, appended to.
+        shown: the part of a line to print.
+        options: of :class:`subprocess.Popen`.
+    """
+    with log.open("ab") as output, log.open(errors="replace", newline="\n") as tail:
+        tail.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **options
+        )
+        rest = ""
+        try:
+            running = True
+            while running:
+                running = process.poll() is None
+                *lines, rest = (rest + tail.read()).split("\n")
+                for found in filter(None, map(shown.search, lines)):
+                    print(f"    {found.group()}", flush=True)
+                time.sleep(0.1 * running)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    return process.returncode
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print an error and exit."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,54 @@
+"""Values of settings: of the type that their key has, and finite. Both stages check theirs before they start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moco_d2.config import roles
+
+
+def mistyped(stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield, with a complaint, keys that a stage reads whose value is of another type than the default, or not finite.
+
+    Args:
+        stage: pretraining or fine-tuning.
+        values: of all keys.
+        defaults: of all keys but ``SSL.ARGS``, which the method's constructor defines.
+    """
+    for key, value in values.items():
+        like = defaults.get(key)
+        if like is None or not roles.role(key, stage):
+            continue
+        if not fits(value, type(like)) or not _parts_fit(value, like):
+            yield key, wrong_type(key, value, like)
+        elif isinstance(like, tuple) and key in roles.PATHS and not all(isinstance(part, str) for part in value):
+            yield key, f"{key} is {value!r}; it must hold names and paths, as text"
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield key, f"{key} is {value}; it must be finite"
+
+
+def wrong_type(key: str, value: Any, like: Any) -> str:
+    """Return the complaint about a value of another type than the key's present one."""
+    if isinstance(like, Mapping):
+        return f"{key} is a group of keys, not one that can be set to {value!r}; it has {', '.join(like)}"
+    kind = "list or tuple" if isinstance(like, list | tuple) else type(like).__name__
+    return f"{key} is {value!r}; it must be {'an' if kind[0] in 'aeiou' else 'a'} {kind}, as {like!r} is"
+
+
+def fits(value: Any, wanted: Any) -> bool:
+    """Tell whether a value is of a type; a whole number is a float, a bool is none."""
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, {float: (int, float), list: (list, tuple), tuple: (list, tuple)}.get(wanted, wanted))
+
+
+def _parts_fit(value: Any, like: Any) -> bool:
+    """Tell whether the items of a list or tuple are of the type that its default's are, if that has any."""
+    if not isinstance(like, (list, tuple)) or not like or not isinstance(value, (list, tuple)):
+        return True
+    # Detectron2's tuples are exact; its lists of numbers (sizes of anchors, of crops) take either kind.
+    numbers = isinstance(like, list) and isinstance(like[0], (int, float)) and not isinstance(like[0], bool)
+    wanted = float if numbers else type(like[0])
+    return all(fits(part, wanted) and _parts_fit(part, like[0]) for part in value)

@@ -1,0 +1,121 @@
+"""Drawings of a report, as SVG text that takes the colour of the page around it."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from moco_d2.reports.summary import Row, Table, heading
+
+_INK = "#010203"  # stands for the page's text colour, which an SVG calls currentColor
+_COLOURS = ("#2f7ed8", "#e0732b", "#2a9d6f", "#a35fc4", "#d6479b", "#8a8d2d", "#c0392b", "#4bb3c3")
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+
+
+def learning_curves(table: Table) -> list[str]:
+    """Draw the first metric over iterations where it was measured on the way, and the loss.
+
+    Args:
+        table: of the runs, whose folders hold ``metrics.json``.
+
+    Returns:
+        ``<svg>`` elements; none when nothing was recorded.
+    """
+    metric = _metric(table)
+    drawings = []
+    # Detectron2 puts the test set before a metric's name when there are several.
+    for title, keys in ((heading(metric), [metric, f"{table.test_set}/{metric}"]), ("total loss", ["total_loss"])):
+        lines = {
+            row.label: list(filter(None, _lines(row, keys)))
+            for row in table.rows if row.percent == table.percents[-1]
+        }  # fmt: skip
+        if any(len(line) > 1 for found in lines.values() for line in found):
+            drawings.append(_draw(_name(table, title), partial(_paint_lines, title=title, lines=lines)))
+    return drawings
+
+
+def _paint_lines(axis: Any, title: str, lines: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> None:
+    for colour, (label, found) in zip(_colours(lines), lines.items(), strict=True):
+        for number, line in enumerate(found):
+            axis.plot(
+                *zip(*line, strict=True), color=colour, label=None if number else label, linewidth=1.4, alpha=0.85,
+                marker="o" if len(line) < 20 else None, markersize=3.5,
+            )  # fmt: skip
+    axis.set(title=title, xlabel="iteration")
+    axis.legend(frameon=False, fontsize=9)
+
+
+def fraction_curves(table: Table) -> str:
+    """Draw the first metric over the part of the labels, mean and standard deviation.
+
+    Args:
+        table: of the runs.
+
+    Returns:
+        An ``<svg>`` element; empty when all runs used the same part.
+    """
+    if len(table.percents) < 2 or not table.columns:
+        return ""
+    metric = _metric(table)
+    labels = list(dict.fromkeys(row.label for row in table.rows))
+
+    def paint(axis: Any) -> None:
+        for label, colour in zip(labels, _colours(labels), strict=True):
+            points = sorted(
+                (row.percent, row.cells[metric].mean, row.cells[metric].std or 0)
+                for row in table.rows if row.label == label and metric in row.cells
+            )  # fmt: skip
+            if points:
+                x, y, error = zip(*points, strict=True)
+                axis.errorbar(x, y, error, color=colour, label=label, marker="o", markersize=4, capsize=3)
+        axis.set_xscale("log")
+        axis.set_xticks(table.percents, [f"{percent:g}%" for percent in table.percents])
+        axis.minorticks_off()
+        axis.set(xlabel="part of the training labels", ylabel=heading(metric))
+        axis.legend(frameon=False, fontsize=9)
+
+    return _draw(_name(table, "label fractions"), paint)
+
+
+def _name(table: Table, what: str) -> str:
+    return f"{what}, {table.name} on {table.test_set}" + f" ({table.variant})" * bool(table.variant)
+
+
+def _metric(table: Table) -> str:
+    return table.columns[0] if table.columns else ""
+
+
+def _lines(row: Row, keys: Sequence[str]) -> Iterator[list[tuple[int, float]]]:
+    for run in row.runs:
+        yield next(filter(None, map(run.curve, keys)), [])
+
+
+def _colours(labels: Collection[str]) -> list[str]:
+    return [_COLOURS[number % len(_COLOURS)] for number in range(len(labels))]
+
+
+def _draw(name: str, paint: Callable[[Any], None]) -> str:
+    """Return what ``paint`` draws on axes as an ``<svg>`` element.
+
+    Args:
+        name: of the drawing, its own on the page; ids follow from it, so that they are the same each time.
+        paint: draws on the axes it gets.
+    """
+    style: dict[Any, Any] = dict.fromkeys(_INKED, _INK)
+    style |= {"svg.hashsalt": name, "axes.spines.top": False, "axes.spines.right": False}
+    file = io.StringIO()
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
+        axis = figure.subplots()
+        axis.grid(alpha=0.2)
+        paint(axis)
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(name)}" ', 1)

@@ -1,0 +1,256 @@
+"""Pictures for people who would rather look than read: the pretraining curve, the views, the detections."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.structures import BoxMode
+from detectron2.utils.visualizer import Visualizer
+from matplotlib.colors import hsv_to_rgb
+
+from moco_d2.config import load_cfg, use_device_there_is
+from moco_d2.data import ViewDataset, build_backend, build_recipe, open_source
+from moco_d2.detection.checkpointer import TransferCheckpointer
+from moco_d2.detection.mapper import read_label_image, read_pixels
+from moco_d2.detection.preflight import building
+from moco_d2.detection.weights import all_names, load_weights
+from moco_d2.engine.build import outline
+from moco_d2.io.files import atomic_write
+from moco_d2.methods import Diagnostic
+from moco_d2.reports.records import read_scalars
+
+FolderLike = str | os.PathLike[str]
+
+
+def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
+    """Draw the loss and the method's other diagnostics of a pretraining run.
+
+    Args:
+        run: its folder, with ``metrics.json`` and ``config.yaml``.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: it recorded nothing.
+    """
+    records = list(read_scalars(Path(run)))
+    if not records:
+        raise ValueError(f"{Path(run) / 'metrics.json'} is missing, or holds no figures of a pretraining run")
+    panels: dict[str, list[Diagnostic]] = {}
+    for one in outline(load_cfg(Path(run) / "config.yaml")).diagnostics():
+        panels.setdefault(one.panel, []).append(one)
+    rows, columns = -(-len(panels) // 2), min(2, len(panels))
+    figure, axes = _figure(rows, columns, (5 * columns, 3.2 * rows))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        for one in curves:
+            points = [(r["iteration"] + 1, r[one.key]) for r in records if one.key in r]
+            label = one.label.removeprefix("-")
+            axis.plot(*(zip(*points, strict=True) if points else ((), ())), label=label, marker=".", markersize=4)
+            if one.reference is not None:
+                axis.axhline(one.reference, color="grey", linestyle="--", linewidth=1, label=one.reference_label)
+        axis.set(title=title, xlabel="iteration")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=9)
+    _save_figure(figure, path)
+
+
+def draw_view_pairs(cfg: CfgNode, path: FolderLike, count: int = 8) -> None:
+    """Draw pictures as pretraining sees them: one column a picture, one row a view.
+
+    Args:
+        cfg: config of a pretraining run.
+        path: the PNG to write.
+        count: number of pictures.
+    """
+    recipe = build_recipe(cfg.DATA.RECIPE, cfg.DATA.CROP_SIZE)
+    source = open_source(cfg.DATASETS.TRAIN)
+    dataset = ViewDataset(source, recipe, max(cfg.SEED, 0), build_backend("pil", torch.device("cpu")))
+    chosen = range(0, len(source), max(1, len(source) // count))[:count]
+    figure, axes = _figure(len(recipe.views), len(chosen), (1.5 * len(chosen), 1.6 * len(recipe.views)))
+    for column, index in enumerate(chosen):
+        for row, view in enumerate(dataset[0, index].views):
+            axes[row, column].imshow(view)
+            axes[row, column].set_axis_off()
+    figure.suptitle(f"views of {cfg.DATA.RECIPE}, one picture a column", fontsize=11)
+    _save_figure(figure, path)
+
+
+def draw_detections(runs: Mapping[str, FolderLike], path: FolderLike, count: int = 4, threshold: float = 0.25) -> None:
+    """Draw test pictures: ground truth, then the detections of each run.
+
+    Args:
+        runs: heading to folder of a finished run (``config.yaml``, ``model_final.pth``), all on the same test set.
+        path: the PNG to write.
+        count: number of pictures.
+        threshold: score from which a detection is drawn.
+    """
+    predictors = {name: load_predictor(Path(folder) / "model_final.pth", threshold) for name, folder in runs.items()}
+    cfg = next(iter(predictors.values())).cfg
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    records = records[:: max(1, len(records) // count)][:count]
+    figure, axes = _figure(1 + len(predictors), len(records), (3.6 * len(records), 3 * (1 + len(predictors))))
+    for column, record in enumerate(records):
+        image = read_pixels(record["file_name"], "RGB", cfg.DATA.MAX_PIXELS)
+        drawings = {"ground truth": draw_scene(image, metadata, Scene.labelled(record, cfg))}
+        for name, predictor in predictors.items():
+            drawings[name] = draw_scene(image, metadata, Scene.predicted(predictor(image[:, :, ::-1])))
+        for axis, (name, drawing) in zip(axes[:, column], drawings.items(), strict=True):
+            axis.imshow(drawing)
+            axis.set_axis_off()
+            if column == 0:
+                axis.set_title(f"{name} (score >= {threshold})" if name in predictors else name, loc="left")
+    _save_figure(figure, path)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is to be seen on a picture, be it labels, a training sample or a detector's output.
+
+    Attributes:
+        boxes: (N, 4) x0, y0, x1, y1 in pixels.
+        classes: N numbers.
+        scores: N, or None for labels.
+        masks: N, in any form that Detectron2's Visualizer takes, or None.
+        keypoints: (N, K, 3) x, y and visibility or score, or None.
+        sem_seg: (H, W) class of each pixel, or None.
+    """
+
+    boxes: np.ndarray
+    classes: list[int]
+    scores: list[float] | None = None
+    masks: Sequence[Any] | None = None
+    keypoints: np.ndarray | None = None
+    sem_seg: np.ndarray | None = None
+
+    @classmethod
+    def labelled(cls, record: Mapping[str, Any], cfg: CfgNode) -> Scene:
+        """Take the labels of a data set's record, as far as the config's detector learns them."""
+        items = [item for item in record.get("annotations", ()) if not item.get("iscrowd")]
+        boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS) for item in items]
+        masks = cfg.MODEL.MASK_ON and all("segmentation" in item for item in items)
+        keypoints = cfg.MODEL.KEYPOINT_ON and all("keypoints" in item for item in items)
+        sem_seg = None
+        if "sem_seg_file_name" in record and not items:
+            sem_seg = read_label_image(record["sem_seg_file_name"], cfg.DATA.MAX_PIXELS)
+        return cls(
+            np.array(boxes, float).reshape(-1, 4),
+            [item["category_id"] for item in items],
+            masks=[item["segmentation"] for item in items] if masks else None,
+            keypoints=np.array([np.reshape(item["keypoints"], (-1, 3)) for item in items]) if keypoints else None,
+            sem_seg=sem_seg,
+        )
+
+    @classmethod
+    def trained_on(cls, sample: Mapping[str, Any]) -> Scene:
+        """Take what Detectron2's mapper gives a model to train on."""
+        if "instances" not in sample:
+            return cls(np.zeros((0, 4)), [], sem_seg=sample["sem_seg"].numpy())
+        found = sample["instances"]
+        masks = found.get("gt_masks") if found.has("gt_masks") else None
+        if masks is not None:
+            masks = masks.polygons if hasattr(masks, "polygons") else list(masks.tensor.numpy())
+        keypoints = found.get("gt_keypoints").tensor.numpy() if found.has("gt_keypoints") else None
+        return cls(found.gt_boxes.tensor.numpy(), found.gt_classes.tolist(), masks=masks, keypoints=keypoints)
+
+    @classmethod
+    def predicted(cls, output: Mapping[str, Any]) -> Scene:
+        """Take a model's output for one picture."""
+        if "instances" not in output:
+            return cls(np.zeros((0, 4)), [], sem_seg=output["sem_seg"].argmax(0).cpu().numpy())
+        found = output["instances"].to("cpu")
+        return cls(
+            found.pred_boxes.tensor.numpy(),
+            found.pred_classes.tolist(),
+            found.scores.tolist(),
+            list(found.pred_masks.numpy()) if found.has("pred_masks") else None,
+            found.pred_keypoints.numpy() if found.has("pred_keypoints") else None,
+        )
+
+    def choose(self, indices: Sequence[int]) -> Scene:
+        """Return some of the objects."""
+        return Scene(
+            self.boxes[list(indices)],
+            [self.classes[i] for i in indices],
+            None if self.scores is None else [self.scores[i] for i in indices],
+            None if self.masks is None else [self.masks[i] for i in indices],
+            None if self.keypoints is None else self.keypoints[list(indices)],
+            self.sem_seg,
+        )
+
+
+def draw_scene(image: np.ndarray, metadata: Any, scene: Scene, colors: Sequence[Any] | None = None) -> np.ndarray:
+    """Draw a scene on a picture with Detectron2's Visualizer, and return the drawing.
+
+    Args:
+        image: (H, W, 3) RGB.
+        metadata: of the data set: names of classes, skeleton of keypoints, colours of pixels.
+        scene: what to draw.
+        colors: one an object; otherwise each class has its own.
+    """
+    # Small pictures are enlarged, and large ones get larger letters, so that captions can be read.
+    width = image.shape[1]
+    visualizer = Visualizer(image, metadata, max(1.0, 480 / width), font_size_scale=max(1.0, width / 600))
+    if scene.sem_seg is not None:
+        return np.asarray(visualizer.draw_sem_seg(scene.sem_seg, area_threshold=0, alpha=0.6).get_image())
+    if colors is None:  # hues by the golden ratio: neighbours differ
+        colors = [hsv_to_rgb((0.618034 * number % 1, 0.9, 0.95)) for number in scene.classes]
+    names = metadata.get("thing_classes")
+    labels = [names[number] if names else str(number) for number in scene.classes]
+    if scene.scores is not None:
+        labels = [f"{label} {score:.0%}" for label, score in zip(labels, scene.scores, strict=True)]
+    drawing = visualizer.overlay_instances(
+        boxes=scene.boxes, labels=labels, masks=scene.masks, keypoints=scene.keypoints, assigned_colors=list(colors)
+    )
+    return np.asarray(drawing.get_image())
+
+
+def load_predictor(weights: FolderLike, threshold: float, opts: Sequence[str] = ()) -> DefaultPredictor:
+    """Return a trained detector, ready for pictures (H, W, 3) in BGR.
+
+    Args:
+        weights: a checkpoint; its run's ``config.yaml`` lies beside it.
+        threshold: score from which detections are returned.
+        opts: further ``KEY VALUE`` pairs for the config.
+
+    Raises:
+        ValueError: one of the files is missing, or the checkpoint does not fill the detector.
+    """
+    weights = Path(weights)
+    config = weights.parent / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"{config} is not there; a checkpoint is shown with its run's config")
+    cfg = load_cfg(config, opts)
+    use_device_there_is(cfg)
+    cfg.MODEL.WEIGHTS = ""  # loaded below, where what is missing is an error
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
+    with building():
+        predictor = DefaultPredictor(cfg)
+    load_weights(TransferCheckpointer(predictor.model), cfg, str(weights), all_names)
+    return predictor
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    # Without pyplot: no global state, no display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save_figure(figure: Any, path: FolderLike) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())

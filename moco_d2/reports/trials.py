@@ -1,0 +1,293 @@
+"""The fine-tuning runs that a comparison needs: what each is, where it lies, and whether it is done.
+
+A trial is one training of one protocol from one initialisation with one seed (and, on request, a part of the labels).
+Its folder holds ``trial.json``, what was asked for, written before the training starts; the rest is what training
+leaves (docs/pipeline.md). A trial is done when ``results.json`` is there. A folder whose ``trial.json`` says something
+else than what is asked for now is refused, so that a mean is never taken over different things.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.utils.collect_env import collect_env_info
+
+from moco_d2.config import INITS, flat, get_cfg
+from moco_d2.detection.datasets import register_custom
+from moco_d2.detection.preflight import check_run, check_weights, fit_to_machine, scale_to_processes
+from moco_d2.detection.subsets import check_percent
+from moco_d2.detection.weights import check_source
+from moco_d2.io import files, locks
+from moco_d2.io.checkpoints import facts_in, open_checkpoint
+from moco_d2.io.paths import expand
+from moco_d2.model_zoo import get_config, get_protocol
+from moco_d2.reports.records import RECORD, RESULTS, read_result, read_trial
+from moco_d2.reports.summary import BASELINES
+from moco_d2.running.launch import check_processes
+from moco_d2.running.weights import local_path, refuse_stubs
+
+ENVIRONMENT = "environment.txt"
+LOG = "trial.log"
+LOCK = ".lock"
+# Where a run finds its weights and leaves its files, and on what it computes, is no part of what it is.
+PLACES = ("MODEL.WEIGHTS", "MODEL.DEVICE", "OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "TEST.COCO_BACKEND")
+# Keys that have an option of their own.
+RESERVED = {
+    "SEED": "--seeds", "OUTPUT_DIR": "--output", "MODEL.WEIGHTS": "--weights", "PROTOCOL": "--protocol",
+    "DATASETS.FRACTION": "--fractions",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Init:
+    """What a detector starts from.
+
+    Attributes:
+        label: its name in folders and tables.
+        kind: how it is fed, a key of :data:`moco_d2.config.INITS`.
+        path: ``MODEL.WEIGHTS``; empty for random initialisation.
+        sha256: of the file; empty for random initialisation.
+        facts: what the file says about itself, if it does.
+    """
+
+    label: str
+    kind: str
+    path: str = ""
+    sha256: str = ""
+    facts: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training that is asked for.
+
+    Attributes:
+        protocol: name of the protocol.
+        config: name of the config for ``--config-file``.
+        init: what it starts from.
+        seed: of the training.
+        percent: part of the training labels it uses.
+        folder: its ``OUTPUT_DIR``.
+        opts: ``KEY VALUE ...`` on top of the config, ``OUTPUT_DIR`` included.
+        cfg: the two merged.
+    """
+
+    protocol: str
+    config: str
+    init: Init
+    seed: int
+    percent: float
+    folder: Path
+    opts: tuple[str, ...]
+    cfg: CfgNode
+
+    @property
+    def name(self) -> str:
+        """Name it in a line: label, seed, and the labels' part if that is not all."""
+        return f"{self.init.label} seed {self.seed}" + (f", {self.percent:g}% of the labels" * (self.percent != 100))
+
+    def record(self) -> dict[str, Any]:
+        """Return what ``trial.json`` holds."""
+        return {
+            "protocol": self.protocol,
+            "init": {"label": self.init.label, "kind": self.init.kind},
+            "weights": {"path": self.init.path, "sha256": self.init.sha256, "facts": self.init.facts},
+            "seed": self.seed,
+            "percent": self.percent,
+            "config": _settings(self.cfg),
+        }
+
+
+def plan(
+    protocol: str,
+    weights: Sequence[str],
+    seeds: Iterable[int],
+    output: str | os.PathLike[str],
+    percents: Sequence[float] = (100.0,),
+    opts: Sequence[str] = (),
+    processes: int = 1,
+) -> list[Trial]:
+    """List the trials of a comparison, having checked everything that can be checked before the first one starts.
+
+    Args:
+        protocol: a name of :func:`moco_d2.model_zoo.list_protocols`.
+        weights: files (``PATH`` or ``LABEL=PATH``), ``supervised`` (or ``supervised=PATH``), ``random``.
+        seeds: of the trainings, >= 0.
+        output: folder of all trials; a trial's is ``output/protocol/label/seedN``, for a part of the labels
+            ``output/protocol/label/seedN/fractionP``.
+        percents: parts of the training labels.
+        opts: ``KEY VALUE ...`` for all trials.
+        processes: of each training.
+
+    Returns:
+        All of them, done or not: seed by seed, so that a comparison that is cut short is still one.
+
+    Raises:
+        ValueError: names the mistake; or a folder holds another run than the one asked for.
+    """
+    for key in opts[::2]:
+        if key in RESERVED:
+            raise ValueError(f"{key} is set by {RESERVED[key]}; leave it out of the KEY VALUE pairs")
+    for percent in percents:
+        check_percent(percent)
+    base = get_protocol(protocol).config
+    inits = _inits(weights, protocol)
+    trials = [
+        _trial(protocol, base, init, seed, percent, Path(output), opts)
+        for seed in sorted(set(seeds)) for percent in sorted(set(percents)) for init in inits
+    ]  # fmt: skip
+    files.check_folder(output, "--output")
+    if not trials or min(trial.seed for trial in trials) < 0:
+        raise ValueError("--seeds must name at least one seed, 0 or above, such as 0-4 or 0,2,7")
+    states = {trial.folder: state(trial) for trial in trials}
+    waiting = [trial for trial in trials if states[trial.folder] != "done"]
+    for trial in waiting[:1]:
+        _check(trial.cfg, processes)
+    for trial in {trial.init.label: trial for trial in waiting if states[trial.folder] == "new"}.values():
+        check_weights(trial.cfg, resume=True)  # what an attempt without a checkpoint left is no run to keep
+    return trials
+
+
+def state(trial: Trial) -> str:
+    """Return ``done``, ``begun`` (it left a checkpoint to continue from) or ``new``.
+
+    Raises:
+        ValueError: the folder holds another run.
+    """
+    folder = trial.folder
+    begun, done = ((folder / name).is_file() for name in ("last_checkpoint", RESULTS))
+    recorded = read_trial(folder, complete=True)
+    if not recorded:
+        if begun or done:
+            raise ValueError(f"{folder} holds a run that run_trials did not start; choose another --output")
+        return "new"
+    differences = list(_differences(recorded, trial))
+    result = read_result(folder) if done else {}
+    used, asked = (result.get("weights") or {}).get("sha256"), trial.init.sha256
+    if used and used != asked:
+        differences.append(f"weights: {RESULTS} names SHA-256 {used[:12]}, asked for is {asked[:12] or 'none'}")
+    if differences:
+        raise ValueError(
+            f"{folder} holds another run than the one asked for:\n"
+            + "\n".join(f"    {line}" for line in differences)
+            + "\n  Ask for what it holds, or choose another --output (weights can be renamed: LABEL=PATH)"
+        )
+    return "done" if done else "begun" if begun else "new"
+
+
+@contextmanager
+def locked(trial: Trial) -> Iterator[int | None]:
+    """Hold a trial's folder against other processes, for as long as this one or a child that got the lock's file lives.
+
+    Yields:
+        The lock's file descriptor, to be passed on to the child; None when another process holds the folder.
+    """
+    path = files.make_folder(trial.folder, "--output") / LOCK
+    with files.one_line(path, "--output"):
+        file = locks.lock(path)
+    try:
+        yield file
+    finally:
+        if file is not None:
+            locks.unlock(path)
+
+
+def prepare(trial: Trial) -> None:
+    """Write what a trial is, and where it runs, into its folder: ``trial.json`` and ``environment.txt``.
+
+    Raises:
+        ValueError: files of these names, or a log, are there that no trial wrote.
+    """
+    files.claim(trial.folder, [RECORD, ENVIRONMENT, LOG], "--output", trusted=bool(read_trial(trial.folder)))
+    for name, text in ((RECORD, json.dumps(trial.record(), indent=1)), (ENVIRONMENT, collect_env_info())):
+        with files.one_line(trial.folder, "--output"), files.atomic_write(trial.folder / name) as file:
+            file.write(text.encode() + b"\n")
+
+
+def _inits(words: Sequence[str], protocol: str) -> list[Init]:
+    inits = [_init(word, protocol) for word in words]
+    if not inits:
+        raise ValueError(f"--weights names nothing; give files, or one of {', '.join(BASELINES)}")
+    for label, count in Counter(init.label for init in inits).items():
+        if count > 1:
+            same = ", ".join(word for word, init in zip(words, inits, strict=True) if init.label == label)
+            raise ValueError(f"{count} weights would be called {label!r} ({same}); name them: LABEL=PATH")
+    return inits
+
+
+def _init(word: str, protocol: str) -> Init:
+    label, equals, path = word.partition("=")
+    if not equals or os.path.exists(word):
+        label, path = (word, "") if word in BASELINES else (Path(word).stem, word)
+    if label == "random":
+        if path:
+            raise ValueError(f"--weights {word}: 'random' starts from no file; choose another label")
+        return Init("random", "random")
+    if problem := files.name_problem(label):
+        raise ValueError(f"--weights {word}: the label {label!r} cannot be a folder's name: it {problem}")
+    kind = "supervised" if label == "supervised" else "moco"
+    path = expand(path) or get_config(protocol, kind).MODEL.WEIGHTS
+    try:
+        check_source(path)
+    except ValueError as error:
+        raise ValueError(f"{error}\n  With this tool: --weights {label}=PATH") from error
+    local = local_path(path)
+    checkpoint = open_checkpoint(local)
+    refuse_stubs(checkpoint, "model" if "model" in checkpoint.content else "")
+    facts = facts_in(checkpoint.content, local)
+    shown = path if "://" in path else os.path.abspath(path)
+    return Init(label, kind, shown, checkpoint.version.sha256(), facts.as_dict() if facts else None)
+
+
+def _trial(protocol: str, base: str, init: Init, seed: int, percent: float, output: Path, opts: Sequence[str]) -> Trial:
+    folder = output.absolute() / protocol / init.label / f"seed{seed}"
+    own = ["MODEL.WEIGHTS", init.path, "SEED", str(seed)]
+    if percent != 100:
+        folder /= f"fraction{percent:g}"
+        own += ["DATASETS.FRACTION", str(float(percent))]
+    words = (*opts, *own, "OUTPUT_DIR", str(folder))
+    return Trial(
+        protocol, base + INITS[init.kind], init, seed, percent, folder, words, get_config(protocol, init.kind, words)
+    )
+
+
+def _check(cfg: CfgNode, processes: int) -> None:
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty: there would be nothing to compare")
+    cfg = fit_to_machine(cfg, processes)
+    check_processes(processes, cfg.MODEL.DEVICE, processes)
+    with tempfile.TemporaryDirectory() as folder:  # for users' labels that are written anew to OUTPUT_DIR
+        cfg.defrost()
+        cfg.OUTPUT_DIR = folder
+        register_custom(cfg)
+        check_run(scale_to_processes(cfg, processes), processes)
+
+
+def _differences(recorded: Mapping[str, Any], trial: Trial) -> Iterator[str]:
+    asked = trial.record()
+    if recorded["weights"]["sha256"] != asked["weights"]["sha256"]:
+        held = {name: f"{r['path'] or 'none'} (SHA-256 {r['sha256'][:12] or 'none'})" for name, r in
+                (("there", recorded["weights"]), ("asked", asked["weights"]))}  # fmt: skip
+        yield f"weights: {held['there']} there, {held['asked']} asked for"
+    # A key that came with a later version had its default before.
+    defaults = _settings(get_cfg())
+    there, wanted = recorded["config"], asked["config"]
+    for key in sorted((there.keys() | wanted.keys()) - set(PLACES)):
+        old, new = (values.get(key, defaults.get(key)) for values in (there, wanted))
+        if old != new:
+            yield f"{key}: {old} there, {new} asked for"
+
+
+def _settings(cfg: CfgNode) -> dict[str, Any]:
+    """Return ``{dotted key: value}`` as JSON gives it back."""
+    settings: dict[str, Any] = json.loads(json.dumps(flat(cfg)))
+    return settings

@@ -1,0 +1,321 @@
+"""Draws the sample data's scenes: textured backgrounds, unlabelled clutter and twenty kinds of objects.
+
+A kind is an outline, a texture and a main colour under the name of a VOC class. Five textures and ten hues are dealt
+out so that no single cue names a kind: every hue serves two kinds and every texture four, and the clutter wears the
+same hues in plain fields. Shape, texture and colour have to be learned together, which a small network can begin to do
+within a hundred steps and does not finish in a thousand.
+
+Everything is drawn at twice the final size and averaged down, so that edges look like those of a photograph.
+
+Letters: S = supersampling factor, H x W = canvas of the scene at that factor, coordinates are (x, y), y downwards.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+
+from moco_d2.samples.shapes import FLIPPED, KINDS, OUTLINES, JointedPerson, box, disc, jointed_person
+
+SUPERSAMPLING = 2
+# An object keeps at least this share of its own pixels in view, whatever covers it or cuts it off.
+LEAST_VISIBLE = 0.6
+_SUBPIXEL_BITS = 4
+Range = tuple[float, float]
+TEXTURES = ("plain", "stripes", "dots", "checks", "waves")
+HUES = 10
+# 3 and 10 have no common factor, so that texture and hue run through different combinations: 20 kinds, 20 pairs.
+_KIND_TEXTURE = {kind: TEXTURES[i % len(TEXTURES)] for i, kind in enumerate(KINDS)}
+_KIND_HUE = {kind: ((3 * i + i // 10 * 2) % HUES) / HUES for i, kind in enumerate(KINDS)}
+
+
+@dataclass
+class Thing:
+    """One drawn object.
+
+    Attributes:
+        kind: its name, one of :data:`KINDS`.
+        mask: what is still seen of it, (H, W) bool at :data:`SUPERSAMPLING` times the picture's size.
+        full_area: its pixels had nothing covered it or cut it off, in the mask's units.
+        crowd: whether this is a group of small objects that are not told apart.
+        keypoints: of a person with joints, (17, 2) in the picture's coordinates, some perhaps hidden or outside.
+    """
+
+    kind: str
+    mask: np.ndarray
+    full_area: float
+    crowd: bool = False
+    keypoints: np.ndarray | None = None
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """(x0, y0, x1, y1) of what is seen, in picture coordinates with half-pixel steps."""
+        rows, cols = np.flatnonzero(self.mask.any(axis=1)), np.flatnonzero(self.mask.any(axis=0))
+        corners = (cols[0], rows[0], cols[-1] + 1, rows[-1] + 1)
+        return tuple(float(c) / SUPERSAMPLING for c in corners)  # type: ignore[return-value]
+
+    @property
+    def visible(self) -> float:
+        """Share of the object that can be seen, 0..1."""
+        return float(self.mask.sum()) / self.full_area
+
+
+@dataclass
+class Scene:
+    """A picture and what is on it: ``image`` is (height, width, 3) uint8 RGB."""
+
+    image: np.ndarray
+    things: list[Thing] = field(default_factory=list)
+
+
+def colour(rng: np.random.Generator, hue: float, saturation: Range, value: Range) -> np.ndarray:
+    """Draw an RGB colour, (3,) in 0..255, with the given hue and ranges of saturation and value."""
+    return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(*saturation), rng.uniform(*value)), np.float32)
+
+
+def clouds(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:
+    """Draw smooth noise, (height, width) in 0..1, whose features are about ``cell`` pixels wide."""
+    rows, cols = max(2, round(height / cell) + 1), max(2, round(width / cell) + 1)
+    grid = rng.random((rows, cols), dtype=np.float32)
+    return np.clip(cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Draw a muted background: a gradient, clouds, stripes or blobs between two colours, with fine clouds on top."""
+    first, second = (colour(rng, rng.random(), (0.05, 0.45), (0.25, 0.9)) for _ in range(2))
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    angle, style = rng.uniform(0, np.pi), rng.choice(["gradient", "clouds", "stripes", "blobs"])
+    along = x * np.cos(angle, dtype=np.float32) + y * np.sin(angle, dtype=np.float32)
+    if style == "gradient":
+        mix = (along - along.min()) / (along.max() - along.min())
+    elif style == "clouds":
+        mix = clouds(rng, height, width, rng.uniform(12, 45))
+    elif style == "stripes":
+        mix = 0.5 + 0.5 * np.sin(along * (2 * np.pi / rng.uniform(8, 35)) + rng.uniform(0, 6))
+    else:
+        mix = (clouds(rng, height, width, rng.uniform(8, 30)) > 0.5).astype(np.float32)
+    canvas: np.ndarray = first + (second - first) * mix[..., None]
+    canvas += (clouds(rng, height, width, rng.uniform(2, 6)) - 0.5)[..., None] * np.float32(rng.uniform(10, 60))
+    return canvas
+
+
+def fill(size: tuple[int, ...], parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Fill polygons, given in canvas coordinates, into a bool mask of the given size (H, W)."""
+    mask = np.zeros(size, np.uint8)
+    for part in parts:
+        # Pixel centres lie at half coordinates; fixed point keeps the rotation smooth.
+        fixed = np.round((part - 0.5) * 2**_SUBPIXEL_BITS).astype(np.int32)
+        cv2.fillPoly(mask, [fixed], 1, shift=_SUBPIXEL_BITS)
+    return mask.astype(bool)
+
+
+def window(canvas: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, tuple[slice, slice]]:
+    """Return the corner (x, y) and the slices of the part of a canvas that a shape can touch.
+
+    Shapes are small: working in their windows saves half of the time.
+    """
+    corners, limit = np.concatenate(parts), np.array(canvas.shape[1::-1])
+    # One pixel at least, for what lies outside: OpenCV refuses empty arrays.
+    origin = np.clip(np.floor(corners.min(axis=0)).astype(int) - 2, 0, limit - 1)
+    right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 2, 1, limit)
+    return origin, np.s_[origin[1] : bottom, origin[0] : right]
+
+
+def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
+    """Draw things without a name into the canvas: plain rods and pebbles in the hues that objects wear."""
+    height, width = canvas.shape[:2]
+    for _ in range(rng.integers(2, 7)):
+        size = rng.uniform(0.05, 0.22) * min(height, width)
+        shape = disc(0, 0, 0.5, rng.uniform(0.2, 0.5)) if rng.random() < 0.5 else box(-0.7, -0.07, 0.7, 0.07)
+        angle, centre = rng.uniform(0, np.pi), rng.uniform((0, 0), (width, height))
+        turn = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
+        shape = shape @ turn.T * size + centre
+        origin, place = window(canvas, [shape])
+        view = canvas[place]
+        view[fill(view.shape[:2], [shape - origin])] = colour(rng, rng.random(), (0.2, 0.8), (0.3, 0.9))
+
+
+def _paint(rng: np.random.Generator, kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Return the colours, (N, 3), of a kind's texture at object coordinates ``u`` and ``v``, (N,), about -0.5..0.5."""
+    hue = _KIND_HUE[kind] + rng.uniform(-0.03, 0.03)
+    main = colour(rng, hue, (0.65, 1.0), (0.55, 1.0))
+    # The second colour is dark or light of a near hue, so that it does not hide the first.
+    second = colour(rng, hue + 0.08, (0.5, 0.9), (0.1, 0.3)) if rng.random() < 0.5 else np.full(3, 235, np.float32)
+    period = rng.uniform(0.17, 0.23)
+    phase = rng.uniform(0, period)
+    texture = _KIND_TEXTURE[kind]
+    if texture == "stripes":
+        pattern = (u + phase) % period < period / 2
+    elif texture == "dots":
+        pattern = np.hypot((u + phase) % period - period / 2, (v + phase) % period - period / 2) < 0.32 * period
+    elif texture == "checks":
+        pattern = ((u + phase) % period < period / 2) ^ (v % period < period / 2)
+    elif texture == "waves":
+        pattern = (v + 0.06 * np.sin(u * 2 * np.pi / 0.35) + phase) % period < period / 2
+    else:
+        pattern = np.zeros(u.shape, bool)
+    light = 1 + rng.uniform(0.1, 0.3) * (rng.choice([-1, 1]) * u - v)
+    colours: np.ndarray = np.where(pattern[:, None], second, main) * light[:, None].astype(np.float32)
+    return colours
+
+
+def _place(rng: np.random.Generator, height: int, width: int, scale: Range) -> tuple[float, np.ndarray, np.ndarray]:
+    """Draw a size in pixels, a centre (2,), and the matrix (2, 2) that turns, stretches and mirrors an outline."""
+    size = rng.uniform(*scale) * np.sqrt(height * width)
+    centre = rng.uniform((0.1 * width, 0.1 * height), (0.9 * width, 0.9 * height))
+    angle, stretch = rng.normal(0, 0.3), rng.uniform(0.85, 1.18)
+    turn = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
+    return size, centre, turn @ np.diag((stretch * rng.choice([-1, 1]), 1 / stretch))
+
+
+def _dress(rng: np.random.Generator, canvas: np.ndarray, person: JointedPerson, parts: Sequence[np.ndarray]) -> None:
+    """Paint a person's parts over its silhouette, which is in the canvas and stays where the shirt is."""
+    shirt = canvas.copy()
+    colours = {
+        "skin": colour(rng, rng.uniform(0.04, 0.09), (0.25, 0.6), (0.4, 1.0)),
+        "trousers": colour(rng, rng.random(), (0.3, 0.8), (0.25, 0.6)),
+        "dark": colour(rng, rng.random(), (0.1, 0.4), (0.05, 0.15)),
+    }
+    for part, material in zip(parts, person.materials, strict=True):
+        origin, place = window(canvas, [part])
+        view = canvas[place]
+        mask = fill(view.shape[:2], [part - origin])
+        view[mask] = shirt[place][mask] if material == "shirt" else colours[material]
+        if material != "dark":
+            _shade_rim(view, mask, 0.75)
+
+
+def _shade_rim(canvas: np.ndarray, mask: np.ndarray, light: float) -> None:
+    """Darken the border, as shadows do: without it an object and a like-coloured background run into each other."""
+    rim = mask & ~cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
+    canvas[rim] *= light
+
+
+def put(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    things: Sequence[Thing],
+    shape: str | JointedPerson,
+    size: float,
+    centre: np.ndarray,
+    matrix: np.ndarray,
+) -> Thing | None:
+    """Try to draw one object over the scene at a given place, and take what it hides from the others' masks.
+
+    Args:
+        rng: source of its colours.
+        canvas: (H, W, 3), painted in place.
+        things: what is there already.
+        shape: a kind, or a person with joints.
+        size: the side of the shape's box, in pixels of the canvas.
+        centre: of the shape's box, (2,).
+        matrix: turns, stretches or mirrors the shape, (2, 2).
+
+    Returns:
+        The object; None (and nothing drawn) if it would hide too much or be cut off.
+    """
+    person = None if isinstance(shape, str) else shape
+    kind, outline = (shape, OUTLINES[shape]) if isinstance(shape, str) else ("person", shape.parts)
+    parts = [part @ matrix.T * size + centre for part in outline]
+    origin, place = window(canvas, parts)
+    view = canvas[place]
+    mask = fill(view.shape[:2], [part - origin for part in parts])
+    margin = int(size)
+    shifted = [part - centre + margin for part in parts]
+    full_area = float(np.count_nonzero(fill((2 * margin, 2 * margin), shifted)))
+    if np.count_nonzero(mask) < LEAST_VISIBLE * full_area:
+        return None
+    hidden = [np.count_nonzero(thing.mask[place] & mask) for thing in things]
+    seen = [np.count_nonzero(thing.mask) for thing in things]
+    if any(s - h < LEAST_VISIBLE * thing.full_area for s, h, thing in zip(seen, hidden, things, strict=True)):
+        return None
+    rows, cols = np.nonzero(mask)
+    points = np.stack([cols, rows]) + origin[:, None] + 0.5
+    u, v = np.linalg.inv(matrix) @ ((points - centre[:, None]) / size)
+    view[rows, cols] = _paint(rng, kind, u, v)
+    keypoints = None
+    if person:
+        _dress(rng, view, person, [part - origin for part in parts])
+        keypoints = (person.keypoints @ matrix.T * size + centre) / SUPERSAMPLING
+        keypoints = keypoints[FLIPPED] if np.linalg.det(matrix) < 0 else keypoints
+    _shade_rim(view, mask, 0.55)
+    for thing in things:
+        thing.mask[place] &= ~mask
+    whole = np.zeros(canvas.shape[:2], bool)
+    whole[place] = mask
+    return Thing(kind, whole, full_area, keypoints=keypoints)
+
+
+def _draw(
+    rng: np.random.Generator, canvas: np.ndarray, things: list[Thing], shape: str | JointedPerson, scale: Range
+) -> Thing | None:
+    """Try to draw one object anywhere in the scene."""
+    height, width = canvas.shape[:2]
+    return put(rng, canvas, things, shape, *_place(rng, height, width, scale))
+
+
+def _draw_crowd(rng: np.random.Generator, canvas: np.ndarray, things: list[Thing], kind: str) -> Thing | None:
+    """Draw a herd of small objects of one kind as a single crowd; None if no room was found."""
+    herd: list[Thing] = []
+    for _ in range(12):
+        member = _draw(rng, canvas, things + herd, kind, (0.09, 0.12))
+        herd += [member] if member else []
+    if not herd:
+        return None
+    mask = np.logical_or.reduce([member.mask for member in herd])
+    return Thing(kind, mask, float(mask.sum()), crowd=True)
+
+
+def draw_scene(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    kinds: Sequence[str],
+    scale: Range = (0.2, 0.6),
+    crowd: str | None = None,
+    jointed: bool = False,
+) -> Scene:
+    """Draw one picture.
+
+    Args:
+        rng: source of every random choice; the same state gives the same picture.
+        height: of the picture in pixels.
+        width: of the picture in pixels.
+        kinds: what to draw, in order; later things may cover parts of earlier ones. The first is always drawn; a later
+            one is left out if no place is found where enough of everything stays visible.
+        scale: range of an object's longest side, as a share of the square root of the picture's area.
+        crowd: a kind to draw a crowd of, if any.
+        jointed: whether a person has joints and a pose, instead of the outline of its kind.
+
+    Returns:
+        The picture and its objects.
+    """
+    # The background has no edges worth supersampling, and a quarter of the pixels is a quarter of the time.
+    size = (width * SUPERSAMPLING, height * SUPERSAMPLING)
+    canvas = cv2.resize(_background(rng, height, width), size, interpolation=cv2.INTER_LINEAR)
+    _clutter(rng, canvas)
+    things: list[Thing] = []
+    for kind in kinds:
+        for _ in range(50 if not things else 6):
+            shape = jointed_person(rng) if jointed and kind == "person" else kind
+            thing = _draw(rng, canvas, things, shape, scale)
+            if thing:
+                things.append(thing)
+                break
+    if crowd and (herd := _draw_crowd(rng, canvas, things, crowd)):
+        things.append(herd)
+    return Scene(develop(rng, canvas, (2, 7)), things)
+
+
+def develop(rng: np.random.Generator, canvas: np.ndarray, noise: Range) -> np.ndarray:
+    """Average a canvas down to a picture, (height, width, 3) uint8, with some exposure and noise (in grey levels)."""
+    height, width = (side // SUPERSAMPLING for side in canvas.shape[:2])
+    canvas = canvas * np.float32(rng.uniform(0.75, 1.15))
+    small: np.ndarray = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
+    small += np.asarray(rng.normal(0, rng.uniform(*noise), small.shape), np.float32)
+    picture: np.ndarray = np.clip(small, 0, 255).astype(np.uint8)
+    return picture

@@ -1,0 +1,117 @@
+"""The benchmarks run, at a size that takes no time, and find equal numbers. No test looks at what is faster."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as benchmark
+from benchmarks import measure
+
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run ``python -m benchmarks`` in this process; return what it writes."""
+    monkeypatch.setenv("MOCO_D2_CACHE", str(tmp_path / "cache"))  # a benchmark sets its own
+
+    def in_this_process(preload: list[str], work: Callable[..., Any], *arguments: Any) -> Any:
+        return work(*arguments)
+
+    def run(*words: object) -> dict[str, Any]:
+        for module in ("benchmarks.conversion", "benchmarks.scale"):
+            if module in sys.modules:
+                monkeypatch.setattr(sys.modules[module], "in_new_process", in_this_process)
+        monkeypatch.setattr(measure, "in_new_process", in_this_process)  # for those that are imported from now on
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *map(str, words), "-o", str(tmp_path / "rows.json")])
+        benchmark.main()
+        content: dict[str, Any] = json.loads((tmp_path / "rows.json").read_text())
+        return content
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+    logging.disable(logging.NOTSET)
+
+
+# Detectron2 divides by the number of a class's objects, of which six pictures need not have any.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning")
+def test_eval_compares_every_backend_and_both_voc_metrics(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    content, shown = run("eval", "--images", 6, "--detections", 9), capsys.readouterr().out
+    assert (content["images"], content["detections"]) == (6, 9)
+    problems = {"COCO boxes, 6 x 9": 0, "VOC 2007, 6 x 9": 0, "VOC 2012, 6 x 9": 0}
+    for row in content["rows"]:
+        assert row["ratio"] == 1 if problems[row["problem"]] == 0 else row["ratio"] > 0  # the reference comes first
+        assert row["difference"] < 1e-12
+        assert row["by"] in shown
+        problems[row["problem"]] += 1
+    assert problems["COCO boxes, 6 x 9"] >= 3
+    assert problems["VOC 2007, 6 x 9"] == problems["VOC 2012, 6 x 9"] == 2
+
+
+def test_a_size_of_nothing_is_refused(run: Run) -> None:
+    with pytest.raises(ValueError, match="--images is 0; it must be at least 1"):
+        run("eval", "--images", 0)
+
+
+def test_convert_compares_with_torch_load(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    content, shown = run("convert", "--width", 0.25, "--repeats", 1), capsys.readouterr().out
+    assert (content["width"], content["repeats"]) == (0.25, 1)
+    works = ("torch.load", "conversion", "conversion, both SHA-256, report", "proof alone")
+    assert tuple(row["work"] for row in content["rows"]) == 2 * works
+    for row in content["rows"]:
+        assert row["seconds"] > 0 and row["ratio"] > 0 and (row["work"] != "torch.load" or row["ratio"] == 1)
+        assert row["work"] in shown and row["problem"] in shown
+        # What is dropped is never read, in either format.
+        assert row["work"] != "conversion" or row["private"] < 0.5
+
+
+def test_data_compares_every_backend_with_the_authors_loader(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    content, shown = run("data", "--images", 2, "--repeats", 1, "--size", 96), capsys.readouterr().out
+    rows = {row["what"]: row["times as fast"] for row in content["loader"]}
+    whole = "device: all on the CPU"
+    assert list(rows) == ["the authors' loader", "pil", "cv2", "device: a worker's part", whole]
+    assert rows["the authors' loader"] == 1 and all(ratio > 0 for ratio in rows.values())
+    parts = [row["what"] for row in content["parts, ms"]]
+    assert parts == ["decode", "crop", "brightness", "contrast", "saturation", "hue", "grey", "blur", "flip"]
+    apart = {row.pop("what"): row for row in content["difference to PIL, levels of 255"]}
+    assert list(apart) == ["crop", "crop of a JPEG decoded at a half", *parts[2:], "solarise", "the whole recipe"]
+    assert max(apart["hue"].values()) < 9, "of the same crop and step"
+    assert "bottleneck: pil: " in shown
+
+
+def test_step_compares_with_its_encoders_the_authors_form_and_plain_ddp(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("--batch", 16, "--size", 32, "--encoder", "resnet18", "--repeats", 2)
+    content = run("step", *small, "SSL.ENCODER.WIDTH", 0.125, "SSL.ARGS.queue_size", 20000)
+    names = {title: [row["what"] for row in content[title]] for title in ("step", "two processes")}
+    assert names["step"] == ["its encoders alone", "ours", "the authors' form"]
+    assert names["two processes"] == ["encoders, plain DDP", "ours"]
+    textbook, ours = (row["copies"] for row in content["memory"])
+    assert textbook > 2.5 > ours, "copies of the logits that are held"
+    assert "bottleneck: the encoders" in capsys.readouterr().out and content["machine"]
+
+
+def test_scale_finds_every_shard_read_and_the_same_batches(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--files", 300, "--folders", 3, "--shards", 100, "--samples", 1100, "--images", 40, "--repeats", 2)
+    content = run("scale", *sizes)
+    assert (content["shards"], content["samples"]) == (100, 1100)
+    assert [row["what"] for row in content["listing 300 files in 3 folders"]] == [
+        "os.walk, sorted", "first listing", "remembered listing", "the whole source, from the remembered listing",
+    ]  # fmt: skip
+    opened = content["reading the first image of a shard of 40"]
+    assert [row["what"] for row in opened] == ["opened in an earlier run", "never opened"]
+    epoch = content["shards of an epoch, and batches 500000 to 500004"]
+    assert [row["processes"] for row in epoch] == [1, 8, 32, 64]
+    for row in epoch:
+        assert row["batches as of one process"] and row["read by none"] == 0
+        mean = 100 / row["processes"]
+        assert row["each reads at least"] <= mean + 1 and mean <= row["at most"] <= mean + 2
+    assert "| at step 1000003 |" in capsys.readouterr().out and content["machine"]

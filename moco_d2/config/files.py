@@ -10,6 +10,7 @@ from typing import IO, Any
 import yaml
 from detectron2.config import CfgNode
 
+from moco_d2.config.keys import RENAMED
 from moco_d2.io import paths
 
 
@@ -50,6 +51,29 @@ def read_config_file(path: str, source: str, shipped: Callable[[str], Path | Non
     return given
 
 
+def with_present_names(tree: Any) -> Any:
+    """Return a file's keys with those that had another name in earlier versions under their present one.
+
+    Raises:
+        ValueError: a key is there under both names.
+    """
+    for old, new in RENAMED.items() if isinstance(tree, dict) else ():
+        *groups, name = old.split(".")
+        group: Any = tree
+        for key in groups:
+            group = group.get(key) if isinstance(group, dict) else None
+        if not isinstance(group, dict) or name not in group:
+            continue
+        value, target = group.pop(name), tree
+        *groups, name = new.split(".")
+        for key in groups:
+            target = target.setdefault(key, {})
+        if name in target:
+            raise _FileError(f"{old} is the earlier name of {new}, which is there, too: keep one of them")
+        target[name] = value
+    return tree
+
+
 def _place(error: yaml.MarkedYAMLError) -> str:
     return _line(error.problem_mark) if error.problem_mark else "a line"
 
@@ -88,7 +112,7 @@ class _Reader(CfgNode):
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
         with super()._open_cfg(filename) as file:
-            content = _Loader(file).get_single_data()
+            content = with_present_names(_Loader(file).get_single_data())
         base = content.get("_BASE_") if isinstance(content, dict) else None
         if isinstance(base, str):
             content["_BASE_"] = cls._found(base, filename)

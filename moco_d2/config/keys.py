@@ -15,6 +15,9 @@ from moco_d2.io.pictures import MAX_PIXELS
 # Importing them registers the names that configs use: data sets, methods, and parts of detectors.
 _REGISTERING = ("moco_d2.data", "moco_d2.methods", "moco_d2.detection")
 
+# Keys that had another name in earlier versions: files and command lines may still have that one.
+RENAMED: dict[str, str] = {}
+
 
 def get_cfg() -> CN:
     """Return Detectron2's default config extended with this project's keys."""

@@ -21,8 +21,8 @@ from detectron2.config import CfgNode as CN
 from detectron2.config.compat import guess_version
 
 from moco_d2.config import roles
-from moco_d2.config.files import read_config_file
-from moco_d2.config.keys import get_cfg
+from moco_d2.config.files import read_config_file, with_present_names
+from moco_d2.config.keys import RENAMED, get_cfg
 from moco_d2.config.values import mistyped, wrong_type
 from moco_d2.io import paths
 from moco_d2.messages import did_you_mean
@@ -60,6 +60,7 @@ def load_cfg(
             overrides, each with the rule and the nearest key; or keys that differ from their default and do nothing.
     """
     cfg = get_cfg()
+    opts = [RENAMED.get(word, word) if place % 2 == 0 else word for place, word in enumerate(opts)]
     stated: set[str] = set()
     for path in config_files(config_file) if config_file else ():
         stated |= _merge_file(cfg, str(path), str(config_file))
@@ -226,7 +227,7 @@ def _merge_file(cfg: CN, path: str, source: str) -> set[str]:
         problems = [*itertools.chain.from_iterable(_merge_one(cfg, key, value) for key, value in keys.items())]
         problems = list(dict.fromkeys(problems)) or [str(error)]
         raise ValueError("\n".join(f"{source}: {problem}" for problem in problems)) from error
-    own = flat(yaml.safe_load(Path(path).read_text()))
+    own = flat(with_present_names(yaml.safe_load(Path(path).read_text())))
     return set(own) if len(own) < len(flat(cfg)) / 2 else set()
 
 

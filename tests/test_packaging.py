@@ -122,7 +122,7 @@ def _installed_version(name: str) -> str | None:
 
 
 def test_import_without_detectron2_names_the_command(tmp_path: Path) -> None:
-    done = run_without(("detectron2",), tmp_path, "-c", "import moco_d2")
+    done = run_without(("detectron2",), tmp_path, "-c", "import moco_d2.config")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-3:]
     assert last[0].startswith("ImportError: moco_d2 needs detectron2, which is not installed")

@@ -16,7 +16,8 @@ from detectron2.modeling.anchor_generator import build_anchor_generator
 from recorded_cfg import RecordedCfg
 from small_detector import COCO_C4, COCO_FPN, SHORT, small_cfg
 
-from moco_d2.config import _defaults, flat, get_cfg, roles
+from moco_d2.config import flat, get_cfg, roles
+from moco_d2.config.load import _defaults
 from moco_d2.config.roles import DETECTION
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.dry_run import rehearse

@@ -205,8 +205,7 @@ locks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(locks)
 print(locks.lock(Path(sys.argv[1])) is not None, flush=True)
 if os.fork() == 0:  # as a data loader's worker, which outlives its parent
-    time.sleep(60)
-print("forked", flush=True)
+    print("forked", flush=True)
 time.sleep(60)
 """
 

@@ -1,4 +1,4 @@
-"""From a config to the method that it describes."""
+"""Construction of the method that a config describes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def configured_method(cfg: CfgNode, images: int = 1) -> SSLMethod:
 
     Args:
         cfg: config of a pretraining run.
-        images: number of images of the set.
+        images: number of images in the data set.
     """
     ssl = cfg.SSL
     encoder = functools.partial(build_resnet, ssl.ENCODER.NAME, width=ssl.ENCODER.WIDTH, stem=ssl.ENCODER.STEM)
@@ -24,6 +24,6 @@ def configured_method(cfg: CfgNode, images: int = 1) -> SSLMethod:
 
 
 def outline(cfg: CfgNode) -> SSLMethod:
-    """Return the method on the meta device, where it costs no memory and holds no values."""
+    """Return the method on the meta device: shapes without values, which take no memory."""
     with torch.device("meta"):
         return configured_method(cfg)

@@ -1,4 +1,7 @@
-"""A method that uses everything the contract offers, for tests: two view sizes, index, memory, own group, EMA."""
+"""A method that uses everything the contract offers, for tests: two view sizes, index, memory, own group, EMA.
+
+Only fixtures and scripts of the tests register it, because other tests walk the registries.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco_d2.data.augment import Crop, Flip, Grey, Recipe, View
+from moco_d2.data.augment import RECIPES, Crop, Flip, Grey, Recipe, View
 from moco_d2.facts import IMAGENET_RGB
 from moco_d2.layers.distributed import gather
 from moco_d2.layers.ema import cosine_momentum, ema_update_
@@ -18,7 +21,7 @@ from moco_d2.layers.encode import by_resolution
 from moco_d2.layers.heads import without_head
 from moco_d2.layers.memory_bank import MemoryBank
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod
+from moco_d2.methods.base import METHODS, Diagnostic, SSLMethod
 
 
 class Toy(SSLMethod):
@@ -100,3 +103,13 @@ def toy_recipe(size: int) -> Recipe:
     large = View(Crop(size, (0.4, 1.0), bicubic=True), (Grey(0.2), Flip()))
     small = View(Crop(size // 2, (0.1, 0.4)), (Flip(),))
     return Recipe((large, large, small, small), IMAGENET_RGB)
+
+
+def register() -> None:
+    """Make the method and its augmentation known."""
+    METHODS["Toy"], RECIPES["toy"] = Toy, toy_recipe
+
+
+def unregister() -> None:
+    """Undo :func:`register`."""
+    del METHODS["Toy"], RECIPES["toy"]

@@ -93,7 +93,7 @@ def _refuse_another_method(method: SSLMethod, content: Mapping[str, Any]) -> Non
     saved = backbone.get("method", mine) if isinstance(backbone, Mapping) else mine
     if saved != mine:
         raise ValueError(
-            f"the checkpoint is of a {saved} run, but SSL.METHOD is {mine}: pretraining can only start from, or resume, "
+            f"the checkpoint is of a {saved} run, but SSL.METHOD is {mine}: pretraining starts from, or resumes, only "
             "a checkpoint of the same method"
         )
 
@@ -129,7 +129,7 @@ def load_method(method: SSLMethod, path: str) -> None:
         raise ValueError(f"MODEL.WEIGHTS {path}: {error}") from error
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # also entries that are not tensors
         raise ValueError(
-            f"MODEL.WEIGHTS {path} is not a checkpoint of this {type(method).__name__} (check SSL.ENCODER and SSL.ARGS; "
-            f"a backbone alone is not enough, the whole method's state is needed): {_one_line(error)}"
+            f"MODEL.WEIGHTS {path} is not a checkpoint of this {type(method).__name__} (check SSL.ENCODER and "
+            f"SSL.ARGS; a backbone is not enough, the whole method is needed): {_one_line(error)}"
         ) from error
     logger.info("started from %s", path)

@@ -96,8 +96,8 @@ def build_clipper(cfg: CfgNode) -> Callable[[torch.nn.Parameter], Any] | None:
 def parameter_groups(cfg: CfgNode, method: SSLMethod) -> Groups:
     """Return a method's groups of trainable parameters with their lr and weight decay.
 
-    With ``SOLVER.EXCLUDE_1D`` each group is split in two: one-dimensional parameters (biases, norms) get no weight decay
-    and no layer-wise rate (``adapt``), and their lr is multiplied by ``SOLVER.LR_FACTOR_1D``.
+    With ``SOLVER.EXCLUDE_1D`` each group is split in two: one-dimensional parameters (biases, norms) get no weight
+    decay and no layer-wise rate (``adapt``), and their lr is multiplied by ``SOLVER.LR_FACTOR_1D``.
     """
     groups: Groups = []
     for given in method.param_groups():
@@ -168,8 +168,8 @@ def scaled_lr(cfg: CfgNode, quiet: bool = False) -> float:
     lr = solver.BASE_LR * (math.sqrt(ratio) if solver.LR_RULE == "sqrt" else ratio)
     if not quiet:
         logger.info(
-            "the lr is %g: SOLVER.BASE_LR %g is for a batch of %d, and the batch is %d (%s rule; SOLVER.REFERENCE_BATCH 0 "
-            "turns this off)",
+            "the lr is %g: SOLVER.BASE_LR %g is for a batch of %d, and the batch is %d (%s rule; "
+            "SOLVER.REFERENCE_BATCH 0 turns this off)",
             lr, solver.BASE_LR, solver.REFERENCE_BATCH, solver.IMS_PER_BATCH, solver.LR_RULE,
         )  # fmt: skip
     return float(lr)

@@ -132,8 +132,8 @@ def _solver_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
     yield from _optimizer_problems(solver)
     if solver.IMS_PER_BATCH <= 0 or solver.IMS_PER_BATCH % world_size:
         yield (
-            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}; it must be a positive multiple of the number of processes, "
-            f"{world_size}"
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}; it must be a positive multiple of the number of "
+            f"processes, {world_size}"
         )
     rules = [
         ("BASE_LR", solver.BASE_LR > 0, "positive"),

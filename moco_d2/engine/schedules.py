@@ -1,7 +1,8 @@
 """Schedules of pretraining as pure functions: learning rate with warm-up, and weight decay.
 
-Letters: t time, T length of training; both in epochs if ``SOLVER.EPOCHS`` is set, else in iterations. To add a schedule,
-put a function and its keys into ``SCHEDULES``.
+Letters: t time, T length of training; both in epochs if ``SOLVER.EPOCHS`` is set, else in iterations.
+
+To add a schedule, put its function and keys into ``SCHEDULES``.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def lr_factor(cfg: CfgNode, iteration: int, steps_per_epoch: int) -> float:
 def weight_decay(cfg: CfgNode, progress: float) -> float:
     """Return the weight decay at ``progress``, the fraction of training that is done, in [0, 1].
 
-    It follows a cosine from ``SOLVER.WEIGHT_DECAY`` to ``SOLVER.WEIGHT_DECAY_END`` (DINO). If the end is negative, it is
-    constant.
+    It follows a cosine from ``SOLVER.WEIGHT_DECAY`` to ``SOLVER.WEIGHT_DECAY_END`` (DINO). If the end is negative, it
+    is constant.
     """
     start, end = cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_END
     if end < 0:

@@ -183,9 +183,7 @@ class MoCo(SSLMethod):
         """Return the total number of BN groups if it is neither the paper's nor the argument's."""
         if self.total_bn_groups in (PAPER_GROUPS, self._expected_bn_groups):
             return []
-        return [
-            f"{self.total_bn_groups} BN groups in {world_size()} process(es) instead of {self._expected_bn_groups}"
-        ]
+        return [f"{self.total_bn_groups} BN groups in {world_size()} process(es) instead of {self._expected_bn_groups}"]
 
     def advice(self, images: int, batch: int, steps: int) -> list[str]:
         """Warn about a queue longer than an epoch, a run too short for the key encoder, and BN groups of one image."""
@@ -254,8 +252,8 @@ def from_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Translate the full ``state_dict`` of an official MoCo v1/v2 checkpoint to this class's names.
 
     The encoders keep their names without ``module.``; ``queue`` (C, K) becomes ``queue.features`` (K, C), and
-    ``queue_ptr`` becomes ``queue.pointer``. Some published files lack the pointer: it is then 0, with a warning. A state
-    dict that already has this class's names is returned unchanged.
+    ``queue_ptr`` becomes ``queue.pointer``. Some published files lack the pointer: it is then 0, with a warning. A
+    state dict that already has this class's names is returned unchanged.
     """
     state = {key.removeprefix("module."): value for key, value in state.items()}
     if "queue" in state:

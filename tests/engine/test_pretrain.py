@@ -198,7 +198,7 @@ def test_official_training_checkpoints_are_continued(images: str, tmp_path: Path
         tmp_path / "a/backbone.pth": "not a checkpoint of this MoCo",
         tmp_path / "a": f"give the checkpoint in it: {tmp_path}/a/model_final.pth",
         tmp_path / "nothing.pth": "does not exist",
-        "moco-d2://moco_v2_800ep": "converted backbones, for detectors; pretraining starts from a checkpoint of",
+        "moco-d2://moco_v2_800ep": "converted backbones, for detectors. Pretraining starts from a checkpoint of",
         "catalog://nothing": "could not be fetched",
     }.items():
         trainer.cfg.MODEL.WEIGHTS = str(weights)

@@ -126,7 +126,8 @@ def test_pictures_that_cannot_be_decoded_are_named_and_too_many_are_refused(imag
     assert subject == "pictures" and said.startswith("68 of 70 can be decoded; left out: ")
     assert f"{folder}/3.jpg: image file is truncated" in said and f"{folder}/44.jpg: " in said
     with pytest.raises(
-        ValueError, match=r"^68 of 70 can be decoded, but DATA.MAX_SKIPPED allows a fraction of 0.01 .*\n.*/3.jpg.*\n.*/44.jpg"
+        ValueError,
+        match=r"^68 of 70 can be decoded, but DATA.MAX_SKIPPED allows a fraction of 0.01 .*\n.*/3.jpg.*\n.*/44.jpg",
     ):
         check("DATA.MAX_SKIPPED", 0.01)
     assert check("DATA.DRY_RUN_PICTURES", 2) == [("pictures", "2 of 2 can be decoded")]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+import moco_d2
 from moco_d2.layers.distributed import rank, world_size, wrap_ddp
 from moco_d2.layers.resnet import build_resnet
 from moco_d2.layers.views import Views
@@ -213,8 +214,8 @@ def test_other_mistakes_are_explained(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize(
     ("processes", "bn_groups", "in_all", "departs"),
-    [(1, 0, 8, False), (2, 0, 8, False), (8, 0, 8, False), (3, 0, 6, True), (16, 0, 16, True), (1, 8, 8, False), (2, 8, 16, True),
-     (8, 1, 8, False), (1, 2, 2, False), (1, 1, 1, False), (2, 1, 2, True)],
+    [(1, 0, 8, False), (2, 0, 8, False), (8, 0, 8, False), (3, 0, 6, True), (16, 0, 16, True), (1, 8, 8, False),
+     (2, 8, 16, True), (8, 1, 8, False), (1, 2, 2, False), (1, 1, 1, False), (2, 1, 2, True)],
 )  # fmt: skip
 def test_the_total_of_bn_groups_is_a_setting_and_departs_from_the_recipe_if_it_is_not_the_papers(
     processes: int, bn_groups: int, in_all: int, departs: bool, monkeypatch: pytest.MonkeyPatch
@@ -234,7 +235,7 @@ def test_the_total_of_bn_groups_is_a_setting_and_departs_from_the_recipe_if_it_i
         ({"queue_size": 4096}, 500, 256, 10**4, ["8.2 epochs.*queue_size 64 and SOLVER.IMS_PER_BATCH 64 or less$"]),
         ({"queue_size": 4096}, 3, 2, 10**4, ["1,365.3 epochs.*these are too few images$"]),
         ({"momentum": 0.999, "queue_size": 8}, 5000, 256, 200, ["82% of the key encoder.* train for 4603 steps or"]),
-        ({"momentum": 1.0, "queue_size": 8}, 5000, 256, 10**6, ["100% of.* weights: lower SSL.ARGS.momentum, which is 1$"]),
+        ({"momentum": 1.0, "queue_size": 8}, 5000, 256, 10**6, ["100% of.*: lower SSL.ARGS.momentum, which is 1$"]),
         ({"momentum": 0.0, "queue_size": 8}, 5000, 256, 1, []),
         ({"bn_groups": 8, "queue_size": 8}, 5000, 8, 10**5, ["each of the 8 BN groups has a single image"]),
     ],
@@ -262,6 +263,22 @@ def _headless(num_classes: int) -> nn.Module:
     network = small(num_classes=num_classes)
     network.fc = nn.Identity()
     return network
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_a_methods_own_is_named_in_its_file_alone(name: str) -> None:
+    """A stage that reads one method's arguments, diagnostics or networks fails with every other method."""
+    with torch.device("meta"):
+        method = build_method(name, small, {})
+    words = {re.escape(f"SSL.ARGS.{key}") for key in default_args(name)}
+    words |= {one.key for one in method.diagnostics()} - {"total_loss"}
+    words |= {rf"{child}\." for child, _ in method.named_children() if "_" in child}
+    found = {}
+    for room in ("commands", "data", "detection", "engine", "reports", "running"):
+        for path in Path(moco_d2.__file__).parent.joinpath(room).rglob("*.py"):
+            if hits := re.findall(rf"\b(?:{'|'.join(words)})", path.read_text()):
+                found[path.name] = hits
+    assert len(words) >= 10 and found == {}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -225,7 +225,8 @@ class MoCo(SSLMethod):
 
 def _own_part(batch: torch.Tensor) -> torch.Tensor:
     """Return this process's part (N, ...) of what all processes hold together (R * N, ...)."""
-    return batch.unflatten(0, (world_size(), -1))[rank()]
+    own: torch.Tensor = batch.unflatten(0, (world_size(), -1))[rank()]
+    return own
 
 
 def _check_ranges(

@@ -72,7 +72,7 @@ class PretrainCheckpointer(Checkpointer):
 
 
 def backbone_prefix(method: SSLMethod) -> str | None:
-    """Return the prefix of the backbone's names in the method's ``state_dict``, for example ``encoder_q.``.
+    """Return the prefix of the backbone's names in the method's ``state_dict``, with the dot at its end.
 
     None if no prefix gives all of them, as when ``backbone()`` computes new weights. Such a checkpoint cannot be
     converted; the ``backbone.pth`` beside it can.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,10 @@ def test_its_checkpoint_names_method_and_place_and_starts_no_other_method(
     trainer = PretrainTrainer(load_cfg(CONFIG, words))
     with pytest.raises(ValueError, match=rf"{checkpoint}: the checkpoint is of a Toy run, but SSL\.METHOD is MoCo"):
         trainer.resume_or_load(resume=False)
+    shutil.copytree(folder, tmp_path / "run")
+    trainer = PretrainTrainer(load_cfg(CONFIG, options(images, "OUTPUT_DIR", tmp_path / "run", *moco)))
+    with pytest.raises(ValueError, match="of a Toy run, but SSL.METHOD is MoCo"):
+        trainer.resume_or_load(resume=True)
 
 
 def test_a_backbone_that_is_computed_has_no_place(run: tuple[Path, PretrainTrainer, Watch]) -> None:

@@ -274,7 +274,7 @@ def test_what_is_a_methods_own_is_named_in_its_file_alone(name: str) -> None:
     words |= {one.key for one in method.diagnostics()} - {"total_loss"}
     words |= {rf"{child}\." for child, _ in method.named_children() if "_" in child}
     found = {}
-    for room in ("commands", "data", "detection", "engine", "reports", "running"):
+    for room in ("engine", "reports", "running"):
         for path in Path(moco_d2.__file__).parent.joinpath(room).rglob("*.py"):
             if hits := re.findall(rf"\b(?:{'|'.join(words)})", path.read_text()):
                 found[path.name] = hits

@@ -1,4 +1,4 @@
-"""ENGINE's performance options: what each may change, that a resume keeps them, and that the loop never waits for the device."""
+"""ENGINE's performance options: what each may change, that a resume keeps them, and that the loop never waits."""
 
 import contextlib
 import itertools

@@ -146,7 +146,7 @@ def test_its_checkpoint_names_method_and_place_and_starts_no_other_method(
         trainer.resume_or_load(resume=False)
     shutil.copytree(folder, tmp_path / "run")
     trainer = PretrainTrainer(load_cfg(CONFIG, options(images, "OUTPUT_DIR", tmp_path / "run", *moco)))
-    with pytest.raises(ValueError, match="of a Toy run, but SSL.METHOD is MoCo"):
+    with pytest.raises(ValueError, match=r"of a Toy run, but SSL\.METHOD is MoCo"):
         trainer.resume_or_load(resume=True)
 
 

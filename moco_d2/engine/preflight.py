@@ -25,7 +25,6 @@ from moco_d2.engine.step import AUTOCAST
 from moco_d2.layers.resnet import ARCHITECTURES
 from moco_d2.messages import unknown_name
 from moco_d2.methods import METHODS, default_args, method_class
-from moco_d2.methods.base import unknown_argument
 
 
 def check_config(cfg: CfgNode, world_size: int) -> None:
@@ -68,7 +67,7 @@ def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
     yield from problems
     if problems:
         return
-    try:  # The constructors check the ranges.
+    try:  # The constructors know the ranges.
         method = outline(cfg)
     except ValueError as error:
         yield str(error)
@@ -83,12 +82,12 @@ def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
 
 
 def _argument_problems(ssl: CfgNode) -> Iterator[str]:
-    """Yield the arguments that the method does not have, or whose type is not the one in its signature."""
+    """Yield the arguments of a method that it does not have, or that are of another type than it states."""
     accepted = default_args(ssl.METHOD)
     signature = inspect.signature(method_class(ssl.METHOD), eval_str=True)
     for key, value in ssl.ARGS.items():
         if key not in accepted:
-            yield unknown_argument(ssl.METHOD, key)
+            yield from _unknown("SSL.ARGS", key, accepted)
             continue
         wanted = signature.parameters[key].annotation
         if not fits(value, wanted):

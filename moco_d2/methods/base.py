@@ -173,12 +173,6 @@ def default_args(name: str) -> dict[str, Any]:
     return {key: default for key, default in own.items() if default is not inspect.Parameter.empty}
 
 
-def unknown_argument(name: str, key: str) -> str:
-    """Return the error message for an argument that a method does not have."""
-    accepted = default_args(name)
-    return f"SSL.ARGS has {key!r}, but {name} takes only {', '.join(accepted)}{did_you_mean(key, accepted)}"
-
-
 def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str, Any], images: int = 1) -> SSLMethod:
     """Construct a method.
 
@@ -194,7 +188,7 @@ def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str,
     accepted = default_args(name)
     for key in args:
         if key not in accepted:
-            raise ValueError(unknown_argument(name, key))
+            raise ValueError(f"SSL.ARGS has {key!r}; {name} accepts {', '.join(accepted)}{did_you_mean(key, accepted)}")
     constructor: Callable[..., SSLMethod] = method_class(name)
     if "images" in inspect.signature(constructor).parameters:
         args = {**args, "images": images}

@@ -38,7 +38,6 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
         (["SSL.ENCODER.NAME", "resnet5"], "did you mean 'resnet50'?"),
         (["SSL.ENCODER.STEM", "cfar"], "did you mean 'cifar'?"),
         (["SSL.ENCODER.WIDTH", -1.0], "width"),
-        (["SSL.ARGS.temprature", 0.1], "SSL.ARGS has 'temprature', but MoCo takes only dim, queue_size, "),
         (["SSL.ARGS.temprature", 0.1], "did you mean 'temperature'?"),
         (["SSL.ARGS.mlp", "yes"], "SSL.ARGS.mlp is 'yes'; it must be a bool, as False is"),
         (["SSL.ARGS.queue_size", 65536.5], "it must be an int, as 65536 is"),

@@ -280,7 +280,7 @@ def _facts(tensors: Mapping[str, torch.Tensor], told: BackboneFacts, path: str |
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
             told.pixels,
             origin=told.origin,
-            protocol=told.protocol,
+            recipe=told.recipe,
             stride_in_1x1=told.stride_in_1x1,
         )
     except (ValueError, IndexError, ZeroDivisionError) as error:

@@ -18,7 +18,7 @@ from torch import nn
 from moco_d2.layers.batch_norm import use_group_batch_norm
 from moco_d2.layers.distributed import all_gather, rank, shared_permutation, world_size
 from moco_d2.layers.ema import ema_update_
-from moco_d2.layers.heads import mlp_head, without_head
+from moco_d2.layers.heads import mlp_head, replace_head, without_head
 from moco_d2.layers.losses import contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
 from moco_d2.layers.views import Views
@@ -54,7 +54,7 @@ class MoCo(SSLMethod):
         """Build both encoders and the queue.
 
         Args:
-            encoder: called as ``encoder(num_classes=dim)``; returns a network whose last layer is a Linear ``fc``.
+            encoder: called as ``encoder(num_classes=dim)``; see :class:`~moco_d2.layers.encoders.Encoder`.
             dim: C, size of a feature.
             queue_size: K, number of negatives.
             momentum: m in [0, 1], the key encoder's decay (Eq. 2).
@@ -63,12 +63,13 @@ class MoCo(SSLMethod):
             symmetric: let both views query (the authors' CIFAR demo can; the papers do not). The loss is the sum.
             shuffle: shuffling BN (section 3.3). Without it batch statistics betray the positive.
             bn_groups: batch statistics are computed over this many groups in each process. 1 is plain BN; 0 means as
-                many as make 8 in all (the paper's 8 GPUs), at least one a process. With a single group in all,
-                shuffling has no effect.
+                many as make 8 in all (the paper's 8 GPUs), at least one a process. With a single group in all, and with
+                an encoder whose norm is SyncBN or GN, shuffling has no effect.
             queue_dtype: what the queue holds keys as; ``bfloat16`` and ``float16`` take half the memory, and round.
 
         Raises:
-            ValueError: a value out of range, or an encoder without a Linear ``fc``.
+            ValueError: a value out of range, an encoder whose head is not a Linear, or BN groups for an encoder that
+                has no batch norm of its own.
         """
         super().__init__()
         _check_ranges(dim, queue_size, momentum, temperature, bn_groups, queue_dtype)
@@ -76,21 +77,30 @@ class MoCo(SSLMethod):
         self.temperature = temperature
         self.symmetric = symmetric
         self.shuffle = shuffle
-        self.bn_groups = bn_groups or max(1, PAPER_GROUPS // world_size())
-        self.groups_in_all, self._groups_meant = self.bn_groups * world_size(), bn_groups or PAPER_GROUPS
-        if shuffle and self.groups_in_all == 1:
-            logger.warning("shuffling BN has no effect with a single BN group: set SSL.ARGS.bn_groups to 2 or more")
-
         self.encoder_q = encoder(num_classes=dim)
-        head = getattr(self.encoder_q, "fc", None)
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"MoCo needs an encoder whose head is a Linear called fc, got {type(head).__name__}")
-        if mlp:
-            self.encoder_q.fc = mlp_head(head)
-        if self.bn_groups > 1:
-            use_group_batch_norm(self.encoder_q, self.bn_groups)
+        replace_head(self.encoder_q, mlp_head if mlp else lambda head: head)
+        self._set_groups(bn_groups)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.queue = FeatureQueue(queue_size, dim, QUEUE_DTYPES[queue_dtype])
+
+    def _set_groups(self, bn_groups: int) -> None:
+        """Split the batch of the encoder's batch norms into groups."""
+        self.bn_groups = bn_groups or max(1, PAPER_GROUPS // world_size())
+        self.groups_in_all, self._groups_meant = self.bn_groups * world_size(), bn_groups or PAPER_GROUPS
+        if not any(type(module) is nn.BatchNorm2d for module in self.encoder_q.modules()):
+            if bn_groups > 1:
+                raise ValueError(
+                    f"SSL.ARGS.bn_groups is {bn_groups}; it must be 0 with SSL.ENCODER.ARGS.norm SyncBN or GN, whose "
+                    "statistics are not of groups"
+                )
+            self.bn_groups = self.groups_in_all = self._groups_meant = 1
+            remedy = "an encoder without batch norm of each process: set SSL.ARGS.shuffle False"
+        else:
+            remedy = "a single BN group: set SSL.ARGS.bn_groups to 2 or more"
+        if self.shuffle and self.groups_in_all == 1:
+            logger.warning("shuffling BN has no effect with %s", remedy)
+        if self.bn_groups > 1:
+            use_group_batch_norm(self.encoder_q, self.bn_groups)
 
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
         """Algorithm 1 of the paper: the loss of two views (N, 3, H, W) of each image."""

@@ -323,7 +323,7 @@ def test_stated_stride_and_pixels_are_kept(net: nn.Module, tmp_path: Path) -> No
     torch.save({"state_dict": trunk(net), "facts": stated}, tmp_path / "in.pth")
     conversion, _ = convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pkl")
     assert conversion.facts.as_dict() == read_facts(tmp_path / "out.pkl").as_dict() == stated
-    assert conversion.facts.config()["INPUT.FORMAT"] == "BGR" and conversion.facts.protocol == FACTS["protocol"]
+    assert conversion.facts.config()["INPUT.FORMAT"] == "BGR" and conversion.facts.recipe == FACTS["recipe"]
 
 
 def detector(kind: str, backbone: BackboneFacts) -> nn.Module:

@@ -36,8 +36,8 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
     [
         (["SSL.METHOD", "MoCo2"], "SSL.METHOD is 'MoCo2'; it must be one of MoCo; did you mean 'MoCo'?"),
         (["SSL.ENCODER.NAME", "resnet5"], "did you mean 'resnet50'?"),
-        (["SSL.ENCODER.STEM", "cfar"], "did you mean 'cifar'?"),
-        (["SSL.ENCODER.WIDTH", -1.0], "width"),
+        (["SSL.ENCODER.ARGS.stem", "cfar"], "did you mean 'cifar'?"),
+        (["SSL.ENCODER.ARGS.width", -1.0], "width"),
         (["SSL.ARGS.temprature", 0.1], "did you mean 'temperature'?"),
         (["SSL.ARGS.mlp", "yes"], "SSL.ARGS.mlp is 'yes'; it must be a bool, as False is"),
         (["SSL.ARGS.queue_size", 65536.5], "it must be an int, as 65536 is"),

@@ -45,7 +45,7 @@ def config(images: str, output: Path, *more: object) -> Any:
     output.mkdir(parents=True, exist_ok=True)
     words = [
         "SSL.METHOD", "Toy", "DATASETS.TRAIN", f'("{images}",)', "OUTPUT_DIR", output, "SOLVER.IMS_PER_BATCH", BATCH,
-        "DATA.CROP_SIZE", 32, "DATA.RECIPE", "toy", "SSL.ENCODER.NAME", "resnet50", "SSL.ENCODER.WIDTH", 0.125,
+        "DATA.CROP_SIZE", 32, "DATA.RECIPE", "toy", "SSL.ENCODER.NAME", "resnet50", "SSL.ENCODER.ARGS.width", 0.125,
         "SOLVER.EPOCHS", EPOCHS, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINT_KEEP", 0, "SOLVER.OPTIMIZER", "lars",
         "SOLVER.EXCLUDE_1D", True, "SOLVER.CLIP_GRADIENTS.ENABLED", True, "DATALOADER.NUM_WORKERS", 0,
         "MODEL.DEVICE", "cpu", "SEED", 7, *more,
@@ -125,4 +125,4 @@ def test_pictures_and_conversion_take_it(run: tuple[Path, PretrainTrainer, Watch
             assert len(picture.convert("RGB").getcolors(2**24) or ()) > 50
     convert_checkpoint(folder / "backbone.pth", tmp_path / "toy.pth", proof=False)
     facts = read_facts(tmp_path / "toy.pth")
-    assert facts is not None and "Toy" in facts.origin and facts.protocol.endswith("(modified)")
+    assert facts is not None and "Toy" in facts.origin and facts.recipe.endswith("(modified)")

@@ -200,7 +200,7 @@ def test_values_out_of_range_are_refused(arguments: dict, message: str) -> None:
 def test_other_mistakes_are_explained(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match="8 images per process cannot be split into 3 BN groups"):
         make(bn_groups=3)(make_views(0))
-    with pytest.raises(ValueError, match="Linear called fc, got Identity"):
+    with pytest.raises(ValueError, match="fc, must be a Linear layer; it is Identity"):
         MoCo(_headless, dim=4)
     with pytest.raises(ValueError, match="did you mean 'temperature'"):
         build_method("MoCo", small, {"temprature": 0.1})

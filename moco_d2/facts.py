@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
-
 KINDS = ("resnet",)
 NORMS = ("BN", "GN")
 

@@ -98,7 +98,7 @@ def _argument_problems(
     signature = inspect.signature(function, eval_str=True)
     for key, value in args.items():
         if key not in accepted:
-            yield from _unknown(group, key, accepted)
+            yield unknown_name(f"an argument in {group}", key, accepted)
         elif not fits(value, signature.parameters[key].annotation):
             yield wrong_type(f"{group}.{key}", value, accepted[key])
 

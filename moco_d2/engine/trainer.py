@@ -177,7 +177,9 @@ class PretrainTrainer(DefaultTrainer):
         now = self._run()
         implied = {key: value for key, value in IMPLIED.items() if key in now}
         # Their encoders had batch norm; name, width and stem are compared by the tensors.
-        encoder = {k: "BN" if k == "SSL.ENCODER.ARGS.norm" else v for k, v in now.items() if k.startswith("SSL.ENCODER")}
+        encoder = {
+            k: "BN" if k == "SSL.ENCODER.ARGS.norm" else v for k, v in now.items() if k.startswith("SSL.ENCODER")
+        }
         implied |= {**self.method.settings(), **encoder, "DATA.REDUCED_DECODING": True}
         then = implied | state.get("run", {})
         changed = changed_settings(then, now)

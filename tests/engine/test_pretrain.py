@@ -113,6 +113,18 @@ def test_a_run_of_reduced_pictures_is_not_continued_with_whole_ones(images: str,
     trainer("DATA.REDUCED_DECODING", "True").load_state_dict(state)
 
 
+def test_a_run_goes_on_with_its_encoder_and_so_does_one_of_an_earlier_version(images: str, tmp_path: Path) -> None:
+    def trainer(*words: object) -> PretrainTrainer:
+        return PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", options(images, tmp_path, *words)))
+
+    state = trainer().state_dict()
+    synchronised = trainer("SSL.ENCODER.ARGS.norm", "SyncBN", "SSL.ARGS.bn_groups", 0)
+    for run in (state["run"], {key: value for key, value in state["run"].items() if "SSL.ENCODER" not in key}):
+        with pytest.raises(ValueError, match=r"SSL\.ENCODER\.ARGS\.norm was BN and is SyncBN"):
+            synchronised.load_state_dict({**state, "run": run})
+        trainer().load_state_dict({**state, "run": run})
+
+
 def test_what_the_processes_make_of_the_method_is_recorded_and_must_be_the_same_to_resume(
     images: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

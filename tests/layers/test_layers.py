@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmarks.measure import peak_bytes
 from torch import nn
 
+from benchmarks.measure import peak_bytes
 from moco_d2.layers.batch_norm import GroupBatchNorm2d, use_group_batch_norm
 from moco_d2.layers.ema import ema_update_
 from moco_d2.layers.heads import mlp_head, without_head

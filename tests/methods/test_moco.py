@@ -211,6 +211,20 @@ def test_other_mistakes_are_explained(caplog: pytest.LogCaptureFixture) -> None:
     assert "shuffling BN has no effect" in caplog.text
 
 
+@pytest.mark.parametrize("norm", ["SyncBN", "GN"])
+def test_an_encoder_without_batch_norm_of_each_process_has_no_groups(
+    norm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = functools.partial(build_resnet, "resnet18", width=0.5, norm=norm)
+    with pytest.raises(ValueError, match=r"bn_groups is 8; it must be 0 with SSL\.ENCODER\.ARGS\.norm SyncBN or GN"):
+        MoCo(encoder, bn_groups=8)
+    with caplog.at_level(logging.WARNING):
+        model = MoCo(encoder, dim=8, queue_size=16)
+    assert "shuffling BN has no effect with" in caplog.text and "set SSL.ARGS.shuffle False" in caplog.text
+    assert model.groups_in_all == 1 and model.departures() == []
+    model(as_views([torch.rand(3, 3, 32, 32) for _ in range(2)]))["loss_contrast"].backward()  # 3: any batch
+
+
 @pytest.mark.parametrize(
     ("processes", "bn_groups", "in_all", "departs"),
     [(1, 0, 8, False), (8, 0, 8, False), (3, 0, 6, True), (16, 0, 16, True), (1, 8, 8, False), (2, 8, 16, True),

@@ -26,7 +26,7 @@ class StableSyncBatchNorm(NaiveSyncBatchNorm):
             return super().forward(x)
         count = len(x) if self._stats_mode == "N" else min(1, len(x))
         joint = joint_batch_norm(x, self.weight, self.bias, self.eps, count)
-        momentum = joint.count.clamp(max=1) * self.momentum  # 0 if no process has an image
+        momentum = joint.total.clamp(max=1) * self.momentum  # 0 if no process has an image
         self.running_mean += momentum * (joint.mean - self.running_mean)
         self.running_var += momentum * (joint.variance - self.running_var)
         return joint.y

@@ -83,7 +83,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             )  # fmt: skip
             return y
         joint = joint_batch_norm(x, self.weight, self.bias, self.eps, x.numel() // x.shape[1])
-        unbiased = joint.variance * joint.count / (joint.count - 1).clamp(min=1)
+        unbiased = joint.variance * joint.total / (joint.total - 1).clamp(min=1)
         with torch.no_grad():
             self.running_mean.lerp_(joint.mean, momentum)
             self.running_var.lerp_(unbiased, momentum)
@@ -105,13 +105,13 @@ class Joint(NamedTuple):
         y: (N, C, H, W), the normalised batch.
         mean: (C,) of all processes, without gradient.
         variance: (C,) of all processes, without Bessel's correction and without gradient.
-        count: (1,) sum of what the processes' statistics counted.
+        total: sum of the processes' counts, without gradient.
     """
 
     y: torch.Tensor
     mean: torch.Tensor
     variance: torch.Tensor
-    count: torch.Tensor
+    total: torch.Tensor
 
 
 def joint_batch_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, count: int) -> Joint:

@@ -286,8 +286,8 @@ def test_an_encoders_arguments_have_defaults_earlier_names_and_those_of_the_enco
     (tmp_path / "b.yaml").write_text("SSL: {ENCODER: {WIDTH: 0.5, ARGS: {width: 1.0}}}")
     with pytest.raises(ValueError, match=r"SSL\.ENCODER\.WIDTH is the earlier name of SSL\.ENCODER\.ARGS\.width"):
         load_cfg(tmp_path / "b.yaml")
-    with pytest.raises(ValueError, match=r"no config key SSL\.ENCODER\.ARGS\.widht; did you mean '\S+width'"):
-        load_cfg("Pretrain/moco_v2_R50_200ep", ["SSL.ENCODER.ARGS.widht", "2.0"])
+    with pytest.raises(ValueError, match=r"no config key SSL\.ENCODER\.ARGS\.widths; did you mean '\S+width'"):
+        load_cfg("Pretrain/moco_v2_R50_200ep", ["SSL.ENCODER.ARGS.widths", "2.0"])
 
 
 def test_the_line_that_asks_for_code_is_named_in_the_base_that_holds_it(tmp_path):

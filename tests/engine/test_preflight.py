@@ -38,7 +38,7 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
         (["SSL.ENCODER.NAME", "resnet5"], "did you mean 'resnet50'?"),
         (["SSL.ENCODER.ARGS.stem", "cfar"], "did you mean 'cifar'?"),
         (["SSL.ENCODER.ARGS.width", -1.0], "SSL.ENCODER.ARGS.width is -1.0; 64 * width must be"),
-        (["SSL.ENCODER.ARGS.widht", 2.0], "an argument in SSL.ENCODER.ARGS is 'widht'; it must be one of width, stem, norm, zero"),
+        (["SSL.ENCODER.ARGS.widths", 2.0], "an argument in SSL.ENCODER.ARGS is 'widths'; it must be one of width"),
         (["SSL.ENCODER.ARGS.norm", "SynchBN"], "did you mean 'SyncBN'?"),
         (["SSL.ENCODER.ARGS.zero_init_residual", 1], "it must be a bool, as False is"),
         (["SSL.ARGS.temprature", 0.1], "did you mean 'temperature'?"),

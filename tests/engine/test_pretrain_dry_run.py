@@ -28,8 +28,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def dry_run(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
     small = [
-        "SOLVER.IMS_PER_BATCH", 64, "DATA.CROP_SIZE", 32, "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width", 0.125,
-        "SSL.ARGS.queue_size", 128, "DATALOADER.NUM_WORKERS", 1, "MODEL.DEVICE", "cpu",
+        "SOLVER.IMS_PER_BATCH", 64, "DATA.CROP_SIZE", 32, "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width",
+        0.125, "SSL.ARGS.queue_size", 128, "DATALOADER.NUM_WORKERS", 1, "MODEL.DEVICE", "cpu",
     ]  # fmt: skip
     command = [sys.executable, TOOL, "--config-file", "Pretrain/moco_v2_R50_200ep", "--dry-run", *words, *small]
     return subprocess.run(

@@ -37,8 +37,8 @@ def test_every_encoder_keeps_the_contract(name: str) -> None:
 def test_unknown_encoders_and_arguments_are_told_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"SSL.ENCODER.NAME is 'resnet5'.*did you mean 'resnet50'"):
         encoder_builder("resnet5", {})
-    with pytest.raises(ValueError, match=r"SSL.ENCODER.ARGS has 'widht'; resnet18 accepts width, .*mean 'width'"):
-        encoder_builder("resnet18", {"widht": 2.0})
+    with pytest.raises(ValueError, match=r"SSL.ENCODER.ARGS has 'widths'; resnet18 accepts width, .*mean 'width'"):
+        encoder_builder("resnet18", {"widths": 2.0})
 
 
 def test_a_head_of_another_name_is_replaced_and_left_out() -> None:
@@ -106,7 +106,7 @@ def test_facts_of_an_earlier_version_are_read_and_another_kind_is_refused() -> N
     earlier["protocol"] = earlier.pop("recipe")
     del earlier["kind"], earlier["norm"]
     assert BackboneFacts.from_dict(earlier) == facts
-    with pytest.raises(ValueError, match="of kind 'vit'.*knows resnet only: install a newer version"):
+    with pytest.raises(ValueError, match=r"of kind 'vit'.*knows resnet only: install a newer version"):
         BackboneFacts.from_dict({"kind": "vit", "patch": 16})
     with pytest.raises(ValueError, match="norm is 'LN'"):
         BackboneFacts.from_dict({**facts.as_dict(), "norm": "LN"})

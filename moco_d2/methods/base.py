@@ -44,8 +44,8 @@ class Diagnostic(NamedTuple):
 class SSLMethod(nn.Module, ABC):
     """A method maps a batch of views to named losses; everything that trains it (loop, data, lr) is elsewhere.
 
-    The constructor takes ``encoder``, a callable ``num_classes -> nn.Module`` whose head is called ``fc``, and the
-    method's own keyword arguments (``SSL.ARGS``). If its signature has ``images``, it is also given the number of
+    The constructor takes ``encoder``, a callable ``num_classes -> nn.Module`` whose networks keep the contract of
+    :class:`~moco_d2.layers.encoders.Encoder`, and the method's own keyword arguments (``SSL.ARGS``). If its signature has ``images``, it is also given the number of
     images of the set (for a memory bank); that is not part of ``SSL.ARGS``.
 
     Attributes:
@@ -171,7 +171,7 @@ def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str,
 
     Args:
         name: a key of ``METHODS``.
-        encoder: builds a network with the given number of outputs in its ``fc``.
+        encoder: builds a network with the given number of outputs.
         args: the method's keyword arguments.
         images: number of images of the set, for methods that ask for it.
 

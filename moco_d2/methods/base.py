@@ -45,8 +45,9 @@ class SSLMethod(nn.Module, ABC):
     """A method maps a batch of views to named losses; everything that trains it (loop, data, lr) is elsewhere.
 
     The constructor takes ``encoder``, a callable ``num_classes -> nn.Module`` whose networks keep the contract of
-    :class:`~moco_d2.layers.encoders.Encoder`, and the method's own keyword arguments (``SSL.ARGS``). If its signature has ``images``, it is also given the number of
-    images of the set (for a memory bank); that is not part of ``SSL.ARGS``.
+    :class:`~moco_d2.layers.encoders.Encoder`, and the method's own keyword arguments (``SSL.ARGS``). If its signature
+    has ``images``, it is also given the number of images of the set (for a memory bank); that is not part of
+    ``SSL.ARGS``.
 
     Attributes:
         recorded: values of the diagnostics of the last recorded step, detached scalars by name; never part of the loss.

@@ -16,7 +16,10 @@ from moco_d2.io.pictures import MAX_PIXELS
 _REGISTERING = ("moco_d2.data", "moco_d2.methods", "moco_d2.detection")
 
 # Keys that had another name in earlier versions: files and command lines may still have that one.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "SSL.ENCODER.WIDTH": "SSL.ENCODER.ARGS.width",
+    "SSL.ENCODER.STEM": "SSL.ENCODER.ARGS.stem",
+}
 
 
 def get_cfg() -> CN:
@@ -62,12 +65,11 @@ def _add_method(cfg: CN) -> None:
     # load_cfg() writes the defaults in, so that a dumped config states the whole recipe.
     cfg.SSL.ARGS = CN(new_allowed=True)
     cfg.SSL.ENCODER = CN()
-    # A key of moco_d2.layers.resnet.ARCHITECTURES (torchvision's names).
+    # Name of the encoder, a key of moco_d2.layers.encoders.ENCODERS (torchvision's names).
     cfg.SSL.ENCODER.NAME = "resnet50"
-    # Multiplier of every channel count: 1 is the paper's, 2 and 4 its wide networks, 0.25 is for quick runs.
-    cfg.SSL.ENCODER.WIDTH = 1.0
-    # "imagenet": 7x7 stride 2 and max-pool; "cifar": 3x3 stride 1, no pool (cannot be converted for detection).
-    cfg.SSL.ENCODER.STEM = "imagenet"
+    # Keyword arguments of the encoder's builder, as SSL.ARGS are of the method's constructor. ResNets (build_resnet in
+    # moco_d2/layers/resnet.py): width, stem, norm, zero_init_residual.
+    cfg.SSL.ENCODER.ARGS = CN(new_allowed=True)
 
 
 def _add_data(cfg: CN) -> None:

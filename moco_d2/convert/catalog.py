@@ -283,7 +283,7 @@ def _convert(entry: Entry, raw: Path, converted: Path) -> None:
     """Convert the published file, with the facts that only the catalogue knows: which weights, by which recipe."""
     try:
         conversion = convert_state(read_checkpoint(raw), raw, Choice(source=entry.source))
-        facts = replace(conversion.facts, origin=f"{entry.title}, from {entry.url}", protocol=entry.recipe)
+        facts = replace(conversion.facts, origin=f"{entry.title}, from {entry.url}", recipe=entry.recipe)
         write(replace(conversion, facts=facts), converted, can_prove())
     except ValueError as error:  # the file, the proof, or the catalogue's `source`
         remove(raw)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from detectron2.config import CfgNode
 
-from moco_d2.layers.resnet import build_resnet
+from moco_d2.layers.encoders import encoder_builder
 from moco_d2.methods import SSLMethod, build_method
 
 
@@ -19,7 +17,7 @@ def configured_method(cfg: CfgNode, images: int = 1) -> SSLMethod:
         images: number of images in the data set.
     """
     ssl = cfg.SSL
-    encoder = functools.partial(build_resnet, ssl.ENCODER.NAME, width=ssl.ENCODER.WIDTH, stem=ssl.ENCODER.STEM)
+    encoder = encoder_builder(ssl.ENCODER.NAME, ssl.ENCODER.ARGS)
     return build_method(ssl.METHOD, encoder, dict(ssl.ARGS), images)
 
 

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from moco_d2.engine.build import outline
 from moco_d2.engine.optim import OPTIMIZERS
 from moco_d2.engine.schedules import SCHEDULES
 from moco_d2.engine.step import AUTOCAST
-from moco_d2.layers.resnet import ARCHITECTURES
+from moco_d2.layers.encoders import ENCODERS, encoder_args
 from moco_d2.messages import unknown_name
 from moco_d2.methods import METHODS, default_args, method_class
 
@@ -59,9 +59,9 @@ def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
     problems = list(
         itertools.chain(
             _unknown("SSL.METHOD", ssl.METHOD, METHODS),
-            _unknown("SSL.ENCODER.NAME", ssl.ENCODER.NAME, ARCHITECTURES),
-            _unknown("SSL.ENCODER.STEM", ssl.ENCODER.STEM, ("imagenet", "cifar")),
-            _argument_problems(ssl) if ssl.METHOD in METHODS else (),
+            _unknown("SSL.ENCODER.NAME", ssl.ENCODER.NAME, ENCODERS),
+            _encoder_problems(ssl.ENCODER) if ssl.ENCODER.NAME in ENCODERS else (),
+            _method_problems(ssl) if ssl.METHOD in METHODS else (),
         )
     )
     yield from problems
@@ -69,6 +69,7 @@ def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
         return
     try:  # The constructors know the ranges.
         method = outline(cfg)
+        ENCODERS[ssl.ENCODER.NAME].describe(method.backbone())  # as every checkpoint does
     except ValueError as error:
         yield str(error)
         return
@@ -81,17 +82,25 @@ def _ssl_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
         yield f"SOLVER.IMS_PER_BATCH is {batch}: {error}"
 
 
-def _argument_problems(ssl: CfgNode) -> Iterator[str]:
-    """Yield the arguments of a method that it does not have, or that are of another type than it states."""
-    accepted = default_args(ssl.METHOD)
-    signature = inspect.signature(method_class(ssl.METHOD), eval_str=True)
-    for key, value in ssl.ARGS.items():
+def _method_problems(ssl: CfgNode) -> Iterator[str]:
+    return _argument_problems("SSL.ARGS", ssl.ARGS, method_class(ssl.METHOD), default_args(ssl.METHOD))
+
+
+def _encoder_problems(encoder: CfgNode) -> Iterator[str]:
+    build = ENCODERS[encoder.NAME].build
+    return _argument_problems("SSL.ENCODER.ARGS", encoder.ARGS, build, encoder_args(encoder.NAME))
+
+
+def _argument_problems(
+    group: str, args: Mapping[str, Any], function: Callable[..., Any], accepted: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield messages about arguments that a function does not have, or that are of another type than it states."""
+    signature = inspect.signature(function, eval_str=True)
+    for key, value in args.items():
         if key not in accepted:
-            yield from _unknown("SSL.ARGS", key, accepted)
-            continue
-        wanted = signature.parameters[key].annotation
-        if not fits(value, wanted):
-            yield wrong_type(f"SSL.ARGS.{key}", value, accepted[key])
+            yield unknown_name(f"an argument in {group}", key, accepted)
+        elif not fits(value, signature.parameters[key].annotation):
+            yield wrong_type(f"{group}.{key}", value, accepted[key])
 
 
 def _data_problems(cfg: CfgNode) -> Iterator[str]:

@@ -26,7 +26,7 @@ from moco_d2.engine.step import PretrainStep, apply_performance_options, chosen_
 from moco_d2.facts import BackboneFacts
 from moco_d2.io.checkpoints import forget_checkpoint
 from moco_d2.layers.distributed import wrap_ddp
-from moco_d2.layers.resnet import describe
+from moco_d2.layers.encoders import ENCODERS, encoder_args
 from moco_d2.layers.views import Views
 from moco_d2.methods import SSLMethod
 from moco_d2.model_zoo import pretraining_changes
@@ -97,8 +97,9 @@ class PretrainTrainer(DefaultTrainer):
         origin += f" ({options})" if (options := describe_performance_options(self.cfg)) else ""
         # Results are compared with published ones by this name: only the complete, unchanged recipe may have it.
         notes = ["unfinished"] * (done < self.max_iter) + ["modified"] * bool(recipe_changes(self.cfg, self.method))
-        protocol = self.cfg.PROTOCOL + (f" ({', '.join(notes)})" if notes else "")
-        return describe(self.method.backbone(), pixels, origin=origin, protocol=protocol)
+        recipe = self.cfg.PROTOCOL + (f" ({', '.join(notes)})" if notes else "")
+        describe = ENCODERS[self.cfg.SSL.ENCODER.NAME].describe
+        return describe(self.method.backbone(), pixels, origin=origin, recipe=recipe)
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
         """Return the hooks in the order in which they run."""
@@ -176,7 +177,12 @@ class PretrainTrainer(DefaultTrainer):
         # Checkpoints of earlier versions do not have the method's own settings, and are of runs that decoded so.
         now = self._run()
         implied = {key: value for key, value in IMPLIED.items() if key in now}
-        then = {**self.method.settings(), "DATA.REDUCED_DECODING": True, **implied, **state.get("run", {})}
+        # Their encoders had batch norm; name, width and stem are compared by the tensors.
+        encoder = {
+            k: "BN" if k == "SSL.ENCODER.ARGS.norm" else v for k, v in now.items() if k.startswith("SSL.ENCODER")
+        }
+        implied |= {**self.method.settings(), **encoder, "DATA.REDUCED_DECODING": True}
+        then = implied | state.get("run", {})
         changed = changed_settings(then, now)
         if changed:
             raise ValueError(
@@ -195,6 +201,8 @@ class PretrainTrainer(DefaultTrainer):
             "number of iterations": self.max_iter,
             **trajectory(self.cfg),
             **{f"SSL.ARGS.{name}": value for name, value in self.cfg.SSL.ARGS.items()},
+            "SSL.ENCODER.NAME": self.cfg.SSL.ENCODER.NAME,
+            **{f"SSL.ENCODER.ARGS.{name}": value for name, value in self.cfg.SSL.ENCODER.ARGS.items()},
             "DATA.RECIPE": self.cfg.DATA.RECIPE,
             "DATA.CROP_SIZE": self.cfg.DATA.CROP_SIZE,
             "DATA.REDUCED_DECODING": self.cfg.DATA.REDUCED_DECODING,
@@ -206,9 +214,9 @@ class PretrainTrainer(DefaultTrainer):
         length = f"{self.cfg.SOLVER.EPOCHS} epochs, " if self.cfg.SOLVER.EPOCHS else ""
         batch = self.cfg.SOLVER.IMS_PER_BATCH
         logger.info(
-            "%s (%s, width %g) on %d images: %s%d iterations of %d images in %d process(es), recipe %s at %d px",
-            self.cfg.SSL.METHOD, self.cfg.SSL.ENCODER.NAME, self.cfg.SSL.ENCODER.WIDTH, images, length, self.max_iter,
-            batch, comm.get_world_size(), self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE,
+            "%s (%s) on %d images: %s%d iterations of %d images in %d process(es), recipe %s at %d px",
+            self.cfg.SSL.METHOD, _encoder(self.cfg.SSL.ENCODER), images, length, self.max_iter, batch,
+            comm.get_world_size(), self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE,
         )  # fmt: skip
         for name, value in self.method.settings().items():
             logger.info("%s: %s", name, value)
@@ -216,6 +224,12 @@ class PretrainTrainer(DefaultTrainer):
             logger.warning("%s: the weights will say that the recipe was modified", departure)
         for warning in self.method.advice(images, batch, self.max_iter):
             logger.warning("%s", warning)
+
+
+def _encoder(encoder: CfgNode) -> str:
+    """Return the name of an encoder, with the arguments that are not its defaults."""
+    defaults = encoder_args(encoder.NAME)
+    return ", ".join([encoder.NAME, *(f"{k} {v}" for k, v in encoder.ARGS.items() if v != defaults[k])])
 
 
 def recipe_changes(cfg: CfgNode, method: SSLMethod) -> list[str] | None:

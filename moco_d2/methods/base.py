@@ -44,9 +44,10 @@ class Diagnostic(NamedTuple):
 class SSLMethod(nn.Module, ABC):
     """A self-supervised method, which maps a batch of views to named losses; the engine trains it.
 
-    The constructor takes ``encoder``, a callable ``num_classes -> nn.Module`` whose head is called ``fc``, and the
-    method's own keyword arguments (``SSL.ARGS``), whose ranges it checks. If its signature has ``images``, it also
-    receives the number of images in the data set (for a memory bank); that is not part of ``SSL.ARGS``.
+    The constructor takes ``encoder``, a callable ``num_classes -> nn.Module`` whose networks keep the contract of
+    :class:`~moco_d2.layers.encoders.Encoder`, and the method's own keyword arguments (``SSL.ARGS``), whose ranges it
+    checks. If its signature has ``images``, it also receives the number of images in the data set (for a memory bank);
+    that is not part of ``SSL.ARGS``.
 
     Attributes:
         recorded: diagnostics of the last recorded step, detached scalars by name; never part of the loss.
@@ -178,7 +179,7 @@ def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str,
 
     Args:
         name: a key of ``METHODS``.
-        encoder: builds a network with the given number of outputs in its ``fc``.
+        encoder: builds a network with the given number of outputs.
         args: the method's keyword arguments.
         images: number of images in the data set, for methods whose constructor asks for it.
 

@@ -18,7 +18,7 @@ from torch import nn
 from moco_d2.layers.batch_norm import use_group_batch_norm
 from moco_d2.layers.distributed import all_gather, rank, shared_permutation, world_size
 from moco_d2.layers.ema import ema_update_
-from moco_d2.layers.heads import mlp_head, without_head
+from moco_d2.layers.heads import mlp_head, replace_head, without_head
 from moco_d2.layers.losses import contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
 from moco_d2.layers.views import Views
@@ -54,7 +54,7 @@ class MoCo(SSLMethod):
         """Build both encoders and the queue.
 
         Args:
-            encoder: called as ``encoder(num_classes=dim)``; returns a network whose last layer is a Linear ``fc``.
+            encoder: called as ``encoder(num_classes=dim)``; see :class:`~moco_d2.layers.encoders.Encoder`.
             dim: C, size of a feature.
             queue_size: K, number of negatives.
             momentum: m in [0, 1], decay of the key encoder (Eq. 2).
@@ -65,33 +65,43 @@ class MoCo(SSLMethod):
             shuffle: shuffling BN (section 3.3). Without it, batch statistics reveal the positive key.
             bn_groups: number of groups per process that have batch statistics of their own. 1 is plain BN. 0 chooses
                 the number that makes 8 in total, like the paper's 8 GPUs, but at least one per process. With a single
-                group in total, shuffling has no effect.
+                group in total, or an encoder whose norm is SyncBN or GN, shuffling has no effect.
             queue_dtype: dtype of the queue. ``bfloat16`` and ``float16`` halve its memory and round the keys.
 
         Raises:
-            ValueError: a value is out of range, or the encoder has no Linear ``fc``.
+            ValueError: a value is out of range, the encoder's head is not a Linear, or there are BN groups for an
+                encoder without plain batch norm.
         """
         super().__init__()
         _check_ranges(dim, queue_size, momentum, temperature, bn_groups, queue_dtype)
         self.momentum, self.temperature = momentum, temperature
         self.symmetric, self.shuffle = symmetric, shuffle
-        self.bn_groups = bn_groups or max(1, PAPER_GROUPS // world_size())
-        self.total_bn_groups = self.bn_groups * world_size()
-        # A positive bn_groups is meant for one process, as in the authors' CIFAR demo.
-        self._expected_bn_groups = bn_groups or PAPER_GROUPS
-        if shuffle and self.total_bn_groups == 1:
-            logger.warning("shuffling BN has no effect with a single BN group: set SSL.ARGS.bn_groups to 2 or more")
-
         self.encoder_q = encoder(num_classes=dim)
-        head = getattr(self.encoder_q, "fc", None)
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"MoCo needs an encoder whose head is a Linear called fc, got {type(head).__name__}")
-        if mlp:
-            self.encoder_q.fc = mlp_head(head)
-        if self.bn_groups > 1:
-            use_group_batch_norm(self.encoder_q, self.bn_groups)
+        replace_head(self.encoder_q, mlp_head if mlp else lambda head: head)
+        self._set_groups(bn_groups)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.queue = FeatureQueue(queue_size, dim, QUEUE_DTYPES[queue_dtype])
+
+    def _set_groups(self, bn_groups: int) -> None:
+        """Give the encoder's batch norms their groups."""
+        if any(type(module) is nn.BatchNorm2d for module in self.encoder_q.modules()):
+            self.bn_groups = bn_groups or max(1, PAPER_GROUPS // world_size())
+            self.total_bn_groups = self.bn_groups * world_size()
+            # A positive bn_groups is meant for one process, as in the authors' CIFAR demo.
+            self._expected_bn_groups = bn_groups or PAPER_GROUPS
+            reason = "a single BN group: set SSL.ARGS.bn_groups to 2 or more"
+        else:
+            if bn_groups > 1:
+                raise ValueError(
+                    f"SSL.ARGS.bn_groups is {bn_groups}; it must be 0 with SSL.ENCODER.ARGS.norm SyncBN or GN, which "
+                    "have no groups"
+                )
+            self.bn_groups = self.total_bn_groups = self._expected_bn_groups = 1
+            reason = "SSL.ENCODER.ARGS.norm SyncBN or GN: set SSL.ARGS.shuffle False"
+        if self.shuffle and self.total_bn_groups == 1:
+            logger.warning("shuffling BN has no effect with %s", reason)
+        if self.bn_groups > 1:
+            use_group_batch_norm(self.encoder_q, self.bn_groups)
 
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
         """Compute the loss of two views (N, 3, H, W) of each image: Algorithm 1."""

@@ -90,7 +90,7 @@ def test_step_compares_with_its_encoders_the_authors_form_and_plain_ddp(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ("--batch", 16, "--size", 32, "--encoder", "resnet18", "--repeats", 2)
-    content = run("step", *small, "SSL.ENCODER.WIDTH", 0.125, "SSL.ARGS.queue_size", 20000)
+    content = run("step", *small, "SSL.ENCODER.ARGS.width", 0.125, "SSL.ARGS.queue_size", 20000)
     names = {title: [row["what"] for row in content[title]] for title in ("step", "two processes")}
     assert names["step"] == ["its encoders alone", "ours", "the authors' form"]
     assert names["two processes"] == ["encoders, plain DDP", "ours"]

@@ -215,8 +215,8 @@ def test_the_stop_ends_all_processes_of_a_run(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, str(root / "tools" / "pretrain_net.py"), "--config-file", "Pretrain/moco_v2_R50_200ep",
                "--num-gpus", "2", "DATASETS.TRAIN", f"('{tmp_path / 'images'}',)", "OUTPUT_DIR", str(tmp_path / "out"),
-               "MODEL.DEVICE", "cpu", "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", "0.125", "DATA.CROP_SIZE",
-               "16", "SOLVER.IMS_PER_BATCH", "8", "SSL.ARGS.queue_size", "64", "SSL.ARGS.dim", "16",
+               "MODEL.DEVICE", "cpu", "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width", "0.125",
+               "DATA.CROP_SIZE", "16", "SOLVER.IMS_PER_BATCH", "8", "SSL.ARGS.queue_size", "64", "SSL.ARGS.dim", "16",
                "SSL.ARGS.bn_groups", "2",
                "DATA.MAX_SKIPPED", "0.01", "DATALOADER.NUM_WORKERS", "0"]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root, check=False)

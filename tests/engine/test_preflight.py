@@ -36,8 +36,11 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
     [
         (["SSL.METHOD", "MoCo2"], "SSL.METHOD is 'MoCo2'; it must be one of MoCo; did you mean 'MoCo'?"),
         (["SSL.ENCODER.NAME", "resnet5"], "did you mean 'resnet50'?"),
-        (["SSL.ENCODER.STEM", "cfar"], "did you mean 'cifar'?"),
-        (["SSL.ENCODER.WIDTH", -1.0], "width"),
+        (["SSL.ENCODER.ARGS.stem", "cfar"], "did you mean 'cifar'?"),
+        (["SSL.ENCODER.ARGS.width", -1.0], "SSL.ENCODER.ARGS.width is -1.0; 64 * width must be"),
+        (["SSL.ENCODER.ARGS.widths", 2.0], "an argument in SSL.ENCODER.ARGS is 'widths'; it must be one of width"),
+        (["SSL.ENCODER.ARGS.norm", "SynchBN"], "did you mean 'SyncBN'?"),
+        (["SSL.ENCODER.ARGS.zero_init_residual", 1], "it must be a bool, as False is"),
         (["SSL.ARGS.temprature", 0.1], "did you mean 'temperature'?"),
         (["SSL.ARGS.mlp", "yes"], "SSL.ARGS.mlp is 'yes'; it must be a bool, as False is"),
         (["SSL.ARGS.queue_size", 65536.5], "it must be an int, as 65536 is"),

@@ -42,7 +42,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 def options(images: str, output: Path, *more: object) -> list[str]:
     small = [
         "DATASETS.TRAIN", f'("{images}",)', "OUTPUT_DIR", str(output), "SOLVER.IMS_PER_BATCH", 8, "DATA.CROP_SIZE", 32,
-        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", 0.125, "SSL.ARGS.queue_size", 24, "SSL.ARGS.dim", 16,
+        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width", 0.125, "SSL.ARGS.queue_size", 24, "SSL.ARGS.dim", 16,
         "SSL.ARGS.bn_groups", 2, "SOLVER.EPOCHS", 3, "SOLVER.CHECKPOINT_PERIOD", 3, "DATALOADER.NUM_WORKERS", 0,
         "MODEL.DEVICE", "cpu", "SEED", 7, *more,
     ]  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(images: str, tmp_pat
 
 def test_only_the_whole_recipe_bears_its_name(images: str, tmp_path: Path) -> None:
     train(options(images, tmp_path, "PROTOCOL", "moco_v2_R50_200ep"))
-    names = [torch.load(tmp_path / f"model_{n}.pth")["facts"]["protocol"] for n in ("0000002", "final")]
+    names = [torch.load(tmp_path / f"model_{n}.pth")["facts"]["recipe"] for n in ("0000002", "final")]
     assert names == ["moco_v2_R50_200ep (unfinished, modified)", "moco_v2_R50_200ep (modified)"]
     recipe = load_cfg("Pretrain/moco_v2_R50_200ep", ["OUTPUT_DIR", "x", "SEED", "1", "DATALOADER.NUM_WORKERS", "9"])
     assert pretraining_changes(recipe) == []
@@ -111,6 +111,18 @@ def test_a_run_of_reduced_pictures_is_not_continued_with_whole_ones(images: str,
     with pytest.raises(ValueError, match=r"DATA\.REDUCED_DECODING was True and is False"):
         trainer().load_state_dict(state)
     trainer("DATA.REDUCED_DECODING", "True").load_state_dict(state)
+
+
+def test_a_run_goes_on_with_its_encoder_and_so_does_one_of_an_earlier_version(images: str, tmp_path: Path) -> None:
+    def trainer(*words: object) -> PretrainTrainer:
+        return PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", options(images, tmp_path, *words)))
+
+    state = trainer().state_dict()
+    synchronised = trainer("SSL.ENCODER.ARGS.norm", "SyncBN", "SSL.ARGS.bn_groups", 0)
+    for run in (state["run"], {key: value for key, value in state["run"].items() if "SSL.ENCODER" not in key}):
+        with pytest.raises(ValueError, match=r"SSL\.ENCODER\.ARGS\.norm was BN and is SyncBN"):
+            synchronised.load_state_dict({**state, "run": run})
+        trainer().load_state_dict({**state, "run": run})
 
 
 def test_what_the_processes_make_of_the_method_is_recorded_and_must_be_the_same_to_resume(
@@ -133,7 +145,7 @@ def test_what_the_processes_make_of_the_method_is_recorded_and_must_be_the_same_
         assert recipe_changes(recipe, trainer.method) == ["6 BN groups in 3 process(es) instead of 8"]
         assert "6 BN groups in 3 process(es) instead of 8: the weights will say" in caplog.text
         trainer.cfg = recipe
-        assert trainer.facts().protocol == "moco_v2_R50_200ep (unfinished, modified)"
+        assert trainer.facts().recipe == "moco_v2_R50_200ep (unfinished, modified)"
         with pytest.raises(ValueError, match=r"number of BN groups in all processes was 8 and is 6\. Restore"):
             PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", words)).resume_or_load(True)
 
@@ -163,7 +175,7 @@ def test_every_checkpoint_comes_with_a_backbone_that_any_torchvision_user_can_lo
     trainer = train(options(images, tmp_path, "PROTOCOL", "mine"))
     saved = torch.load(tmp_path / "backbone.pth", weights_only=True)
     facts = BackboneFacts.from_dict(saved["facts"])
-    assert (facts.depth, facts.stem_channels, facts.protocol, facts.pixels.order) == (18, 8, "mine", "RGB")
+    assert (facts.depth, facts.stem_channels, facts.recipe, facts.pixels.order) == (18, 8, "mine", "RGB")
     assert "6 of 6 iterations" in facts.origin
     network_for(facts).load_state_dict(saved["state_dict"])
     for key, value in saved["state_dict"].items():

@@ -28,8 +28,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def dry_run(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
     small = [
-        "SOLVER.IMS_PER_BATCH", 64, "DATA.CROP_SIZE", 32, "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", 0.125,
-        "SSL.ARGS.queue_size", 128, "DATALOADER.NUM_WORKERS", 1, "MODEL.DEVICE", "cpu",
+        "SOLVER.IMS_PER_BATCH", 64, "DATA.CROP_SIZE", 32, "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width",
+        0.125, "SSL.ARGS.queue_size", 128, "DATALOADER.NUM_WORKERS", 1, "MODEL.DEVICE", "cpu",
     ]  # fmt: skip
     command = [sys.executable, TOOL, "--config-file", "Pretrain/moco_v2_R50_200ep", "--dry-run", *words, *small]
     return subprocess.run(
@@ -52,7 +52,7 @@ def test_a_dry_run_says_what_the_run_will_be(images: str, tmp_path: Path, proces
         "bottleneck", "ETA", "dry run",
     ]  # fmt: skip
     assert lines["recipe"].startswith("moco_v2_R50_200ep, modified: ")
-    assert "SSL.ENCODER.WIDTH=0.125" in lines["recipe"] and lines["data"] == f"{images}: 70 images"
+    assert "SSL.ENCODER.ARGS.width=0.125" in lines["recipe"] and lines["data"] == f"{images}: 70 images"
     assert lines["schedule"] == "200 epochs, 200 iterations of 64 images, lr 0.0075"
     assert "advice      the queue (SSL.ARGS.queue_size 128) holds the keys of 1.8 epochs of your 70" in done.stdout
     assert lines["advice"].startswith("after all 200 steps, 82% of the key encoder is still its initial weights")

@@ -54,7 +54,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 def options(images: str, *more: object) -> list[str]:
     words = [
         "SSL.METHOD", "Toy", "DATASETS.TRAIN", f'("{images}",)', "SOLVER.IMS_PER_BATCH", BATCH,
-        "DATA.CROP_SIZE", 32, "DATA.RECIPE", "toy", "SSL.ENCODER.NAME", "resnet50", "SSL.ENCODER.WIDTH", 0.125,
+        "DATA.CROP_SIZE", 32, "DATA.RECIPE", "toy", "SSL.ENCODER.NAME", "resnet50", "SSL.ENCODER.ARGS.width", 0.125,
         "SOLVER.EPOCHS", EPOCHS, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINT_KEEP", 0, "SOLVER.OPTIMIZER", "lars",
         "SOLVER.EXCLUDE_1D", True, "SOLVER.CLIP_GRADIENTS.ENABLED", True, "DATALOADER.NUM_WORKERS", 0,
         "MODEL.DEVICE", "cpu", "SEED", 7, *more,
@@ -181,7 +181,7 @@ def test_both_its_files_convert_and_go_back(
     original = torch.load(run[0] / "backbone.pth")["state_dict"]
     convert_checkpoint(source, tmp_path / "converted.pth", proof=False)
     facts = read_facts(tmp_path / "converted.pth")
-    assert facts is not None and "Toy" in facts.origin and facts.protocol.endswith("(modified)")
+    assert facts is not None and "Toy" in facts.origin and facts.recipe.endswith("(modified)")
     converted = torch.load(tmp_path / "converted.pth")["model"]
     assert len(converted) == 265
     assert np.array_equal(converted["res5.2.conv3.weight"], original["layer4.2.conv3.weight"])

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tools.measure import peak_bytes
 from torch import nn
 
+from benchmarks.measure import peak_bytes
 from moco_d2.layers.batch_norm import GroupBatchNorm2d, use_group_batch_norm
 from moco_d2.layers.ema import ema_update_
 from moco_d2.layers.heads import mlp_head, without_head
@@ -244,7 +244,9 @@ def test_the_cifar_stem_begins_as_the_authors_demo_and_the_rest_as_torchvision()
     [
         ({"name": "resnet5"}, "did you mean 'resnet50'"),
         ({"width": 0.3}, "64 \\* width must be"),
-        ({"stem": "deep"}, "'imagenet' or 'cifar'"),
+        ({"width": 0.25, "norm": "GN"}, "must be a multiple of 0.5"),
+        ({"norm": "SynchBN"}, "did you mean 'SyncBN'"),
+        ({"stem": "deep"}, "stem is 'deep'; it must be one of imagenet, cifar"),
     ],
 )
 def test_impossible_encoders_are_refused(arguments: dict, message: str) -> None:

@@ -201,7 +201,7 @@ def test_values_out_of_range_are_refused(arguments: dict, message: str) -> None:
 def test_other_mistakes_are_explained(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match="8 images per process cannot be split into 3 BN groups"):
         make(bn_groups=3)(make_views(0))
-    with pytest.raises(ValueError, match="Linear called fc, got Identity"):
+    with pytest.raises(ValueError, match="fc, must be a Linear layer; it is Identity"):
         MoCo(_headless, dim=4)
     with pytest.raises(ValueError, match="did you mean 'temperature'"):
         build_method("MoCo", small, {"temprature": 0.1})
@@ -210,6 +210,20 @@ def test_other_mistakes_are_explained(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         make(bn_groups=1)
     assert "shuffling BN has no effect" in caplog.text
+
+
+@pytest.mark.parametrize("norm", ["SyncBN", "GN"])
+def test_an_encoder_without_batch_norm_of_each_process_has_no_groups(
+    norm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = functools.partial(build_resnet, "resnet18", width=0.5, norm=norm)
+    with pytest.raises(ValueError, match=r"bn_groups is 8; it must be 0 with SSL\.ENCODER\.ARGS\.norm SyncBN or GN"):
+        MoCo(encoder, bn_groups=8)
+    with caplog.at_level(logging.WARNING):
+        model = MoCo(encoder, dim=8, queue_size=16)
+    assert "shuffling BN has no effect with" in caplog.text and "set SSL.ARGS.shuffle False" in caplog.text
+    assert model.total_bn_groups == 1 and model.departures() == []
+    model(as_views([torch.rand(3, 3, 32, 32) for _ in range(2)]))["loss_contrast"].backward()  # 3: any batch
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco_d2.data.augment import Crop, Flip, Grey, Recipe, View
-from moco_d2.facts import IMAGENET_RGB
+from moco_d2.data.augment import Apply, Augmentation, Crop, View
 from moco_d2.layers.distributed import gather
 from moco_d2.layers.ema import cosine_momentum, ema_update_
 from moco_d2.layers.encode import by_resolution
@@ -95,8 +94,8 @@ class Toy(SSLMethod):
         return without_head(self.target)
 
 
-def toy_recipe(size: int) -> Recipe:
+def toy_augmentation(size: int) -> Augmentation:
     """Two large views and two small ones."""
-    large = View(Crop(size, (0.4, 1.0), bicubic=True), (Grey(0.2), Flip()))
-    small = View(Crop(size // 2, (0.1, 0.4)), (Flip(),))
-    return Recipe((large, large, small, small), IMAGENET_RGB)
+    large = View(Crop(size, (0.4, 1.0), bicubic=True), (Apply("grey", 0.2), Apply("flip", 0.5)))
+    small = View(Crop(size // 2, (0.1, 0.4)), (Apply("flip", 0.5),))
+    return Augmentation((large, large, small, small))

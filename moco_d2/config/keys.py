@@ -16,7 +16,7 @@ from moco_d2.io.pictures import MAX_PIXELS
 _REGISTERING = ("moco_d2.data", "moco_d2.methods", "moco_d2.detection")
 
 # Keys that had another name in earlier versions: files and command lines may still have that one.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {"DATA.RECIPE": "DATA.AUGMENTATION"}
 
 
 def get_cfg() -> CN:
@@ -72,11 +72,11 @@ def _add_method(cfg: CN) -> None:
 
 def _add_data(cfg: CN) -> None:
     cfg.DATA = CN()
-    # Augmentation recipe, a key of moco_d2.data.RECIPES. It also fixes the pixel mean and std.
-    cfg.DATA.RECIPE = "moco_v2"
-    # Side of a view in pixels.
+    # Name of the augmentation, a key of moco_d2.data.AUGMENTATIONS. It also fixes the pixel mean and std.
+    cfg.DATA.AUGMENTATION = "moco_v2"
+    # Side of a (large) view in pixels; an augmentation sets the sizes of smaller views itself.
     cfg.DATA.CROP_SIZE = 224
-    # What executes the recipe; the views are the same up to rounding (docs/data_path.md). "pil": the authors'
+    # What executes the augmentation; the views are the same up to rounding (docs/data_path.md). "pil": the authors'
     # operations; "cv2": the same through OpenCV, the fastest without a GPU; "device": workers decode and crop,
     # MODEL.DEVICE does the rest a batch at a time; "auto": "device" on a GPU, else "cv2".
     cfg.DATA.BACKEND = "auto"

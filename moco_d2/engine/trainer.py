@@ -15,7 +15,8 @@ from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 
-from moco_d2.data import ViewLoader, build_recipe
+from moco_d2.config.keys import RENAMED
+from moco_d2.data import ViewLoader, build_augmentation
 from moco_d2.engine.build import configured_method
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
@@ -90,7 +91,7 @@ class PretrainTrainer(DefaultTrainer):
 
     def facts(self) -> BackboneFacts:
         """Return what the exported backbone says about itself."""
-        pixels = build_recipe(self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE).pixels
+        pixels = build_augmentation(self.cfg.DATA.AUGMENTATION, self.cfg.DATA.CROP_SIZE).pixels
         images = ", ".join(self.cfg.DATASETS.TRAIN)
         done = self.iter + 1
         origin = f"moco_d2 {self.cfg.SSL.METHOD} on {images}, {done} of {self.max_iter} iterations"
@@ -175,7 +176,8 @@ class PretrainTrainer(DefaultTrainer):
         # Checkpoints of earlier versions do not have the method's own settings, and are of runs that decoded so.
         now = self._run()
         implied = {key: value for key, value in IMPLIED.items() if key in now}
-        then = {**self.method.settings(), "DATA.REDUCED_DECODING": True, **implied, **state.get("run", {})}
+        stored = {RENAMED.get(name, name): value for name, value in state.get("run", {}).items()}
+        then = {**self.method.settings(), "DATA.REDUCED_DECODING": True, **implied, **stored}
         changed = changed_settings(then, now)
         if changed:
             raise ValueError(
@@ -194,7 +196,7 @@ class PretrainTrainer(DefaultTrainer):
             "number of iterations": self.max_iter,
             **trajectory(self.cfg),
             **{f"SSL.ARGS.{name}": value for name, value in self.cfg.SSL.ARGS.items()},
-            "DATA.RECIPE": self.cfg.DATA.RECIPE,
+            "DATA.AUGMENTATION": self.cfg.DATA.AUGMENTATION,
             "DATA.CROP_SIZE": self.cfg.DATA.CROP_SIZE,
             "DATA.REDUCED_DECODING": self.cfg.DATA.REDUCED_DECODING,
             **loader.sampler.settings(),
@@ -207,7 +209,7 @@ class PretrainTrainer(DefaultTrainer):
         logger.info(
             "%s (%s, width %g) on %d images: %s%d iterations of %d images in %d process(es), recipe %s at %d px",
             self.cfg.SSL.METHOD, self.cfg.SSL.ENCODER.NAME, self.cfg.SSL.ENCODER.WIDTH, images, length, self.max_iter,
-            batch, comm.get_world_size(), self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE,
+            batch, comm.get_world_size(), self.cfg.DATA.AUGMENTATION, self.cfg.DATA.CROP_SIZE,
         )  # fmt: skip
         for name, value in self.method.settings().items():
             logger.info("%s: %s", name, value)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from PIL import Image
-from toy_method import Toy, toy_recipe
+from toy_method import Toy, toy_augmentation
 
 from moco_d2.config import load_cfg
 from moco_d2.convert import convert_checkpoint, read_facts
-from moco_d2.data.augment import RECIPES
+from moco_d2.data import AUGMENTATIONS
 from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.methods import METHODS
 from moco_d2.reports.pictures import draw_pretraining_curve, draw_view_pairs
@@ -27,10 +27,10 @@ IMAGES, BATCH, EPOCHS = 20, 8, 2  # two steps an epoch
 
 @pytest.fixture(scope="module", autouse=True)
 def registered() -> Iterator[None]:
-    """Register the method and its recipe for these tests only: others walk the registries."""
-    METHODS["Toy"], RECIPES["toy"] = Toy, toy_recipe
+    """Register the method and its augmentation for these tests only: others walk the registries."""
+    METHODS["Toy"], AUGMENTATIONS["toy"] = Toy, toy_augmentation
     yield
-    del METHODS["Toy"], RECIPES["toy"]
+    del METHODS["Toy"], AUGMENTATIONS["toy"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def config(images: str, output: Path, *more: object) -> Any:
     output.mkdir(parents=True, exist_ok=True)
     words = [
         "SSL.METHOD", "Toy", "DATASETS.TRAIN", f'("{images}",)', "OUTPUT_DIR", output, "SOLVER.IMS_PER_BATCH", BATCH,
-        "DATA.CROP_SIZE", 32, "DATA.RECIPE", "toy", "SSL.ENCODER.NAME", "resnet50", "SSL.ENCODER.WIDTH", 0.125,
+        "DATA.CROP_SIZE", 32, "DATA.AUGMENTATION", "toy", "SSL.ENCODER.NAME", "resnet50", "SSL.ENCODER.WIDTH", 0.125,
         "SOLVER.EPOCHS", EPOCHS, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINT_KEEP", 0, "SOLVER.OPTIMIZER", "lars",
         "SOLVER.EXCLUDE_1D", True, "SOLVER.CLIP_GRADIENTS.ENABLED", True, "DATALOADER.NUM_WORKERS", 0,
         "MODEL.DEVICE", "cpu", "SEED", 7, *more,

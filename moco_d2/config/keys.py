@@ -87,17 +87,17 @@ def _add_data(cfg: CN) -> None:
     # pretraining leaves it out, fine-tuning and evaluation end with its name. It takes the place of PIL's own limit.
     cfg.DATA.MAX_PIXELS = MAX_PIXELS
     # Pretraining: decode a JPEG at 1/2, 1/4 or 1/8 of its size where the views are small enough for it. Faster for
-    # pictures of many pixels, but the views differ a little (docs/data_path.md), and the run is told as modified.
+    # pictures of many pixels, but the views differ a little (docs/data_path.md), and the run is recorded as modified.
     cfg.DATA.REDUCED_DECODING = False
     # --dry-run, in both stages: so many pictures of each data set are decoded, evenly spaced; 0: all of them.
     cfg.DATA.DRY_RUN_PICTURES = 0
-    # Shards (docs/scale.md): the images of so many are shuffled together, after the order of all shards is; 0: of all.
+    # Shards (docs/scale.md): their order is shuffled, then the images of so many consecutive ones together; 0: of all.
     cfg.DATA.SHUFFLE_SHARDS = 16
-    # Parts of an epoch that run side by side, each batch taking its share of all. The order of the images depends on
-    # it, and not on the number of processes. A process fetches the shards of its own parts only. 0: the number of
-    # processes for streamed shards, else 1.
+    # Streams: parts of an epoch that run side by side; each batch takes its share of every one. The order of the images
+    # depends on their number, not on that of the processes. A process fetches the shards of its own streams only. 0:
+    # the number of processes for remote shards, else 1.
     cfg.DATA.LANES = 0
-    # Folder for streamed shards, on a disk of each machine; "": shards/ in $MOCO_D2_CACHE or ~/.cache/moco_d2.
+    # Folder for remote shards, on a disk of each machine; "": shards/ in $MOCO_D2_CACHE or ~/.cache/moco_d2.
     cfg.DATA.CACHE_FOLDER = ""
     # Its size in GB (1e9 bytes), for all processes of a machine.
     cfg.DATA.CACHE_GB = 100.0

@@ -42,7 +42,7 @@ class Backend(Protocol):
 class PilBackend:
     """The authors' operations: apart from decoding, what their loader computes, to the bit."""
 
-    on_device = False
+    on_device: ClassVar[bool] = False
 
     def prepare(self, image: EncodedImage, plans: Sequence[Plan]) -> list[View8]:
         """Crop, then execute every operation, with PIL."""
@@ -60,7 +60,7 @@ class PilBackend:
 class Cv2Backend:
     """torchvision's decoding and resizing, then OpenCV and tables, 8 bits throughout."""
 
-    on_device = False
+    on_device: ClassVar[bool] = False
 
     def prepare(self, image: EncodedImage, plans: Sequence[Plan]) -> list[View8]:
         """Crop, then execute every operation."""
@@ -74,7 +74,7 @@ class Cv2Backend:
 class DeviceBackend:
     """The workers decode and crop; the training device executes the operations, a batch at a time."""
 
-    on_device = True
+    on_device: ClassVar[bool] = True
 
     def prepare(self, image: EncodedImage, plans: Sequence[Plan]) -> list[View8]:
         """Crop."""

@@ -76,7 +76,7 @@ def check_cache(source: ImageSource, cfg: CfgNode, lanes: int) -> None:
     window = data.SHUFFLE_SHARDS or len(source.remote_sizes)
 
     def size(window: int) -> int:
-        # A lane's ends may be parts of shards that its neighbours need too.
+        # A stream's ends may be parts of shards that its neighbours need too.
         return min(_windows_held(source, cfg, lanes, window) * window * here * largest, sum(source.remote_sizes))
 
     wanted = size(window)
@@ -86,12 +86,12 @@ def check_cache(source: ImageSource, cfg: CfgNode, lanes: int) -> None:
         windows = _windows_held(source, cfg, lanes, window)
         raise ValueError(
             f"DATA.CACHE_GB is {data.CACHE_GB:g}, but {windows} windows of {window} shards (DATA.SHUFFLE_SHARDS) of up "
-            f"to {largest / 1e6:.3g} MB in {here} lane(s) on this machine take {wanted / 1e9:.3g} GB: raise it{hint}"
+            f"to {largest / 1e6:.3g} MB in {here} stream(s) (DATA.LANES) on this machine take {wanted / 1e9:.3g} GB: raise it{hint}"
         )
 
 
 def _windows_held(source: ImageSource, cfg: CfgNode, lanes: int, window: int) -> int:
-    """Return how many windows a lane holds: the one that begins, the next, and those that workers still read.
+    """Return how many windows a stream holds: the one that begins, the next, and those that workers still read.
 
     The sampler is ahead of the workers by the batches that they prepare (torch's two for each) and the one in hand.
     """

@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
 from benchmarks.data import authors_transforms, draw_photo
+from moco_d2.config import load_cfg
 from moco_d2.data import AUGMENTATIONS, BACKENDS, EpochSampler, FileSource, ViewDataset, ViewLoader, build_backend
 from moco_d2.data.augment import (
     Apply,
@@ -79,6 +81,13 @@ def test_augmentations_are_the_published_ones_op_for_op(name: str) -> None:
 def test_unknown_augmentations_and_sizes_are_refused(name: str, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_augmentation(name, size)
+
+
+def test_the_earlier_name_of_the_config_key_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("VERSION: 2\nDATA: {RECIPE: moco_v1}\n")
+    assert load_cfg(str(file)).DATA.AUGMENTATION == "moco_v1"
+    assert load_cfg(str(file), ["DATA.RECIPE", "moco_cifar"]).DATA.AUGMENTATION == "moco_cifar"
 
 
 def test_auto_is_the_device_where_there_is_a_gpu_and_opencv_elsewhere() -> None:

@@ -111,6 +111,10 @@ def test_a_run_of_reduced_pictures_is_not_continued_with_whole_ones(images: str,
     with pytest.raises(ValueError, match=r"DATA\.REDUCED_DECODING was True and is False"):
         trainer().load_state_dict(state)
     trainer("DATA.REDUCED_DECODING", "True").load_state_dict(state)
+    state["run"]["DATA.RECIPE"] = state["run"].pop("DATA.AUGMENTATION")  # the key's name in earlier checkpoints
+    trainer("DATA.REDUCED_DECODING", "True").load_state_dict(state)
+    with pytest.raises(ValueError, match=r"exactly: DATA\.AUGMENTATION was moco_v2 and is moco_v1\."):
+        trainer("DATA.REDUCED_DECODING", "True", "DATA.RECIPE", "moco_v1").load_state_dict(state)
 
 
 def test_what_the_processes_make_of_the_method_is_recorded_and_must_be_the_same_to_resume(
@@ -272,7 +276,7 @@ def test_resuming_with_another_recipe_is_refused(images: str, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"SOLVER\.IMS_PER_BATCH was 8 and is 4"):
         train(options(images, tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 4), resume=True)
     recipe = ("SSL.ARGS.temperature", 0.1, "DATA.AUGMENTATION", "moco_v1")
-    with pytest.raises(ValueError, match=r"temperature was 0\.2 and is 0\.1; DATA\.RECIPE was moco_v2 and is moco_v1"):
+    with pytest.raises(ValueError, match=r"temperature was 0\.2 and is 0\.1; DATA\.AUGMENTATION was moco_v2 and is moco_v1"):
         train(options(images, tmp_path, "SOLVER.EPOCHS", 1, *recipe), resume=True)
     other = ("SOLVER.BASE_LR", 0.01, "SOLVER.MOMENTUM", 0.8, "SOLVER.SCHEDULE", "step", "SOLVER.STEPS", ())
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS") as refused:

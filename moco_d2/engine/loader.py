@@ -86,7 +86,8 @@ def check_cache(source: ImageSource, cfg: CfgNode, lanes: int) -> None:
         windows = _windows_held(source, cfg, lanes, window)
         raise ValueError(
             f"DATA.CACHE_GB is {data.CACHE_GB:g}, but {windows} windows of {window} shards (DATA.SHUFFLE_SHARDS) of up "
-            f"to {largest / 1e6:.3g} MB in {here} stream(s) (DATA.LANES) on this machine take {wanted / 1e9:.3g} GB: raise it{hint}"
+            f"to {largest / 1e6:.3g} MB in {here} stream(s) (DATA.LANES) on this machine take {wanted / 1e9:.3g} GB: "
+            f"raise it{hint}"
         )
 
 

@@ -127,11 +127,9 @@ def _refuse(opened: Image.Image) -> None:
     if opened.format in _PROGRAMS:
         raise RefusedError(f"{kind}: reading it needs another program; save it as PNG")
     if opened.mode not in _EIGHT_BIT and not (_is_deep_grey(opened) and opened.format in _SIXTEEN_BIT):
-        raise RefusedError(
-            f"{kind}: its values of black and white are not known; save it as PNG with 8 or 16 bits"
-        )
+        raise RefusedError(f"{kind}: its values of black and white are not known; save it as PNG with 8 or 16 bits")
     if set(_tiff(opened, _SAMPLE_FORMAT, (1,))) != {1}:
-        raise RefusedError(f"{kind}, with signed samples: its values of black and white are not known; save it unsigned")
+        raise RefusedError(f"{kind}, signed samples: its values of black and white are not known; save it unsigned")
 
 
 def _is_deep_grey(opened: Image.Image) -> bool:
@@ -143,7 +141,7 @@ def _tiff(opened: Image.Image, tag: int, default: Any) -> Any:
 
 
 def orientation(opened: Image.Image) -> Any:
-    """Return the EXIF orientation of a picture that is not decoded yet; some files hold something else than a number."""
+    """Return the EXIF orientation of a picture that is not decoded yet; in some files it is not a number."""
     if opened.format == "TIFF":  # PIL turns it when decoding, and states the upright size.
         return None
     if opened.format == "PNG" and "exif" not in opened.info:

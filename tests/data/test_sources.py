@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moco_d2.data import EpochSampler, list_folder, listing, open_source, stream_seed
+from moco_d2.data import EpochSampler, list_folder, listing, open_source
 from moco_d2.data.listing import Listing, Paths
 from moco_d2.detection.labels.voc import walk
+from moco_d2.seeding import stream_seed
 
 
 @pytest.fixture(autouse=True)

@@ -276,7 +276,9 @@ def test_resuming_with_another_recipe_is_refused(images: str, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"SOLVER\.IMS_PER_BATCH was 8 and is 4"):
         train(options(images, tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 4), resume=True)
     recipe = ("SSL.ARGS.temperature", 0.1, "DATA.AUGMENTATION", "moco_v1")
-    with pytest.raises(ValueError, match=r"temperature was 0\.2 and is 0\.1; DATA\.AUGMENTATION was moco_v2 and is moco_v1"):
+    with pytest.raises(
+        ValueError, match=r"temperature was 0\.2 and is 0\.1; DATA\.AUGMENTATION was moco_v2 and is moco_v1"
+    ):
         train(options(images, tmp_path, "SOLVER.EPOCHS", 1, *recipe), resume=True)
     other = ("SOLVER.BASE_LR", 0.01, "SOLVER.MOMENTUM", 0.8, "SOLVER.SCHEDULE", "step", "SOLVER.STEPS", ())
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS") as refused:

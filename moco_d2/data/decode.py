@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,18 +13,8 @@ from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from moco_d2.data.augment import Plan
-from moco_d2.io.pictures import MAX_PIXELS, open_picture, orientation, upright_rgb
+from moco_d2.io.pictures import MAX_PIXELS, open_picture, turn, upright_rgb, upright_size
 
-# How an image is turned upright, by EXIF orientation: whether rows and columns are swapped, then the axes to reverse.
-_TURNS: dict[Any, tuple[bool, tuple[int, ...]]] = {
-    2: (False, (1,)),
-    3: (False, (0, 1)),
-    4: (False, (0,)),
-    5: (True, ()),
-    6: (True, (1,)),
-    7: (True, (0, 1)),
-    8: (True, (0,)),
-}
 _REDUCTIONS = (8, 4, 2)  # a JPEG decoder makes 1/8, 1/4 and 1/2 of the size in less time than the whole
 
 
@@ -50,10 +39,8 @@ class EncodedImage:
         """
         self._data, self._reduced = data, reduced
         self._opened = open_picture(io.BytesIO(data), max_pixels)
-        # What PIL finds in EXIF or XMP; in some files it is not a number.
-        self._swapped, self._reversed = _TURNS.get(orientation(self._opened), (False, ()))
-        size = self._opened.size
-        self.width, self.height = reversed(size) if self._swapped else size
+        self._turn = turn(self._opened)
+        self.width, self.height = upright_size(self._opened)
 
     def decode(self) -> torch.Tensor:
         """Return the upright image, (3, H, W) uint8 RGB, equal to :func:`moco_d2.io.pictures.read_image` to the bit.
@@ -66,14 +53,10 @@ class EncodedImage:
         if self._is_plain_jpeg():
             encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
             with contextlib.suppress(RuntimeError):  # PIL decides whether the file is damaged.
-                return self._turned(decode_jpeg(encoded, ImageReadMode.RGB))
+                image = decode_jpeg(encoded, ImageReadMode.RGB)
+                # Not turned by the decoder, which finds the orientation in fewer places than PIL.
+                return image if self._turn is None else _turned(image, self._turn)
         return torch.from_numpy(np.array(upright_rgb(self._opened))).permute(2, 0, 1)
-
-    def _turned(self, image: torch.Tensor) -> torch.Tensor:
-        """Turn (3, H, W) upright; the decoder would find the orientation in fewer places than PIL."""
-        pixels = image.permute(1, 2, 0)
-        pixels = pixels.transpose(0, 1) if self._swapped else pixels
-        return pixels.flip(self._reversed).contiguous().permute(2, 0, 1) if self._swapped or self._reversed else image
 
     def crops(self, plans: Sequence[Plan]) -> list[np.ndarray]:
         """Decode once and return each plan's box resized with antialiasing, (plan.size, plan.size, 3) uint8.
@@ -113,6 +96,11 @@ class EncodedImage:
             mode = Image.Resampling.BICUBIC if plan.bicubic else Image.Resampling.BILINEAR
             crops.append(np.array(image.resize((plan.size, plan.size), mode, box=part)))
         return crops
+
+
+def _turned(image: torch.Tensor, how: Image.Transpose) -> torch.Tensor:
+    upright = Image.fromarray(image.permute(1, 2, 0).numpy()).transpose(how)
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
 
 
 def _resize(part: torch.Tensor, plan: Plan) -> np.ndarray:

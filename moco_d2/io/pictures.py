@@ -152,6 +152,11 @@ def orientation(opened: Image.Image) -> Any:
         return None
 
 
+def turn(opened: Image.Image) -> Image.Transpose | None:
+    """Return how PIL turns a picture upright; None if it is upright."""
+    return _TURNS.get(orientation(opened))
+
+
 def upright_size(opened: Image.Image) -> tuple[int, int]:
     """Return width and height of a picture as it stands upright."""
     width, height = opened.size
@@ -195,11 +200,11 @@ def upright_grey(opened: Image.Image) -> Image.Image:
 
 
 def _upright(opened: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    turn = _TURNS.get(orientation(opened))
+    how = turn(opened)
     with _pils_limit_lifted():
         opened.load()
     image = convert(opened)
-    return image if turn is None else image.transpose(turn)
+    return image if how is None else image.transpose(how)
 
 
 def _rgb(opened: Image.Image) -> Image.Image:

@@ -17,6 +17,7 @@ _REGISTERING = ("moco_d2.data", "moco_d2.methods", "moco_d2.detection")
 
 # Keys that had another name in earlier versions: files and command lines may still have that one.
 RENAMED: dict[str, str] = {
+    "DATA.RECIPE": "DATA.AUGMENTATION",
     "SSL.ENCODER.WIDTH": "SSL.ENCODER.ARGS.width",
     "SSL.ENCODER.STEM": "SSL.ENCODER.ARGS.stem",
 }
@@ -74,11 +75,11 @@ def _add_method(cfg: CN) -> None:
 
 def _add_data(cfg: CN) -> None:
     cfg.DATA = CN()
-    # Augmentation recipe, a key of moco_d2.data.RECIPES. It also fixes the pixel mean and std.
-    cfg.DATA.RECIPE = "moco_v2"
-    # Side of a view in pixels.
+    # Name of the augmentation, a key of moco_d2.data.AUGMENTATIONS. It also fixes the pixel mean and std.
+    cfg.DATA.AUGMENTATION = "moco_v2"
+    # Side of a (large) view in pixels; an augmentation sets the sizes of smaller views itself.
     cfg.DATA.CROP_SIZE = 224
-    # What executes the recipe; the views are the same up to rounding (docs/data_path.md). "pil": the authors'
+    # What executes the augmentation; the views are the same up to rounding (docs/data_path.md). "pil": the authors'
     # operations; "cv2": the same through OpenCV, the fastest without a GPU; "device": workers decode and crop,
     # MODEL.DEVICE does the rest a batch at a time; "auto": "device" on a GPU, else "cv2".
     cfg.DATA.BACKEND = "auto"
@@ -89,17 +90,17 @@ def _add_data(cfg: CN) -> None:
     # pretraining leaves it out, fine-tuning and evaluation end with its name. It takes the place of PIL's own limit.
     cfg.DATA.MAX_PIXELS = MAX_PIXELS
     # Pretraining: decode a JPEG at 1/2, 1/4 or 1/8 of its size where the views are small enough for it. Faster for
-    # pictures of many pixels, but the views differ a little (docs/data_path.md), and the run is told as modified.
+    # pictures of many pixels, but the views differ a little (docs/data_path.md), and the run is recorded as modified.
     cfg.DATA.REDUCED_DECODING = False
     # --dry-run, in both stages: so many pictures of each data set are decoded, evenly spaced; 0: all of them.
     cfg.DATA.DRY_RUN_PICTURES = 0
-    # Shards (docs/scale.md): the images of so many are shuffled together, after the order of all shards is; 0: of all.
+    # Shards (docs/scale.md): their order is shuffled, then the images of so many consecutive ones together; 0: of all.
     cfg.DATA.SHUFFLE_SHARDS = 16
-    # Parts of an epoch that run side by side, each batch taking its share of all. The order of the images depends on
-    # it, and not on the number of processes. A process fetches the shards of its own parts only. 0: the number of
-    # processes for streamed shards, else 1.
+    # Streams: parts of an epoch that run side by side; each batch takes its share of every one. The order of the images
+    # depends on their number, not on that of the processes. A process fetches the shards of its own streams only. 0:
+    # the number of processes for remote shards, else 1.
     cfg.DATA.LANES = 0
-    # Folder for streamed shards, on a disk of each machine; "": shards/ in $MOCO_D2_CACHE or ~/.cache/moco_d2.
+    # Folder for remote shards, on a disk of each machine; "": shards/ in $MOCO_D2_CACHE or ~/.cache/moco_d2.
     cfg.DATA.CACHE_FOLDER = ""
     # Its size in GB (1e9 bytes), for all processes of a machine.
     cfg.DATA.CACHE_GB = 100.0

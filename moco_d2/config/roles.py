@@ -107,9 +107,9 @@ _INSTEAD = {
         "SOLVER.REFERENCE_WORLD_SIZE": "pretraining scales the lr by SOLVER.REFERENCE_BATCH",
         "MODEL.BACKBONE": "pretraining says it as SSL.ENCODER.NAME",
         "MODEL.RESNETS": "pretraining says it as SSL.ENCODER.NAME and SSL.ENCODER.ARGS",
-        "MODEL.PIXEL_MEAN": "DATA.RECIPE fixes it",
-        "MODEL.PIXEL_STD": "DATA.RECIPE fixes it",
-        "INPUT": "pretraining has DATA.RECIPE and DATA.CROP_SIZE; its views are RGB",
+        "MODEL.PIXEL_MEAN": "DATA.AUGMENTATION fixes it",
+        "MODEL.PIXEL_STD": "DATA.AUGMENTATION fixes it",
+        "INPUT": "pretraining has DATA.AUGMENTATION and DATA.CROP_SIZE; its views are RGB",
     },
     DETECTION: {
         "SSL.ENCODER": "fine-tuning says it as MODEL.RESNETS",

@@ -15,7 +15,7 @@ from detectron2.utils import comm
 
 from moco_d2.config import use_device_there_is
 from moco_d2.data import ViewDataset, ViewLoader
-from moco_d2.data.decode import Picture
+from moco_d2.data.decode import EncodedImage
 from moco_d2.engine.build import outline
 from moco_d2.engine.optim import scaled_lr, total_steps
 from moco_d2.engine.preflight import check_config
@@ -95,13 +95,13 @@ def _check_pictures(dataset: ViewDataset, cfg: CfgNode) -> Iterator[tuple[str, s
         ValueError: so many cannot be decoded that the run would stop.
     """
     source = dataset.source
-    if source.stream_sizes:
+    if source.remote_sizes:
         yield "pictures", "not checked, because they are streamed over a network"
         return
 
     def problem(number: int) -> str:
         try:
-            Picture(source.read(number), dataset.max_pixels).decode()
+            EncodedImage(source.read(number), dataset.max_pixels).decode()
         except Exception as error:  # as in the loader: on a damaged file a decoder may raise anything
             return f"{source.name(number)}: {describe(error)}"
         return ""

@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from moco_d2.config import flat, get_cfg, mistyped_keys, unread_keys
 from moco_d2.config.roles import PRETRAINING
 from moco_d2.config.values import fits, wrong_type
-from moco_d2.data import BACKENDS, RECIPES
+from moco_d2.data import AUGMENTATIONS, BACKENDS
 from moco_d2.engine.build import outline
 from moco_d2.engine.optim import OPTIMIZERS
 from moco_d2.engine.schedules import SCHEDULES
@@ -104,7 +104,7 @@ def _argument_problems(
 
 
 def _data_problems(cfg: CfgNode) -> Iterator[str]:
-    yield from _unknown("DATA.RECIPE", cfg.DATA.RECIPE, RECIPES)
+    yield from _unknown("DATA.AUGMENTATION", cfg.DATA.AUGMENTATION, AUGMENTATIONS)
     yield from _unknown("DATA.BACKEND", cfg.DATA.BACKEND, ("auto", *BACKENDS))
     if cfg.DATA.CROP_SIZE < 1:
         yield f"DATA.CROP_SIZE is {cfg.DATA.CROP_SIZE}; it must be positive"

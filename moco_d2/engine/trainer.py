@@ -15,7 +15,8 @@ from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 
-from moco_d2.data import ViewLoader, build_recipe
+from moco_d2.config.keys import RENAMED
+from moco_d2.data import ViewLoader, build_augmentation
 from moco_d2.engine.build import configured_method
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
@@ -90,7 +91,7 @@ class PretrainTrainer(DefaultTrainer):
 
     def facts(self) -> BackboneFacts:
         """Return the facts that travel with the exported backbone."""
-        pixels = build_recipe(self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE).pixels
+        pixels = build_augmentation(self.cfg.DATA.AUGMENTATION, self.cfg.DATA.CROP_SIZE).pixels
         images = ", ".join(self.cfg.DATASETS.TRAIN)
         done = self.iter + 1
         origin = f"moco_d2 {self.cfg.SSL.METHOD} on {images}, {done} of {self.max_iter} iterations"
@@ -182,7 +183,8 @@ class PretrainTrainer(DefaultTrainer):
             k: "BN" if k == "SSL.ENCODER.ARGS.norm" else v for k, v in now.items() if k.startswith("SSL.ENCODER")
         }
         implied |= {**self.method.settings(), **encoder, "DATA.REDUCED_DECODING": True}
-        then = implied | state.get("run", {})
+        stored = {RENAMED.get(name, name): value for name, value in state.get("run", {}).items()}
+        then = implied | stored
         changed = changed_settings(then, now)
         if changed:
             raise ValueError(
@@ -203,7 +205,7 @@ class PretrainTrainer(DefaultTrainer):
             **{f"SSL.ARGS.{name}": value for name, value in self.cfg.SSL.ARGS.items()},
             "SSL.ENCODER.NAME": self.cfg.SSL.ENCODER.NAME,
             **{f"SSL.ENCODER.ARGS.{name}": value for name, value in self.cfg.SSL.ENCODER.ARGS.items()},
-            "DATA.RECIPE": self.cfg.DATA.RECIPE,
+            "DATA.AUGMENTATION": self.cfg.DATA.AUGMENTATION,
             "DATA.CROP_SIZE": self.cfg.DATA.CROP_SIZE,
             "DATA.REDUCED_DECODING": self.cfg.DATA.REDUCED_DECODING,
             **loader.sampler.settings(),
@@ -216,7 +218,7 @@ class PretrainTrainer(DefaultTrainer):
         logger.info(
             "%s (%s) on %d images: %s%d iterations of %d images in %d process(es), recipe %s at %d px",
             self.cfg.SSL.METHOD, _encoder(self.cfg.SSL.ENCODER), images, length, self.max_iter, batch,
-            comm.get_world_size(), self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE,
+            comm.get_world_size(), self.cfg.DATA.AUGMENTATION, self.cfg.DATA.CROP_SIZE,
         )  # fmt: skip
         for name, value in self.method.settings().items():
             logger.info("%s: %s", name, value)

@@ -47,7 +47,7 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
         (["SSL.ARGS.dim", True], "SSL.ARGS.dim is True; it must be an int"),
         (["SSL.ARGS.momentum", 1.5], "SSL.ARGS.momentum is 1.5; it must be in [0, 1]"),
         (["SSL.ARGS.bn_groups", 7], "256 images per process cannot be split into 7 BN groups"),
-        (["DATA.RECIPE", "moco_v3"], "did you mean 'moco_v2'?"),
+        (["DATA.AUGMENTATION", "moco_v3"], "did you mean 'moco_v2'?"),
         (["DATA.CROP_SIZE", 0], "DATA.CROP_SIZE is 0"),
         (["DATA.CROP_SIZE", "224"], "DATA.CROP_SIZE is '224'; it must be an int, as 224 is"),
         (["DATA.CROP_SIZE", 2.5], "DATA.CROP_SIZE is 2.5; it must be an int"),
@@ -100,7 +100,7 @@ def test_each_mistake_is_named(settings: list, message: str) -> None:
 
 def test_all_mistakes_show_at_once() -> None:
     settings = [
-        "SSL.METHOD", "Moco", "DATA.RECIPE", "moco_v4", "DATA.CROP_SIZE", -3, "SOLVER.BASE_LR", -1.0,
+        "SSL.METHOD", "Moco", "DATA.AUGMENTATION", "moco_v4", "DATA.CROP_SIZE", -3, "SOLVER.BASE_LR", -1.0,
         "SOLVER.SCHEDULE", "stop", "SSL.ENCODER.NAME", "resnet", "DATA.MAX_SKIPPED", "x", "SOLVER.IMS_PER_BATCH", 2.5,
     ]  # fmt: skip
     assert len(complaints(*settings)) == 8

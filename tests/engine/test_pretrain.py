@@ -18,7 +18,6 @@ from detectron2.utils import comm
 from PIL import Image
 
 from moco_d2.config import flat, get_cfg, load_cfg
-from moco_d2.data import stream_seed
 from moco_d2.engine.optim import scaled_lr
 from moco_d2.engine.schedules import lr_factor
 from moco_d2.engine.trainer import PretrainTrainer, recipe_changes
@@ -27,6 +26,7 @@ from moco_d2.layers.resnet import network_for
 from moco_d2.methods.moco import MoCo, to_official
 from moco_d2.model_zoo import pretraining_changes
 from moco_d2.running.seeds import StepSeed
+from moco_d2.seeding import stream_seed
 
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain_net.py"
 
@@ -111,6 +111,10 @@ def test_a_run_of_reduced_pictures_is_not_continued_with_whole_ones(images: str,
     with pytest.raises(ValueError, match=r"DATA\.REDUCED_DECODING was True and is False"):
         trainer().load_state_dict(state)
     trainer("DATA.REDUCED_DECODING", "True").load_state_dict(state)
+    state["run"]["DATA.RECIPE"] = state["run"].pop("DATA.AUGMENTATION")  # the key's name in earlier checkpoints
+    trainer("DATA.REDUCED_DECODING", "True").load_state_dict(state)
+    with pytest.raises(ValueError, match=r"exactly: DATA\.AUGMENTATION was moco_v2 and is moco_v1\."):
+        trainer("DATA.REDUCED_DECODING", "True", "DATA.RECIPE", "moco_v1").load_state_dict(state)
 
 
 def test_a_run_goes_on_with_its_encoder_and_so_does_one_of_an_earlier_version(images: str, tmp_path: Path) -> None:
@@ -283,8 +287,10 @@ def test_resuming_with_another_recipe_is_refused(images: str, tmp_path: Path) ->
     train(options(images, tmp_path, "SOLVER.EPOCHS", 1))
     with pytest.raises(ValueError, match=r"SOLVER\.IMS_PER_BATCH was 8 and is 4"):
         train(options(images, tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 4), resume=True)
-    recipe = ("SSL.ARGS.temperature", 0.1, "DATA.RECIPE", "moco_v1")
-    with pytest.raises(ValueError, match=r"temperature was 0\.2 and is 0\.1; DATA\.RECIPE was moco_v2 and is moco_v1"):
+    recipe = ("SSL.ARGS.temperature", 0.1, "DATA.AUGMENTATION", "moco_v1")
+    with pytest.raises(
+        ValueError, match=r"temperature was 0\.2 and is 0\.1; DATA\.AUGMENTATION was moco_v2 and is moco_v1"
+    ):
         train(options(images, tmp_path, "SOLVER.EPOCHS", 1, *recipe), resume=True)
     other = ("SOLVER.BASE_LR", 0.01, "SOLVER.MOMENTUM", 0.8, "SOLVER.SCHEDULE", "step", "SOLVER.STEPS", ())
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS") as refused:
@@ -350,7 +356,7 @@ def test_pretraining_configs_state_the_published_recipes() -> None:
     for name, recipe in published.items():
         cfg = load_cfg(f"Pretrain/{name}")
         args, solver = cfg.SSL.ARGS, cfg.SOLVER
-        assert (solver.EPOCHS, args.temperature, args.mlp, cfg.DATA.RECIPE, solver.SCHEDULE) == recipe
+        assert (solver.EPOCHS, args.temperature, args.mlp, cfg.DATA.AUGMENTATION, solver.SCHEDULE) == recipe
         assert (args.dim, args.queue_size, args.momentum, args.shuffle, args.symmetric) == (
             128,
             65536,

@@ -54,7 +54,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 def options(images: str, *more: object) -> list[str]:
     words = [
         "SSL.METHOD", "Toy", "DATASETS.TRAIN", f'("{images}",)', "SOLVER.IMS_PER_BATCH", BATCH,
-        "DATA.CROP_SIZE", 32, "DATA.RECIPE", "toy", "SSL.ENCODER.NAME", "resnet50", "SSL.ENCODER.ARGS.width", 0.125,
+        "DATA.CROP_SIZE", 32, "DATA.AUGMENTATION", "toy", "SSL.ENCODER.NAME", "resnet50", "SSL.ENCODER.ARGS.width", 0.125,
         "SOLVER.EPOCHS", EPOCHS, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINT_KEEP", 0, "SOLVER.OPTIMIZER", "lars",
         "SOLVER.EXCLUDE_1D", True, "SOLVER.CLIP_GRADIENTS.ENABLED", True, "DATALOADER.NUM_WORKERS", 0,
         "MODEL.DEVICE", "cpu", "SEED", 7, *more,
@@ -139,7 +139,7 @@ def test_its_checkpoint_names_method_and_place_and_starts_no_other_method(
     folder, _, _ = run
     checkpoint = folder / "model_final.pth"
     assert torch.load(checkpoint)["backbone"] == {"method": "Toy", "prefix": "target."}
-    moco = ["SSL.METHOD", "MoCo", "DATA.RECIPE", "moco_v2", "SSL.ARGS.queue_size", 16, "SSL.ARGS.dim", 8]
+    moco = ["SSL.METHOD", "MoCo", "DATA.AUGMENTATION", "moco_v2", "SSL.ARGS.queue_size", 16, "SSL.ARGS.dim", 8]
     words = options(images, "OUTPUT_DIR", tmp_path, *moco, "MODEL.WEIGHTS", checkpoint)
     trainer = PretrainTrainer(load_cfg(CONFIG, words))
     with pytest.raises(ValueError, match=rf"{checkpoint}: the checkpoint is of a Toy run, but SSL\.METHOD is MoCo"):

@@ -54,7 +54,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 def options(images: str, *more: object) -> list[str]:
     words = [
         "SSL.METHOD", "Toy", "DATASETS.TRAIN", f'("{images}",)', "SOLVER.IMS_PER_BATCH", BATCH,
-        "DATA.CROP_SIZE", 32, "DATA.AUGMENTATION", "toy", "SSL.ENCODER.NAME", "resnet50", "SSL.ENCODER.ARGS.width", 0.125,
+        "DATA.CROP_SIZE", 32, "DATA.AUGMENTATION", "toy", "SSL.ENCODER.NAME", "resnet50",
+        "SSL.ENCODER.ARGS.width", 0.125,
         "SOLVER.EPOCHS", EPOCHS, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINT_KEEP", 0, "SOLVER.OPTIMIZER", "lars",
         "SOLVER.EXCLUDE_1D", True, "SOLVER.CLIP_GRADIENTS.ENABLED", True, "DATALOADER.NUM_WORKERS", 0,
         "MODEL.DEVICE", "cpu", "SEED", 7, *more,

@@ -100,11 +100,11 @@ def data(args: argparse.Namespace) -> None:
     """Time every backend of the loader against the authors' loader."""
     check(args, images=1, size=1, repeats=1)
 
-    from benchmarks.data import RECIPE, measure
+    from benchmarks.data import AUGMENTATION, measure
     from benchmarks.measure import machine, tables
 
     found = measure(args.folder, args.images, args.size, args.repeats)
-    settings = {"folder": args.folder, "images": args.images, "size": args.size, "recipe": RECIPE}
+    settings = {"folder": args.folder, "images": args.images, "size": args.size, "augmentation": AUGMENTATION}
     tables(found, {**settings, "machine": machine("cpu"), "threads": 1}, args.output)
 
 

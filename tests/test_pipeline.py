@@ -42,7 +42,7 @@ def test_the_detectors_started_from_what_was_pretrained(output: Path) -> None:
     assert len(converted) == 265
     assert torch.equal(converted["res5.2.conv3.weight"], backbone["layer4.2.conv3.weight"])
     facts = read_facts(output / "moco.pth")
-    assert facts is not None and (facts.protocol, facts.stem_channels) == ("quick_moco_v2_R50 (modified)", 16)
+    assert facts is not None and (facts.recipe, facts.stem_channels) == ("quick_moco_v2_R50 (modified)", 16)
     for name in ("VOC_R50-C4", "COCO_R50-FPN"):
         results = {
             init: json.loads((output / f"{name}_{init}" / "results.json").read_text()) for init in ("MoCo", "random")

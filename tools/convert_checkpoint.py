@@ -90,7 +90,7 @@ def other_work(args: argparse.Namespace) -> None:
         print(listing())
         return
     backbone = restore(args.input, args.output, args.to)
-    print(f"weights  {backbone.facts.origin}" + (f" ({backbone.facts.protocol})" if backbone.facts.protocol else ""))
+    print(f"weights  {backbone.facts.origin}" + (f" ({backbone.facts.recipe})" if backbone.facts.recipe else ""))
     for note in backbone.notes:
         print(f"note     {note}")
     print(f"written  {args.output}: {len(backbone.tensors)} tensors")

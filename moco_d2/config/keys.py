@@ -16,7 +16,11 @@ from moco_d2.io.pictures import MAX_PIXELS
 _REGISTERING = ("moco_d2.data", "moco_d2.methods", "moco_d2.detection")
 
 # Keys that had another name in earlier versions: files and command lines may still have that one.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "DATA.RECIPE": "DATA.AUGMENTATION",
+    "SSL.ENCODER.WIDTH": "SSL.ENCODER.ARGS.width",
+    "SSL.ENCODER.STEM": "SSL.ENCODER.ARGS.stem",
+}
 
 
 def get_cfg() -> CN:
@@ -62,21 +66,20 @@ def _add_method(cfg: CN) -> None:
     # load_cfg() writes the defaults in, so that a dumped config states the whole recipe.
     cfg.SSL.ARGS = CN(new_allowed=True)
     cfg.SSL.ENCODER = CN()
-    # A key of moco_d2.layers.resnet.ARCHITECTURES (torchvision's names).
+    # Name of the encoder, a key of moco_d2.layers.encoders.ENCODERS (torchvision's names).
     cfg.SSL.ENCODER.NAME = "resnet50"
-    # Multiplier of every channel count: 1 is the paper's, 2 and 4 its wide networks, 0.25 is for quick runs.
-    cfg.SSL.ENCODER.WIDTH = 1.0
-    # "imagenet": 7x7 stride 2 and max-pool; "cifar": 3x3 stride 1, no pool (cannot be converted for detection).
-    cfg.SSL.ENCODER.STEM = "imagenet"
+    # Keyword arguments of the encoder's builder, as SSL.ARGS are of the method's constructor. ResNets (build_resnet in
+    # moco_d2/layers/resnet.py): width, stem, norm, zero_init_residual.
+    cfg.SSL.ENCODER.ARGS = CN(new_allowed=True)
 
 
 def _add_data(cfg: CN) -> None:
     cfg.DATA = CN()
-    # Augmentation recipe, a key of moco_d2.data.RECIPES. It also fixes the pixel mean and std.
-    cfg.DATA.RECIPE = "moco_v2"
-    # Side of a view in pixels.
+    # Name of the augmentation, a key of moco_d2.data.AUGMENTATIONS. It also fixes the pixel mean and std.
+    cfg.DATA.AUGMENTATION = "moco_v2"
+    # Side of a (large) view in pixels; an augmentation sets the sizes of smaller views itself.
     cfg.DATA.CROP_SIZE = 224
-    # What executes the recipe; the views are the same up to rounding (docs/data_path.md). "pil": the authors'
+    # What executes the augmentation; the views are the same up to rounding (docs/data_path.md). "pil": the authors'
     # operations; "cv2": the same through OpenCV, the fastest without a GPU; "device": workers decode and crop,
     # MODEL.DEVICE does the rest a batch at a time; "auto": "device" on a GPU, else "cv2".
     cfg.DATA.BACKEND = "auto"
@@ -87,17 +90,17 @@ def _add_data(cfg: CN) -> None:
     # pretraining leaves it out, fine-tuning and evaluation end with its name. It takes the place of PIL's own limit.
     cfg.DATA.MAX_PIXELS = MAX_PIXELS
     # Pretraining: decode a JPEG at 1/2, 1/4 or 1/8 of its size where the views are small enough for it. Faster for
-    # pictures of many pixels, but the views differ a little (docs/data_path.md), and the run is told as modified.
+    # pictures of many pixels, but the views differ a little (docs/data_path.md), and the run is recorded as modified.
     cfg.DATA.REDUCED_DECODING = False
     # --dry-run, in both stages: so many pictures of each data set are decoded, evenly spaced; 0: all of them.
     cfg.DATA.DRY_RUN_PICTURES = 0
-    # Shards (docs/scale.md): the images of so many are shuffled together, after the order of all shards is; 0: of all.
+    # Shards (docs/scale.md): their order is shuffled, then the images of so many consecutive ones together; 0: of all.
     cfg.DATA.SHUFFLE_SHARDS = 16
-    # Parts of an epoch that run side by side, each batch taking its share of all. The order of the images depends on
-    # it, and not on the number of processes. A process fetches the shards of its own parts only. 0: the number of
-    # processes for streamed shards, else 1.
+    # Streams: parts of an epoch that run side by side; each batch takes its share of every one. The order of the images
+    # depends on their number, not on that of the processes. A process fetches the shards of its own streams only. 0:
+    # the number of processes for remote shards, else 1.
     cfg.DATA.LANES = 0
-    # Folder for streamed shards, on a disk of each machine; "": shards/ in $MOCO_D2_CACHE or ~/.cache/moco_d2.
+    # Folder for remote shards, on a disk of each machine; "": shards/ in $MOCO_D2_CACHE or ~/.cache/moco_d2.
     cfg.DATA.CACHE_FOLDER = ""
     # Its size in GB (1e9 bytes), for all processes of a machine.
     cfg.DATA.CACHE_GB = 100.0

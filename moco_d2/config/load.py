@@ -25,6 +25,7 @@ from moco_d2.config.files import read_config_file, with_present_names
 from moco_d2.config.keys import RENAMED, get_cfg
 from moco_d2.config.values import mistyped, wrong_type
 from moco_d2.io import paths
+from moco_d2.layers.encoders import ENCODERS, encoder_args
 from moco_d2.messages import did_you_mean
 from moco_d2.methods import METHODS, default_args
 
@@ -66,10 +67,7 @@ def load_cfg(
         stated |= _merge_file(cfg, str(path), str(config_file))
     if len(opts) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, but {len(opts)} words were given: {' '.join(opts)}")
-    method = dict(zip(opts[::2], opts[1::2], strict=True)).get("SSL.METHOD", cfg.SSL.METHOD)
-    if method != cfg.SSL.METHOD:  # the file's arguments are those of its own method
-        cfg.SSL.METHOD, cfg.SSL.ARGS = str(method), CN(new_allowed=True)
-    cfg.SSL.ARGS = _method_args(cfg)
+    _set_arguments(cfg, dict(zip(opts[::2], opts[1::2], strict=True)))
     # A file may be completed by the command line, and what it turns on be turned off there: its own keys do nothing if
     # they do nothing in the file, and still nothing in the end.
     asked = {key for key in stated if stage and roles.turned_off(key, stage, flat(cfg), _defaults(cfg))}
@@ -92,16 +90,35 @@ def mistyped_keys(cfg: CN, stage: str) -> dict[str, str]:
     return dict(mistyped(stage, flat(cfg), flat(get_cfg())))
 
 
-def _method_args(cfg: CN) -> CN:
-    """Return ``SSL.ARGS`` with the method's defaults for what is not set; a method that does not exist has none."""
-    return CN({**(default_args(cfg.SSL.METHOD) if cfg.SSL.METHOD in METHODS else {}), **cfg.SSL.ARGS})
+def _set_arguments(cfg: CN, overrides: Mapping[str, Any]) -> None:
+    """Set method and encoder as the overrides name them, and fill their arguments with defaults."""
+    method = str(overrides.get("SSL.METHOD", cfg.SSL.METHOD))
+    if method != cfg.SSL.METHOD:  # the file's arguments are those of its own method
+        cfg.SSL.METHOD, cfg.SSL.ARGS = method, CN(new_allowed=True)
+    defaults = default_args(method) if method in METHODS else {}
+    cfg.SSL.ARGS = CN({**defaults, **cfg.SSL.ARGS})
+
+    encoder = cfg.SSL.ENCODER
+    name, before = str(overrides.get("SSL.ENCODER.NAME", encoder.NAME)), _encoder_defaults(encoder.NAME)
+    if name not in ENCODERS:  # nobody knows its arguments: preflight refuses the name
+        encoder.NAME = name
+        return
+    defaults = _encoder_defaults(name)
+    # Encoders share arguments; of the file's, those that only its own encoder has are left out.
+    stated = {key: value for key, value in encoder.ARGS.items() if key in defaults or key not in before}
+    encoder.NAME, encoder.ARGS = name, CN({**defaults, **stated})
+
+
+def _encoder_defaults(name: str) -> dict[str, Any]:
+    return encoder_args(name) if name in ENCODERS else {}
 
 
 def _defaults(cfg: CN) -> dict[str, Any]:
-    """Return the default of every key, arguments of the config's method included."""
+    """Return the default of every key, arguments of the config's method and encoder included."""
     default = get_cfg()
     method = cfg.SSL.METHOD if cfg.SSL.METHOD in METHODS else default.SSL.METHOD
     default.SSL.ARGS = CN(default_args(method))
+    default.SSL.ENCODER.ARGS = CN(_encoder_defaults(cfg.SSL.ENCODER.NAME))
     return flat(default)
 
 

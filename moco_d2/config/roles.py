@@ -106,10 +106,10 @@ _INSTEAD = {
         "SOLVER.LR_SCHEDULER_NAME": "pretraining says it as SOLVER.SCHEDULE",
         "SOLVER.REFERENCE_WORLD_SIZE": "pretraining scales the lr by SOLVER.REFERENCE_BATCH",
         "MODEL.BACKBONE": "pretraining says it as SSL.ENCODER.NAME",
-        "MODEL.RESNETS": "pretraining says it as SSL.ENCODER.NAME, WIDTH and STEM",
-        "MODEL.PIXEL_MEAN": "DATA.RECIPE fixes it",
-        "MODEL.PIXEL_STD": "DATA.RECIPE fixes it",
-        "INPUT": "pretraining has DATA.RECIPE and DATA.CROP_SIZE; its views are RGB",
+        "MODEL.RESNETS": "pretraining says it as SSL.ENCODER.NAME and SSL.ENCODER.ARGS",
+        "MODEL.PIXEL_MEAN": "DATA.AUGMENTATION fixes it",
+        "MODEL.PIXEL_STD": "DATA.AUGMENTATION fixes it",
+        "INPUT": "pretraining has DATA.AUGMENTATION and DATA.CROP_SIZE; its views are RGB",
     },
     DETECTION: {
         "SSL.ENCODER": "fine-tuning says it as MODEL.RESNETS",
@@ -273,7 +273,8 @@ def unread(
             came from a base file may, because a base serves configs that turn parts of it off.
     """
     for key, value in values.items():
-        own = key not in defaults and not key.startswith("SSL.ARGS.")  # a key of the user's own program
+        argument = key.startswith(("SSL.ARGS.", "SSL.ENCODER.ARGS."))
+        own = key not in defaults and not argument  # a key of the user's own program
         if own or (key in defaults and plain(value) == plain(defaults[key])):
             continue
         if role(key, stage) == UNREAD:

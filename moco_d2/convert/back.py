@@ -187,7 +187,7 @@ def _check(
 
 def _after_fine_tuning(facts: BackboneFacts, state: Mapping[str, Any]) -> tuple[BackboneFacts, list[str]]:
     """Say that the weights are no longer those of their pretraining recipe, and what of them stays behind."""
-    start = f"{facts.origin} ({facts.protocol})" if facts.protocol else facts.origin
+    start = f"{facts.origin} ({facts.recipe})" if facts.recipe else facts.origin
     notes = []
     if any(name.startswith("roi_heads.res5.norm.") for name in state):
         notes.append("the norm that the C4 box head adds behind conv5 has no place in a ResNet and is left out")
@@ -197,7 +197,7 @@ def _after_fine_tuning(facts: BackboneFacts, state: Mapping[str, Any]) -> tuple[
         )
     elif any(name.startswith("sem_seg_head.") for name in state) and "backbone.fpn_lateral2.weight" not in state:
         notes.append("an FCN's conv5 may be dilated (see its config): the plain network computes other features there")
-    return replace(facts, origin=f"{start}, fine-tuned in a detector", protocol=""), notes
+    return replace(facts, origin=f"{start}, fine-tuned in a detector", recipe=""), notes
 
 
 def _fit_input(

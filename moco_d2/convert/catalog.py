@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from moco_d2.convert.choice import Choice
 from moco_d2.convert.conversion import is_converted, write
 from moco_d2.convert.convert import CONVERTER, convert_state
 from moco_d2.convert.prove import can_prove
+from moco_d2.io import paths
 from moco_d2.io.checkpoints import read_checkpoint
 from moco_d2.io.download import TransferError, megabytes, size_of, transfer
 from moco_d2.io.files import atomic_write, check_named_file, has_keys, move, remove
@@ -94,8 +94,7 @@ def get_entry(name: str) -> Entry:
 
 def cache_folder() -> Path:
     """Return where fetched weights are kept: ``MOCO_D2_CACHE``, or a folder in Detectron2's download cache."""
-    own = expand_variable("MOCO_D2_CACHE", "")
-    return Path(own or os.path.join(expand_variable("FVCORE_CACHE", "~/.torch/iopath_cache"), "moco_d2"))
+    return paths.cache_folder("FVCORE_CACHE", "~/.torch/iopath_cache")
 
 
 def fetch(name: str) -> Path:
@@ -283,7 +282,7 @@ def _convert(entry: Entry, raw: Path, converted: Path) -> None:
     """Convert the published file, with the facts that only the catalogue knows: which weights, by which recipe."""
     try:
         conversion = convert_state(read_checkpoint(raw), raw, Choice(source=entry.source))
-        facts = replace(conversion.facts, origin=f"{entry.title}, from {entry.url}", protocol=entry.recipe)
+        facts = replace(conversion.facts, origin=f"{entry.title}, from {entry.url}", recipe=entry.recipe)
         write(replace(conversion, facts=facts), converted, can_prove())
     except ValueError as error:  # the file, the proof, or the catalogue's `source`
         remove(raw)

@@ -98,11 +98,13 @@ def _where(conversion: Conversion) -> str:
 def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice: Choice) -> Conversion:
     """Convert with what the user says; a question is asked as it comes."""
     stated = facts_in(checkpoint, path)
+    if stated and stated.norm == "GN":
+        choice = replace(choice, norm="GN")
     match = recognise(checkpoint, path, choice, stated)
     trunk = match.trunk
     parts = [_part(match, name, choice, path) for name in choice.parts]
     keys = account(match, parts, choice, path)
-    tensors, notes = _tensors(trunk, path)
+    tensors, notes = _tensors(trunk, path, stated)
     check_stem(tensors, path)
     told, unseen = (stated, []) if stated else _told(match, path)
     facts = _facts(tensors, told, path)
@@ -187,7 +189,9 @@ def _beside(match: Match, keys: Account) -> list[str]:
     return notes
 
 
-def _tensors(trunk: Trunk, path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _tensors(
+    trunk: Trunk, path: str | os.PathLike[str], stated: BackboneFacts | None
+) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the trunk's tensors under torchvision's names as its source computes with them, and what was done."""
     tensors = {name: as_tensor(value) for name, value in trunk.tensors().items()}
     key_of = {name: trunk.keys[key] for key, name in trunk.names().items()}
@@ -202,7 +206,10 @@ def _tensors(trunk: Trunk, path: str | os.PathLike[str]) -> tuple[dict[str, torc
                 f"split norms: the running statistics of {groups} groups were averaged, as their evaluation does"
             )
     elif trunk.group_norm:
-        notes.append("that the norms are GroupNorm is your word: a BatchNorm saved without statistics looks the same")
+        if not (stated and stated.norm == "GN"):
+            notes.append(
+                "that the norms are GroupNorm is your word: a BatchNorm saved without statistics looks the same"
+            )
     else:
         tensors = _with_statistics(tensors, trunk.depth)
     bias = trunk.keys.get(f"{trunk.prefix}conv1.bias")
@@ -280,7 +287,7 @@ def _facts(tensors: Mapping[str, torch.Tensor], told: BackboneFacts, path: str |
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
             told.pixels,
             origin=told.origin,
-            protocol=told.protocol,
+            recipe=told.recipe,
             stride_in_1x1=told.stride_in_1x1,
         )
     except (ValueError, IndexError, ZeroDivisionError) as error:
@@ -295,7 +302,8 @@ def _facts(tensors: Mapping[str, torch.Tensor], told: BackboneFacts, path: str |
 
 def _check_stated(stated: BackboneFacts, facts: BackboneFacts, path: str | os.PathLike[str]) -> None:
     """Refuse facts of another network."""
-    seen, said = facts.as_dict(), replace(stated, parts=()).as_dict()  # parts are taken on request only
+    # Parts are taken on request only, and earlier versions did not state the norm.
+    seen, said = facts.as_dict(), replace(stated, parts=(), norm=facts.norm).as_dict()
     wrong = [f"{k} is {seen[k]} by the tensors, {said[k]} by the facts" for k in seen if seen[k] != said[k]]
     if wrong:
         raise CheckpointError(

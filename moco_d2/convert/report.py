@@ -121,8 +121,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     """Return a report's main points as lines."""
     facts, source, proof = content["facts"], content["source"], content["proof"]["differences"]
     paper = f", arXiv {source['arxiv']}" if source["arxiv"] else ""
-    protocol = f" ({facts['protocol']})" if facts["protocol"] else ""
-    lines = [f"source   {source['name']}: {facts['origin']}{protocol}{paper}"]
+    recipe = f" ({facts['recipe']})" if facts["recipe"] else ""
+    lines = [f"source   {source['name']}: {facts['origin']}{recipe}{paper}"]
     lines += [f"         its files look like those of {', '.join(source['also'])}"] if source["also"] else []
     where = " in ".join(
         f"`{part}`" for part in (source["prefix"] + "*" if source["prefix"] else "", source["place"]) if part

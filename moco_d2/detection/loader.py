@@ -19,13 +19,13 @@ from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from moco_d2.data import stream_seed
 from moco_d2.detection.mapper import PictureMapper
 from moco_d2.detection.missing import missing_files
 from moco_d2.detection.subsets import training_records
 from moco_d2.io import timeouts
 from moco_d2.io.pictures import naming, picture_size
 from moco_d2.running.seeds import seeded
+from moco_d2.seeding import stream_seed
 
 Record = dict[str, Any]
 

@@ -25,7 +25,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import moco_d2
-from moco_d2.data import stream_seed
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.classes import CLASSES, class_names
 from moco_d2.detection.hooks import EvaluateIfDone, RepeatablePreciseBN
@@ -49,6 +48,7 @@ from moco_d2.running.mistakes import pictures_in_one_line
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.progress import ProgressPrinter
 from moco_d2.running.seeds import StepSeed
+from moco_d2.seeding import stream_seed
 
 logger = logging.getLogger(__name__)
 

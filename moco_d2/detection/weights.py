@@ -178,6 +178,7 @@ def facts_of(cfg: CfgNode) -> BackboneFacts:
         groups=resnet.NUM_GROUPS,
         width_per_group=resnet.WIDTH_PER_GROUP,
         stride_in_1x1=resnet.STRIDE_IN_1X1,
+        norm="GN" if resnet.NORM == "GN" else "BN",
         pixels=Pixels(cfg.INPUT.FORMAT, tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD)),
     )
 

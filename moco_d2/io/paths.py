@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 # Environment variables that hold a path of ours, or of Detectron2's.
 VARIABLES = ("DETECTRON2_DATASETS", "MOCO_D2_CACHE", "MOCO_D2_CATALOG")
@@ -57,3 +58,18 @@ def expand_datasets_root() -> None:
             os.environ[VARIABLES[0]] = expand(root)
         except ValueError:
             return
+
+
+def cache_folder(variable: str = "XDG_CACHE_HOME", default: str = "~/.cache") -> Path:
+    """Return this project's cache folder: ``MOCO_D2_CACHE``, else ``moco_d2`` in the folder that ``variable`` names.
+
+    Listings and remote shards are in the user's cache folder, converted weights in Detectron2's.
+
+    Raises:
+        ValueError: see :func:`expand_variable`.
+    """
+    if own := expand_variable("MOCO_D2_CACHE", ""):
+        return Path(own)
+    if not os.environ.get(variable) and os.path.expanduser(default) == default:
+        return Path(os.devnull, "moco_d2")  # a user without a home folder: writing there gives an error with its remedy
+    return Path(expand_variable(variable, default), "moco_d2")

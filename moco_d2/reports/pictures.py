@@ -19,7 +19,7 @@ from detectron2.utils.visualizer import Visualizer
 from matplotlib.colors import hsv_to_rgb
 
 from moco_d2.config import load_cfg, use_device_there_is
-from moco_d2.data import ViewDataset, build_backend, build_recipe, open_source
+from moco_d2.data import ViewDataset, build_augmentation, build_backend, open_source
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.mapper import read_label_image, read_pixels
 from moco_d2.detection.preflight import building
@@ -73,16 +73,16 @@ def draw_view_pairs(cfg: CfgNode, path: FolderLike, count: int = 8) -> None:
         path: the PNG to write.
         count: number of pictures.
     """
-    recipe = build_recipe(cfg.DATA.RECIPE, cfg.DATA.CROP_SIZE)
+    augmentation = build_augmentation(cfg.DATA.AUGMENTATION, cfg.DATA.CROP_SIZE)
     source = open_source(cfg.DATASETS.TRAIN)
-    dataset = ViewDataset(source, recipe, max(cfg.SEED, 0), build_backend("pil", torch.device("cpu")))
+    dataset = ViewDataset(source, augmentation, max(cfg.SEED, 0), build_backend("pil", torch.device("cpu")))
     chosen = range(0, len(source), max(1, len(source) // count))[:count]
-    figure, axes = _figure(len(recipe.views), len(chosen), (1.5 * len(chosen), 1.6 * len(recipe.views)))
+    figure, axes = _figure(len(augmentation.views), len(chosen), (1.5 * len(chosen), 1.6 * len(augmentation.views)))
     for column, index in enumerate(chosen):
         for row, view in enumerate(dataset[0, index].views):
             axes[row, column].imshow(view)
             axes[row, column].set_axis_off()
-    figure.suptitle(f"views of {cfg.DATA.RECIPE}, one picture a column", fontsize=11)
+    figure.suptitle(f"views of {cfg.DATA.AUGMENTATION}, one picture a column", fontsize=11)
     _save_figure(figure, path)
 
 

@@ -62,7 +62,7 @@ def _change(value: Any) -> bool:
 
 
 _TEXT, _WHOLE = _is(str), _is(int)
-_FACTS = _fields(origin=_TEXT, protocol=_TEXT, parts=_list_of(_TEXT))
+_FACTS = _fields(origin=_TEXT, recipe=_TEXT, protocol=_TEXT, parts=_list_of(_TEXT))
 _WEIGHTS = _fields(path=_or_null(_TEXT), sha256=_or_null(_TEXT), facts=_or_null(_FACTS))
 
 # Test set -> task -> metric -> figure, or null where there is none.

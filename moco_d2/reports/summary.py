@@ -66,7 +66,7 @@ class Run:
             "ImageNet-supervised, MSRA"
         ):
             return "supervised"
-        return facts.get("protocol") or ""
+        return facts.get("recipe") or facts.get("protocol") or ""  # the name in earlier versions
 
     @cached_property
     def label(self) -> str:

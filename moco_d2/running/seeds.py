@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from detectron2.engine import HookBase
 
-from moco_d2.data import stream_seed
+from moco_d2.seeding import stream_seed
 
 
 class StepSeed(HookBase):

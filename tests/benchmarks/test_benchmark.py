@@ -80,8 +80,8 @@ def test_data_compares_every_backend_with_the_authors_loader(run: Run, capsys: p
     assert rows["the authors' loader"] == 1 and all(ratio > 0 for ratio in rows.values())
     parts = [row["what"] for row in content["parts, ms"]]
     assert parts == ["decode", "crop", "brightness", "contrast", "saturation", "hue", "grey", "blur", "flip"]
-    apart = {row.pop("what"): row for row in content["difference to PIL, levels of 255"]}
-    assert list(apart) == ["crop", "crop of a JPEG decoded at a half", *parts[2:], "solarise", "the whole recipe"]
+    apart = {row.pop("what"): row for row in content["difference to PIL, pixel values"]}
+    assert list(apart) == ["crop", "crop of a JPEG decoded at a half", *parts[2:], "solarise", "the whole augmentation"]
     assert max(apart["hue"].values()) < 9, "of the same crop and step"
     assert "bottleneck: pil: " in shown
 
@@ -90,7 +90,7 @@ def test_step_compares_with_its_encoders_the_authors_form_and_plain_ddp(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ("--batch", 16, "--size", 32, "--encoder", "resnet18", "--repeats", 2)
-    content = run("step", *small, "SSL.ENCODER.WIDTH", 0.125, "SSL.ARGS.queue_size", 20000)
+    content = run("step", *small, "SSL.ENCODER.ARGS.width", 0.125, "SSL.ARGS.queue_size", 20000)
     names = {title: [row["what"] for row in content[title]] for title in ("step", "two processes")}
     assert names["step"] == ["its encoders alone", "ours", "the authors' form"]
     assert names["two processes"] == ["encoders, plain DDP", "ours"]
@@ -104,7 +104,7 @@ def test_scale_finds_every_shard_read_and_the_same_batches(run: Run, capsys: pyt
     content = run("scale", *sizes)
     assert (content["shards"], content["samples"]) == (100, 1100)
     assert [row["what"] for row in content["listing 300 files in 3 folders"]] == [
-        "os.walk, sorted", "first listing", "remembered listing", "the whole source, from the remembered listing",
+        "os.walk, sorted", "first listing", "cached listing", "the whole source, from the cached listing",
     ]  # fmt: skip
     opened = content["reading the first image of a shard of 40"]
     assert [row["what"] for row in opened] == ["opened in an earlier run", "never opened"]

@@ -14,6 +14,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 
 from moco_d2.config import INITS, add_config, config_files, flat, list_configs, load_cfg
+from moco_d2.layers.encoders import ENCODERS, Encoder
 from moco_d2.messages import unknown_name
 from moco_d2.model_zoo import config_changes, get_config, get_protocol, list_protocols, protocol_table, published_tables
 
@@ -267,6 +268,26 @@ def test_a_file_that_is_no_config_is_refused_in_one_line_and_runs_nothing(text, 
         load_cfg("it.yaml")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("it.yaml: ")
     assert not Path("ran").exists()
+
+
+def test_an_encoders_arguments_have_defaults_earlier_names_and_those_of_the_encoder_that_is_taken(
+    tmp_path, monkeypatch
+):
+    plain = {"width": 1.0, "stem": "imagenet", "norm": "BN", "zero_init_residual": False}
+    assert dict(load_cfg("Pretrain/moco_v2_R50_200ep").SSL.ENCODER.ARGS) == plain
+    (tmp_path / "a.yaml").write_text("SSL: {ENCODER: {WIDTH: 0.5, ARGS: {norm: GN}}}")
+    cfg = load_cfg(tmp_path / "a.yaml", ["SSL.ENCODER.STEM", "cifar", "SSL.ENCODER.NAME", "resnet18"])
+    assert dict(cfg.SSL.ENCODER.ARGS) == {**plain, "width": 0.5, "stem": "cifar", "norm": "GN"}
+
+    def build_tiny(num_classes: int, width: float = 2.0) -> None: ...
+
+    monkeypatch.setitem(ENCODERS, "tiny", Encoder(build_tiny, build_tiny))
+    assert dict(load_cfg(tmp_path / "a.yaml", ["SSL.ENCODER.NAME", "tiny"]).SSL.ENCODER.ARGS) == {"width": 0.5}
+    (tmp_path / "b.yaml").write_text("SSL: {ENCODER: {WIDTH: 0.5, ARGS: {width: 1.0}}}")
+    with pytest.raises(ValueError, match=r"SSL\.ENCODER\.WIDTH is the earlier name of SSL\.ENCODER\.ARGS\.width"):
+        load_cfg(tmp_path / "b.yaml")
+    with pytest.raises(ValueError, match=r"no config key SSL\.ENCODER\.ARGS\.widths; did you mean '\S+width'"):
+        load_cfg("Pretrain/moco_v2_R50_200ep", ["SSL.ENCODER.ARGS.widths", "2.0"])
 
 
 def test_the_line_that_asks_for_code_is_named_in_the_base_that_holds_it(tmp_path):

@@ -133,7 +133,7 @@ def test_the_namesake_of_the_detectors_own_head_is_named() -> None:
 
 def test_all_ignored_keys_are_told_at_once_with_what_else_is_wrong() -> None:
     words = [
-        "SSL.ENCODER.WIDTH",
+        "SSL.ENCODER.ARGS.width",
         "0.5",
         "SOLVER.EPOCHS",
         "5",

@@ -21,7 +21,7 @@ from moco_d2.facts import BackboneFacts
 from moco_d2.layers.resnet import build_resnet, describe
 
 State = dict[str, torch.Tensor]
-FACTS = {"origin": "a run of the tests", "protocol": "moco_v2_R50_200ep"}
+FACTS = {"origin": "a run of the tests", "recipe": "moco_v2_R50_200ep"}
 
 
 def network(name: str = "resnet50", width: float = 0.25, seed: int = 0) -> nn.Module:

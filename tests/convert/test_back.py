@@ -117,7 +117,7 @@ def test_a_fine_tuned_detector_gives_its_backbone(
     assert back["layer4.2.bn3.num_batches_tracked"] == state[f"{conv5}res5.2.conv3.norm.num_batches_tracked"] == 3
     # The recipe's name belongs to the weights that the recipe gave.
     said = read_facts(tmp_path / "out.pth")
-    assert said is not None and said == backbone.facts and said.protocol == ""
+    assert said is not None and said == backbone.facts and said.recipe == ""
     assert said.origin == "a run of the tests (moco_v2_R50_200ep), fine-tuned in a detector"
     assert any("fc.weight and fc.bias are missing" in n for n in backbone.notes)
     about_detector = [n for n in backbone.notes if "conv5" in n]

@@ -141,7 +141,7 @@ def test_fetched_checked_converted_once_and_kept(server: Server, entry: Any, cac
     written, source = torch.load(path, weights_only=True), trunk(network())
     assert torch.equal(written["model"]["stem.conv1.weight"], source["conv1.weight"]) and len(written["model"]) == 265
     facts = read_facts(path)
-    assert facts is not None and facts.protocol == "moco_v2_R50_800ep" and facts.stem_channels == 16
+    assert facts is not None and facts.recipe == "moco_v2_R50_800ep" and facts.stem_channels == 16
     assert facts.origin == f"a quarter of MoCo v2, from {server.address}"
     record = json.loads((cache / "quarter.json").read_text())
     assert record["sha256"] == hashlib.sha256(server.content).hexdigest() and record["bytes"] == len(server.content)
@@ -311,7 +311,7 @@ def test_a_detector_starts_from_a_name(server: Server, entry: Any, cache: Path) 
     record = load_weights(DetectionCheckpointer(model), cfg, "moco-d2://quarter")
     assert torch.equal(model.backbone.stem.conv1.weight, trunk(network())["conv1.weight"])
     assert record.path == "moco-d2://quarter" and record.sha256 == sha256(cache / "quarter.pth")
-    assert record.facts.protocol == "moco_v2_R50_800ep" and server.seen == [None]
+    assert record.facts.recipe == "moco_v2_R50_800ep" and server.seen == [None]
     with PathManager.open("moco-d2://quarter", "rb") as file:
         assert hashlib.sha256(file.read()).hexdigest() == record.sha256
     with pytest.raises(ValueError, match=r"moco-d2://quarte could not be fetched .*nearest: quarter"):

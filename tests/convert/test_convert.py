@@ -201,6 +201,16 @@ def test_group_norm_if_asked(tmp_path: Path) -> None:
         convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth")
     conversion, differences = convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth", choice=Choice(norm="GN"))
     assert conversion.config()["MODEL.RESNETS.NORM"] == "GN" and max(differences.values()) < 1e-5
+    assert any("GroupNorm is your word" in note for note in conversion.notes)
+
+    torch.save({"state_dict": state, "facts": conversion.facts.as_dict()}, tmp_path / "ours.pth")
+    stated, differences = convert_checkpoint(tmp_path / "ours.pth", tmp_path / "stated.pth")
+    assert stated.config() == conversion.config() and max(differences.values()) < 1e-5
+    assert not any("your word" in note for note in stated.notes)
+    earlier = {key: value for key, value in conversion.facts.as_dict().items() if key != "norm"}
+    torch.save({"state_dict": state, "facts": earlier}, tmp_path / "earlier.pth")
+    again, _ = convert_checkpoint(tmp_path / "earlier.pth", tmp_path / "again.pth", choice=Choice(norm="GN"))
+    assert again.facts == stated.facts
 
 
 @pytest.mark.parametrize("name", ["resnetaa50.pth", "resnet50.pth"])
@@ -323,7 +333,7 @@ def test_stated_stride_and_pixels_are_kept(net: nn.Module, tmp_path: Path) -> No
     torch.save({"state_dict": trunk(net), "facts": stated}, tmp_path / "in.pth")
     conversion, _ = convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pkl")
     assert conversion.facts.as_dict() == read_facts(tmp_path / "out.pkl").as_dict() == stated
-    assert conversion.facts.config()["INPUT.FORMAT"] == "BGR" and conversion.facts.protocol == FACTS["protocol"]
+    assert conversion.facts.config()["INPUT.FORMAT"] == "BGR" and conversion.facts.recipe == FACTS["recipe"]
 
 
 def detector(kind: str, backbone: BackboneFacts) -> nn.Module:

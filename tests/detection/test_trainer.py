@@ -67,7 +67,7 @@ def test_voc_training_evaluation_resuming_and_evaluation_only(converted_file, tm
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["protocol"] == "voc0712_faster_rcnn_R_50_C4_24k"
     assert result["weights"]["path"] == str(converted_file)
-    assert result["weights"]["facts"]["protocol"] == "moco_test"
+    assert result["weights"]["facts"]["recipe"] == "moco_test"
     scores = result["metrics"]["tiny_voc"]["bbox"]
     by_class = [ap for name, ap in scores.items() if name.startswith("AP-")]
     assert {"AP", "AP50", "AP75", "AP-dog"} <= set(scores) and len(by_class) == 20

@@ -56,7 +56,7 @@ def test_a_converted_file_fills_all_265_tensors(name, prefix, converted_file):
         held = key.removeprefix("roi_heads.").removeprefix("backbone.").removeprefix("bottom_up.")
         assert torch.equal(state[key], source[held]), key
     assert record.path == str(converted_file)
-    assert record.facts.protocol == "moco_test"
+    assert record.facts.recipe == "moco_test"
 
 
 def test_pickled_numpy_form_passes(converted_file, tmp_path):
@@ -406,7 +406,7 @@ def test_safetensors_of_a_detector_and_of_a_converted_backbone(detector, convert
     content = torch.load(converted_file)
     safetensors.torch.save_file(content["model"], path, metadata={"facts": json.dumps(content["facts"])})
     _, record = load(small_cfg(COCO_FPN), path)
-    assert record.facts.protocol == "moco_test"
+    assert record.facts.recipe == "moco_test"
     assert "INPUT.FORMAT is BGR" in refusal(small_cfg(VOC_C4 + "_supervised"), path)
     safetensors.torch.save_file({f"layer1.{n}.weight": torch.zeros(2) for n in range(3)}, path)
     assert "Convert it first" in refusal(small_cfg(VOC_C4), path)

@@ -41,9 +41,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 def options(images: str, output: Path, iterations: int, *more: object) -> list[str]:
     opts = [
         "DATASETS.TRAIN", f'("{images}",)', "OUTPUT_DIR", output, "SOLVER.IMS_PER_BATCH", 8, "DATA.CROP_SIZE", 32,
-        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", 0.125, "SSL.ARGS.queue_size", 64, "SSL.ARGS.bn_groups", 1,
-        "SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", iterations, "DATALOADER.NUM_WORKERS", 1, "MODEL.DEVICE", "cpu",
-        "SEED", 7, *more,
+        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width", 0.125, "SSL.ARGS.queue_size", 64,
+        "SSL.ARGS.bn_groups", 1, "SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", iterations, "DATALOADER.NUM_WORKERS", 1,
+        "MODEL.DEVICE", "cpu", "SEED", 7, *more,
     ]  # fmt: skip
     return ["--config-file", "Pretrain/moco_v2_R50_200ep", "--resume", *map(str, opts)]
 

@@ -13,8 +13,7 @@ import yaml
 
 from moco_d2.config import flat, get_cfg, load_cfg, roles
 from moco_d2.convert import catalog
-from moco_d2.data import listing
-from moco_d2.io.paths import expand, expand_datasets_root
+from moco_d2.io.paths import cache_folder, expand, expand_datasets_root
 from moco_d2.model_zoo import get_config
 
 ENTRY = {"name": "$mine", "format": "coco"}
@@ -80,7 +79,7 @@ def test_config_files_and_their_bases_may_lie_under_a_variable(home: Path) -> No
 
 def test_environment_variables_are_expanded_or_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOCO_D2_CACHE", "$ROOT/cache")
-    assert listing.cache_folder() == catalog.cache_folder() == home / "disk/cache"
+    assert cache_folder() == catalog.cache_folder() == home / "disk/cache"
     for name in ("MOCO_D2_CACHE", "MOCO_D2_CATALOG", "DETECTRON2_DATASETS"):
         monkeypatch.setenv(name, "$NOWHERE/x")
         with pytest.raises(

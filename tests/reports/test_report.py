@@ -92,10 +92,11 @@ def test_other_experiments_have_tables_of_their_own_and_no_published_row(tmp_pat
     record(tmp_path / "short", "moco_v2", 0, _voc(40.0), changes=["SOLVER.MAX_ITER=9000"])
     record(tmp_path / "coco", "moco_v2", 0, _voc(39.0), protocol="coco_mask_rcnn_R_50_C4_1x", test_set="coco_2017_val")
     record(tmp_path / "mine", "moco_v2", 0, _voc(20.0), protocol="my_own")
-    more = {"path": "/w/soco.pth", "sha256": "12" * 32, "facts": {"protocol": "", "parts": ["fpn", "box_head"]}}
+    more = {"path": "/w/soco.pth", "sha256": "12" * 32, "facts": {"recipe": "", "parts": ["fpn", "box_head"]}}
     record(tmp_path / "more", "moco_v2", 0, _voc(58.0), weights=more)
     older = record(tmp_path / "older", "moco_v2", 0, _voc(50.0))
     result = json.loads((older / "results.json").read_text())
+    result["weights"]["facts"] = {"protocol": result["weights"]["facts"]["recipe"]}  # the field's name in those days
     (older / "results.json").write_text(json.dumps({key: result[key] for key in ("protocol", "weights", "metrics")}))
     tables = summary.build_tables(summary.find_runs([tmp_path]))
     said = {(table.name, table.variant): table for table in tables}
@@ -108,7 +109,8 @@ def test_other_experiments_have_tables_of_their_own_and_no_published_row(tmp_pat
     assert said["my_own", ""].protocol is None
     # A run of before config_changes were written is compared through its config.yaml.
     (older / "config.yaml").write_text(load_cfg(get_protocol(voc).config, ["SOLVER.MAX_ITER", "9000"]).dump())
-    assert summary.read_run(older).changes == ("SOLVER.MAX_ITER=9000",)
+    read = summary.read_run(older)
+    assert read.changes == ("SOLVER.MAX_ITER=9000",) and read.init == "moco_v2_R50_200ep"
 
 
 def test_a_result_of_no_shipped_protocol_is_read_and_compared_with_nothing(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_a_result_of_no_shipped_protocol_is_read_and_compared_with_nothing(tmp_p
 
 
 def test_a_trial_of_a_supervised_file_is_the_supervised_baseline(tmp_path: Path) -> None:
-    weights = {"path": "/w/R-50.pkl", "sha256": "ef" * 32, "facts": {"protocol": "", "origin": "unknown"}}
+    weights = {"path": "/w/R-50.pkl", "sha256": "ef" * 32, "facts": {"recipe": "", "origin": "unknown"}}
     folder = record(tmp_path / "a", "supervised", 0, _voc(53.0), weights=weights)
     assert summary.read_run(folder).init == ""
     (folder / "trial.json").write_text(json.dumps({"init": {"label": "supervised", "kind": "supervised"}}))

@@ -28,6 +28,7 @@ from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.running import folder, preemption
 from moco_d2.running.launch import _Group, _run
+from tests import toy_method
 
 TRAINERS = {"pretrain": PretrainTrainer, "transfer": TransferTrainer}
 
@@ -135,6 +136,7 @@ def fail(what: str, folder: Path) -> None:
 def main() -> None:
     """Run both, and print what happened as JSON."""
     stage, config, place, cuts, processes, *opts = sys.argv[1:]
+    toy_method.register()
     folder, left, rng = Path(place), int(cuts), random.Random(7)
     whole, cut = folder / "whole", folder / "cut"
     for run in (whole, cut):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def shapes_of(facts: BackboneFacts, path: str | os.PathLike[str]) -> dict[str, t
     """Return the shapes of the network that facts describe, under torchvision's names, in its order."""
     try:
         with torch.device("meta"), _NoFilling():
-            return {name: tuple(tensor.shape) for name, tensor in network_for(facts).state_dict().items()}
+            network = network_for(replace(facts, norm="BN"))  # has the tensors of group norm, and statistics
+            return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: there is no such ResNet ({error}): {facts}") from error
 

@@ -66,8 +66,8 @@ class ShardCache:
 
     def path(self, shard: Shard) -> Path:
         """Return the path that a shard has or will have; another size means another shard."""
-        mark = hashlib.sha256(f"{shard.location} {shard.bytes}".encode()).hexdigest()[:16]
-        return self.folder / f"{mark}-{base_name(shard.location).removesuffix('.tar')}.tar"
+        digest = hashlib.sha256(f"{shard.location} {shard.bytes}".encode()).hexdigest()[:16]
+        return self.folder / f"{digest}-{base_name(shard.location).removesuffix('.tar')}.tar"
 
     def sidecar(self, location: str) -> Path:
         """Return the path of the file with size and number of images of a shard that is in no manifest."""
@@ -118,10 +118,10 @@ class ShardCache:
                 remove(old)
             move(part, path)
 
-    def _raise_if_lost(self, mark: Path) -> None:
+    def _raise_if_lost(self, lost: Path) -> None:
         """Raise the error that another process of this run got in the last minutes, instead of trying again."""
         try:
-            then, _, reason = mark.read_text().partition(" ")
+            then, _, reason = lost.read_text().partition(" ")
             recent = float(then) > max(self._begun, time.time() - _RETRY_AFTER)
         except (OSError, ValueError):
             return

@@ -97,8 +97,8 @@ def cached_index(path: Path, kept: Path | None = None) -> Index:
     """
     if kept is None:
         status = path.stat()
-        mark = f"{path.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
-        name = hashlib.sha256(mark.encode(errors="surrogateescape")).hexdigest()[:24]
+        state = f"{path.absolute()} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
+        name = hashlib.sha256(state.encode(errors="surrogateescape")).hexdigest()[:24]
         kept = cache_folder() / "indexes" / f"{name}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
         (rule, _), (lost, further), *_ = rows = np.asarray(np.load(kept), np.int64)
@@ -158,7 +158,7 @@ def _image_files(path: str | os.PathLike[str]) -> Iterator[tarfile.TarInfo]:
     try:
         with open(path, "rb") as file:
             beginning = file.read(8)
-            form = next((form for mark, form in _COMPRESSED.items() if beginning.startswith(mark)), "")
+            form = next((form for start, form in _COMPRESSED.items() if beginning.startswith(start)), "")
             if form:
                 raise OSError(
                     f"{os.fspath(path)}: a {form} file, not a plain tar, from which single pictures cannot be read: "

@@ -18,7 +18,7 @@ from moco_d2.convert.bake import bake
 from moco_d2.convert.checks import shapes_of
 from moco_d2.convert.choice import Choice, Question
 from moco_d2.convert.conversion import AUTHOR, check_another, is_converted
-from moco_d2.convert.convert import read_backbone
+from moco_d2.convert.convert import check_stated, read_backbone
 from moco_d2.convert.find import as_tensor
 from moco_d2.convert.names import DETECTRON2, DETECTRON2_C4
 from moco_d2.convert.recognise import Match, recognise
@@ -71,6 +71,7 @@ def take_back(content: Mapping[str, Any], path: str | os.PathLike[str]) -> Resto
     shapes = shapes_of(stated, path)
     match = _recognise(content, stated, path)
     tensors, facts, notes = read_backbone(match, stated, path)
+    check_stated(stated, facts, path)
     if stated.parts:
         notes.append(f"the pretrained {', '.join(stated.parts)} is no part of a ResNet and is left out")
     state, found = match.backbone.state, match.backbone

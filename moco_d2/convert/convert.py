@@ -101,7 +101,10 @@ def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice
     backbone = match.backbone
     parts = [_part(match, name, choice, path) for name in choice.parts]
     keys = sort_keys(match, parts, choice, path)
-    tensors, facts, notes = read_backbone(match, stated, path)
+    declared, assumed = (stated, []) if stated else _declared(match, path)
+    tensors, facts, notes = read_backbone(match, declared, path)
+    if stated:
+        check_stated(stated, facts, path)
     components = tuple(_component(part, match, facts, choice, path) for part in parts)
     rows = [*backbone.rows, *(_in_file(row, backbone) for part in parts for row in part.rows())]
     offers = {name: _offer(match, name, facts, path) for name in set(keys.parts.values())}
@@ -121,20 +124,20 @@ def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice
             *notes,
             *_contents(match, keys),
             *(part.note for part in parts if part.note),
-            *_origin(match, stated, path),
+            *assumed,
         ),
         parts=components,
     )
 
 
 def read_backbone(
-    match: Match, stated: BackboneFacts | None, path: str | os.PathLike[str]
+    match: Match, declared: BackboneFacts, path: str | os.PathLike[str]
 ) -> tuple[dict[str, torch.Tensor], BackboneFacts, list[str]]:
     """Take the recognised network out of its file and check it.
 
     Args:
         match: the network.
-        stated: the file's own facts, if it has any.
+        declared: facts that shapes do not show: input, strides, origin.
         path: for messages.
 
     Returns:
@@ -142,14 +145,12 @@ def read_backbone(
         done to the tensors.
 
     Raises:
-        CheckpointError: its tensors are unusable, or contradict the facts.
+        CheckpointError: the tensors are unusable.
     """
     backbone = match.backbone
     tensors, notes = _tensors(backbone, path)
     check_stem(tensors, path)
-    facts = _facts(tensors, stated or _declared(match, path), path)
-    if stated:
-        _check_stated(stated, facts, path)
+    facts = _facts(tensors, declared, path)
     check_shapes(facts, tensors, path)
     check_values({row.key: tensors[row.torchvision] for row in backbone.rows}, path)
     return {name: t.to(torch.float32).contiguous() for name, t in tensors.items()}, facts, notes
@@ -291,27 +292,20 @@ def _elsewhere(checkpoint: Mapping[str, Any], state: Mapping[Any, Any]) -> dict[
     }
 
 
-def _declared(match: Match, path: str | os.PathLike[str]) -> BackboneFacts:
-    """Return the facts that weights do not show, from sidecar files or else from the source's record."""
-    source, keys = match.source, match.backbone.keys
-    sidecars = source.sidecars(path)
+def _declared(match: Match, path: str | os.PathLike[str]) -> tuple[BackboneFacts, list[str]]:
+    """Return the facts that weights do not show, by sidecar files or the source's record, and notes on assumptions."""
+    source, keys, sidecars = match.source, match.backbone.keys, match.source.sidecars(path)
     variant = (words for pattern, words, _ in source.variants if any(re.search(pattern, key) for key in keys))
     stride = source.stride_in_1x1 if sidecars.stride_in_1x1 is None else sidecars.stride_in_1x1
-    return BackboneFacts(
+    facts = BackboneFacts(
         pixels=sidecars.pixels or source.pixels, stride_in_1x1=stride, origin=next(variant, source.origin)
     )
-
-
-def _origin(match: Match, stated: BackboneFacts | None, path: str | os.PathLike[str]) -> list[str]:
-    """Return notes on what is assumed of a file without facts."""
-    if stated:
-        return []
-    source, sidecars = match.source, match.source.sidecars(path)
     notes = [*source.notes, INVISIBLE, *sidecars.notes]
-    if sidecars.pixels not in (None, source.pixels):
+    if facts.pixels != source.pixels:
         notes.append(f"mean and std of the pixels are those of the {sidecars.file} in the folder of the weights")
-    scale = input_scale(match.backbone)
-    return [*notes, f"pixels: by conv1 and bn1, the inputs varied by about {scale:.2g}"] if scale else notes
+    if scale := input_scale(match.backbone):
+        notes.append(f"pixels: by conv1 and bn1, the inputs varied by about {scale:.2g}")
+    return facts, notes
 
 
 def _facts(tensors: Mapping[str, torch.Tensor], declared: BackboneFacts, path: str | os.PathLike[str]) -> BackboneFacts:
@@ -334,7 +328,7 @@ def _facts(tensors: Mapping[str, torch.Tensor], declared: BackboneFacts, path: s
     return facts
 
 
-def _check_stated(stated: BackboneFacts, facts: BackboneFacts, path: str | os.PathLike[str]) -> None:
+def check_stated(stated: BackboneFacts, facts: BackboneFacts, path: str | os.PathLike[str]) -> None:
     """Refuse facts of another network."""
     seen, said = facts.as_dict(), replace(stated, parts=()).as_dict()  # parts are taken on request only
     wrong = [f"{k} is {seen[k]} by the tensors, {said[k]} by the facts" for k in seen if seen[k] != said[k]]

@@ -373,7 +373,7 @@ def cifar(state: State) -> State:
 
 # what the checkpoint is, and the words its refusal must hold
 REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
-    "empty": (lambda s: {}, ["no ResNet", "nothing"]),
+    "empty": (lambda s: {}, ["no known ResNet", "nothing"]),
     "empty-state-dict": (lambda s: {"state_dict": {}, "epoch": 3}, ["state_dict, epoch", "save the state_dict()"]),
     "key-encoder-only": (
         lambda s: {"state_dict": under("module.encoder_k.", s)},
@@ -390,7 +390,7 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
     ),
     "half-of-a-network": (
         lambda s: {key: t for key, t in s.items() if "layer3" in key},
-        ["no ResNet that is known", "layer3.0.*"],
+        ["no known ResNet", "layer3.0.*"],
     ),
     "partial": (
         lambda s: {"state_dict": under("module.encoder_q.", without(s, "layer3.4.conv2", "layer4.0.bn1.bias"))},
@@ -418,7 +418,7 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
         lambda s: {**s, "layer4.0.x.weight": torch.ones(3)},
         ["inside the backbone", "layer4.0.x.weight"],
     ),
-    "both-wrapped-and-not": (lambda s: {**s, **under("module.", s)}, ["same tensor's name"]),
+    "both-wrapped-and-not": (lambda s: {**s, **under("module.", s)}, ["name the same tensor"]),
     "cifar-stem": (cifar, ["CIFAR stem", "(16, 3, 3, 3)"]),
     "two-channels": (lambda s: with_value(s, "conv1.weight", torch.randn(16, 2, 7, 7)), ["3-channel", "(16, 2, 7, 7)"]),
     "wrong-shape": (
@@ -557,7 +557,7 @@ def test_refusals_say_what_was_found(name: str, net: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (torch.Tensor.to_sparse, ["1 tensors are of a kind that is not read (sparse_tensor)", "to_dense()"]),
+        (torch.Tensor.to_sparse, ["1 tensors are of a kind that cannot be read (sparse_tensor)", "to_dense()"]),
         (lambda t: torch.nested.nested_tensor([t[0], t[1]]), ["(nested_tensor)", "save plain tensors"]),
     ],
 )

@@ -36,8 +36,8 @@ class HostileError(pickle.UnpicklingError):
 class Stub(dict[Any, Any]):
     """Stands for an object whose class is not on the allow-list: it keeps the stored values and does nothing.
 
-    It is a dictionary, because many objects in checkpoints are dictionaries of another name. It is hashable by identity,
-    because some files use such objects as keys.
+    It is a dictionary, because many objects in checkpoints are dictionaries of another name. It is hashable by
+    identity, because some files use such objects as keys.
 
     Attributes:
         arguments: those with which the file calls the class.

@@ -35,7 +35,7 @@ BACKBONE = (
         containers=("teacher",),
         prefix="backbone.",
         dropped=((r"^head\.", "DINO head"), without_fc("backbone.", "classifier")),
-        encoder="the teacher is what DINO's own evaluations take; the student is the network behind it",
+        encoder="the teacher is what DINO's own evaluations take; it is the moving average of the student",
     ),
     CheckpointSource(
         name="DenseCL training checkpoint",
@@ -60,7 +60,7 @@ BACKBONE = (
             (r"^encoder_q\.", "MoCo of OpenSelfSup", "1911.05722, 2003.04297"),
             (r"^online_net\.", "BYOL of OpenSelfSup", "2006.07733"),
         ),
-        encoder="backbone is the query or online encoder; the file holds it a second time, and its moving average",
+        encoder="backbone is the query or online encoder; the file holds it a second time, and its moving average too",
     ),
     CheckpointSource(
         name="lightly DINO",
@@ -119,7 +119,7 @@ BACKBONE = (
         containers=("state_dict",),
         prefix="backbone.",
         signature=(r"^(neck|head|encoder_k|target_net|momentum_encoder)\.",),
-        # A detector or a segmenter of the same family has a neck, too.
+        # A detector or a segmenter of the same family has a neck too.
         never=r"^(encoder_q|online_net)\.\d+\.|^student_backbone\.|^(rpn|roi|bbox|mask|decode|auxiliary)_head\.",
         dropped=(HEADS, QUEUE, (r"\bsteps$", "step counter")),
         encoder="backbone is the online network; the other encoder is its moving average",

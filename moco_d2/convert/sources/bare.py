@@ -1,4 +1,4 @@
-"""torchvision's names without a prefix, or with one that tells no method."""
+"""Networks under torchvision's names, without a prefix or with one that shows no method."""
 
 from __future__ import annotations
 
@@ -104,11 +104,11 @@ BARE = (
         origin="torchvision names, no method's mark",
         arxiv="1512.03385",
         containers=("", "state_dict", "model"),
-        without="state_dict_ema|model_ema",  # incomplete, or another network: not to be passed over in silence
+        without="state_dict_ema|model_ema",  # an average that was not taken is damaged: ask
         dropped=(CLASSIFIER,),
         variants=((r"^fc\.weight$", "torchvision ResNet with a classifier", "1512.03385"),),
         notes=(
-            "Barlow Twins, VICReg, DINO, DetCo and a linear evaluation of MoCo come in the same form and with the same "
+            "files of Barlow Twins, VICReg, DINO, DetCo and a linear evaluation of MoCo look the same and have the same "
             "input",
         ),
     ),

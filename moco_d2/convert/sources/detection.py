@@ -1,4 +1,4 @@
-"""Detectron2's own files: weights, and detectors that hold a backbone."""
+"""Detectron2's own files: backbones and detectors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from moco_d2.convert.parts import LEVELS, Layer, Part
 from moco_d2.convert.sources.record import CAFFE_ASSUMED, DETECTOR, RESIM_BIASES, CheckpointSource
 from moco_d2.facts import CAFFE_BGR, IMAGENET_RGB
 
-# What the authors' own converters make of a pyramid or a box head; the originals are in encoder.py and momentum.py.
+# Files that the authors of SoCo and ReSim converted themselves; their training files are in encoder.py and momentum.py.
 _PUBLISHED = (
     CheckpointSource(
         name="SoCo, converted by its authors",

@@ -135,7 +135,7 @@ ENCODER = (
         arxiv="2002.05709",
         containers=("",),
         prefix="encoder.",
-        # Many networks have an encoder and a projector; linear layers without biases are this code's.
+        # Many networks have an encoder and a projector; only this code's linear layers have no biases.
         signature=(r"^projector\.0\.weight$", r"^projector\.2\.weight$"),
         never=r"^projector\.([02]\.bias|1\.|3\.)",
         dropped=((r"^projector\.", "projection head"), without_fc("encoder.", "classifier")),

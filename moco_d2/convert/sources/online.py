@@ -1,4 +1,4 @@
-"""Pairs of an online network and its target, and OpenSelfSup's without their third copy."""
+"""Pairs of an online network and its target, and OpenSelfSup's files without the third copy of the network."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from moco_d2.convert.conversion import Conversion, check_output, write, write_co
 from moco_d2.convert.find import Backbone, as_tensor, is_tensor
 from moco_d2.convert.fingerprints import input_scale
 from moco_d2.convert.keys import Unmapped, sort_keys
-from moco_d2.convert.names import TORCHVISION, Row
+from moco_d2.convert.names import TORCHVISION
 from moco_d2.convert.parts import Component, Part, check_component, choose
 from moco_d2.convert.recognise import Match, recognise
 from moco_d2.convert.sources import DETECTOR_HEADS, INVISIBLE, SOURCES, unwrap
@@ -106,14 +106,13 @@ def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice
     if stated:
         check_stated(stated, facts, path)
     components = tuple(_component(part, match, facts, choice, path) for part in parts)
-    rows = [*backbone.rows, *(_in_file(row, backbone) for part in parts for row in part.rows())]
     offers = {name: _offer(match, name, facts, path) for name in set(keys.parts.values())}
     return Conversion(
         source=match.source,
         facts=replace(facts, parts=choice.parts),
         tensors={row.detectron2: tensors[row.torchvision] for row in backbone.rows},
         source_tensors=tensors,
-        rows=tuple(rows),
+        rows=(*backbone.rows, *(row for part in parts for row in backbone.rows_of(part))),
         dropped={key: why + offers.get(keys.parts.get(key, ""), "") for key, why in keys.dropped.items()},
         foreign=keys.foreign,
         place=backbone.place,
@@ -156,11 +155,6 @@ def read_backbone(
     return {name: t.to(torch.float32).contiguous() for name, t in tensors.items()}, facts, notes
 
 
-def _in_file(row: Row, backbone: Backbone) -> Row:
-    """Return a part's row with the key as this file spells it."""
-    return row._replace(key=backbone.keys[row.key])
-
-
 def _part(match: Match, name: str, choice: Choice, path: str | os.PathLike[str]) -> Part:
     try:
         return choose(match.source.parts, name, match.backbone.keys)
@@ -189,7 +183,7 @@ def _component(
     part: Part, match: Match, facts: BackboneFacts, choice: Choice, path: str | os.PathLike[str]
 ) -> Component:
     """Take a part's tensors out of the file."""
-    rows = [_in_file(row, match.backbone) for row in part.rows()]
+    rows = match.backbone.rows_of(part)
     held = {row.key: as_tensor(match.backbone.state[row.key]) for row in rows}
     check_values(held, path)
     component = Component(part, {row.detectron2: held[row.key].to(torch.float32).contiguous() for row in rows})

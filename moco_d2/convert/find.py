@@ -13,6 +13,7 @@ import torch
 
 from moco_d2.convert.choice import Answer, Choice, Question
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, Naming, Row
+from moco_d2.convert.parts import Part
 from moco_d2.convert.sources import NAMINGS, SOURCES, WRAPPERS, unwrap
 from moco_d2.layers.resnet import DEPTHS
 
@@ -53,6 +54,10 @@ class Backbone:
         targets = (naming.with_statistics(self.naming.statistics) for naming in (TORCHVISION, DETECTRON2))
         spelled = (naming.names(self.depth) for naming in (self.naming, *targets))
         return tuple(Row(self.keys[self.prefix + own], *names) for own, *names in zip(*spelled, strict=True))
+
+    def rows_of(self, part: Part) -> list[Row]:
+        """Return the names of a part's tensors, with the keys as this file spells them."""
+        return [row._replace(key=self.keys[row.key]) for row in part.rows()]
 
     def tensors(self, modules: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
         """Return name under torchvision's naming -> tensor as the file has it, for names with one of these starts."""

@@ -55,8 +55,7 @@ def sort_keys(match: Match, parts: Sequence[Part], choice: Choice, path: Any) ->
             ``choice.drop`` matches a key of the backbone, or none.
     """
     source, backbone = match.source, match.backbone
-    of_parts = {row.key for part in parts for row in part.rows()}
-    mapped = {row.key for row in backbone.rows} | {backbone.keys[key] for key in of_parts}
+    mapped = {row.key for row in (*backbone.rows, *(row for part in parts for row in backbone.rows_of(part)))}
     asked = _asked_for(backbone, mapped, choice, path)
     tensors = set(backbone.keys.values())
     done, unknown = Unmapped(), dict[str, str]()

@@ -104,12 +104,12 @@ BARE = (
         origin="torchvision names, no method's mark",
         arxiv="1512.03385",
         containers=("", "state_dict", "model"),
-        without="state_dict_ema|model_ema",  # an average that was not taken is damaged: ask
+        without="state_dict_ema|model_ema",  # an average that was not taken is damaged, or another network: ask
         dropped=(CLASSIFIER,),
         variants=((r"^fc\.weight$", "torchvision ResNet with a classifier", "1512.03385"),),
         notes=(
-            "files of Barlow Twins, VICReg, DINO, DetCo and a linear evaluation of MoCo look the same and have the same "
-            "input",
+            "files of Barlow Twins, VICReg, DINO, DetCo and a linear evaluation of MoCo look the same and need the "
+            "same input",
         ),
     ),
     CheckpointSource(

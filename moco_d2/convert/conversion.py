@@ -37,7 +37,7 @@ class Conversion:
         facts: what the weights are.
         tensors: Detectron2's name -> float32 tensor, for the backbone.
         source_tensors: the same tensors under torchvision's names.
-        rows: the names of everything that is converted; the tensors were moved by them.
+        rows: the names of every tensor that is written; the tensors were moved by them.
         dropped: key in the file -> reason it was left out.
         foreign: keys in the file that belong to something other than the wanted network.
         place: dotted path of the state dict in the file.
@@ -67,7 +67,7 @@ class Conversion:
     @property
     def mapped(self) -> dict[str, str]:
         """Key in the file -> Detectron2's name."""
-        return {row.key: row.detectron2 for row in self.rows}
+        return {row.key: row.detectron2 for row in self.rows if row.key}
 
     def config(self) -> dict[str, Any]:
         """Return the config keys, with values, under which Detectron2 computes what the source computes."""

@@ -151,7 +151,7 @@ def read_backbone(
     check_stem(tensors, path)
     facts = _facts(tensors, declared, path)
     check_shapes(facts, tensors, path)
-    check_values({row.key: tensors[row.torchvision] for row in backbone.rows}, path)
+    check_values({row.key or row.torchvision: tensors[row.torchvision] for row in backbone.rows}, path)
     return {name: t.to(torch.float32).contiguous() for name, t in tensors.items()}, facts, notes
 
 
@@ -214,7 +214,7 @@ def _contents(match: Match, keys: Unmapped) -> list[str]:
 def _tensors(backbone: Backbone, path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the tensors under torchvision's names as their source computes with them, and what was done to them."""
     tensors = backbone.tensors()
-    check_kinds({row.key: tensors[row.torchvision] for row in backbone.rows}, path)
+    check_kinds({row.key: tensors[row.torchvision] for row in backbone.rows if row.key}, path)
     notes = []
     if backbone.naming.height_first:
         tensors = _channels_first(tensors)

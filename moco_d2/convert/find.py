@@ -51,9 +51,14 @@ class Backbone:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """The names of all its tensors, in torchvision's order."""
-        targets = (naming.with_statistics(self.naming.statistics) for naming in (TORCHVISION, DETECTRON2))
-        spelled = (naming.names(self.depth) for naming in (self.naming, *targets))
-        return tuple(Row(self.keys[self.prefix + own], *names) for own, *names in zip(*spelled, strict=True))
+        read = TORCHVISION.with_statistics(self.naming.statistics).names(self.depth)
+        keys = {
+            name: self.keys[self.prefix + own] for name, own in zip(read, self.naming.names(self.depth), strict=True)
+        }
+        torchvision, detectron2 = (
+            naming.with_statistics(not self.group_norm).names(self.depth) for naming in (TORCHVISION, DETECTRON2)
+        )
+        return tuple(Row(keys.get(name, ""), name, new) for name, new in zip(torchvision, detectron2, strict=True))
 
     def rows_of(self, part: Part) -> list[Row]:
         """Return the names of a part's tensors, with the keys as this file spells them."""
@@ -61,9 +66,8 @@ class Backbone:
 
     def tensors(self, modules: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
         """Return name under torchvision's naming -> tensor as the file has it, for names with one of these starts."""
-        return {
-            row.torchvision: as_tensor(self.state[row.key]) for row in self.rows if row.torchvision.startswith(modules)
-        }
+        rows = [row for row in self.rows if row.key and row.torchvision.startswith(modules)]
+        return {row.torchvision: as_tensor(self.state[row.key]) for row in rows}
 
 
 def find_places(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:

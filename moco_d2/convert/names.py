@@ -135,7 +135,7 @@ class Row(NamedTuple):
     """The names of one tensor: the conversion moves it by this row, and the report shows the row.
 
     Attributes:
-        key: its key in the file.
+        key: its key in the file; empty: the converter adds it (statistics of affine layers).
         torchvision: its name in torchvision's network, with which the converter computes.
         detectron2: its name in Detectron2's network, under which it is written.
     """

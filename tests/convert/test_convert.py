@@ -33,7 +33,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
-from moco_d2.convert import SOURCES, CheckpointError, Choice, convert_checkpoint, convert_state, read_facts
+from moco_d2.convert import SOURCES, CheckpointError, Choice, convert_checkpoint, convert_state, prove, read_facts
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
 from moco_d2.facts import CAFFE_BGR, IMAGENET_RGB, BackboneFacts
 from moco_d2.layers.resnet import DEPTHS, network_for
@@ -191,6 +191,9 @@ def test_affine_layers_get_their_statistics_back(net: nn.Module) -> None:
         -1, 1, 1
     )
     assert conversion.source.key == "caffe2-affine" and torch.allclose(got, wanted, atol=1e-6)
+    # Every tensor of the network is written, those that the converter adds too; the report lists the file's keys.
+    assert set(conversion.tensors) == set(DETECTRON2.names(50)) and set(conversion.mapped) == set(state)
+    assert len(conversion.mapped) == 159 and max(prove(conversion.facts, tensors, conversion.tensors).values()) < 1e-9
 
 
 def test_group_norm_if_asked(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_part_that_is_hostile_or_cut_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{part}: damaged or truncated"):
         read_checkpoint(index)
     part.write_bytes(pickle.dumps({"x": eval}))
-    with pytest.raises(CheckpointError, match=f"{part}: refused: reading it would run builtins.eval"):
+    with pytest.raises(CheckpointError, match=f"{part}: refused: opening it would run builtins.eval"):
         read_checkpoint(tmp_path / "net")
 
 

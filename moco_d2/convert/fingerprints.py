@@ -22,6 +22,8 @@ def input_scale(backbone: Backbone) -> float:
     of natural pictures, except for the pixels' scale. 0: these layers do not show it.
     """
     tensors = backbone.tensors(_STEM)
+    if not all(map(is_plain, tensors.values())):  # refused later, with the reason
+        return 0.0
     kernel = tensors["conv1.weight"].double()
     if backbone.naming.height_first:
         kernel = kernel.permute(3, 2, 0, 1)
@@ -43,7 +45,7 @@ def input_scale(backbone: Backbone) -> float:
 
 def caffe(backbone: Backbone) -> bool:
     """Return whether the input was not divided by a std, or the statistics are folded away, as in Caffe's files."""
-    if not all(is_plain(tensor) for tensor in backbone.tensors(_STEM).values()):  # refused later, with the reason
+    if not all(map(is_plain, backbone.tensors(_STEM).values())):
         return False
     return input_scale(backbone) > _UNDIVIDED or _folded(backbone)
 

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     built.add_argument("--with", dest="parts", default="", metavar="PARTS", help="keep what SoCo and ReSim pretrain "
                        "beside the ResNet: fpn, or fpn,box_head")  # fmt: skip
     built.add_argument("--norm", default="", choices=("GN",), help="GN: accept a network with GroupNorm")
-    built.add_argument("--report", type=cli.path, metavar="FILE", help="write the whole account as JSON")
+    built.add_argument("--report", type=cli.path, metavar="FILE", help="write the whole report as JSON")
     built.add_argument(
         "--picture", type=cli.path, metavar="FILE", help="compare the networks on it, not on a drawn scene"
     )
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Run the conversion and print its account."""
+    """Run the conversion and print its report."""
     from moco_d2.convert import Choice, can_prove
     from moco_d2.convert.report import check_report, convert_and_report, summary, write_report
 

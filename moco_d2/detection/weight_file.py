@@ -12,8 +12,8 @@ from urllib.parse import parse_qs, urlparse
 import torch
 
 from moco_d2.convert.choice import Choice
-from moco_d2.convert.sources import COMPANIONS
-from moco_d2.convert.trunk import as_tensor, find_places, is_tensor, unwrapped
+from moco_d2.convert.find import as_tensor, find_places, is_tensor, unwrapped
+from moco_d2.convert.sources import TARGET_NETWORKS
 from moco_d2.io.checkpoints import open_checkpoint, some
 from moco_d2.io.version import FileVersion
 from moco_d2.running.weights import command_for_weights_alone, local_path, refuse_stubs
@@ -114,7 +114,7 @@ def _find_weights(content: Mapping[str, Any], names: Collection[str], path: str,
     """
     places = {where: state for where, state in find_places(content).items() if all(isinstance(k, str) for k in state)}
     found = [place for where, state in places.items() for place in _detectors(where, state, names, path)]
-    found = [place for place in found if not COMPANIONS.search(f"{place.where}.{place.prefix}")] or found
+    found = [place for place in found if not TARGET_NETWORKS.search(f"{place.where}.{place.prefix}")] or found
     found = [place for place in found if place.where == "model"] or found
     if len(found) == 1:
         if found[0].where != "model" or found[0].prefix:

@@ -19,7 +19,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from torch import nn
 
-from moco_d2.convert.parts import HOMES, needs, part_of
+from moco_d2.convert.parts import PART_PREFIXES, needs, part_of
 from moco_d2.detection.checkpointer import load_content
 from moco_d2.detection.weight_file import convert_hint, read_weight_file
 from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
@@ -234,7 +234,7 @@ def _check_parts(path: str, content: Mapping[str, Any], cfg: CfgNode, model: nn.
         return
     wanted = {key: value for key, value in needs(held).items() if not _agrees(cfg, key, value)}
     remedy = ", or pass " + " ".join(f'{key} "{value}"' for key, value in wanted.items()) if wanted else ""
-    if not any(name.startswith(HOMES["fpn"]) for name in shapes):
+    if not any(name.startswith(PART_PREFIXES["fpn"]) for name in shapes):
         remedy = ", or take a detector with an FPN (configs that have FPN in their names)"
     raise ValueError(
         f"{path} holds more than a backbone ({', '.join(parts)}), and {len(lines)} of its tensors have no place in "

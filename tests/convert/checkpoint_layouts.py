@@ -390,7 +390,7 @@ def _dino(net: nn.Module) -> dict[str, Any]:
 
 LAYOUTS = {
     "own-backbone": Layout("moco_d2", _own_backbone, FACTS["origin"], 0, 0),
-    "own-training": Layout("moco_d2-training", _own_training, FACTS["origin"], 6, 322),
+    "own-training": Layout("moco_d2-training", _own_training, FACTS["origin"], 328, 0),
     "moco-v1-training": Layout("moco", lambda net: _moco_training(net, 1), "MoCo v1", 4, 320),
     "moco-v2-training": Layout("moco", lambda net: _moco_training(net, 2), "MoCo v2", 6, 322),
     "moco-v2-no-module": Layout("moco", lambda net: _moco_training(net, 2, wrapper=""), "MoCo v2", 6, 322),

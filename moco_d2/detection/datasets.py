@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from xml.sax.saxutils import escape
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
-from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
+from detectron2.data.datasets import load_coco_json, register_coco_instances, register_pascal_voc
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathHandler, PathManager
-from PIL import Image
+from detectron2.utils.file_io import PathManager
 
+from moco_d2.builtin_sets import DATASETS, Dataset
 from moco_d2.data.listing import EXTENSIONS
+from moco_d2.detection.label_images import LabelIndexHandler, load_sem_seg, voc_colors
 from moco_d2.detection.labels.coco import keypoint_metadata, missing_picture, picture_name, read_coco
 from moco_d2.detection.labels.fields import text
 from moco_d2.detection.labels.files import JsonFile, shown
@@ -30,119 +28,40 @@ from moco_d2.io import files
 
 logger = logging.getLogger(__name__)
 
-_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))  # read at import, as Detectron2 does
+ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))  # read at import, as Detectron2 does
 
 
-# Semantic segmentation.
+# Built-in data sets.
 
 
-@dataclass(frozen=True)
-class SemSegSet:
-    """A data set of pictures and label images; all paths are under ``$DETECTRON2_DATASETS``.
+def register_builtin(record: Dataset, root: str = ROOT) -> None:
+    """Register a built-in data set of kind ``voc``, ``coco`` or ``sem_seg``, unless Detectron2 has registered it.
 
-    Attributes:
-        name: to register.
-        split: text file with a picture's name a line.
-        images: folder of ``<name>.jpg``.
-        labels: folder of ``<name>.png``, whose pixels are class indices; 255 is void.
-        classes: by index.
+    Args:
+        record: the data set.
+        root: the folder of all data sets.
     """
-
-    name: str
-    split: str
-    images: str
-    labels: str
-    classes: tuple[str, ...]
-
-
-_VOC_SEM_SEG_CLASSES = ("background", *VOC_CLASSES)
-_VOC_LISTS = "VOC2012/ImageSets/Segmentation"
-
-SEM_SEG_SETS = (
-    # VOC's 1,464 training pictures and those of SBD that are not in val: 10,582.
-    SemSegSet(
-        "voc_2012_train_aug_sem_seg", f"{_VOC_LISTS}/train_aug.txt", "VOC2012/JPEGImages",
-        "VOC2012/SegmentationClassAug", _VOC_SEM_SEG_CLASSES,
-    ),
-    SemSegSet(
-        "voc_2012_val_sem_seg", f"{_VOC_LISTS}/val.txt", "VOC2012/JPEGImages", "VOC2012/SegmentationClass",
-        _VOC_SEM_SEG_CLASSES,
-    ),
-)  # fmt: skip
-
-
-class LabelIndexHandler(PathHandler):
-    """``label-index://FILE``: a label image whose palette, if any, is dropped, so that its pixels are class indices.
-
-    VOC's label images have colour palettes. Detectron2's mapper converts label images to grey, which turns the index of
-    a pixel into the brightness of its colour, and trains on that without a word.
-    """
-
-    PREFIX = "label-index://"
-
-    def _get_supported_prefixes(self) -> list[str]:
-        return [self.PREFIX]
-
-    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        return path.removeprefix(self.PREFIX)
-
-    def _exists(self, path: str, **kwargs: Any) -> bool:
-        return os.path.exists(path.removeprefix(self.PREFIX))
-
-    def _isfile(self, path: str, **kwargs: Any) -> bool:
-        return os.path.isfile(path.removeprefix(self.PREFIX))
-
-    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[bytes]:
-        plain, file = path.removeprefix(self.PREFIX), io.BytesIO()
-        with Image.open(plain) as image:
-            if image.mode not in ("P", "L"):
-                raise ValueError(f"{plain} is of mode {image.mode}; a label image has one index a pixel (mode P or L)")
-            # BMP, because nothing is gained by compressing.
-            Image.frombytes("L", image.size, image.tobytes()).save(file, "BMP")
-        file.seek(0)
-        return file
-
-
-def voc_colors(count: int) -> list[list[int]]:
-    """Return VOC's own colours of classes: the bits of the index, dealt to red, green and blue from the top."""
-    return [
-        [sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
-        for index in range(count)
-    ]
-
-
-def load_sem_seg(images: str, labels: str, split: str) -> list[dict[str, Any]]:
-    """Return the pictures that a split lists, in Detectron2's format."""
-    with open(split) as file:
-        # Some editions of train_aug.txt list pairs of files instead of names.
-        names = [Path(line.split()[0]).stem for line in file if line.strip()]
-    return [
-        {
-            "file_name": os.path.join(images, f"{name}.jpg"),
-            "image_id": name,
-            "sem_seg_file_name": LabelIndexHandler.PREFIX + os.path.join(labels, f"{name}.png"),
-        }
-        for name in names
-    ]
-
-
-def _register_sem_seg(record: SemSegSet) -> None:
-    images, labels, split = (os.path.join(_ROOT, part) for part in (record.images, record.labels, record.split))
-    DatasetCatalog.register(record.name, lambda: load_sem_seg(images, labels, split))
-    MetadataCatalog.get(record.name).set(
-        stuff_classes=list(record.classes),
-        stuff_colors=voc_colors(len(record.classes)),
-        image_root=images,
-        sem_seg_root=labels,
-        split_file=split,
-        evaluator_type="sem_seg",
-        ignore_label=255,
-    )
+    if record.name in DatasetCatalog:
+        return
+    file, *folders = (os.path.join(root, path) for path in record.needed)
+    meta = MetadataCatalog.get(record.name)
+    if record.kind == "sem_seg":
+        labels, images = folders
+        DatasetCatalog.register(record.name, lambda: load_sem_seg(images, labels, file))
+        meta.set(stuff_classes=list(record.classes), stuff_colors=voc_colors(len(record.classes)), ignore_label=255)
+        meta.set(image_root=images, sem_seg_root=labels, split_file=file, evaluator_type="sem_seg")
+    elif record.kind == "voc":  # The metric of 2012 is the area under the curve.
+        folder, split = os.path.dirname(folders[0]), Path(file).stem
+        register_pascal_voc(record.name, folder, split, 2012, record.classes)
+        meta.set(evaluator_type="pascal_voc")
+    elif record.kind == "coco":
+        classes = {"thing_classes": list(record.classes)} if record.classes else {}  # or those of the file
+        register_coco_instances(record.name, classes, file, folders[0])
 
 
 PathManager.register_handler(LabelIndexHandler())
-for _record in SEM_SEG_SETS:
-    _register_sem_seg(_record)
+for _record in DATASETS.values():
+    register_builtin(_record)
 
 
 # The user's own data.

@@ -11,11 +11,29 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from moco_d2.builtin_sets import DATASETS
+from moco_d2.detection.datasets import ROOT
 from moco_d2.detection.labels.coco import read_coco
 from moco_d2.detection.labels.sets import Entry, Needs
 from moco_d2.detection.labels.voc import read_voc
 
 _NAMED = 5  # files in a message
+
+
+def needed_files(dataset_name: str) -> list[str]:
+    """Return the files and folders that a registered data set must have; its metadata name them unless it is built in.
+
+    Those of the user's own sets have been checked when they were registered.
+    """
+    meta = MetadataCatalog.get(dataset_name)
+    if meta.get("custom"):
+        return []
+    if dataset_name in DATASETS:
+        return [os.path.join(ROOT, path) for path in DATASETS[dataset_name].needed]
+    if is_voc_list(dataset_name):
+        return [_voc_list(dataset_name), *(os.path.join(meta.dirname, part) for part in ("Annotations", "JPEGImages"))]
+    keys = ("split_file", "json_file", "image_root", "sem_seg_root", "image_dir", "gt_dir", "panoptic_root")
+    return [meta.get(key) for key in keys if meta.get(key)]
 
 
 def missing_files(dataset_name: str, paths: Iterable[str]) -> str:
@@ -56,7 +74,7 @@ def listed_files(dataset_name: str) -> Iterator[str]:
     """
     meta = MetadataCatalog.get(dataset_name)
     if is_voc_list(dataset_name):  # without parsing what may be missing
-        with PathManager.open(os.path.join(meta.dirname, "ImageSets", "Main", f"{meta.split}.txt")) as file:
+        with PathManager.open(_voc_list(dataset_name)) as file:
             for name in file.read().split("\n"):
                 if name.strip():
                     yield os.path.join(meta.dirname, "Annotations", f"{name.split()[0]}.xml")
@@ -93,3 +111,8 @@ def is_voc_list(dataset_name: str) -> bool:
     """Return whether a data set is one of Detectron2's VOC sets, whose pictures a text file lists."""
     meta = MetadataCatalog.get(dataset_name)
     return bool(meta.get("dirname") and meta.get("split") and not meta.get("custom"))
+
+
+def _voc_list(dataset_name: str) -> str:
+    meta = MetadataCatalog.get(dataset_name)
+    return os.path.join(meta.dirname, "ImageSets", "Main", f"{meta.split}.txt")

@@ -27,7 +27,8 @@ from small_detector import COCO_FPN, SHORT, VOC_C4, small_cfg
 from moco_d2.config import load_cfg
 from moco_d2.data import list_images
 from moco_d2.detection import datasets
-from moco_d2.detection.datasets import LabelIndexHandler, custom_problems, load_sem_seg, register_custom, voc_colors
+from moco_d2.detection.datasets import custom_problems, register_custom
+from moco_d2.detection.label_images import LabelIndexHandler, load_sem_seg, voc_colors
 from moco_d2.detection.labels.files import record_lines
 from moco_d2.detection.labels.keypoints import mirror_pairs
 from moco_d2.detection.labels.masks import unpacked
@@ -935,7 +936,7 @@ def test_label_images_with_a_palette_are_indices(tmp_path):
     ("voc_2012_train_aug_sem_seg",
      ["VOC2012/ImageSets/Segmentation/train_aug.txt", "VOC2012/JPEGImages", "VOC2012/SegmentationClassAug"]),
     ("lvis_v1_val", ["lvis/lvis_v1_val.json", "coco/train2017", "coco/val2017"]),
-    ("cityscapes_fine_sem_seg_train", ["cityscapes/leftImg8bit/train/", "cityscapes/gtFine/train/"]),
+    ("cityscapes_fine_sem_seg_train", ["cityscapes/leftImg8bit/train", "cityscapes/gtFine/train"]),
 ])  # fmt: skip
 def test_missing_data_show_the_layout(name, parts):
     with pytest.raises(ValueError) as caught:

@@ -12,10 +12,10 @@ from PIL import Image
 
 
 class LabelIndexHandler(PathHandler):
-    """``label-index://FILE``: a label image whose palette, if any, is dropped, so that its pixels are class indices.
+    """Opens ``label-index://FILE``, a label image, without its palette, so that its pixels are class indices.
 
-    VOC's label images have colour palettes. Detectron2's mapper converts label images to grey, which turns the index of
-    a pixel into the brightness of its colour, and trains on that without a word.
+    VOC's label images have colour palettes. Detectron2's mapper converts label images to grey, so that it would train
+    on the brightness of each pixel's colour instead of its class.
     """
 
     PREFIX = "label-index://"
@@ -36,15 +36,15 @@ class LabelIndexHandler(PathHandler):
         plain, file = path.removeprefix(self.PREFIX), io.BytesIO()
         with Image.open(plain) as image:
             if image.mode not in ("P", "L"):
-                raise ValueError(f"{plain} is of mode {image.mode}; a label image has one index a pixel (mode P or L)")
-            # BMP, because nothing is gained by compressing.
+                raise ValueError(f"{plain} has mode {image.mode}; a label image must hold class indices (mode P or L)")
+            # BMP, because the image is read from memory at once.
             Image.frombytes("L", image.size, image.tobytes()).save(file, "BMP")
         file.seek(0)
         return file
 
 
 def voc_colors(count: int) -> list[list[int]]:
-    """Return VOC's own colours of classes: the bits of the index, dealt to red, green and blue from the top."""
+    """Return VOC's colour of each class: the bits of its index go to red, green and blue in turn, from the top."""
     return [
         [sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
         for index in range(count)
@@ -52,7 +52,7 @@ def voc_colors(count: int) -> list[list[int]]:
 
 
 def load_sem_seg(images: str, labels: str, split: str) -> list[dict[str, Any]]:
-    """Return the pictures that a split lists, in Detectron2's format."""
+    """Return the records, in Detectron2's format, of the pictures that a split's text file lists."""
     with open(split) as file:
         # Some editions of train_aug.txt list pairs of files instead of names.
         names = [Path(line.split()[0]).stem for line in file if line.strip()]

@@ -114,7 +114,7 @@ def check_copies(cfg: CfgNode) -> None:
             needs = Needs.of(cfg, False, entry.name in cfg.DATASETS.TRAIN)
             coco = read_coco(entry, needs, ignore) if entry.format == "coco" else None
             voc = read_voc(entry, needs, ignore) if entry.format == "voc" else None
-            if (coco and coco.changed) or (voc and not voc.plain):
+            if (coco and coco.changed) or (voc and not voc.standard):
                 raise ValueError(problem)
 
 
@@ -186,7 +186,7 @@ def _tell(entry: Entry, notes: Sequence[str]) -> None:
 def _register_voc(entry: Entry, needs: Needs, report: Report, place: Path, problem: str) -> None:
     labels = read_voc(entry, needs, report)
     folder, split = entry.root, entry.split
-    if labels and not labels.plain:
+    if labels and not labels.standard:
         folder, split = place, "all"
         _write_copy(lambda: _write_voc(place, labels.records, labels.classes), entry, place, problem, report)
 

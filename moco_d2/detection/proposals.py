@@ -43,7 +43,7 @@ def proposal_problems(cfg: CfgNode, train: bool = True) -> Iterator[str]:
         if kind == "TRAIN" and not train:
             continue
         if len(names) != len(paths):
-            yield f"DATASETS.PROPOSAL_FILES_{kind} names {len(paths)} files; it must name {len(names)}, one per data set"
+            yield f"DATASETS.PROPOSAL_FILES_{kind} names {len(paths)} files; it must name one per data set"
             continue
         used += paths
     for path in dict.fromkeys(used):

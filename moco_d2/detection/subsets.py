@@ -122,7 +122,7 @@ def training_set(cfg: CfgNode) -> list[dict[str, Any]] | None:
     if percent == 100:
         return None
     records = training_records(cfg, cfg.DATASETS.TRAIN)
-    # With the file's name, because two data sets may use the same ids, but without its folder, which other machines lack.
+    # With the file's name, as two data sets may use the same ids; without its folder, which differs between machines.
     ids = [f"{record.get('image_id', '')} {os.path.basename(record['file_name'])}" for record in records]
     chosen = [records[index] for index in select(ids, percent, seed)]
     logger.info("DATASETS.FRACTION: %g%% of the labels, %d of %d images", percent, len(chosen), len(records))

@@ -297,7 +297,8 @@ def test_files_that_a_list_names_are_looked_for_before_any_work(root: Path) -> N
     with pytest.raises(ValueError) as caught:
         check_run(cfg, world_size=1)
     for said in ("'voc': 1 of the 8 files that its labels name do not exist: ", "Annotations/000001.xml",
-                 "'voc_again': 1 of", "JPEGImages/000003.jpg", "'coco': 1 of the 4", "val2017/000000000004.jpg"):  # fmt: skip
+                 "'voc_again': 1 of", "JPEGImages/000003.jpg", "'coco': 1 of the 4",
+                 "val2017/000000000004.jpg"):  # fmt: skip
         assert said in str(caught.value)
     with pytest.raises(ValueError, match=r"data set 'coco': 1 of the 4 .*000000000004\.jpg"):
         build_loader(coco_cfg(root), seed=0)  # a training set's, as soon as its labels are read

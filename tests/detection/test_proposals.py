@@ -95,7 +95,11 @@ def test_no_code_of_a_file_of_proposals_runs(ids, tmp_path):
         (lambda ids: [1], (), "holds a list"),
         (lambda ids: content(ids) | {"ids": ids[1:]}, (), "differ in length"),
         (lambda ids: content(ids, bbox_mode="x"), (), "bbox_mode"),
-        (content, ("DATASETS.PROPOSAL_FILES_TEST", ()), "PROPOSAL_FILES_TEST names 0 files; it must name 1"),
+        (
+            content,
+            ("DATASETS.PROPOSAL_FILES_TEST", ()),
+            "PROPOSAL_FILES_TEST names 0 files; it must name one per",
+        ),
         (content, ("MODEL.PROPOSAL_GENERATOR.NAME", "RPN"), "MODEL.PROPOSAL_GENERATOR.NAME is RPN"),
         (content, ("DATASETS.PROPOSAL_FILES_TEST", ("nowhere.pkl",)), "the file of proposals nowhere.pkl does not"),
     ],

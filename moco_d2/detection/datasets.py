@@ -1,4 +1,4 @@
-"""Data sets that Detectron2 lacks: VOC's semantic segmentation, and the user's own (``DATASETS.CUSTOM``)."""
+"""Registration of data sets: the built-in ones that Detectron2 lacks, and the user's own (``DATASETS.CUSTOM``)."""
 
 from __future__ import annotations
 
@@ -68,27 +68,27 @@ for _record in DATASETS.values():
 
 
 def register_custom(cfg: CfgNode, *, labels: bool = True, train: bool = True) -> None:
-    """Register the sets of ``DATASETS.CUSTOM``, having checked those that are used. Call it in every process.
+    """Register the entries of ``DATASETS.CUSTOM`` and validate those that are used. Call it in every process.
 
-    What Detectron2 or an evaluator could not read as it stands is written anew to ``OUTPUT_DIR/datasets``; the user's
-    files are never changed, and where a copy would come into their place it is refused.
+    If Detectron2 or an evaluator cannot read labels as they are, a normalised copy is written to
+    ``OUTPUT_DIR/datasets``. The user's files are never changed; a copy that would replace one is refused.
 
     Args:
-        cfg: config; also says whether masks or keypoints are needed.
+        cfg: config; it also tells whether masks or keypoints are needed.
         labels: False for pretraining, which needs the pictures only.
-        train: whether the training sets are used; False for mere evaluation.
+        train: whether the training sets are used; False for an evaluation.
 
     Raises:
-        ValueError: names the first problem: file, line and record.
+        ValueError: names the first problem, with file, line and record.
     """
     _register_all(cfg, _raise, labels=labels, train=train)
 
 
 def custom_problems(cfg: CfgNode) -> list[str]:
-    """Return all problems of the sets of ``DATASETS.CUSTOM`` that are used, and register what can be read.
+    """Return all problems of the entries of ``DATASETS.CUSTOM`` that are used, and register what can be read.
 
-    Call it in every process. More thorough than :func:`register_custom`: every picture is opened and its size compared
-    with its labels'.
+    Call it in every process. In addition to :func:`register_custom`, it opens every picture and compares its size with
+    the labels.
     """
     problems: list[str] = []
     _register_all(cfg, problems.append, sizes=True)
@@ -96,21 +96,21 @@ def custom_problems(cfg: CfgNode) -> list[str]:
 
 
 def check_copies(cfg: CfgNode) -> None:
-    """Refuse an ``OUTPUT_DIR`` where copies of labels would meet what is not ours; nothing is written.
+    """Refuse an ``OUTPUT_DIR`` in which copies of labels would replace foreign files; nothing is written.
 
     Raises:
-        ValueError: they would.
+        ValueError: a copy would replace a file or folder that this project did not write.
     """
 
     def ignore(problem: str) -> None:
-        """Leave other problems to :func:`register_custom`, which tells all."""
+        """Leave other problems to :func:`register_custom`."""
 
     entries = parse_entries(cfg.DATASETS.CUSTOM, ignore)
     for entry in entries:
         place = _copy_of(entry, Path(cfg.OUTPUT_DIR))
         if entry.name not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             continue
-        if problem := _place_problem(place, entries) or _taken(place):  # The labels are read in this rare case only.
+        if problem := _place_problem(place, entries) or _taken(place):  # Only then the labels are read.
             needs = Needs.of(cfg, False, entry.name in cfg.DATASETS.TRAIN)
             coco = read_coco(entry, needs, ignore) if entry.format == "coco" else None
             voc = read_voc(entry, needs, ignore) if entry.format == "voc" else None
@@ -124,14 +124,12 @@ def _register_all(
     used = {*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if labels else ())}
     points, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     if labels and cfg.DATASETS.CUSTOM and cfg.MODEL.KEYPOINT_ON and sigmas != points != 17:
-        report(
-            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values; COCO's evaluation needs one for each of {points} keypoints"
-        )
+        report(f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values; COCO's evaluation needs {points}, one per keypoint")
     entries = parse_entries(cfg.DATASETS.CUSTOM, report)
     for entry in entries:
         place = _copy_of(entry, Path(cfg.OUTPUT_DIR))
         if entry.name in DatasetCatalog and not MetadataCatalog.get(entry.name).get("custom"):
-            report(f"DATASETS.CUSTOM: the name {entry.name!r} is taken by another data set; choose a new one")
+            report(f"DATASETS.CUSTOM: the name {entry.name!r} is taken by a registered data set; choose a new one")
             continue
         for catalog in (DatasetCatalog, MetadataCatalog):
             if entry.name in catalog.list():
@@ -143,7 +141,7 @@ def _register_all(
         needs = Needs.of(cfg, sizes, train and entry.name in cfg.DATASETS.TRAIN)
         register = _register_coco if entry.format == "coco" else _register_voc
         register(entry, needs, report, place, _place_problem(place, entries))
-    comm.synchronize()  # no process reads what the first one writes before it is there
+    comm.synchronize()  # The other processes read the copies that the first one writes.
 
 
 def _register_coco(entry: Entry, needs: Needs, report: Report, place: Path, problem: str) -> None:
@@ -161,7 +159,7 @@ def _register_coco(entry: Entry, needs: Needs, report: Report, place: Path, prob
     DatasetCatalog.register(entry.name, load)
     MetadataCatalog.get(entry.name).set(json_file=path, image_root=images, evaluator_type="coco")
     if labels:
-        _tell(entry, labels.notes)
+        _log_notes(entry, labels.notes)
         categories = labels.content["categories"]
         MetadataCatalog.get(entry.name).set(
             thing_classes=labels.classes,
@@ -176,8 +174,8 @@ def _without(record: dict[str, Any], field: str) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != field}
 
 
-def _tell(entry: Entry, notes: Sequence[str]) -> None:
-    """Write into the log what was done with a data set's labels."""
+def _log_notes(entry: Entry, notes: Sequence[str]) -> None:
+    """Log the notes on a data set's labels."""
     if comm.is_main_process():
         for note in notes:
             logger.info("data set %s: %s", entry.name, note)
@@ -198,7 +196,7 @@ def _register_voc(entry: Entry, needs: Needs, report: Report, place: Path, probl
     # The metric of 2012 is the area under the curve, that of 2007 its mean at eleven points.
     MetadataCatalog.get(entry.name).set(dirname=str(folder), split=split, year=2012, evaluator_type="pascal_voc")
     if labels:
-        _tell(entry, labels.notes)
+        _log_notes(entry, labels.notes)
         MetadataCatalog.get(entry.name).set(thing_classes=labels.classes, labelled=labels.labelled)
 
 
@@ -208,7 +206,7 @@ def _copy_of(entry: Entry, output_dir: Path) -> Path:
 
 
 def _place_problem(place: Path, entries: Sequence[Entry]) -> str:
-    """Say why a copy of labels cannot come to a place: it would meet the files of a data set; empty if it can."""
+    """Return why a copy of labels cannot be written to a place: data set files are there; empty if it can."""
     there = Path(os.path.realpath(place))
     for entry in entries:
         folder = VocFolder(entry)
@@ -219,19 +217,19 @@ def _place_problem(place: Path, entries: Sequence[Entry]) -> str:
                 continue
             own, where = Path(os.path.realpath(path)), ""
             if there == own or there in own.parents:
-                where = "in the place of"
-            elif path in labels and own in there.parents:  # They would be taken for further annotations.
-                where = "among the annotations in"
+                where = "it would replace"
+            elif path in labels and own in there.parents:  # It would be read as further annotations.
+                where = "it would be among the annotations in"
             if where:
                 return (
-                    f"labels would be written anew to {place}, {where} {own} of data set {entry.name!r}: choose "
-                    "another OUTPUT_DIR"
+                    f"the normalised copy of the labels cannot be written to {place}: {where} {own} of data set "
+                    f"{entry.name!r}; choose another OUTPUT_DIR"
                 )
     return ""
 
 
 def _taken(place: Path) -> str:
-    """Say why a copy of labels cannot replace what is at a place, as writing it would; empty if it can."""
+    """Return why a copy of labels must not replace the file or folder at a place; empty if it may."""
     try:
         if place.suffix == ".json":
             files.check_claim(place.parent, [files.exactly(place.name)], "OUTPUT_DIR")
@@ -243,7 +241,7 @@ def _taken(place: Path) -> str:
 
 
 def _write_copy(write: Callable[[], None], entry: Entry, place: Path, problem: str, report: Report) -> None:
-    """Write a data set's labels in the main process, unless that would meet the user's files."""
+    """Write the copy of a data set's labels in the main process, unless there is a problem with its place."""
     if problem:
         report(problem)
     elif comm.is_main_process():
@@ -253,18 +251,18 @@ def _write_copy(write: Callable[[], None], entry: Entry, place: Path, problem: s
             report(str(error))
         else:
             source = entry.json or entry.root
-            logger.info("data set %s: the labels of %s are normalised in the copy %s", entry.name, source, place)
+            logger.info("data set %s: a normalised copy of the labels %s is in %s", entry.name, source, place)
 
 
 def _write_coco(path: Path, content: dict[str, Any]) -> None:
-    """Write labels as COCO has them, in place of what we wrote there before."""
+    """Write labels as a COCO file; it may replace only an earlier copy."""
     files.claim(path.parent, [files.exactly(path.name)], "OUTPUT_DIR")
     with files.one_line(path), files.atomic_write(path) as file:
         file.write(json.dumps(content).encode())
 
 
 def _write_voc(folder: Path, records: Sequence[dict[str, Any]], classes: Sequence[str]) -> None:
-    """Write annotations and list in VOC's own layout, in place of what we wrote there before."""
+    """Write annotations and their list in VOC's layout; they may replace only an earlier copy."""
     with files.replaced_folder(folder, "OUTPUT_DIR") as new:
         files.write_text(new, "ImageSets/Main/all.txt", "".join(f"{record['image_id']}\n" for record in records))
         for record in records:
@@ -285,10 +283,10 @@ def _voc_xml(record: dict[str, Any], classes: Sequence[str]) -> str:
 
 
 def list_pictures(entry: Entry) -> list[str]:
-    """Return the pictures of a data set; labels are not read, and need not be there.
+    """Return the pictures of a data set; labels are not needed.
 
     Raises:
-        ValueError: nothing to list, or a picture is missing.
+        ValueError: there is no list of pictures, or a picture is missing.
     """
     if entry.format == "coco":
         assert entry.images is not None
@@ -298,7 +296,7 @@ def list_pictures(entry: Entry) -> list[str]:
     folder = VocFolder(entry)
     _folder(entry, folder.pictures)
     if folder.split_file is not None and not folder.split_file.is_file():
-        raise ValueError(f"data set {entry.name!r}: {folder.split_file} is not there")
+        raise ValueError(f"data set {entry.name!r}: {folder.split_file} does not exist")
     pictures = []
     for where, name in folder.unlabelled():
         try:
@@ -312,13 +310,13 @@ def _coco_pictures(file: JsonFile, folder: Path) -> list[str]:
     pictures = []
     for index, record in file.records("images"):
         try:
-            said = text(record.get("file_name"))
+            stated = text(record.get("file_name"))
         except ValueError:
             file.problem("images", index, f"has file_name {shown(record.get('file_name'))}; it must be text")
             continue
-        name = picture_name(folder, said)
+        name = picture_name(folder, stated)
         if name is None:
-            file.problem("images", index, missing_picture(folder, said))
+            file.problem("images", index, missing_picture(folder, stated))
         pictures.append(str(folder / str(name)))
     return pictures
 
@@ -329,7 +327,7 @@ def _is_picture(path: Path) -> bool:
 
 def _folder(entry: Entry, path: Path) -> Path:
     if not path.is_dir():
-        raise ValueError(f"data set {entry.name!r}: {path} is no folder; it must be the folder of its pictures")
+        raise ValueError(f"data set {entry.name!r}: {path} is not a folder; it must be the folder of the pictures")
     return path
 
 

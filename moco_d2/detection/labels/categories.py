@@ -167,8 +167,8 @@ def _check_keypoints(categories: Categories, entry: Entry, needs: Needs, report:
     for other, theirs in named[1:]:
         if theirs != names:
             report(
-                f"data set {entry.name!r}: {name!r} has the keypoints {listed(names)}, and {other!r} has {listed(theirs)}; "
-                "they must be the same for all classes"
+                f"data set {entry.name!r}: {name!r} has the keypoints {listed(names)}, and {other!r} has "
+                f"{listed(theirs)}; they must be the same for all classes"
             )
     problem = mirror_problem(names, entry.mirror, needs.flip if needs.trains else "none")
     if problem:

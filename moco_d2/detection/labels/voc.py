@@ -252,9 +252,7 @@ def _read_labels(folder: VocFolder, needs: Needs, report: Report) -> VocLabels:
             report(f"{where}: missing annotation: {folder.labels / name}.xml does not exist")
         elif name != name.strip() or re.search(r"[\r\n]", name):
             own = str(folder.xml_files[name])
-            report(
-                f"{own!r}: a list cannot hold a name with a line break, or a space at its beginning or end; rename it"
-            )
+            report(f"{own!r}: a name must have no line break, and no space at either end; rename it")
         else:
             record = _voc_record(folder, name, classes, needs, report)
             if record:
@@ -263,9 +261,7 @@ def _read_labels(folder: VocFolder, needs: Needs, report: Report) -> VocLabels:
                 records[name] = record
                 path, picture = folder.xml_files[name], record["file_name"]
                 if owners.setdefault(picture, path) != path:
-                    report(
-                        f"{path}:1: has the same picture as {owners[picture]}, {picture}; remove one of the annotations"
-                    )
+                    report(f"{path}:1: has the picture of {owners[picture]}, {picture}; remove one annotation")
     source = folder.split_file or folder.labels
     if not records:
         report(f"{source}: no usable image")
@@ -287,9 +283,7 @@ def voc_classes(folder: VocFolder, report: Report) -> list[str]:
     for name in entry.leave_out:
         if name not in names:
             near = did_you_mean(name, names)
-            report(
-                f"data set {entry.name!r}: leave_out names {name!r}, but no object in {folder.labels} has that name{near}"
-            )
+            report(f"data set {entry.name!r}: leave_out names {name!r}, but {folder.labels} has no such object{near}")
     return sorted(names - {"", *entry.leave_out})
 
 
@@ -369,8 +363,8 @@ def _voc_object(
     except ValueError:
         report(f"{where}: object {name!r} has bndbox {texts}; xmin, ymin, xmax and ymax must be numbers")
         return None
-    # Coordinates start at 1 and include the last pixel, so a box with xmin = xmax would be one pixel wide. But tools write
-    # it for a click without a drag.
+    # Coordinates start at 1 and include the last pixel, so a box with xmin = xmax would be one pixel wide. But
+    # tools write it for a click without a drag.
     box = [x0 - 1, y0 - 1, x1, y1]
     problem = box_problem(box if x1 > x0 and y1 > y0 else [0.0] * 4, *size)
     if problem:

@@ -307,7 +307,7 @@ def test_files_that_a_list_names_are_looked_for_before_any_work(root: Path) -> N
 def test_labels_of_registered_sets_that_cannot_be_read_are_named_by_file_and_record(root: Path) -> None:
     (root / "VOC2012/Annotations/000002.xml").write_text("<annotation>\n<object>")
     cfg = voc_cfg(root, "MODEL.ROI_HEADS.NUM_CLASSES", 20, "DATASETS.TEST", "('voc_again',)")
-    with pytest.raises(ValueError, match=r"'voc_again' cannot be read: .*Annotations/000002\.xml:2: no valid XML"):
+    with pytest.raises(ValueError, match=r"'voc_again' cannot be read: .*Annotations/000002\.xml:2: not valid XML"):
         check_run(cfg, world_size=1)
     labels = root / "coco/annotations/instances_val2017.json"
     content = json.loads(labels.read_text())

@@ -1,8 +1,8 @@
-"""Tell what is installed, what works and what is missing (``python -m moco_d2.commands.doctor``).
+"""Report of what is installed, what works and what is missing (``python -m moco_d2.commands.doctor``).
 
-Every problem comes with its remedy. The exit status is 1 if pretraining or detection cannot run here, else 0: a missing
-dataset or GPU is worth knowing but is no fault. The module imports nothing outside the standard library by itself, so
-that it works where it is needed most.
+Every problem has a remedy. The exit status is 1 if pretraining or detection cannot run here, otherwise 0: a missing
+dataset or GPU is only noted. The module itself imports the standard library only, so that it runs on a broken
+installation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from moco_d2.io.paths import expand_variable
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 
-# Distribution and import name of what both stages need; scripts and plots need the others, and pip brings them along.
+# Distribution and import names of the libraries that both stages need. pip installs the others with them.
 PACKAGES = {
     "torch": "torch",
     "torchvision": "torchvision",
@@ -50,9 +50,9 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        level: ``ok``, ``note`` (worth knowing) or ``FAIL`` (the main job cannot run).
+        level: ``ok``, ``note`` (worth knowing) or ``FAIL`` (pretraining or detection cannot run).
         text: what was found.
-        remedy: what to do about it; empty for ``ok``.
+        remedy: what to do; empty for ``ok``.
     """
 
     level: str
@@ -70,7 +70,7 @@ def check_packages() -> Iterator[Finding]:
 
 
 def _label(name: str) -> str:
-    # The headless build is the same library; some machines have only that one.
+    # The build without windows is the same library.
     for candidate in (name, f"{name}-headless"):
         try:
             return f"{candidate} {metadata.version(candidate)}"
@@ -82,30 +82,30 @@ def _label(name: str) -> str:
 def _package_remedy(name: str, error: str) -> str:
     if name == "opencv-python" and ".so" in error:
         return (
-            "a system library is missing: apt-get install libgl1 libglib2.0-0 libxcb1, or use the build without "
+            "a system library is missing: run apt-get install libgl1 libglib2.0-0 libxcb1, or use the build without "
             "windows: python -m pip install --force-reinstall --no-deps opencv-python-headless"
         )
     if name == "torchvision" and "No module named" not in error:
         return (
-            "torch and torchvision must belong together and both be CUDA or both CPU builds: "
+            "torch and torchvision must be matching versions, and both be CUDA or both CPU builds: "
             "python -m pip install -c constraints.txt --force-reinstall --no-deps torch torchvision"
         )
     return INSTALL
 
 
 def _try_import(name: str) -> tuple[ModuleType | None, str]:
-    """Import a module; return it, or why it cannot be imported, in one line."""
+    """Import a module; return it, or in one line why it cannot be imported."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(name), ""
-    # A broken binary raises OSError, AttributeError or RuntimeError as easily as ImportError; all are findings.
+    # A broken binary may also raise OSError, AttributeError or RuntimeError.
     except Exception as error:
         return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def check_detectron2() -> Iterator[Finding]:
-    """Find which Detectron2 there is, whether it imports, and whether its compiled part loads."""
+    """Find which Detectron2 is installed, whether it can be imported, and whether its compiled part loads."""
     folder = install_detectron2.find()
     if folder is None:
         yield Finding(FAIL, "detectron2 is not installed", install_detectron2.COMMAND)
@@ -117,7 +117,7 @@ def check_detectron2() -> Iterator[Finding]:
         if error:
             remedy = INSTALL
             if "pkg_resources" in error:
-                remedy = 'python -m pip install "setuptools<81" (later ones have no pkg_resources)'
+                remedy = 'python -m pip install "setuptools<81" (later versions have no pkg_resources)'
             yield Finding(FAIL, f"detectron2 at {folder} ({distribution}): {part}: {error}", remedy)
             return
     yield Finding(OK, f"detectron2 at {folder}: {distribution}, {build}")
@@ -127,14 +127,14 @@ def check_detectron2() -> Iterator[Finding]:
             NOTE,
             "detectron2's compiled part is not available; only rotated boxes, deformable convolution and the fast COCO "
             "evaluation need it",
-            f"the shipped configs do not; to build it from source set DETECTRON2={install_detectron2.OFFICIAL}",
+            f"the shipped configs do not need it; to build it from source set DETECTRON2={install_detectron2.OFFICIAL}",
         )
     else:
         yield Finding(OK, "detectron2's compiled part loads")
 
 
 def check_package() -> Iterator[Finding]:
-    """Import this package's own stages."""
+    """Import this package's stages and find its configs."""
     modules = {}
     for name in ("moco_d2.config", "moco_d2.methods", "moco_d2.engine", "moco_d2.detection"):
         modules[name], error = _try_import(name)
@@ -152,7 +152,7 @@ def check_package() -> Iterator[Finding]:
 
 
 def check_devices() -> Iterator[Finding]:
-    """Report the processors and which synchronised BatchNorm works here."""
+    """Report CPU cores, GPUs and which synchronised BatchNorm works here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding(OK, f"{cores} CPU cores")
     torch: Any
@@ -167,14 +167,14 @@ def check_devices() -> Iterator[Finding]:
         yield Finding(OK, f"GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
     if count:
         nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
-        several = "and NCCL between GPUs" if nccl else "but there is no NCCL: one GPU a run"
+        several = "and NCCL between GPUs" if nccl else "but NCCL is missing: a run can use one GPU only"
         yield Finding(OK if nccl else NOTE, f"nn.SyncBatchNorm works on the GPU, {several}")
         return
     why = str(caught[0].message).splitlines()[0] if caught else ""
     if not why and shutil.which("nvidia-smi"):
-        why = f"nvidia-smi is here, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds no device"
-    yield Finding(NOTE, f"no GPU{f' ({why})' if why else ''}: the tools run on the CPU")
-    yield Finding(NOTE, "SyncBN works in one CPU process; between several, the tools put naiveSyncBN in its place")
+        why = f"nvidia-smi is installed, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds no device"
+    yield Finding(NOTE, f"no GPU{f' ({why})' if why else ''}: runs use the CPU")
+    yield Finding(NOTE, "SyncBN works in one CPU process; several processes use naiveSyncBN instead")
 
 
 def check_datasets_root() -> Iterator[Finding]:

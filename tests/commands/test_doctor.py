@@ -198,7 +198,7 @@ def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     notes = [finding.text for finding in doctor.check_devices() if finding.level == NOTE]
-    assert "nvidia-smi is here, but torch" in notes[0]
+    assert "nvidia-smi is installed, but torch" in notes[0]
     assert "naiveSyncBN" in notes[1]
 
 

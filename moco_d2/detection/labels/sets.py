@@ -32,7 +32,7 @@ _SLACK = 1.0
 
 @dataclass(frozen=True)
 class Entry:
-    """One item of ``DATASETS.CUSTOM``; see ``moco_d2/config/__init__.py`` for the meaning of its fields."""
+    """One item of ``DATASETS.CUSTOM``; its fields are explained in ``moco_d2/config/keys.py``."""
 
     name: str
     format: str

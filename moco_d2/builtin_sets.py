@@ -116,3 +116,11 @@ _RECORDS = (
     *(_cityscapes("sem", split, "labelTrainIds.png", "labelIds.png") for split in ("train", "val")),
 )
 DATASETS = {record.name: record for record in _RECORDS}
+
+
+def voc_colors(count: int) -> list[list[int]]:
+    """Return VOC's colour of each class: the bits of its index go to red, green and blue in turn, from the top."""
+    return [
+        [sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
+        for index in range(count)
+    ]

@@ -16,14 +16,14 @@ from detectron2.data.datasets import load_coco_json, register_coco_instances, re
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from moco_d2.builtin_sets import DATASETS, Dataset
+from moco_d2.builtin_sets import DATASETS, Dataset, voc_colors
 from moco_d2.data.listing import EXTENSIONS
-from moco_d2.detection.label_images import LabelIndexHandler, load_sem_seg, voc_colors
-from moco_d2.detection.labels.coco import keypoint_metadata, missing_picture, picture_name, read_coco
+from moco_d2.detection.label_images import LabelIndexHandler, load_sem_seg
+from moco_d2.detection.labels.coco import CocoLabels, keypoint_metadata, missing_picture, picture_name, read_coco
 from moco_d2.detection.labels.fields import text
 from moco_d2.detection.labels.files import JsonFile, shown
 from moco_d2.detection.labels.sets import Entry, Needs, Report, parse_entries
-from moco_d2.detection.labels.voc import VocFolder, read_voc, walk
+from moco_d2.detection.labels.voc import VocFolder, VocLabels, read_voc, walk
 from moco_d2.io import files
 
 logger = logging.getLogger(__name__)
@@ -111,10 +111,9 @@ def check_copies(cfg: CfgNode) -> None:
         if entry.name not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             continue
         if problem := _place_problem(place, entries) or _taken(place):  # Only then the labels are read.
-            needs = Needs.of(cfg, False, entry.name in cfg.DATASETS.TRAIN)
-            coco = read_coco(entry, needs, ignore) if entry.format == "coco" else None
-            voc = read_voc(entry, needs, ignore) if entry.format == "voc" else None
-            if (coco and coco.changed) or (voc and not voc.standard):
+            read: Callable[..., CocoLabels | VocLabels | None] = read_coco if entry.format == "coco" else read_voc
+            labels = read(entry, Needs.of(cfg, False, entry.name in cfg.DATASETS.TRAIN), ignore)
+            if labels and labels.changed:
                 raise ValueError(problem)
 
 
@@ -184,7 +183,7 @@ def _log_notes(entry: Entry, notes: Sequence[str]) -> None:
 def _register_voc(entry: Entry, needs: Needs, report: Report, place: Path, problem: str) -> None:
     labels = read_voc(entry, needs, report)
     folder, split = entry.root, entry.split
-    if labels and not labels.standard:
+    if labels and labels.changed:
         folder, split = place, "all"
         _write_copy(lambda: _write_voc(place, labels.records, labels.classes), entry, place, problem, report)
 

@@ -43,14 +43,6 @@ class LabelIndexHandler(PathHandler):
         return file
 
 
-def voc_colors(count: int) -> list[list[int]]:
-    """Return VOC's colour of each class: the bits of its index go to red, green and blue in turn, from the top."""
-    return [
-        [sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
-        for index in range(count)
-    ]
-
-
 def load_sem_seg(images: str, labels: str, split: str) -> list[dict[str, Any]]:
     """Return the records, in Detectron2's format, of the pictures that a split's text file lists."""
     with open(split) as file:

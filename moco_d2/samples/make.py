@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from moco_d2.builtin_sets import voc_colors
 from moco_d2.samples.coco import (
     Record,
     coco_categories,
@@ -147,17 +148,8 @@ def save_voc_labels(scene: Scene, folder: Path, name: str) -> None:
     for kind in ("SegmentationClassAug", "SegmentationClass"):
         (folder / kind).mkdir(exist_ok=True)
         if kind == "SegmentationClass":
-            labels.putpalette(voc_palette())
+            labels.putpalette([value for colour in voc_colors(256) for value in colour])
         labels.save(folder / kind / f"{name}.png")
-
-
-def voc_palette() -> list[int]:
-    """Return VOC's 256 colours in one list: the bits of an index go to red, green and blue in turn, from the top."""
-    return [
-        sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
-        for index in range(256)
-        for channel in range(3)
-    ]
 
 
 def voc_annotation(scene: Scene, name: str, year: int) -> ET.Element:

@@ -27,10 +27,7 @@ def normalised_keypoints(
         names: the names of the keypoints of the object's category.
     """
     if len(names) != wanted:
-        return record, (
-            f"has a category of {len(names)} keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {wanted}; the "
-            "numbers must be equal"
-        )
+        return record, f"has a category of {len(names)} keypoints; MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {wanted}"
     given = record.get("keypoints")
     points = [0] * 3 * wanted if given is None else _unseen_at_zero(given)
     try:
@@ -38,15 +35,10 @@ def normalised_keypoints(
     except ValueError:
         points = []
     if len(points) != 3 * wanted:
-        return record, (
-            f"has keypoints {shown(given)}; it must be one list of x, y and visibility of {wanted} keypoints"
-        )
+        return record, f"has keypoints {shown(given)}; it must be one list of x, y, visibility of {wanted} keypoints"
     for name, x, y, seen in zip(names, points[::3], points[1::3], points[2::3], strict=True):
         if seen not in (0, 1, 2):
-            return (
-                record,
-                f"has the keypoint {name!r} with visibility {seen!r}; it must be 0, 1 or 2",
-            )
+            return record, f"has the keypoint {name!r} with visibility {seen!r}; it must be 0, 1 or 2"
         if seen and outside((x, y, x, y), *size):
             return record, (
                 f"has the keypoint {name!r} at ({x:g}, {y:g}), outside the image of {size[0]} x {size[1]}; correct it, "
@@ -57,10 +49,7 @@ def normalised_keypoints(
     except ValueError:
         stated = -1
     if stated < 0:
-        return record, (
-            f"has num_keypoints {shown(record['num_keypoints'])}; it must be a whole number, at least 0; if you "
-            "remove it, they are counted"
-        )
+        return record, f"has num_keypoints {shown(record['num_keypoints'])}; remove it, and they are counted"
     count = sum(seen > 0 for seen in points[2::3])
     return replaced(record, keypoints=points, num_keypoints=count), None
 

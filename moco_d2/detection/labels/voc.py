@@ -33,14 +33,14 @@ class VocLabels:
         records: in Detectron2's format; annotations also have ``difficult``. If the folder has no labels, the records
             have no annotations.
         classes: their names, in the order of the detector's outputs.
-        standard: whether the evaluator can read the folder as it is.
+        changed: whether the evaluator cannot read the folder as it is.
         labelled: False if the folder has no labels, so that nothing can be evaluated.
         notes: what was left out, for the log.
     """
 
     records: list[Record]
     classes: list[str]
-    standard: bool
+    changed: bool
     labelled: bool
     notes: list[str]
 
@@ -233,7 +233,7 @@ def _read_pictures(folder: VocFolder, report: Report) -> VocLabels:
     if not entry.classes:
         report(f"data set {entry.name!r} has no labels; add classes, the names of the detector's classes, to its entry")
     note = "no labels: detections are saved, but not evaluated"
-    return VocLabels(list(records.values()), list(entry.classes), True, False, [note])
+    return VocLabels(list(records.values()), list(entry.classes), False, False, [note])
 
 
 def _read_labels(folder: VocFolder, needs: Needs, report: Report) -> VocLabels:
@@ -268,7 +268,7 @@ def _read_labels(folder: VocFolder, needs: Needs, report: Report) -> VocLabels:
     elif not any(record["annotations"] for record in records.values()):
         report(f"{source}: none of the {len(records)} images has a usable object")
     notes = [f"{count} objects of {name} are left out" for name, count in sorted(left_out.items())]
-    return VocLabels(list(records.values()), classes, standard, True, notes)
+    return VocLabels(list(records.values()), classes, not standard, True, notes)
 
 
 def voc_classes(folder: VocFolder, report: Report) -> list[str]:
@@ -306,6 +306,7 @@ def _voc_record(folder: VocFolder, name: str, classes: Sequence[str], needs: Nee
     except ValueError as error:
         report(f"{path}:1: {error}")
         return None
+    direct = items == tree.findall("object")  # The evaluator reads no others.
     left_out = [item for item in items if _text(item, "name") in folder.entry.leave_out]
     annotations = [_voc_object(i, path, (width, height), classes, report) for i in items if i not in left_out]
     return {
@@ -314,11 +315,7 @@ def _voc_record(folder: VocFolder, name: str, classes: Sequence[str], needs: Nee
         "height": height,
         "width": width,
         "annotations": [annotation for annotation in annotations if annotation],
-        # The evaluator reads NAME.xml, and the objects directly below its root.
-        "standard": standard
-        and path.suffix == ".xml"
-        and items == tree.findall("object")
-        and all(map(_is_standard, items)),
+        "standard": standard and path.suffix == ".xml" and direct and all(map(_is_standard, items)),
         "left_out": Counter(_text(item, "name") for item in left_out),
     }
 

@@ -24,11 +24,12 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from small_detector import COCO_FPN, SHORT, VOC_C4, small_cfg
 
+from moco_d2.builtin_sets import voc_colors
 from moco_d2.config import load_cfg
 from moco_d2.data import list_images
 from moco_d2.detection import datasets
 from moco_d2.detection.datasets import custom_problems, register_custom
-from moco_d2.detection.label_images import LabelIndexHandler, load_sem_seg, voc_colors
+from moco_d2.detection.label_images import LabelIndexHandler, load_sem_seg
 from moco_d2.detection.labels.files import record_lines
 from moco_d2.detection.labels.keypoints import mirror_pairs
 from moco_d2.detection.labels.masks import unpacked
@@ -797,7 +798,7 @@ def test_keypoints_carry_their_names_and_mirror_images(coco):
     assert MetadataCatalog.get("parts").keypoint_flip_map == [("left_end", "right_end")]
     plain = json.loads(Path(MetadataCatalog.get("parts").json_file).read_text())["annotations"]
     assert [item["num_keypoints"] for item in plain[:2]] == [0, 3]
-    with pytest.raises(ValueError, match=r"a category of 3 keypoints, but .*NUM_KEYPOINTS is 17"):
+    with pytest.raises(ValueError, match=r"a category of 3 keypoints; .*NUM_KEYPOINTS is 17"):
         register_custom(config(coco(change), opts=[*keys[:2], *BOXES]))
 
 
@@ -847,7 +848,7 @@ def test_keypoints_are_not_mirrored_on_a_guess(coco, names, entry, flip, message
 @pytest.mark.parametrize(("points", "message"), [
     ([5, 5, 3, 9, 9, 1], "has the keypoint 'l' with visibility 3"),
     ([5, 5, 2, 900, 9, 1], r"has the keypoint 'r' at \(900, 9\), outside the image of 100 x 80"),
-    ([5, 5, 2], r"has keypoints \[5, 5, 2\]; it must be one list of x, y and visibility of 2 keypoints"),
+    ([5, 5, 2], r"has keypoints \[5, 5, 2\]; it must be one list of x, y, visibility of 2 keypoints"),
     ([5, 5, float("nan"), 9, 9, 1], "it must be one list"),
     ([None, None, 0, "900", "9", "0"], None),
 ])  # fmt: skip

@@ -28,12 +28,14 @@ def needed_files(dataset_name: str) -> list[str]:
     meta = MetadataCatalog.get(dataset_name)
     if meta.get("custom"):
         return []
-    if dataset_name in DATASETS:
-        return [os.path.join(ROOT, path) for path in DATASETS[dataset_name].needed]
-    if is_voc_list(dataset_name):
-        return [_voc_list(dataset_name), *(os.path.join(meta.dirname, part) for part in ("Annotations", "JPEGImages"))]
     keys = ("split_file", "json_file", "image_root", "sem_seg_root", "image_dir", "gt_dir", "panoptic_root")
-    return [meta.get(key) for key in keys if meta.get(key)]
+    paths = [meta.get(key) for key in keys if meta.get(key)]
+    if is_voc_list(dataset_name):
+        paths = [_voc_list(dataset_name), *(os.path.join(meta.dirname, part) for part in ("Annotations", "JPEGImages"))]
+    record = DATASETS.get(dataset_name)
+    if record and all(path.startswith(ROOT) for path in paths):  # unless others registered the name for other files
+        return [os.path.join(ROOT, path) for path in record.needed]
+    return paths
 
 
 def missing_files(dataset_name: str, paths: Iterable[str]) -> str:
@@ -46,7 +48,7 @@ def missing_files(dataset_name: str, paths: Iterable[str]) -> str:
     for path in dict.fromkeys(paths):
         total += 1
         folder, name = os.path.split(path)
-        # The file system decides: it may accept spellings of a name that the listing does not show.
+        # The file system decides: it may accept other spellings of a listed name.
         if not (("://" not in path and name in names(folder)) or PathManager.isfile(path)):
             missing.append(path)
     if not missing:

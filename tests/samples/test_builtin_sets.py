@@ -100,6 +100,9 @@ def test_a_record_is_all_that_a_set_of_a_known_kind_needs(new_sets: Path) -> Non
         assert all(Path(path).exists() for path in missing.needed_files(record.name))
         files = list(missing.listed_files(record.name))
         assert files and missing.missing_files(record.name, files) == ""
+        with pytest.MonkeyPatch.context() as patch:  # the name may stand for files elsewhere
+            patch.setattr(missing, "ROOT", "elsewhere")
+            assert {*map(Path, missing.needed_files(record.name))} == {new_sets / path for path in record.needed}
     counts = {record.name: len(DatasetCatalog.get(record.name)) for record in NEW}
     counts[coco.name] *= 2  # the pictures of the keypoint files are in the folder, too
     assert MetadataCatalog.get(coco.name).thing_classes[0] == "person"

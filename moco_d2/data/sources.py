@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from moco_d2.builtin_sets import DATASETS
 from moco_d2.data.listing import EXTENSIONS, Listing, Paths, counted, fingerprint
 from moco_d2.data.mistaken import mistaken
 from moco_d2.data.shard_cache import ShardCache
@@ -233,7 +234,7 @@ def list_folder(folder: str | os.PathLike[str], unreadable: list[tuple[str, str]
 
 
 def _imagenet_train() -> list[dict[str, str]]:
-    root = Path(expand_variable("DETECTRON2_DATASETS", "datasets")) / "imagenet" / "train"
+    root = Path(expand_variable("DETECTRON2_DATASETS", "datasets"), *DATASETS["imagenet_train"].needed)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}")
     return [{"file_name": name} for name in list_folder(root)]

@@ -22,7 +22,7 @@ from moco_d2.config import flat, mistyped_keys, unread_keys, use_device_there_is
 from moco_d2.config.roles import DETECTION
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.metrics.evaluators import evaluator_type
-from moco_d2.detection.missing import is_voc_list, listed_files, missing_files, unreadable
+from moco_d2.detection.missing import is_voc_list, listed_files, missing_files, needed_files, unreadable
 from moco_d2.detection.proposals import proposal_problems
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 from moco_d2.messages import did_you_mean
@@ -309,7 +309,7 @@ def _dataset_problems(cfg: CfgNode, name: str) -> Iterator[str]:
         yield f"no data set {name!r} is registered{did_you_mean(name, DatasetCatalog.list(), most=3)}"
         return
     meta = MetadataCatalog.get(name)
-    files = {path: PathManager.exists(path) for path in _dataset_files(name)}
+    files = {path: PathManager.exists(path) for path in needed_files(name)}
     if not all(files.values()):
         root = os.getenv("DETECTRON2_DATASETS")
         said = f"DETECTRON2_DATASETS is {root}" if root else "DETECTRON2_DATASETS is not set, so ./datasets is used"
@@ -351,19 +351,3 @@ def _class_problems(cfg: CfgNode, names: Sequence[str]) -> Iterator[str]:
                 f"data sets {known[0]!r} and {name!r} number their classes differently: {number} is {a} in one and {b} "
                 "in the other. Give them the same list of classes in DATASETS.CUSTOM"
             )
-
-
-def _dataset_files(name: str) -> Sequence[str]:
-    """Return what must be on disk, as far as the metadata say."""
-    meta = MetadataCatalog.get(name)
-    if meta.get("custom"):  # read when it was registered
-        return []
-    if meta.get("dirname") and meta.get("split"):  # VOC
-        split = os.path.join("ImageSets", "Main", f"{meta.split}.txt")
-        return [os.path.join(meta.dirname, part) for part in (split, "Annotations", "JPEGImages")]
-    if meta.get("evaluator_type") == "lvis":  # COCO's pictures; LVIS's val has some of COCO's train
-        folders = ("train2017",) if name.endswith("train") else ("train2017", "val2017")
-        return [meta.json_file, *(os.path.join(meta.image_root, folder) for folder in folders)]
-    # COCO (json_file, image_root), semantic segmentation (sem_seg_root), Cityscapes (image_dir, gt_dir), ...
-    keys = ("split_file", "json_file", "image_root", "sem_seg_root", "image_dir", "gt_dir", "panoptic_root")
-    return [meta.get(key) for key in keys if meta.get(key)]

@@ -17,8 +17,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from moco_d2.builtin_sets import voc_colors
 from moco_d2.config import load_cfg
-from moco_d2.detection.datasets import LabelIndexHandler, voc_colors
+from moco_d2.detection.label_images import LabelIndexHandler
 from moco_d2.reports.pictures import Scene, draw_scene
 from moco_d2.reports.visualize import (
     Outcome,

@@ -426,7 +426,7 @@ def test_numbers_of_keypoints_must_agree(tmp_path, registered):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("[{", r"found.json:1: no valid JSON: .*column 3"), ("[" * 10**5, "too many levels of brackets"),
+    ("[{", r"found.json:1: not valid JSON: .*column 3"), ("[" * 10**5, "nested too deeply"),
     ("7", "not hold detections in COCO's form"), ("[7]", "not hold detections in COCO's form"),
 ])  # fmt: skip
 def test_files_that_hold_no_detections_are_named(text, message, tmp_path, registered):

@@ -20,9 +20,10 @@ from moco_d2.config import _defaults, flat, get_cfg, roles
 from moco_d2.config.roles import DETECTION
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.dry_run import rehearse
+from moco_d2.detection.evaluation import Evaluation
 from moco_d2.detection.preflight import check_run, run_problems
 from moco_d2.detection.segmentation import build_segmentation_mapper
-from moco_d2.detection.trainer import TransferTrainer, evaluate, joined
+from moco_d2.detection.trainer import TransferTrainer, evaluate
 from moco_d2.reports.summary import build_tables, find_runs, heading
 
 pytestmark = [
@@ -105,7 +106,9 @@ def test_results_log_and_report_have_both_evaluations(trained: tuple[Path, Any, 
 
 def test_results_of_several_sets_are_joined_set_by_set() -> None:
     plain, augmented = ({name: {task: {"AP": 1.0}} for name in "ab"} for task in ("bbox", "bbox_TTA"))
-    assert joined(plain, augmented) == {name: {**plain[name], **augmented[name]} for name in "ab"}
+    both = Evaluation(plain, dict.fromkeys("ab", "hotcoco 1")).joined(Evaluation(augmented, {"b": "pycocotools 2"}))
+    assert both.metrics == both.by_task() == {name: {**plain[name], **augmented[name]} for name in "ab"}
+    assert both.libraries == {"a": "hotcoco 1", "b": "pycocotools 2"}
 
 
 @pytest.mark.parametrize("config", [RETINANET, SEGMENTER, KEYPOINTS])
@@ -113,7 +116,7 @@ def test_detectors_without_test_time_augmentation_are_refused_by_name(config: st
     cfg = small_cfg(config, *SHORT, *SETS, *AUGMENTED)
     said = "MODEL.KEYPOINT_ON True" if config == KEYPOINTS else f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}"
     (problem,) = (problem for problem in run_problems(cfg, 1) if "TEST.AUG" in problem)
-    assert f"does not know {said}: pass TEST.AUG.ENABLED False" in problem
+    assert f"of GeneralizedRCNN, not {said}: pass TEST.AUG.ENABLED False" in problem
 
 
 def test_a_dry_run_evaluates_with_it_at_one_size(tiny: None, tmp_path: Path) -> None:
@@ -130,14 +133,14 @@ def test_a_dry_run_evaluates_with_it_at_one_size(tiny: None, tmp_path: Path) -> 
         ("DATALOADER.NUM_WORKERS", -1, "it must be 0 (no worker processes) or more"),
         ("SOLVER.MAX_ITER", 0, "it must be positive"),
         ("SOLVER.MOMENTUM", 1.5, "it must be in [0, 1)"),
-        ("SOLVER.STEPS", (20, 10), "it must be iterations that rise"),
+        ("SOLVER.STEPS", (20, 10), "it must be iterations in rising order"),
         ("SOLVER.STEPS", ("10",), "it must be a list or tuple"),
         ("SOLVER.BASE_LR", float("nan"), "it must be finite"),
         ("MODEL.PIXEL_MEAN", ["x", 0.0, 0.0], "it must be a list or tuple"),
-        ("TEST.AUG.MIN_SIZES", (), "it must name the short sides"),
+        ("TEST.AUG.MIN_SIZES", (), "it must be one or more short sides in pixels"),
         ("TEST.DETECTIONS_PER_IMAGE", 0, "it must be positive"),
-        ("TEST.EXPECTED_RESULTS", [["bbox", "AP", 1]], "it must be of [task, metric, value, tolerance]"),
-        ("INPUT.MIN_SIZE_TRAIN", (), "it must be short sides in pixels"),
+        ("TEST.EXPECTED_RESULTS", [["bbox", "AP", 1]], "it must be a list of [task, metric, value, tolerance]"),
+        ("INPUT.MIN_SIZE_TRAIN", (), "it must be one or more short sides in pixels, above 0"),
         ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "foo", "it must be choice or range"),
         ("INPUT.RANDOM_FLIP", "foo", "it must be one of horizontal, vertical, none"),
         ("INPUT.MAX_SIZE_TRAIN", 0, "it must be positive"),
@@ -158,7 +161,7 @@ def test_values_that_cannot_be_are_named_before_anything_is_built(key: str, valu
     [
         ("DATASETS.TRAIN", ({"tiny": 1},), "it must hold names and paths, as text"),
         ("INPUT.FORMAT", "GBR", "it must be RGB or BGR"),
-        ("INPUT.MIN_SIZE_TRAIN", (0,), "it must be of sizes above 0"),
+        ("INPUT.MIN_SIZE_TRAIN", (0,), "it must be one or more short sides in pixels, above 0"),
         ("INPUT.MIN_SIZE_TEST", -1, "it must be positive, or 0"),
         ("INPUT.CROP.SIZE", [0.9], "it must be height and width"),
         ("MODEL.PIXEL_MEAN", [1.0], "it must be three numbers"),

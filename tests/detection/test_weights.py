@@ -160,8 +160,8 @@ def test_a_partial_file_is_refused_with_the_keys(altered):
     path = altered(lambda c: [c["model"].pop(k) for k in list(c["model"]) if k.startswith("res5.2.")])
     message = refusal(small_cfg(VOC_C4), path)
     assert "fills 250 of 265 tensors; 15 would stay random" in message
-    assert "roi_heads.res5.2.conv1.weight is not in the file" in message
-    assert "... and 5 more" in message
+    assert re.search(r"not in the file: roi_heads\.res5\.2\.conv1\.weight, .* and 12 more\.$", message, re.MULTILINE)
+    assert message.count("\n") == 1
     assert "tools/convert_checkpoint.py" in message
 
 
@@ -255,7 +255,8 @@ def test_an_official_training_checkpoint_is_refused(backbone_file, tmp_path):
     path = tmp_path / "checkpoint_0199.pth.tar"
     torch.save({"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {}}, path)
     message = refusal(small_cfg(COCO_FPN), path)
-    assert "not in Detectron2's form: epoch, arch, state_dict and 1 more are no tensors" in message
+    assert "not in Detectron2's form" in message
+    assert "epoch, arch, state_dict and 1 more are not tensors" in message
     assert "Convert it first" in message
 
 
@@ -264,7 +265,7 @@ def test_torchvision_names_are_refused_with_a_look_at_them(backbone_file, tmp_pa
     torch.save(torch.load(backbone_file)["state_dict"], path)
     message = refusal(small_cfg(VOC_C4), path)
     assert "fills 0 of 265" in message
-    assert "names such as conv1.weight" in message
+    assert "has names such as conv1.weight" in message
     assert "Convert it first" in message
 
 
@@ -302,7 +303,7 @@ def test_a_whole_detector_is_needed_to_evaluate(converted_file, tmp_path):
     cfg = small_cfg(VOC_C4)
     model, record = load(cfg, converted_file)
     message = refusal(cfg, converted_file, all_names)
-    assert "proposal_generator.rpn_head.conv.weight is not in the file" in message
+    assert "not in the file: proposal_generator.rpn_head.conv.weight, " in message
     keeper = DetectionCheckpointer(model, str(tmp_path), facts=record)
     keeper.save("model_final")
     path = tmp_path / "model_final.pth"
@@ -354,7 +355,7 @@ def test_a_fresh_start_does_not_overwrite_a_run(tmp_path):
 def test_what_no_detector_can_be_built_of_is_told_in_one_line(key, value, message):
     cfg = small_cfg(VOC_C4, "MODEL.WEIGHTS", "", key, value)
     for build in (check_weights, TransferTrainer.build_model):
-        with pytest.raises(ValueError, match=rf"^{message}[^\n]*; correct the keys of MODEL that it follows from$"):
+        with pytest.raises(ValueError, match=rf"^{message}[^\n]*; correct the keys of MODEL that cause it$"):
             build(cfg)
 
 
@@ -415,7 +416,7 @@ def test_safetensors_of_a_detector_and_of_a_converted_backbone(detector, convert
 def test_detectron2s_query_for_its_heuristics(altered):
     path = altered(lambda c: c.pop("matching_heuristics"))
     load(small_cfg(COCO_FPN), f"{path}?matching_heuristics=True")
-    assert "only matching_heuristics=True is known" in refusal(small_cfg(COCO_FPN), f"{path}?other=1")
+    assert "the only option after '?' is matching_heuristics=True" in refusal(small_cfg(COCO_FPN), f"{path}?other=1")
 
 
 def test_a_pickle_of_facebooks_pycls_is_matched_as_detectron2_does(converted_file, tmp_path):
@@ -459,7 +460,7 @@ def test_a_file_that_names_code_is_refused_with_a_call_that_writes_the_weights_a
         model, _ = load(small_cfg(VOC_C4), tmp_path / "my file_weights.pth", all_names)
         assert torch.equal(model.backbone.stem.conv1.weight, detector["backbone.stem.conv1.weight"])
     else:
-        assert "x.settings is no tensor" in message
+        assert "x.settings is not a tensor" in message
 
 
 def test_a_runs_folder_is_told_its_checkpoint(detector, tmp_path):

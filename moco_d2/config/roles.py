@@ -251,10 +251,10 @@ def role(key: str, stage: str) -> str:
     raise KeyError(f"{key} has no entry in moco_d2.config.roles.ROLES")
 
 
-def resumed(keys: Iterable[str], source: str) -> list[str]:
-    """Return the keys whose value a resumed fine-tuning takes from ``CHECKPOINT`` or ``CONFIG``."""
+def resumed(keys: Iterable[str], *sources: str) -> list[str]:
+    """Return the keys whose value a resumed fine-tuning takes from these sources (``CHECKPOINT``, ``CONFIG``)."""
     entries = ((key, next((ROLES[name] for name in _and_groups(key) if name in ROLES), None)) for key in keys)
-    return [key for key, entry in entries if entry and entry.resumed == source]
+    return [key for key, entry in entries if entry and entry.resumed in sources]
 
 
 def turned_off(key: str, stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

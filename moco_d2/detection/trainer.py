@@ -260,9 +260,7 @@ class TransferTrainer(DefaultTrainer):
         """Return what a resumed run is compared by."""
         values = flat(self.cfg)
         return {
-            **{
-                key: values[key] for source in (roles.CHECKPOINT, roles.CONFIG) for key in roles.resumed(values, source)
-            },
+            **{key: values[key] for key in roles.resumed(values, roles.CHECKPOINT, roles.CONFIG)},
             "SEED": self.seed,
             "SOLVER.IMS_PER_BATCH": self.cfg.SOLVER.IMS_PER_BATCH,
             "SOLVER.ACCUMULATE": self.cfg.SOLVER.ACCUMULATE,

@@ -16,7 +16,7 @@ from detectron2.modeling.anchor_generator import build_anchor_generator
 from recorded_cfg import RecordedCfg
 from small_detector import COCO_C4, COCO_FPN, SHORT, small_cfg
 
-from moco_d2.config import _defaults, flat, get_cfg, roles
+from moco_d2.config import flat, load_cfg, roles
 from moco_d2.config.roles import DETECTION
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.dry_run import rehearse
@@ -167,6 +167,10 @@ def test_values_that_cannot_be_are_named_before_anything_is_built(key: str, valu
         ("MODEL.PIXEL_MEAN", [1.0], "it must be three numbers"),
         ("MODEL.PIXEL_STD", [0.0, 1.0, 1.0], "it must be three numbers above 0"),
         ("MODEL.BACKBONE.FREEZE_AT", 9, "it must be 0 (nothing is frozen) to 5"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[]], "it must be one list of positive numbers for all feature maps, or one"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[32.0], [64.0]], "one list for each of the 1 in MODEL.RPN.IN_FEATURES"),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, -1.0]], "it must be one list of positive numbers"),
+        ("MODEL.RPN.IN_FEATURES", [], "it must name one or more feature maps"),
         ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 0, "it must be positive"),
         ("SOLVER.GAMMA", -1.0, "it must be positive"),
     ],
@@ -178,6 +182,18 @@ def test_values_of_which_detectron2_would_fail_later_are_named_first(
     cfg.merge_from_list([key, value])
     found = [problem for problem in run_problems(cfg, 1) if "classes" not in problem]
     assert len(found) == 1 and found[0].startswith(f"{key} is {value!r}; ") and said in found[0]
+
+
+def test_anchors_are_equally_many_on_all_feature_maps_of_rpn_and_retinanet(tiny: None) -> None:
+    for config, sizes, count in ((COCO_FPN, [[32], [64], [128], [256], [512, 640]], "3 or 6"), (RETINANET, [[8]], "")):
+        cfg = small_cfg(config, *SHORT, *SETS, "MODEL.ANCHOR_GENERATOR.SIZES", sizes)
+        found = [problem for problem in run_problems(cfg, 1) if "classes" not in problem]
+        assert len(found) == bool(count) and all(f" gives {count} anchors a position" in problem for problem in found)
+    cfg.merge_from_list(
+        ["MODEL.RETINANET.IN_FEATURES", ["p3", "p4"], "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32]]]
+    )
+    (problem,) = (problem for problem in run_problems(cfg, 1) if "classes" not in problem)
+    assert problem.endswith("one list for each of the 2 in MODEL.RETINANET.IN_FEATURES")
 
 
 def test_the_table_of_roles_says_what_detectors_read(trained: tuple[Path, Any, set[str]]) -> None:
@@ -215,7 +231,7 @@ def test_the_table_of_roles_says_what_detectors_read(trained: tuple[Path, Any, s
 
 def _check(cfg: Any, read: set[str], group: str = "", but: tuple[str, ...] = ()) -> None:
     """Assert that a detector read every key of a group that the table calls read, switches considered."""
-    values, defaults = flat(cfg), _defaults(get_cfg())
+    values, defaults = flat(cfg), flat(load_cfg())
     wanted = {
         key
         for key in values

@@ -242,12 +242,29 @@ def test_a_file_without_facts_loads_and_the_assumption_is_logged(altered, caplog
     path = altered(lambda c: c.pop("facts"))
     with caplog.at_level("INFO", logger="moco_d2"):
         load(small_cfg(VOC_C4), path)
-    assert "carries no facts: it is assumed to want what the config says (RGB" in caplog.text
+    assert "carries no facts, so the config's are assumed (RGB" in caplog.text
 
 
 def test_an_unconverted_backbone_is_refused(backbone_file):
     message = refusal(small_cfg(VOC_C4), backbone_file)
     assert f"Convert it first: python tools/convert_checkpoint.py {backbone_file}" in message
+
+
+@pytest.mark.parametrize(("prefix", "source"), [("online_encoder.", "model_0000009.pth"), (None, "backbone.pth")])
+def test_a_training_checkpoint_of_any_method_is_refused_with_the_command(prefix, source, backbone_file, tmp_path):
+    backbone = torch.load(backbone_file)
+    content = {
+        "model": {f"{prefix}{name}": tensor for name, tensor in backbone["state_dict"].items()},
+        "facts": backbone["facts"], "backbone": {"method": "Invented", "prefix": prefix}, "trainer": {"iteration": 9},
+    }  # fmt: skip
+    path = tmp_path / "model_0000009.pth"
+    torch.save(content, path)
+    message = f"{path} is a training checkpoint of Invented; a detector starts from its converted backbone.\n"
+    command = f"  Convert it first: python tools/convert_checkpoint.py {tmp_path / source} converted.pth"
+    assert refusal(small_cfg(VOC_C4), path) == message + command
+    del content["backbone"]  # as of earlier versions
+    torch.save(content, path)
+    assert f"Convert it first: python tools/convert_checkpoint.py {path} " in refusal(small_cfg(VOC_C4), path)
 
 
 def test_an_official_training_checkpoint_is_refused(backbone_file, tmp_path):

@@ -102,7 +102,7 @@ def test_a_detector_holds_the_parts_that_a_file_carries(name, parts, count, with
     path = with_parts(*parts)
     with caplog.at_level("INFO", logger="moco_d2"):
         model, record = load(small_cfg(name), path)
-    assert record.facts.parts == parts and "another protocol than a pretrained backbone" in caplog.text
+    assert record.facts.parts == parts and "another protocol than with a backbone alone" in caplog.text
     source, state = torch.load(path)["model"], model.state_dict()
     held = [key for key in source if key.startswith(("backbone.fpn_", "roi_heads.box_head."))]
     assert len(held) == count and all(torch.equal(state[key], source[key]) for key in held)
@@ -115,7 +115,7 @@ def test_a_detector_holds_the_parts_that_a_file_carries(name, parts, count, with
 @pytest.mark.parametrize(
     ("name", "opts", "parts", "words"),
     [
-        (VOC_C4, (), ("fpn",), ["fpn_lateral2.weight is not in the detector", "without --with, or take a detector"]),
+        (VOC_C4, (), ("fpn",), ["fpn_lateral2.weight is not in the detector", "without --with, or use a detector"]),
         (COCO_FPN, ("MODEL.FPN.NORM", ""), ("fpn",), ["lateral2.norm.weight is not", 'pass MODEL.FPN.NORM "SyncBN"']),
         (COCO_FPN, (), ("fpn", "box_head"), ["roi_heads.box_head.conv1.weight is not", 'ROI_BOX_HEAD.NUM_CONV "4"',
                                              'ROI_BOX_HEAD.NUM_FC "1"', 'ROI_BOX_HEAD.NORM "SyncBN"']),

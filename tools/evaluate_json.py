@@ -28,8 +28,8 @@ def main(args: argparse.Namespace) -> None:
 
     from moco_d2.config import load_cfg
     from moco_d2.detection.datasets import register_custom
-    from moco_d2.detection.metrics.evaluators import describe_backend, evaluate_file
-    from moco_d2.detection.trainer import to_json
+    from moco_d2.detection.metrics.evaluators import evaluate_file
+    from moco_d2.detection.results import to_json
     from moco_d2.io.files import check_named_file, has_keys, named_file
     from moco_d2.io.provenance import provenance
 
@@ -45,12 +45,12 @@ def main(args: argparse.Namespace) -> None:
     (name,) = cfg.DATASETS.TEST
     if name not in DatasetCatalog:
         raise ValueError(f"no data set {name!r} is registered")
-    metrics = evaluate_file(cfg, name, args.predictions)
+    metrics, library = evaluate_file(cfg, name, args.predictions)
     for task, scores in metrics.items():
-        print(f"{name}, {task}, by {describe_backend(cfg)[name]}")
+        print(f"{name}, {task}, by {library}")
         print(tabulate([scores.values()], scores.keys(), tablefmt="pipe", floatfmt=".3f"))
     if args.output:
-        content = {"dataset": name, "metrics": metrics, "evaluated_with": describe_backend(cfg), **provenance()}
+        content = {"dataset": name, "metrics": metrics, "evaluated_with": {name: library}, **provenance()}
         with named_file(args.output, ours) as file:
             file.write(to_json(content))
 

@@ -6,7 +6,7 @@ whose types are checked, and which keys are paths are all answers of it. A test 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 PRETRAINING, DETECTION = "pretraining", "fine-tuning"
@@ -20,9 +20,14 @@ BOOKKEEPING = "bookkeeping"  # names, seeds, what is written and when
 UNREAD = ""
 
 
+# Where a resumed fine-tuning takes a key's value from: the optimizer's state in the checkpoint, or the config.
+CHECKPOINT, CONFIG = "checkpoint", "config"
+
+
 class _Roles(NamedTuple):
     pretraining: str
     detection: str
+    resumed: str = ""  # CHECKPOINT or CONFIG for the keys of detection that resuming compares
 
 
 # Of a key or a group of keys. The longest entry that fits a key holds.
@@ -57,16 +62,20 @@ ROLES = {
     "MODEL.PIXEL_MEAN": _Roles(UNREAD, START),
     "MODEL.PIXEL_STD": _Roles(UNREAD, START),
     "MODEL.RESNETS.STRIDE_IN_1X1": _Roles(UNREAD, START),
-    "SOLVER": _Roles(UNREAD, PROTOCOL),
+    "SOLVER": _Roles(UNREAD, PROTOCOL, CONFIG),
     "SOLVER.IMS_PER_BATCH": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.MAX_ITER": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.BASE_LR": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.MOMENTUM": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.NESTEROV": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.WEIGHT_DECAY": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.GAMMA": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.STEPS": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.CLIP_GRADIENTS": _Roles(RECIPE, PROTOCOL),
+    "SOLVER.REFERENCE_WORLD_SIZE": _Roles(UNREAD, PROTOCOL),
+    "SOLVER.MAX_ITER": _Roles(RECIPE, PROTOCOL, CONFIG),
+    "SOLVER.BASE_LR": _Roles(RECIPE, PROTOCOL, CHECKPOINT),
+    "SOLVER.BIAS_LR_FACTOR": _Roles(UNREAD, PROTOCOL, CHECKPOINT),
+    "SOLVER.MOMENTUM": _Roles(RECIPE, PROTOCOL, CHECKPOINT),
+    "SOLVER.NESTEROV": _Roles(RECIPE, PROTOCOL, CHECKPOINT),
+    "SOLVER.WEIGHT_DECAY": _Roles(RECIPE, PROTOCOL, CHECKPOINT),
+    "SOLVER.WEIGHT_DECAY_NORM": _Roles(UNREAD, PROTOCOL, CHECKPOINT),
+    "SOLVER.WEIGHT_DECAY_BIAS": _Roles(UNREAD, PROTOCOL, CHECKPOINT),
+    "SOLVER.GAMMA": _Roles(RECIPE, PROTOCOL, CONFIG),
+    "SOLVER.STEPS": _Roles(RECIPE, PROTOCOL, CONFIG),
+    "SOLVER.CLIP_GRADIENTS": _Roles(RECIPE, PROTOCOL, CONFIG),
     "SOLVER.EPOCHS": _Roles(RECIPE, UNREAD),
     "SOLVER.OPTIMIZER": _Roles(RECIPE, UNREAD),
     "SOLVER.TRUST": _Roles(RECIPE, UNREAD),
@@ -240,6 +249,12 @@ def role(key: str, stage: str) -> str:
         if name in ROLES:
             return ROLES[name].pretraining if stage == PRETRAINING else ROLES[name].detection
     raise KeyError(f"{key} has no entry in moco_d2.config.roles.ROLES")
+
+
+def resumed(keys: Iterable[str], *sources: str) -> list[str]:
+    """Return the keys whose value a resumed fine-tuning takes from these sources (``CHECKPOINT``, ``CONFIG``)."""
+    entries = ((key, next((ROLES[name] for name in _and_groups(key) if name in ROLES), None)) for key in keys)
+    return [key for key, entry in entries if entry and entry.resumed in sources]
 
 
 def turned_off(key: str, stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

@@ -331,7 +331,7 @@ def test_labels_that_no_library_can_evaluate_are_a_mistake_in_one_line(root: Pat
     found = Instances((90, 120), pred_boxes=Boxes(torch.tensor([[20.0, 20, 70, 60]])))
     found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.long)
     evaluator.process([DatasetCatalog.get("coco")[0]], [{"instances": found}])
-    with pytest.raises(ValueError, match=rf"^{labels}: annotation 1 has an area or box that is not finite, and pycoco"):
+    with pytest.raises(ValueError, match=rf"^{labels}: annotation 1 has a non-finite area or box, and pycoco"):
         evaluator.evaluate()
 
 

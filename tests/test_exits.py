@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from moco_d2 import exits
 from moco_d2.commands import cli
-from moco_d2.config import get_cfg, use_device_there_is
+from moco_d2.config import get_cfg, use_available_device
 from moco_d2.io import files
 from moco_d2.io.checkpoints import CheckpointError
 from moco_d2.running import launch
@@ -202,9 +202,9 @@ def test_devices(asked: str, with_gpus: str | None, without: str | None, monkeyp
         cfg.MODEL.DEVICE = asked
         if expected is None:
             with pytest.raises(ValueError, match=rf"^MODEL\.DEVICE is {asked!r}[,;].*cuda"):
-                use_device_there_is(cfg)
+                use_available_device(cfg)
         else:
-            use_device_there_is(cfg)
+            use_available_device(cfg)
             assert expected == cfg.MODEL.DEVICE
 
 

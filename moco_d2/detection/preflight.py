@@ -18,7 +18,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN, build_model
 from detectron2.utils.file_io import PathManager
 
-from moco_d2.config import flat, mistyped_keys, unread_keys, use_device_there_is
+from moco_d2.config import flat, mistyped_keys, unread_keys, use_available_device
 from moco_d2.config.roles import DETECTION
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.metrics.evaluators import evaluator_type
@@ -51,7 +51,7 @@ def fit_to_machine(cfg: CfgNode, world_size: int) -> CfgNode:
     """
     cfg = cfg.clone()
     cfg.defrost()
-    use_device_there_is(cfg)
+    use_available_device(cfg)
     if cfg.MODEL.DEVICE == "cpu" and world_size > 1:
         for name, node in cfg.MODEL.items():
             if isinstance(node, CfgNode) and node.get("NORM") in ("SyncBN", "nnSyncBN"):

@@ -18,7 +18,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.colors import hsv_to_rgb
 
-from moco_d2.config import load_cfg, use_device_there_is
+from moco_d2.config import load_cfg, use_available_device
 from moco_d2.data import ViewDataset, build_backend, build_recipe, open_source
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.mapper import read_label_image, read_pixels
@@ -232,7 +232,7 @@ def load_predictor(weights: FolderLike, threshold: float, opts: Sequence[str] = 
     if not config.is_file():
         raise ValueError(f"{config} is not there; a checkpoint is shown with its run's config")
     cfg = load_cfg(config, opts)
-    use_device_there_is(cfg)
+    use_available_device(cfg)
     cfg.MODEL.WEIGHTS = ""  # loaded below, where what is missing is an error
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
     with building():

@@ -156,7 +156,12 @@ class Run:
         }  # fmt: skip
 
     def curve(self, key: str) -> list[tuple[int, float]]:
-        """Return (iteration, value) of a scalar in ``metrics.json``; of iterations that were repeated, the last."""
+        """Return (iteration, value) of a scalar in ``metrics.json``; a repeated iteration has its last value.
+
+        A trained detector's evaluation has no curves.
+        """
+        if self.evaluation:
+            return []
         points = {line["iteration"]: float(line[key]) for line in read_scalars(self.folder) if key in line}
         return sorted(points.items())
 

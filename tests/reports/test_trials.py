@@ -178,7 +178,7 @@ def test_what_differs_is_refused_and_nothing_is_mixed(plan, tmp_path):
         plan(["random"])
     for content, message in (
         ("{", "is damaged"),
-        ('{"init": {"kind": 3}}', "writes it: init"),
+        ('{"init": {"kind": 3}}', "wrong init"),
         ('{"seed": 1}', "lacks config"),
     ):
         (trial.folder / "trial.json").write_text(content)

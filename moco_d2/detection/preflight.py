@@ -26,7 +26,7 @@ from moco_d2.detection.missing import is_voc_list, listed_files, missing_files, 
 from moco_d2.detection.proposals import proposal_problems
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 from moco_d2.messages import did_you_mean
-from moco_d2.running.checkpoints import check_resumable, last_whole
+from moco_d2.running.checkpoints import check_resumable, last_intact
 from moco_d2.running.dry_run import quiet
 from moco_d2.running.folder import refuse_to_overwrite
 
@@ -149,7 +149,7 @@ def starting_point(cfg: CfgNode, resume: bool) -> tuple[str, bool]:
     if not resume:
         refuse_to_overwrite(cfg.OUTPUT_DIR)
         return cfg.MODEL.WEIGHTS, False
-    path = last_whole(cfg.OUTPUT_DIR)
+    path = last_intact(cfg.OUTPUT_DIR)
     if path:
         check_resumable(path)
     return path or cfg.MODEL.WEIGHTS, bool(path)
@@ -179,7 +179,7 @@ def check_resume(cfg: CfgNode) -> None:
     Raises:
         ValueError: see :func:`check_weights`.
     """
-    found = last_whole(cfg.OUTPUT_DIR)
+    found = last_intact(cfg.OUTPUT_DIR)
     with quiet():
         if found:
             check_weights(cfg, resume=True)

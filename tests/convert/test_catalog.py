@@ -314,7 +314,7 @@ def test_a_detector_starts_from_a_name(server: Server, entry: Any, cache: Path) 
     assert record.facts.protocol == "moco_v2_R50_800ep" and server.seen == [None]
     with PathManager.open("moco-d2://quarter", "rb") as file:
         assert hashlib.sha256(file.read()).hexdigest() == record.sha256
-    with pytest.raises(ValueError, match=r"moco-d2://quarte could not be fetched .*nearest: quarter"):
+    with pytest.raises(ValueError, match=r"moco-d2://quarte could not be downloaded .*nearest: quarter"):
         load_weights(DetectionCheckpointer(model), cfg, "moco-d2://quarte")
 
 

@@ -53,9 +53,9 @@ def test_a_fresh_run_does_not_mix_with_another(left: str, tmp_path: Path) -> Non
         if ours:
             files.claim(tmp_path, folder._TRAINING, "OUTPUT_DIR", trusted=True)
         before = tree(tmp_path)
-        with pytest.raises(ValueError, match=r"holds a run already \(.*with --resume, or choose another OUTPUT_DIR"):
+        with pytest.raises(ValueError, match=r"contains a run already \(.*with --resume, or choose another OUTPUT_DIR"):
             folder.claim(str(tmp_path))
-        with pytest.raises(ValueError, match="holds a run already"):
+        with pytest.raises(ValueError, match="contains a run already"):
             folder.check(str(tmp_path))
         assert tree(tmp_path) == before
     folder.claim(str(tmp_path), resume=True)
@@ -121,9 +121,9 @@ def test_nothing_is_written_through_a_link(link: Callable[[Path, Path], None], t
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {}}, "no checkpoint of a run that could go on: it holds no trainer"),
-        ({"trainer": {}, "model": 1}, "it holds no model"),
-        ({"model": {}, "trainer": {}, "x": argparse.Namespace()}, r"none of the 1 checkpoints .*argparse\.Namespace"),
+        ({"model": {}}, "is not a checkpoint that a run can resume from: it has no trainer"),
+        ({"trainer": {}, "model": 1}, "it has no model"),
+        ({"model": {}, "trainer": {}, "x": argparse.Namespace()}, r"all 1 checkpoints .*argparse\.Namespace"),
     ],
 )
 def test_a_dry_run_looks_at_what_would_be_resumed(content: Any, message: str, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ time.sleep(60)
 
 
 def test_a_second_command_is_refused_while_the_first_one_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "PATIENCE", 0.2)
+    monkeypatch.setattr(folder, "RESUME_TIMEOUT", 0.2)
     command = [sys.executable, "-c", OTHER, str(tmp_path), locks.__file__]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() != "None\n"
@@ -333,7 +333,7 @@ def test_a_run_beside_its_data_leaves_them_as_they_are(train_net: ModuleType, tm
     for name in ("last_checkpoint", "model_final.pth", "results.json"):
         (tmp_path / name).unlink()
     before = tree(tmp_path)
-    with pytest.raises(ValueError, match=r"holds a run already \(metrics\.json\)"):
+    with pytest.raises(ValueError, match=r"contains a run already \(metrics\.json\)"):
         train_net.main(arguments(opts))
     assert tree(tmp_path) == before
     DatasetCatalog.remove("mine")

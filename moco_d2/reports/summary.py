@@ -110,7 +110,7 @@ class Run:
             changes: list[str] | None = self.result["config_changes"]
             return changes
         try:
-            return config_changes(load_cfg(self.folder / "eval_only" * self.evaluation / "config.yaml"))
+            return config_changes(load_cfg(self.folder / ("eval_only" * self.evaluation) / "config.yaml"))
         except ValueError:  # no such file, keys of another version, or not a shipped protocol
             return None
 

@@ -156,7 +156,7 @@ def test_a_trial_overwrites_nothing_of_the_user_s(name, plan):
     (trial,) = plan(["random"])
     trial.folder.mkdir(parents=True)
     (trial.folder / name).write_text("the user's")
-    with pytest.raises(ValueError, match=f"holds {name}, which was not written by this command"):
+    with pytest.raises(ValueError, match=f"contains {name}, which this command did not write"):
         trials.prepare(trial)
     assert (trial.folder / name).read_text() == "the user's"
     (trial.folder / name).unlink()

@@ -69,7 +69,7 @@ def test_the_user_s_own_files_are_not_taken_for_a_run_s(theirs: str, resume: boo
     write(tmp_path / theirs)
     for act in (folder.check, folder.claim):
         with pytest.raises(
-            ValueError, match=f"holds {theirs.partition('/')[0]}, which was not written by this command"
+            ValueError, match=f"contains {theirs.partition('/')[0]}, which this command did not write"
         ):
             act(str(tmp_path), resume)
     assert {name: text for name, text in tree(tmp_path).items() if text} == {theirs: b"the user's"} | lock_text(
@@ -148,7 +148,7 @@ def test_an_unusable_folder_is_told_in_one_line(path: str, tmp_path: Path) -> No
     write(tmp_path / "file")
     for act in (folder.claim, folder.check):
         with pytest.raises(
-            ValueError, match=r"^OUTPUT_DIR .*: cannot be written to \(.*\); make room there or name another$"
+            ValueError, match=r"^OUTPUT_DIR .*: cannot be written to \(.*\); make it writable, or choose another$"
         ):
             act(str(tmp_path / path))
 
@@ -288,7 +288,7 @@ def test_only_copies_of_ours_are_written_anew(kind: str, tmp_path: Path, monkeyp
     theirs = copy / "Annotations/0.xml" if kind == "voc" else copy
     write(theirs)
     for act in (check_copies, register_custom):  # a dry run says it, too
-        with pytest.raises(ValueError, match=r"parts\S* holds Annotations|holds parts\.json"):
+        with pytest.raises(ValueError, match=r"parts\S* contains Annotations|contains parts\.json"):
             act(cfg)
     assert theirs.read_text() == "the user's"
     theirs.unlink()

@@ -411,7 +411,7 @@ def test_only_its_own_folder_is_replaced(maker: ModuleType, tmp_path: Path, monk
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"holds thesis\.tex, which this command did not put there"):
+    with pytest.raises(ValueError, match=r"contains thesis\.tex, which this command did not write"):
         maker.make_all(theirs, seed=0)
     with pytest.raises(ValueError, match="is a file"):
         maker.make_all(theirs / "thesis.tex", seed=0)

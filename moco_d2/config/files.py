@@ -38,7 +38,7 @@ def read_config_file(path: str, source: str) -> dict[str, Any]:
         what = f"{place} asks for code, and a config may hold plain values only: write the value itself"
         raise ValueError(f"{source}: {what} ({error.problem})") from error
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{source}: the file, or one of its _BASE_ files, is empty or not a mapping of keys") from error
+        raise ValueError(f"{source}: the file, or one of its _BASE_ files, is empty or has no keys") from error
     except RecursionError as error:
         raise ValueError(f"{source}: a _BASE_ leads back to the file itself") from error
     except UnicodeDecodeError as error:

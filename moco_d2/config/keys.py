@@ -15,7 +15,7 @@ from moco_d2.io.pictures import MAX_PIXELS
 # Importing these modules registers the names that configs use: data sets, methods, and components of detectors.
 _REGISTERING = ("moco_d2.data", "moco_d2.methods", "moco_d2.detection")
 
-# {earlier name: present name} of keys; files and command lines may use either.
+# Keys that had another name in earlier versions: files and command lines may still have that one.
 RENAMED: dict[str, str] = {}
 
 
@@ -138,15 +138,15 @@ def _add_training(cfg: CN) -> None:
     # Number of periodic checkpoints to keep, the newest; 0: all (330 MB each for MoCo's ResNet-50). With 1, no other
     # checkpoint is left if the last one is damaged.
     cfg.SOLVER.CHECKPOINT_KEEP = 5
-    # Checkpoints at multiples of this many iterations are kept as well; a multiple of SOLVER.CHECKPOINT_PERIOD; 0: none.
+    # Checkpoints of every so many iterations are kept as well; a multiple of SOLVER.CHECKPOINT_PERIOD; 0: none.
     cfg.SOLVER.CHECKPOINT_KEEP_EVERY = 0
 
     # Performance options: they make training faster and leave the mathematics of a recipe or protocol alone, up to
     # rounding (docs/performance.md). Results and weights record them.
     cfg.ENGINE = CN()
     # "" or "bfloat16": training's forward pass under autocast (evaluation, and MoCo's loss, stay in float32).
-    # Pretraining also takes "float16", with loss scaling, and "auto": bfloat16, float16 on GPUs without bfloat16, and ""
-    # on the CPU. For detectors, float16 is Detectron2's SOLVER.AMP.ENABLED.
+    # Pretraining also takes "float16", with loss scaling, and "auto": bfloat16, or float16 on GPUs without bfloat16, or
+    # "" on the CPU. For detectors, float16 is Detectron2's SOLVER.AMP.ENABLED.
     cfg.ENGINE.AUTOCAST = ""
     # Keep the networks' tensors (detectors: the backbone's) in channels_last order.
     cfg.ENGINE.CHANNELS_LAST = False
@@ -185,6 +185,6 @@ def _add_detection(cfg: CN) -> None:
     # Detectron2's resizing to INPUT.MIN_SIZE_TRAIN.
     cfg.INPUT.RANDOM_SCALE = ()
 
-    # Library that computes COCO's and LVIS's metrics: "hotcoco", "faster" (faster-coco-eval), "detectron2" (its compiled
-    # code) or "pycocotools"; "auto": the fastest that is installed. The numbers are the same (docs/evaluation.md).
+    # Library that computes COCO's and LVIS's metrics: "hotcoco", "faster" (faster-coco-eval), "detectron2" (compiled),
+    # "pycocotools"; "auto": the fastest that is installed. The numbers are the same (docs/evaluation.md).
     cfg.TEST.COCO_BACKEND = "auto"

@@ -55,7 +55,7 @@ def load_cfg(
     if len(opts) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, but there are {len(opts)} words: {' '.join(opts)}")
     method = dict(zip(opts[::2], opts[1::2], strict=True)).get("SSL.METHOD", cfg.SSL.METHOD)
-    if method != cfg.SSL.METHOD:  # the file's arguments belong to its own method
+    if method != cfg.SSL.METHOD:  # the file's arguments are those of its own method
         cfg.SSL.METHOD, cfg.SSL.ARGS = str(method), CN(new_allowed=True)
     cfg.SSL.ARGS = _method_args(cfg)
     # A key of the file is refused only if it has no effect both before and after the overrides: the command line may
@@ -80,6 +80,19 @@ def mistyped_keys(cfg: CN, stage: str) -> dict[str, str]:
     return dict(mistyped(stage, flat(cfg), flat(get_cfg())))
 
 
+def _method_args(cfg: CN) -> CN:
+    """Return ``SSL.ARGS`` with the method's defaults for what is not set; a method that does not exist has none."""
+    return CN({**(default_args(cfg.SSL.METHOD) if cfg.SSL.METHOD in METHODS else {}), **cfg.SSL.ARGS})
+
+
+def _defaults(cfg: CN) -> dict[str, Any]:
+    """Return the default of every key, arguments of the config's method included."""
+    default = get_cfg()
+    method = cfg.SSL.METHOD if cfg.SSL.METHOD in METHODS else default.SSL.METHOD
+    default.SSL.ARGS = CN(default_args(method))
+    return flat(default)
+
+
 def settings(cfg: CN, stage: str, role: str) -> dict[str, Any]:
     """Return ``{key: value}`` of the keys that have a role in a stage and are not turned off by another key.
 
@@ -100,19 +113,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves
-
-
-def _method_args(cfg: CN) -> CN:
-    """Return ``SSL.ARGS``, completed by the method's defaults; an unknown method has none."""
-    return CN({**(default_args(cfg.SSL.METHOD) if cfg.SSL.METHOD in METHODS else {}), **cfg.SSL.ARGS})
-
-
-def _defaults(cfg: CN) -> dict[str, Any]:
-    """Return the default of every key, arguments of the config's method included."""
-    default = get_cfg()
-    method = cfg.SSL.METHOD if cfg.SSL.METHOD in METHODS else default.SSL.METHOD
-    default.SSL.ARGS = CN(default_args(method))
-    return flat(default)
 
 
 def _merge_file(cfg: CN, path: str, source: str) -> set[str]:

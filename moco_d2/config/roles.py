@@ -31,9 +31,9 @@ class _Roles(NamedTuple):
 # By key or group of keys. The longest entry that matches a key applies.
 ROLES = {
     "VERSION": _Roles(BOOKKEEPING, BOOKKEEPING),
-    "PROTOCOL": _Roles(BOOKKEEPING, BOOKKEEPING, "--protocol"),
-    "OUTPUT_DIR": _Roles(MACHINE, MACHINE, "--output"),
-    "SEED": _Roles(BOOKKEEPING, BOOKKEEPING, "--seeds"),
+    "PROTOCOL": _Roles(BOOKKEEPING, BOOKKEEPING, option="--protocol"),
+    "OUTPUT_DIR": _Roles(MACHINE, MACHINE, option="--output"),
+    "SEED": _Roles(BOOKKEEPING, BOOKKEEPING, option="--seeds"),
     "CUDNN_BENCHMARK": _Roles(PERFORMANCE, PERFORMANCE),
     "VIS_PERIOD": _Roles(UNREAD, BOOKKEEPING),
     "GLOBAL": _Roles(UNREAD, UNREAD),
@@ -50,14 +50,14 @@ ROLES = {
     "DATASETS": _Roles(UNREAD, PROTOCOL),
     "DATASETS.TRAIN": _Roles(RECIPE, PROTOCOL),
     "DATASETS.CUSTOM": _Roles(BOOKKEEPING, PROTOCOL),
-    "DATASETS.FRACTION": _Roles(UNREAD, PROTOCOL, "--fractions"),
+    "DATASETS.FRACTION": _Roles(UNREAD, PROTOCOL, option="--fractions"),
     "DATALOADER": _Roles(UNREAD, PROTOCOL),
     "DATALOADER.NUM_WORKERS": _Roles(MACHINE, MACHINE),
     "INPUT": _Roles(UNREAD, PROTOCOL),
     "INPUT.FORMAT": _Roles(UNREAD, START),
     "MODEL": _Roles(UNREAD, PROTOCOL),
     "MODEL.DEVICE": _Roles(MACHINE, MACHINE),
-    "MODEL.WEIGHTS": _Roles(RECIPE, START, "--weights"),
+    "MODEL.WEIGHTS": _Roles(RECIPE, START, option="--weights"),
     "MODEL.PIXEL_MEAN": _Roles(UNREAD, START),
     "MODEL.PIXEL_STD": _Roles(UNREAD, START),
     "MODEL.RESNETS.STRIDE_IN_1X1": _Roles(UNREAD, START),
@@ -246,20 +246,6 @@ def role(key: str, stage: str) -> str:
     raise KeyError(f"{key} has no entry in moco_d2.config.roles.ROLES")
 
 
-def trial_option(key: str) -> str:
-    """Return the option of ``run_trials`` that sets a key, as in ``--seeds`` for ``SEED``; empty if there is none."""
-    return ROLES[key].option if key in ROLES else ""
-
-
-def identifies_trial(key: str) -> bool:
-    """Tell whether a trial with another value of a key is another trial.
-
-    ``MODEL.WEIGHTS`` does not count: the file may be moved, and its content is compared instead.
-    """
-    known = any(name in ROLES for name in _and_groups(key))  # others come from a user's program or another version
-    return key != "MODEL.WEIGHTS" and not (known and role(key, DETECTION) in (UNREAD, MACHINE))
-
-
 def turned_off(key: str, stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Return the switch that turns a key off, as ``KEY VALUE``; empty if none does.
 
@@ -276,6 +262,20 @@ def turned_off(key: str, stage: str, values: Mapping[str, Any], defaults: Mappin
         if off_now and not names.isdisjoint(off.keys):
             return f"{off.switch} {values[off.switch]}"
     return ""
+
+
+def trial_option(key: str) -> str:
+    """Return the option of ``run_trials`` that sets a key, as in ``--seeds`` for ``SEED``; empty if there is none."""
+    return ROLES[key].option if key in ROLES else ""
+
+
+def identifies_trial(key: str) -> bool:
+    """Tell whether a trial with another value of a key is another trial.
+
+    ``MODEL.WEIGHTS`` does not count: the file may be moved, and its content is compared instead.
+    """
+    known = any(name in ROLES for name in _and_groups(key))  # others come from a user's program or another version
+    return key != "MODEL.WEIGHTS" and not (known and role(key, DETECTION) in (UNREAD, MACHINE))
 
 
 def unread(

@@ -10,7 +10,7 @@ from moco_d2.config import roles
 
 
 def mistyped(stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield (key, complaint) for keys that a stage reads and whose value has another type than the default or is not finite.
+    """Yield (key, complaint) for each key that a stage reads with a value of a wrong type, or not finite.
 
     Args:
         stage: pretraining or fine-tuning.

@@ -268,8 +268,8 @@ def check_claim(folder: str | os.PathLike[str], patterns: Sequence[str], what: s
     taken = [name for name in names if _matches(name, new)]
     if taken and not trusted:
         raise ValueError(
-            f"{what} {folder} contains {taken[0]}, which this command did not write and would overwrite: move it away, or "
-            "choose another folder"
+            f"{what} {folder} contains {taken[0]}, which this command did not write and would overwrite: move it away, "
+            "or choose another folder"
         )
     return new
 

@@ -42,7 +42,7 @@ def lock(path: Path) -> int | None:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 return None
             raise
-        logger.warning("%s cannot be locked (%s): make sure that no other command writes to its folder", path, error.strerror)
+        logger.warning("%s cannot be locked (%s): make sure that no other command writes there", path, error.strerror)
     _locks[os.path.realpath(path)] = file
     with contextlib.suppress(OSError):  # the holder's name is for messages only
         os.ftruncate(file, 0)

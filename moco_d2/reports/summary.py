@@ -117,7 +117,7 @@ class Run:
     @property
     def parts(self) -> tuple[str, ...]:
         """The components of its detector that were pretrained in addition to the backbone."""
-        return tuple((self.weights.get("facts") or {}).get("parts", ()))
+        return () if self.evaluation else tuple((self.weights.get("facts") or {}).get("parts", ()))
 
     @property
     def scaled(self) -> str:
@@ -348,8 +348,9 @@ def _variant(run: Run) -> str:
         changes = "config not recorded"
     else:
         changes = f"modified: {' '.join(run.changes)}" if run.changes else ""
-    parts = f"pretrained in addition to the backbone: {', '.join(run.parts)}" if run.parts and not run.evaluation else ""
-    return "; ".join(filter(None, ("evaluation alone (--eval-only)" * run.evaluation, changes, parts, run.scaled)))
+    kind = "evaluation alone (--eval-only)" * run.evaluation
+    parts = f"pretrained in addition to the backbone: {', '.join(run.parts)}" if run.parts else ""
+    return "; ".join(filter(None, (kind, changes, parts, run.scaled)))
 
 
 def _table(name: str, variant: str, test_set: str, runs: Sequence[Run]) -> Table:

@@ -11,7 +11,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def detections_page(
     predictors = {name: load_predictor(path, _LOWEST_SCORE, opts) for name, path in runs.items()}
     tests = {predictor.cfg.DATASETS.TEST[:1] for predictor in predictors.values()}
     if len(predictors) not in (1, 2) or len(tests) != 1 or tests == {()}:
-        raise ValueError(f"{len(runs)} runs of the test sets {sorted(tests)}: a page takes one or two runs of one test set")
+        raise ValueError(f"{len(runs)} runs of test sets {sorted(tests)}: a page takes one or two runs of one set")
     if any(predictor.cfg.MODEL.LOAD_PROPOSALS for predictor in predictors.values()):
         raise ValueError("MODEL.LOAD_PROPOSALS is True: a page cannot show a detector whose proposals come from a file")
     with tempfile.TemporaryDirectory() as scratch:

@@ -118,7 +118,7 @@ def _candidates(folder: Path) -> list[Path]:
     if not pointer.is_file():
         return []
     named = folder / pointer.read_text(errors="replace").strip()
-    # Later checkpoints come from an abandoned continuation of the run, or from a run killed before it moved the pointer.
+    # Later ones come from an abandoned continuation of the run, or from a run killed before it moved the pointer.
     others = sorted(_periodic(folder), key=lambda path: (path.name > named.name, -_iteration(path)))
     return list(dict.fromkeys([named, *others]))
 

@@ -117,8 +117,8 @@ def _refuse_links(folder: Path) -> None:
     for path in (folder / name for name in _OPENED):
         if path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1):
             raise ValueError(
-                f"{path} is a link, and writing to it would change another file: replace it by a copy, or choose another "
-                "OUTPUT_DIR"
+                f"{path} is a link, and writing to it would change another file: replace it by a copy, or choose "
+                "another OUTPUT_DIR"
             )
 
 

@@ -199,8 +199,8 @@ def check_processes(processes: int, device: str, world_size: int, option: str = 
 def _check_machines(num_machines: int, machine_rank: int, dist_url: str) -> None:
     if num_machines < 1 or not 0 <= machine_rank < num_machines:
         raise ValueError(
-            f"--num-machines is {num_machines} and --machine-rank is {machine_rank}: there must be at least one machine, "
-            "and ranks are from 0 to num-machines - 1"
+            f"--num-machines is {num_machines} and --machine-rank is {machine_rank}: there must be at least one "
+            "machine, and ranks are from 0 to num-machines - 1"
         )
     if dist_url == "auto":
         if num_machines > 1:

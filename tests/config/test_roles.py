@@ -204,7 +204,9 @@ def test_what_identifies_a_trial_is_no_place_and_no_machine() -> None:
     assert roles.identifies_trial("MINE.KEY"), "of a user's program"
 
 
-def test_keys_that_have_an_option_of_run_trials(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_that_have_an_option_of_run_trials(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.argv", ["run_trials.py", "--help"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(TOOLS / "run_trials.py"), run_name="__main__")

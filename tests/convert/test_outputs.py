@@ -58,9 +58,7 @@ def test_the_same_conversion_may_be_repeated(source: Path, tmp_path: Path) -> No
 )
 def test_a_config_of_the_user_s_is_kept(text: bytes, source: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(text)
-    with pytest.raises(
-        ValueError, match=r"mine\.yaml: this file exists, and this command did not write it"
-    ):
+    with pytest.raises(ValueError, match=r"mine\.yaml: this file exists, and this command did not write it"):
         convert(source, tmp_path / "mine.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"] and (tmp_path / "mine.yaml").read_bytes() == text
 

@@ -72,7 +72,10 @@ def test_links_do_not_lead_into_the_user_s_files(tmp_path: Path) -> None:
     (tmp_path / "soft").symlink_to(mine)
     (tmp_path / "hard").hardlink_to(mine)
     for name in ("soft", "hard"):
-        with pytest.raises(ValueError, match="this command did not write it"), files.named_file(tmp_path / name, ours) as file:
+        with (
+            pytest.raises(ValueError, match="command did not write it"),
+            files.named_file(tmp_path / name, ours) as file,
+        ):
             file.write(b"ours")
         with files.atomic_write(tmp_path / name) as file:  # a name of ours, which somebody made a link
             file.write(b"ours")
@@ -205,8 +208,7 @@ locks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(locks)
 print(locks.lock(Path(sys.argv[1])) is not None, flush=True)
 if os.fork() == 0:  # as a data loader's worker, which outlives its parent
-    time.sleep(60)
-print("forked", flush=True)
+    print("forked", flush=True)
 time.sleep(60)
 """
 

@@ -68,9 +68,7 @@ def test_a_fresh_run_does_not_mix_with_another(left: str, tmp_path: Path) -> Non
 def test_the_user_s_own_files_are_not_taken_for_a_run_s(theirs: str, resume: bool, tmp_path: Path) -> None:
     write(tmp_path / theirs)
     for act in (folder.check, folder.claim):
-        with pytest.raises(
-            ValueError, match=f"contains {theirs.partition('/')[0]}, which this command did not write"
-        ):
+        with pytest.raises(ValueError, match=f"contains {theirs.partition('/')[0]}, which this command did not write"):
             act(str(tmp_path), resume)
     assert {name: text for name, text in tree(tmp_path).items() if text} == {theirs: b"the user's"} | lock_text(
         tmp_path
@@ -102,7 +100,7 @@ def test_an_evaluation_takes_its_own_names_only(tmp_path: Path) -> None:
     locks._forget_locks()
     folder.claim(str(tmp_path), evaluates=True)
     locks._forget_locks()
-    with pytest.raises(ValueError, match=r"holds config\.yaml"):
+    with pytest.raises(ValueError, match=r"contains config\.yaml"):
         folder.claim(str(tmp_path))
 
 

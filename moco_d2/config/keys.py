@@ -138,7 +138,7 @@ def _add_training(cfg: CN) -> None:
     # Number of periodic checkpoints to keep, the newest; 0: all (330 MB each for MoCo's ResNet-50). With 1, no other
     # checkpoint is left if the last one is damaged.
     cfg.SOLVER.CHECKPOINT_KEEP = 5
-    # Checkpoints of every so many iterations are kept as well; a multiple of SOLVER.CHECKPOINT_PERIOD; 0: none.
+    # Checkpoints at multiples of this number are kept as well; a multiple of SOLVER.CHECKPOINT_PERIOD; 0: none.
     cfg.SOLVER.CHECKPOINT_KEEP_EVERY = 0
 
     # Performance options: they make training faster and leave the mathematics of a recipe or protocol alone, up to

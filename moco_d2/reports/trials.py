@@ -269,14 +269,14 @@ def _check(cfg: CfgNode, processes: int) -> None:
 def _differences(recorded: Mapping[str, Any], trial: Trial) -> Iterator[str]:
     asked = trial.record()
     if recorded["weights"]["sha256"] != asked["weights"]["sha256"]:
-        old, new = (f"{r['path'] or 'none'} (SHA-256 {r['sha256'][:12] or 'none'})" for r in
-                    (recorded["weights"], asked["weights"]))  # fmt: skip
-        yield f"weights: {old} in the folder, {new} requested"
+        there, wanted = (f"{r['path'] or 'none'} (SHA-256 {r['sha256'][:12] or 'none'})" for r in
+                         (recorded["weights"], asked["weights"]))  # fmt: skip
+        yield f"weights: {there} in the folder, {wanted} requested"
     # A key that is missing from the record is of a later version: the run had its default.
-    defaults, wanted = _settings(get_cfg()), asked["config"]
-    held = {RENAMED.get(key, key): value for key, value in recorded["config"].items()}
-    for key in filter(roles.identifies_trial, sorted(held.keys() | wanted.keys())):
-        old, new = (values.get(key, defaults.get(key)) for values in (held, wanted))
+    defaults, present = _settings(get_cfg()), asked["config"]
+    earlier = {RENAMED.get(key, key): value for key, value in recorded["config"].items()}
+    for key in filter(roles.identifies_trial, sorted(earlier.keys() | present.keys())):
+        old, new = (values.get(key, defaults.get(key)) for values in (earlier, present))
         if old != new:
             yield f"{key}: {old} in the folder, {new} requested"
 

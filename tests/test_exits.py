@@ -166,9 +166,9 @@ def test_a_mistake_found_in_a_rank_is_a_mistake_of_the_command() -> None:
 @pytest.mark.parametrize(("how", "said"), [
     ({"num_gpus": 0}, "--num-gpus is 0; it must be at least 1"),
     ({"num_gpus": -2}, "--num-gpus is -2"),
-    ({"num_machines": 0}, "--num-machines 0 --machine-rank 0: there is at least one machine"),
-    ({"num_machines": 2, "machine_rank": 2, "dist_url": "tcp://localhost:1"}, "--machine-rank 2"),
-    ({"num_machines": 2, "machine_rank": -1, "dist_url": "tcp://localhost:1"}, "--machine-rank -1"),
+    ({"num_machines": 0}, "--num-machines is 0 and --machine-rank is 0: there must be at least one machine"),
+    ({"num_machines": 2, "machine_rank": 2, "dist_url": "tcp://localhost:1"}, "--machine-rank is 2"),
+    ({"num_machines": 2, "machine_rank": -1, "dist_url": "tcp://localhost:1"}, "--machine-rank is -1"),
     ({"num_machines": 2}, "--dist-url is missing: with several machines"),
     ({"dist_url": "localhost:1234"}, "--dist-url is 'localhost:1234'; it must be tcp://HOST:PORT"),
     ({"dist_url": "tcp://localhost"}, "--dist-url"),

@@ -423,7 +423,7 @@ def test_only_its_own_folder_is_replaced(maker: ModuleType, tmp_path: Path, monk
     maker.make_all(ours, seed=0)
     assert _files(ours) == before
     (ours / "VOC2007" / "mine.jpg").write_text("")
-    with pytest.raises(ValueError, match=r"holds VOC2007/mine\.jpg, which"):
+    with pytest.raises(ValueError, match=r"contains VOC2007/mine\.jpg, which"):
         maker.make_all(ours, seed=0)
     (ours / "VOC2007" / "mine.jpg").unlink()
     (ours / "my_photos").mkdir()

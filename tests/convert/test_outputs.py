@@ -79,7 +79,7 @@ def test_weights_that_no_conversion_wrote_are_kept(content: object, source: Path
     before = output.read_bytes()
     convert(source, tmp_path / "converted.pth")
     for act in (lambda: convert(source, output), lambda: restore(tmp_path / "converted.pth", output, "torchvision")):
-        with pytest.raises(ValueError, match=r"model_final\.pth: a file that this command did not write"):
+        with pytest.raises(ValueError, match=r"model_final\.pth: this file exists, and this command did not write it"):
             act()
     assert output.read_bytes() == before and not (tmp_path / "model_final.yaml").exists()
 
@@ -106,7 +106,7 @@ def test_a_report_is_refused_before_the_conversion(
     words = [str(source), str(tmp_path / "out.pth"), "--no-proof", "--report", str(theirs)]
     monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words])
     assert tool.main() == 2
-    assert capsys.readouterr().err.startswith(f"error: {theirs}: a file that this command did not write")
+    assert capsys.readouterr().err.startswith(f"error: {theirs}: this file exists, and this command did not write it")
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
     for name in ("out.pth", "./out.yaml"):
         monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(tmp_path / name)])

@@ -67,7 +67,7 @@ def test_a_config_that_was_edited_is_kept(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "mine.pth")
     config = tmp_path / "mine.yaml"
     config.write_text(edited := config.read_text() + "SOLVER: {BASE_LR: 0.02}\n")
-    with pytest.raises(ValueError, match=r"mine\.yaml: a file"):
+    with pytest.raises(ValueError, match=r"mine\.yaml: this file exists"):
         convert(source, tmp_path / "mine.pth")
     assert config.read_text() == edited
 

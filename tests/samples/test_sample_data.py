@@ -427,7 +427,7 @@ def test_only_its_own_folder_is_replaced(maker: ModuleType, tmp_path: Path, monk
         maker.make_all(ours, seed=0)
     (ours / "VOC2007" / "mine.jpg").unlink()
     (ours / "my_photos").mkdir()
-    with pytest.raises(ValueError, match="holds my_photos, which"):
+    with pytest.raises(ValueError, match="contains my_photos, which"):
         maker.make_all(ours, seed=0)
     assert (ours / "my_photos").is_dir()
 

@@ -63,7 +63,7 @@ def setup(args: argparse.Namespace, check: Callable[[Any], None] = lambda cfg: N
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
-    from moco_d2.config import config_files, load_cfg, use_device_there_is
+    from moco_d2.config import config_files, load_cfg, use_available_device
     from moco_d2.exits import ending
     from moco_d2.running import folder
     from moco_d2.running.checkpoints import recorded_seed
@@ -75,7 +75,7 @@ def setup(args: argparse.Namespace, check: Callable[[Any], None] = lambda cfg: N
     # An evaluation may have its run's folder, where config.yaml says how the run was trained.
     notes = os.path.join(cfg.OUTPUT_DIR, "eval_only") if evaluates else cfg.OUTPUT_DIR
     log = setup_logger(notes, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
-    use_device_there_is(cfg)
+    use_available_device(cfg)
     if cfg.SEED < 0:  # Drawn here, so that the run's config.yaml records it.
         drawn = recorded_seed(cfg.OUTPUT_DIR) if args.resume else None
         cfg.SEED = comm.shared_random_seed() % 2**31 if drawn is None else drawn
@@ -138,13 +138,13 @@ def run(
     """
 
     def work() -> None:
-        from moco_d2.config import load_cfg, use_device_there_is
+        from moco_d2.config import load_cfg, use_available_device
         from moco_d2.io import timeouts
         from moco_d2.io.files import check_folder
         from moco_d2.running.launch import launch
 
         cfg = load_cfg(args.config_file, args.opts, check, stage)
-        use_device_there_is(cfg)
+        use_available_device(cfg)
         check_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         timeout = timeouts.DEFAULT if args.timeout is None else args.timeout
         machines = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url

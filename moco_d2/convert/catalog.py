@@ -28,7 +28,7 @@ from moco_d2.convert.convert import CONVERTER, convert_state
 from moco_d2.convert.prove import can_prove
 from moco_d2.io import paths
 from moco_d2.io.checkpoints import read_checkpoint
-from moco_d2.io.download import TransferError, megabytes, size_of, transfer
+from moco_d2.io.download import DownloadError, download_file, megabytes, size_of
 from moco_d2.io.files import atomic_write, check_named_file, has_keys, move, remove
 from moco_d2.io.locks import lock, unlock
 from moco_d2.io.paths import expand_variable
@@ -196,8 +196,8 @@ def download(entry: Entry, target: Path) -> dict[str, Any]:
     part = target.with_name(target.name + ".part")
     logger.info("downloading %s from %s", entry.name, entry.url)
     try:
-        transfer(entry.url, part, entry.name, bool(entry.checksum), impatient=True)
-    except TransferError as error:
+        download_file(entry.url, part, entry.name, bool(entry.checksum), impatient=True)
+    except DownloadError as error:
         if error.status:
             raise CatalogError(
                 f"{entry.name}: {entry.url} answers {error.status} ({error}); it may have moved: {_BY_HAND}"

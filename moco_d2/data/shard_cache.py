@@ -14,7 +14,7 @@ from pathlib import Path
 
 import filelock
 
-from moco_d2.io.download import size_of, transfer
+from moco_d2.io.download import download_file, size_of
 from moco_d2.io.files import atomic_write, move, removable, remove
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class ShardCache:
         part = path.with_suffix(f".{shard.bytes}.part")
         self._make_room(part)
         try:
-            transfer(shard.location, part, shard.location, checked=bool(shard.bytes), attempts=6)
+            download_file(shard.location, part, shard.location, checked=bool(shard.bytes), attempts=6)
         except FileNotFoundError:  # the folder was emptied meanwhile
             raise
         except OSError as error:

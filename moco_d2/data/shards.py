@@ -28,7 +28,7 @@ from moco_d2.data.listing import EXTENSIONS, fingerprint
 from moco_d2.data.mistaken import mistaken
 from moco_d2.data.shard_cache import Shard, ShardCache, base_name, explain, index_path, is_url, start_fetching
 from moco_d2.data.shard_index import RULE, Index, cached_index, image_names, log_left_out
-from moco_d2.io.download import TransferError, size_of, transfer
+from moco_d2.io.download import DownloadError, download_file, size_of
 from moco_d2.io.files import atomic_write, move, remove
 
 logger = logging.getLogger(__name__)
@@ -309,8 +309,8 @@ def _manifest(folder: str, cache: ShardCache, needed: bool = False) -> dict[str,
     with filelock.FileLock(cache.folder / ".lock-manifest"):
         remove(path)  # fetched at every start: it is small, and lists the shards
         try:
-            transfer(f"{folder}/{MANIFEST}", path, MANIFEST, checked=False)
-        except TransferError as error:
+            download_file(f"{folder}/{MANIFEST}", path, MANIFEST, checked=False)
+        except DownloadError as error:
             # Some stores answer 403 for a missing file; if the shards are forbidden too, reading them gives that error.
             if error.status in (404, 410) or (error.status == 403 and not needed):
                 return {}

@@ -18,7 +18,7 @@ from detectron2.engine import DefaultTrainer
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN, build_model
 from detectron2.utils.file_io import PathManager
 
-from moco_d2.config import flat, mistyped_keys, unread_keys, use_device_there_is
+from moco_d2.config import flat, mistyped_keys, unread_keys, use_available_device
 from moco_d2.config.roles import DETECTION
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.metrics.evaluators import evaluator_type
@@ -26,7 +26,7 @@ from moco_d2.detection.missing import is_voc_list, listed_files, missing_files, 
 from moco_d2.detection.proposals import proposal_problems
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 from moco_d2.messages import did_you_mean
-from moco_d2.running.checkpoints import check_resumable, last_whole
+from moco_d2.running.checkpoints import check_resumable, last_intact
 from moco_d2.running.dry_run import quiet
 from moco_d2.running.folder import refuse_to_overwrite
 
@@ -53,7 +53,7 @@ def fit_to_machine(cfg: CfgNode, world_size: int) -> CfgNode:
     """
     cfg = cfg.clone()
     cfg.defrost()
-    use_device_there_is(cfg)
+    use_available_device(cfg)
     if cfg.MODEL.DEVICE == "cpu" and world_size > 1:
         for name, node in cfg.MODEL.items():
             if isinstance(node, CfgNode) and node.get("NORM") in ("SyncBN", "nnSyncBN"):
@@ -151,7 +151,7 @@ def starting_point(cfg: CfgNode, resume: bool) -> tuple[str, bool]:
     if not resume:
         refuse_to_overwrite(cfg.OUTPUT_DIR)
         return cfg.MODEL.WEIGHTS, False
-    path = last_whole(cfg.OUTPUT_DIR)
+    path = last_intact(cfg.OUTPUT_DIR)
     if path:
         check_resumable(path)
     return path or cfg.MODEL.WEIGHTS, bool(path)
@@ -181,7 +181,7 @@ def check_resume(cfg: CfgNode) -> None:
     Raises:
         ValueError: see :func:`check_weights`.
     """
-    found = last_whole(cfg.OUTPUT_DIR)
+    found = last_intact(cfg.OUTPUT_DIR)
     with quiet():
         if found:
             check_weights(cfg, resume=True)

@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from moco_d2.config import use_device_there_is
+from moco_d2.config import use_available_device
 from moco_d2.data import ViewDataset, ViewLoader
 from moco_d2.data.decode import EncodedImage
 from moco_d2.engine.build import outline
@@ -123,7 +123,7 @@ def _ready(cfg: CfgNode) -> CfgNode:
     """
     cfg = cfg.clone()
     cfg.defrost()
-    use_device_there_is(cfg)
+    use_available_device(cfg)
     cfg.SEED = max(cfg.SEED, 0)
     cfg.freeze()
     check_config(cfg, comm.get_world_size())

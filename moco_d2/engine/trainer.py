@@ -31,7 +31,7 @@ from moco_d2.layers.encoders import ENCODERS, encoder_args
 from moco_d2.layers.views import Views
 from moco_d2.methods import SSLMethod
 from moco_d2.model_zoo import pretraining_changes
-from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, check_resumable, last_whole
+from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, check_resumable, last_intact
 from moco_d2.running.mistakes import pictures_in_one_line
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.seeds import StepSeed
@@ -138,7 +138,7 @@ class PretrainTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue the run in ``OUTPUT_DIR`` (``resume``), or start from ``MODEL.WEIGHTS`` or from scratch."""
-        path = last_whole(self.cfg.OUTPUT_DIR) if resume else ""
+        path = last_intact(self.cfg.OUTPUT_DIR) if resume else ""
         if path:
             check_resumable(path)
             self.checkpointer.load(path)

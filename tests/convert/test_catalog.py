@@ -315,7 +315,7 @@ def test_a_detector_starts_from_a_name(server: Server, entry: Any, cache: Path) 
     assert record.facts.recipe == "moco_v2_R50_800ep" and server.seen == [None]
     with PathManager.open("moco-d2://quarter", "rb") as file:
         assert hashlib.sha256(file.read()).hexdigest() == record.sha256
-    with pytest.raises(ValueError, match=r"moco-d2://quarte could not be fetched .*similar names: quarter"):
+    with pytest.raises(ValueError, match=r"moco-d2://quarte could not be downloaded .*similar names: quarter"):
         load_weights(DetectionCheckpointer(model), cfg, "moco-d2://quarte")
 
 

@@ -441,7 +441,7 @@ def test_only_what_was_fetched_makes_room(server: tuple[str, type[Handler]], tmp
 def test_a_manifest_of_another_kind_is_kept(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "000000.tar").write_bytes((shards / "000000.tar").read_bytes())
     (tmp_path / "shards.json").write_text('{"my": "notes"}')
-    with pytest.raises(ValueError, match=r"shards\.json: a file that this command did not write"):
+    with pytest.raises(ValueError, match=r"shards\.json: this file exists, and this command did not write it"):
         packing.index(tmp_path)
     with pytest.raises(ValueError, match="holds shards of other files"):
         list(pack([], tmp_path, tmp_path, 6, seed=-1))

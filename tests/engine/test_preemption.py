@@ -79,7 +79,7 @@ def test_the_tool_saves_says_so_and_goes_on(images: str, tmp_path: Path, signum:
     saved = int((tmp_path / "run/last_checkpoint").read_text()[6:13])
     assert 9 <= saved < 399
     text = log.read_text()
-    assert text.count(f"asked to stop: iteration {saved} is saved; continue with --resume (exit code 75)") == 1
+    assert text.count(f"asked to stop: saved iteration {saved}; continue with --resume (exit code 75)") == 1
     assert "Traceback" not in text
     assert begin(log, *command).wait(300) == 0, log.read_text()[-3000:]
     assert f"resuming at iteration {saved + 1} of 400" in log.read_text()
@@ -202,7 +202,7 @@ def test_torchrun_hands_a_request_on(images: str, tmp_path: Path) -> None:
         said = [log.read_text() for log in logs]
         saved = int((tmp_path / "run/last_checkpoint").read_text()[6:13])
         assert all(codes) and saved < 399, said
-        assert f"asked to stop: iteration {saved} is saved; continue with --resume (exit code 75)" in said[0]
+        assert f"asked to stop: saved iteration {saved}; continue with --resume (exit code 75)" in said[0]
         assert all("death signal" in text for text in said), "what the script looks for"
         processes = [start(0), start(1)]
         assert [process.wait(300) for process in processes] == [0, 0], logs[0].read_text()[-3000:]

@@ -81,7 +81,7 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
         (["SOLVER.CHECKPOINT_KEEP", -1], "SOLVER.CHECKPOINT_KEEP is -1"),
         (["SSL.ARGS.queue_dtype", "half"], "SSL.ARGS.queue_dtype is 'half'; it must be one of float32, bfloat16"),
         (["ENGINE.AUTOCAST", "bfloat"], "did you mean 'bfloat16'?"),
-        (["SOLVER.AMP.ENABLED", True], "pretraining says it as ENGINE.AUTOCAST float16"),
+        (["SOLVER.AMP.ENABLED", True], "set ENGINE.AUTOCAST float16 instead"),
         (["SOLVER.EPOCHS", -5], "SOLVER.EPOCHS is -5"),
         (["SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", 0], "is 0 and SOLVER.MAX_ITER 0; one of them must be positive"),
         (["SOLVER.MAX_ITER", 100], "only one of them can set the length: to train for MAX_ITER"),

@@ -215,7 +215,7 @@ def test_official_training_checkpoints_are_continued(images: str, tmp_path: Path
         tmp_path / "a": f"give the checkpoint in it: {tmp_path}/a/model_final.pth",
         tmp_path / "nothing.pth": "does not exist",
         "moco-d2://moco_v2_800ep": "converted backbones, for detectors. Pretraining starts from a checkpoint of",
-        "catalog://nothing": "could not be fetched",
+        "catalog://nothing": "could not be downloaded",
     }.items():
         trainer.cfg.MODEL.WEIGHTS = str(weights)
         with pytest.raises(ValueError, match=words):
@@ -309,8 +309,8 @@ def test_weights_alone_are_not_resumed(images: str, tmp_path: Path) -> None:
     train(options(images, tmp_path, "SOLVER.EPOCHS", 1))
     run = torch.load(tmp_path / "model_final.pth", weights_only=True)
     for content, message in (
-        ({"model": run["model"]}, "it holds no trainer"),
-        ({"state_dict": run["model"]}, "it holds no model and no trainer"),
+        ({"model": run["model"]}, "it has no trainer"),
+        ({"state_dict": run["model"]}, "it has no model and no trainer"),
         ({**run, "trainer": {"_trainer": 1, "iteration": "x"}}, "cannot resume exactly"),
         ({**run, "trainer": {**run["trainer"], "_trainer": 1}}, "a checkpoint of another model or run"),
     ):
@@ -417,7 +417,7 @@ def test_the_tool_reports_mistakes_in_one_line_and_refuses_to_overwrite(images: 
     )
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
     again = run_tool(*options(images, tmp_path))
-    assert again.returncode == 2 and "holds a run already (model_0000009.pth)" in again.stderr
+    assert again.returncode == 2 and "contains a run already (model_0000009.pth)" in again.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint"], "nothing was written over it"
 
 

@@ -58,7 +58,7 @@ def start(words: tuple[str, str, list[str]], folder: Path, processes: int) -> li
                 log = os.open(folder / f"log{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
-                preemption.listen()
+                preemption.handle_signals()
                 if processes == 1:
                     train(words)
                 else:

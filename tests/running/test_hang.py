@@ -103,7 +103,7 @@ def test_the_documented_figures_are_those_tested() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("signum", "to_all", "code"), [(signal.SIGKILL, False, -9), (signal.SIGTERM, True, 75)])
 def test_a_signal_while_the_ranks_import(signum: int, to_all: bool, code: int, tmp_path: Path) -> None:
-    """A launcher that is gone is missed, and a request to stop is heeded, before the ranks have read their code."""
+    """A launcher that is gone is missed, and a request to stop is obeyed, before the ranks have read their code."""
     log = tmp_path / "out"
     launcher = begin(log, "ask")
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")

@@ -1,4 +1,4 @@
-"""Tell what is installed, what works and what is missing (``python -m moco_d2.commands.doctor``).
+"""Tell what is installed, what works and what is missing.
 
 Every problem comes with its remedy. The exit status is 1 if pretraining or detection cannot run here, else 0: a missing
 dataset or GPU is worth knowing but is no fault. The module imports nothing outside the standard library by itself, so
@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from moco_d2 import __version__, install_detectron2
+from moco_d2.commands import cli
 from moco_d2.exits import ending, guard
 from moco_d2.io.paths import expand_variable
 
@@ -38,7 +39,7 @@ PACKAGES = {
 }
 INSTALL = "make install, or in this environment: python -m pip install -c constraints.txt -e ."
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-DATASETS_HELP = "datasets/README.md shows the expected folders; datasets/make_sample_data.py makes a small set of each"
+DATASETS_HELP = "datasets/README.md shows the expected folders; moco-d2 samples OUT makes a small set of each"
 
 
 @dataclass(frozen=True)
@@ -337,8 +338,9 @@ def _report(title: str, findings: list[Finding]) -> None:
             print(f"        -> {finding.remedy}")
 
 
-def main() -> int:
+def main(argv: Sequence[str] = ()) -> int:
     """Print the report; return the exit status."""
+    cli.new_parser("doctor", __doc__).parse_args(argv)
     print(f"moco_d2 {__version__} on {platform.platform()}")
     sections = {"Libraries": list(check_packages()), "Detectron2": list(check_detectron2())}
     if not _failures(sections):

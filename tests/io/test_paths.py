@@ -102,9 +102,8 @@ def test_detectron2s_data_sets_lie_under_a_variable_too(home: Path) -> None:
 
 
 def test_arguments_of_tools_are_expanded_or_refused_with_the_reason(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
     from moco_d2.commands import cli
 
     parser = argparse.ArgumentParser()

@@ -47,9 +47,7 @@ class AlignUniform(SSLMethod):
         """
         super().__init__()
         if dim < 2 or alpha <= 0 or t <= 0:
-            raise ValueError(
-                f"SSL.ARGS: dim is {dim}, alpha {alpha}, t {t}; dim must be at least 2, the others positive"
-            )
+            raise ValueError(f"SSL.ARGS: dim is {dim}, alpha is {alpha}, t is {t}; they must be >= 2, > 0 and > 0")
         self.alpha, self.t, self.weight = alpha, t, weight
         self.encoder = encoder(num_classes=dim)
 

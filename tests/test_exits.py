@@ -149,7 +149,7 @@ def test_every_traceback_is_in_the_log_and_words_that_are_not_ours_say_so(
     with pytest.raises(ValueError) as theirs:
         launch.launch(json.loads, 1, args="{")
     assert re.fullmatch(
-        rf"Expecting property name .* \(raised below moco_d2/engine/launch\.py:\d+; the traceback is in {log}\)",
+        rf"Expecting property name .* \(raised below moco_d2/running/launch\.py:\d+; the traceback is in {log}\)",
         exits.conclude(theirs.value).line,
     )
     assert "json/decoder.py" in log.read_text()

@@ -48,20 +48,20 @@ class AlignUniform(SSLMethod):
         super().__init__()
         if dim < 2 or alpha <= 0 or t <= 0:
             raise ValueError(f"SSL.ARGS: dim is {dim}, alpha is {alpha}, t is {t}; they must be >= 2, > 0 and > 0")
-        self.alpha, self.t, self.weight = alpha, t, weight
+        self.dim, self.alpha, self.t, self.weight = dim, alpha, t, weight
         self.encoder = encoder(num_classes=dim)
 
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
         """Compute both losses of two views (N, 3, H, W) of each image."""
         x, y = (F.normalize(self.encoder(view).float(), dim=1) for view in views.images)  # (N, C) each
-        uniformities = [uniformity(gather(features), self.t) for features in (x, y)]
+        spread = (uniformity(gather(x), self.t) + uniformity(gather(y), self.t)) / 2
         if self.recording:
             self.recorded = {"feature_std": x.detach().std(dim=0).mean()}
-        return {"loss_align": alignment(x, y, self.alpha), "loss_uniform": self.weight * sum(uniformities) / 2}
+        return {"loss_align": alignment(x, y, self.alpha), "loss_uniform": self.weight * spread}
 
     def diagnostics(self) -> Sequence[Diagnostic]:
         """Describe the loss and how far the features spread; a warning follows if they collapse to a point."""
-        even = 1 / math.sqrt(self.encoder.fc.out_features)
+        even = 1 / math.sqrt(self.dim)
         return (
             Diagnostic("total_loss", "loss", "loss", ".4f"),
             Diagnostic("feature_std", "feature std", "std", ".4f", even, "spread evenly, 1/sqrt(C)", even / 10),
@@ -74,12 +74,13 @@ class AlignUniform(SSLMethod):
 
 def alignment(x: torch.Tensor, y: torch.Tensor, alpha: float) -> torch.Tensor:
     """Return the mean distance of positive pairs (N, C), to the power ``alpha`` (section 4.1)."""
-    return (x - y).norm(dim=1).pow(alpha).mean()
+    distances: torch.Tensor = torch.linalg.vector_norm(x - y, dim=1)  # (N,)
+    return distances.pow(alpha).mean()
 
 
 def uniformity(x: torch.Tensor, t: float) -> torch.Tensor:
     """Return the logarithm of the mean Gaussian potential over all pairs of features (R * N, C) (section 4.1)."""
-    squared = torch.pdist(x).square()  # each pair once
+    squared: torch.Tensor = torch.pdist(x).square()  # each pair once
     return torch.logsumexp(-t * squared, dim=0) - math.log(len(squared))
 
 

@@ -7,6 +7,7 @@ that it works where it is needed most.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import platform
@@ -21,7 +22,6 @@ from types import ModuleType
 from typing import Any
 
 from moco_d2 import __version__, install_detectron2
-from moco_d2.commands import cli
 from moco_d2.exits import ending, guard
 from moco_d2.io.paths import expand_variable
 
@@ -340,7 +340,8 @@ def _report(title: str, findings: list[Finding]) -> None:
 
 def main(argv: Sequence[str] = ()) -> int:
     """Print the report; return the exit status."""
-    cli.new_parser("doctor", __doc__).parse_args(argv)
+    parser = argparse.ArgumentParser("moco-d2 doctor", description=__doc__)
+    parser.parse_args(argv)
     print(f"moco_d2 {__version__} on {platform.platform()}")
     sections = {"Libraries": list(check_packages()), "Detectron2": list(check_detectron2())}
     if not _failures(sections):

@@ -29,7 +29,7 @@ def output(unpacked_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def run(command: list[str], package: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(package)}
     words = [sys.executable, *command]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600, check=False, **options)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1800, check=False, **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

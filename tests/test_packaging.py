@@ -172,14 +172,14 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], None]:
 
 
 def _command(words: list[str]) -> list[str]:
-    """Return the part of a command line that is ours: from ``moco-d2`` or a script on; empty if there is none."""
+    """Return the part of a command line from ``moco-d2`` or a script with arguments on; empty if there is none."""
     for index, word in enumerate(words):
         if word == "moco-d2" and words[index + 1 : index + 2] != ["--help"]:
             return words[index:]
         if words[index : index + 2] in (["-m", "moco_d2"], ["-m", "benchmarks"]):
             script = ["moco-d2"] if words[index + 1] == "moco_d2" else [str(ROOT / "benchmarks/__main__.py")]
             return [*script, *words[index + 2 :]]
-        if re.fullmatch(r"(\./)?(tools|datasets|examples)/\w+\.py", word):
+        if re.fullmatch(r"(\./)?(tools|datasets|examples)/\w+\.py", word) and words[index + 1 :]:
             return [str(ROOT / word), *words[index + 1 :]]
     return []
 

@@ -186,7 +186,7 @@ def _command(words: list[str]) -> list[str]:
 
 def _command_lines() -> Iterator[tuple[str, list[str]]]:
     """Yield the place and the words of every command line in documents, and in the help of commands and scripts."""
-    texts = {path.name: path.read_text() for path in _documents()}
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in _documents()}
     for folder in ("tools", "datasets", "moco_d2/commands", "benchmarks", "examples"):
         for path in (ROOT / folder).glob("*.py"):
             lines = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()

@@ -94,7 +94,8 @@ def test_environment_variables_are_expanded_or_named(home: Path, monkeypatch: py
 
 
 def test_detectron2s_data_sets_lie_under_a_variable_too(home: Path) -> None:
-    code = "import moco_d2; from detectron2.data import MetadataCatalog as M; print(M.get('voc_2007_test').dirname)"
+    code = "from moco_d2.config import get_cfg; get_cfg(); from detectron2.data import MetadataCatalog as M"
+    code += "; print(M.get('voc_2007_test').dirname)"
     code += "; print(M.get('voc_2012_val_sem_seg').image_root)"
     environment = {**os.environ, "DETECTRON2_DATASETS": "$ROOT", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Report of what is installed, what works and what is missing (``python -m moco_d2.commands.doctor``).
+"""Report of what is installed, what works and what is missing.
 
 Every problem has a remedy. The exit status is 1 if pretraining or detection cannot run here, otherwise 0: a missing
 dataset or GPU is only noted. The module itself imports the standard library only, so that it runs on a broken
@@ -7,6 +7,7 @@ installation.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import itertools
@@ -15,7 +16,7 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -42,7 +43,7 @@ PACKAGES = {
 INSTALL = "make install, or in this environment: python -m pip install -c constraints.txt -e ."
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LAYOUT = "datasets/README.md shows the expected folders"
-SAMPLE = "datasets/make_sample_data.py makes a small set of each"
+SAMPLE = "moco-d2 samples OUT makes a small set of each"
 
 
 @dataclass(frozen=True)
@@ -263,8 +264,10 @@ def _report(title: str, findings: list[Finding]) -> None:
             print(f"        -> {finding.remedy}")
 
 
-def main() -> int:
+def main(argv: Sequence[str] = ()) -> int:
     """Print the report; return the exit status."""
+    parser = argparse.ArgumentParser("moco-d2 doctor", description=__doc__)
+    parser.parse_args(argv)
     print(f"moco_d2 {__version__} on {platform.platform()}")
     sections = {"Libraries": list(check_packages()), "Detectron2": list(check_detectron2())}
     if not _failures(sections):

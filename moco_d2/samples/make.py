@@ -1,6 +1,6 @@
 """Maker of a small $DETECTRON2_DATASETS folder for all shipped configs: about a thousand pictures in seconds.
 
-    datasets/make_sample_data.py OUT
+    moco-d2 samples OUT
 
 It writes VOC2007, VOC2012 (objects and semantic segmentation), coco (objects and keypoints), lvis, cityscapes and
 imagenet/train. Folders, file formats, class names and category ids are those of the real data sets, so every shipped
@@ -10,7 +10,6 @@ datasets/README.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -290,15 +289,3 @@ def make_all(out: Path, seed: int) -> None:
         make_cityscapes(root, "train", seed)
         make_cityscapes(root, "val", seed)
         (root / ABOUT).write_text(json.dumps({"seed": seed, "pictures": SPLITS}, indent=2) + "\n")
-
-
-def main() -> None:
-    """Parse the command line and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; replaced if this script wrote it")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds give other pictures (default: 0)")
-    args = parser.parse_args()
-    make_all(args.out, args.seed)
-    for split, count in SPLITS.items():
-        print(f"{count:5d} pictures  {split}")
-    print(f"in {args.out}; to use them: export DETECTRON2_DATASETS={args.out}")

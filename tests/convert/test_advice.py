@@ -30,11 +30,12 @@ from checkpoint_layouts import (
 )
 from torch import nn
 
+from moco_d2.commands import convert
 from moco_d2.convert import SOURCES, CheckpointError, Choice, Conversion, convert_state
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
-PARSER = runpy.run_path(str(TOOL))["parser"]()
+PARSER = convert.parser()
 
 # "with OPTIONS (words)" or "without OPTIONS (words)"; "with A and without B" names all that is to be typed in A.
 _WAY = re.compile(r"(?<!and )\b(with|without) ((?:--[a-z]+ (?:'[^']*'|\"[^\"]*\"|[^\s()'\"])+ ?)+)(?=\(|and without)")

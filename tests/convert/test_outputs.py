@@ -15,8 +15,6 @@ from moco_d2.convert import convert_checkpoint
 from moco_d2.convert.back import restore
 from moco_d2.convert.report import convert_and_report, write_report
 
-TOOLS = Path(__file__).parents[2] / "tools"
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -98,8 +96,7 @@ def test_the_input_is_kept_under_each_of_its_names(
 def test_a_report_is_refused_before_the_conversion(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import convert_checkpoint as tool
+    from moco_d2.commands import convert as tool
 
     theirs = tmp_path / "labels.json"
     theirs.write_text(json.dumps({"images": [], "annotations": []}))

@@ -661,16 +661,18 @@ def test_what_only_has_the_name_of_an_image_neither_blocks_nor_fills_the_memory(
             FileSource([str(tmp_path / f"{name}.jpg")]).read(0)
 
 
-def test_a_list_of_files_is_checked_before_they_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from make_shards import read_list
+def test_a_list_of_files_is_checked_before_they_are_packed(tmp_path: Path) -> None:
+    from moco_d2.commands.shards import read_list
 
     names = tmp_path / "list.txt"
     (tmp_path / "a.jpg").touch()
     for content, message in (
-        (b"\xff\xfe", "is no text"),
+        (b"\xff\xfe", "is not text"),
         (b"\n", "names no file"),
-        (b"a.jpg\nb.jpg\n", r"names 1 files that are not there \(\S*b\.jpg, \.\.\.\); its paths start at the folder"),
+        (
+            b"a.jpg\nb.jpg\n",
+            r"names 1 files that do not exist \(\S*b\.jpg, \.\.\.\); relative paths start at the folder",
+        ),
     ):
         names.write_bytes(content)
         with pytest.raises(ValueError, match=rf"^--list \S*list\.txt {message}[^\n]*$"):

@@ -97,9 +97,9 @@ def test_an_error_after_a_request_is_an_error(tmp_path: Path) -> None:
     """A cluster that starts every job with code 75 again would go on with a mistake for ever."""
     script = f"""
         import sys
-        sys.path[:0] = {[str(ROOT / "tools"), str(Path(__file__).parent)]}
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
         import test_preemption; from moco_d2.commands import cli
-        args = cli.launch_parser(None).parse_args(["--config-file", "Pretrain/moco_v2_R50_200ep"])
+        args = cli.launch_parser("pretrain", None).parse_args(["--config-file", "Pretrain/moco_v2_R50_200ep"])
         cli.run(test_preemption.failing_after_a_request, args)
     """
     log = tmp_path / "log"
@@ -116,11 +116,10 @@ def test_a_second_signal_does_not_end_the_wait_for_what_is_saved(tmp_path: Path)
         "signal.signal(signal.SIGTERM, save)\npathlib.Path('ready').touch()\nsignal.pause()\n"
     )
     script = f"""
-        import pathlib, re, signal, sys
-        sys.path.insert(0, {str(ROOT / "tools")!r})
-        import run_trials; from moco_d2.commands import cli
-        run_trials.heed()
-        cli.follow([{str(training)!r}], pathlib.Path("log"), re.compile("x"), cwd={str(tmp_path)!r})
+        import pathlib, re
+        from moco_d2.commands import cli, trials
+        with trials.stop_on_signals():
+            cli.follow([{str(training)!r}], pathlib.Path("log"), re.compile("x"), cwd={str(tmp_path)!r})
     """
     log = tmp_path / "log"
     process = begin(log, "-c", textwrap.dedent(script).replace('"log"', repr(str(tmp_path / "training_log"))))

@@ -19,6 +19,7 @@ from detectron2.data.datasets import register_pascal_voc
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from moco_d2.commands import trials as run_trials
 from moco_d2.config import load_cfg
 from moco_d2.config.keys import RENAMED
 from moco_d2.detection.subsets import FILE, select, training_set
@@ -117,12 +118,8 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(start, tmp_path, monkey
     assert json.loads((base / "seed1/trial.json").read_text())["seed"] == 1
     assert "PyTorch" in (base / "seed1/environment.txt").read_text()
 
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import run_trials
-
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    monkeypatch.setattr(sys, "argv", ["run_trials.py", *words])
-    assert run_trials.main() == 0
+    assert run_trials.main(words) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 done before"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 

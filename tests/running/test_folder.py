@@ -1,4 +1,4 @@
-"""A run's folder: what may lie there, who may write there; and the user's data sets through ``train_net.main``."""
+"""A run's folder: what may lie there, who may write there; and the user's data sets through ``moco-d2 train``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from moco_d2.detection.datasets import check_copies, register_custom
 from moco_d2.io import files, locks
 from moco_d2.running import folder
 
-TOOLS = Path(__file__).parents[2] / "tools"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 
 
@@ -185,10 +184,9 @@ def test_a_second_command_is_refused_while_the_first_one_lives(tmp_path: Path, m
 @pytest.fixture
 def train_net(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import train_net
+    from moco_d2.commands import train
 
-    return train_net
+    return train
 
 
 VOC_XML = """<annotation><filename>{name}.jpg</filename><size><width>96</width><height>64</height></size>
@@ -272,7 +270,7 @@ def test_a_copy_never_comes_into_the_place_of_the_user_s_files(
         entry["json"] = "labels.json"
     before = tree(tmp_path)
     with pytest.raises(ValueError, match=r"is a path, not a name|choose another OUTPUT_DIR") as caught:
-        train_net.main(arguments(words(entry, output), dry_run))
+        train_net.train(arguments(words(entry, output), dry_run))
     # A dry run tells all problems: DATASETS.TRAIN, too, names a set that there is not.
     assert len(str(caught.value).splitlines()) == 1 + (dry_run and case == "named by its path")
     assert tree(tmp_path) == before
@@ -325,14 +323,14 @@ def test_a_run_beside_its_data_leaves_them_as_they_are(train_net: ModuleType, tm
     write(tmp_path / "model_zoo.pth")
     before = tree(tmp_path)
     opts = [*words(entry, "."), "MODEL.RPN.POST_NMS_TOPK_TEST", "10", "MODEL.RPN.PRE_NMS_TOPK_TEST", "20"]
-    train_net.main(arguments(opts))
+    train_net.train(arguments(opts))
     assert before.items() <= tree(tmp_path).items()
     assert (tmp_path / "inference/mine").is_dir() and (tmp_path / "datasets/mine/Annotations/0.xml").is_file()
     for name in ("last_checkpoint", "model_final.pth", "results.json"):
         (tmp_path / name).unlink()
     before = tree(tmp_path)
     with pytest.raises(ValueError, match=r"contains a run already \(metrics\.json\)"):
-        train_net.main(arguments(opts))
+        train_net.train(arguments(opts))
     assert tree(tmp_path) == before
     DatasetCatalog.remove("mine")
     MetadataCatalog.remove("mine")

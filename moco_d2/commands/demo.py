@@ -19,7 +19,7 @@ from pathlib import Path
 from moco_d2.commands import cli
 
 FULL_WIDTH = {
-    "pretrain": ["SSL.ENCODER.WIDTH", "1.0"],
+    "pretrain": ["SSL.ENCODER.ARGS.width", "1.0"],
     "detect": [
         "MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256",
         "MODEL.RESNETS.WIDTH_PER_GROUP", "64",

@@ -218,7 +218,7 @@ WRONG = {  # key: (value, complaint)
     "SOLVER.MOMENTUM.X": ("1", "no config key SOLVER.MOMENTUM.X; did you mean 'SOLVER.MOMENTUM' or"),
     "SOLVER.STEPS": ("5", "SOLVER.STEPS is 5; it must be a list or tuple, as ("),
     "SEED": ("two", "SEED is 'two'; it must be an int, as "),
-    "DATA": ("5", "DATA is a group of keys, not one that can be set to 5; it has RECIPE, CROP_SIZE"),
+    "DATA": ("5", "DATA is a group of keys, not one that can be set to 5; it has AUGMENTATION, CROP_SIZE"),
 }
 FILE = """
 SOLVER: {BASE_LRR: 3, GAMMA: x, MOMENTUM: {X: 1}, STEPS: 5}

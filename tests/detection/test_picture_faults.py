@@ -312,7 +312,7 @@ def test_labels_of_registered_sets_that_cannot_be_read_are_named_by_file_and_rec
     labels = root / "coco/annotations/instances_val2017.json"
     content = json.loads(labels.read_text())
     for changes, said in (
-        ({"category_id": 999}, r":\d+: annotations\[1\] .* unknown class category_id 999"),
+        ({"category_id": 999}, r":\d+: annotations\[1\] .* unknown category_id 999"),
         ({"id": content["annotations"][0]["id"]}, r":\d+: annotations\[1\] .* has the id of another annotation"),
     ):
         first, second, *others = content["annotations"]

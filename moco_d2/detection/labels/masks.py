@@ -57,7 +57,7 @@ def run_lengths(value: Mapping[str, Any], size: tuple[int, int], empty: bool = F
     """
     height_width, counts = [size[1], size[0]], value.get("counts") or ()
     if not isinstance(value.get("size"), list) or value["size"] != height_width:
-        raise ValueError(f"a run-length mask of size {value.get('size')!r}; it must be the image's {height_width}")
+        raise ValueError(f"a run-length mask of size {value.get('size')!r}; it must be {height_width}, the image's")
     try:
         runs = unpacked(counts) if isinstance(counts, str) else np.array([whole(run) for run in counts], np.int64)
     except (ValueError, TypeError):

@@ -379,8 +379,8 @@ def test_unknown_names_and_broken_lists_are_told(tmp_path: Path, monkeypatch: py
         ("- a", "not a list of weights"),
         ("x: {url: u, colour: red}", "unknown ['colour']"),
         ("x: {url: u}", "missing ['recipe', 'title']"),
-        ("x: {url: u, title: t, source: s, recipe: r, checksum: 'crc:12'}", "must be like md5:a04e12f8"),
-        ("../x: {url: u, title: t, source: s, recipe: r}", "must be letters"),
+        ("x: {url: u, title: t, source: s, recipe: r, checksum: 'crc:12'}", "must look like md5:a04e12f8"),
+        ("../x: {url: u, title: t, source: s, recipe: r}", "may have letters"),
     ):
         own.write_text(text)
         with pytest.raises(CatalogError) as refusal:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import build_anchor_generator
+from detectron2.solver import build_lr_scheduler
 from recorded_cfg import RecordedCfg
 from small_detector import COCO_C4, COCO_FPN, SHORT, small_cfg
 
@@ -219,6 +221,9 @@ def test_the_table_of_roles_says_what_detectors_read(trained: tuple[Path, Any, s
     DatasetMapper(RecordedCfg(small_cfg(COCO_FPN, "MODEL.LOAD_PROPOSALS", "True")), is_train=False)
     rotated = RecordedCfg(small_cfg(COCO_FPN, "MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"))
     build_anchor_generator(rotated, [ShapeSpec(stride=4)] * 5)
+    for schedule in ("WarmupCosineLR", "WarmupStepWithFixedGammaLR"):
+        own = RecordedCfg(small_cfg(COCO_FPN, *SHORT, "SOLVER.LR_SCHEDULER_NAME", schedule))
+        build_lr_scheduler(own, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
     read |= RecordedCfg.read
 
     _check(cfg, in_training)

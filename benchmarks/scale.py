@@ -35,7 +35,7 @@ from moco_d2.io.paths import cache_folder
 BATCH, RANKS, STREAMS, WINDOW = 1024, 64, 64, 2
 FAR, COMPARED = 1_000_003, range(500_000, 500_005)  # steps
 IMAGE = 110_000  # bytes, as ImageNet's
-PACKED = 1000  # images in a shard, the default of tools/make_shards.py
+PACKED = 1000  # images in a shard, the default of moco-d2 shards
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 PRETRAINING, DETECTION = "pretraining", "fine-tuning"
-_COMMANDS = {PRETRAINING: "tools/pretrain_net.py", DETECTION: "tools/train_net.py"}
+_COMMANDS = {PRETRAINING: "moco-d2 pretrain", DETECTION: "moco-d2 train"}
 
 # Roles. If a key of the first two changes, it is another recipe or another protocol.
 RECIPE, PROTOCOL = "recipe", "protocol"
@@ -30,7 +30,7 @@ class _Roles(NamedTuple):
     pretraining: str
     detection: str
     resumed: str = ""  # CHECKPOINT or CONFIG for the keys of detection that resuming compares
-    option: str = ""  # the option of tools/run_trials.py that sets the key
+    option: str = ""  # the option of moco-d2 trials that sets the key
 
 
 # By key or group of keys. The longest entry that matches a key applies.

@@ -65,7 +65,7 @@ def take_back(content: Mapping[str, Any], path: str | os.PathLike[str]) -> Resto
     if stated is None:
         raise CheckpointError(
             f"{path}: it has no facts, so its input and its strides are unknown; give a file of moco_d2 (a "
-            "backbone.pth, a converted file, a detector trained with tools/train_net.py), or convert this one without "
+            "backbone.pth, a converted file, a detector trained with moco-d2 train), or convert this one without "
             "--to first, and then give the file that was written"
         )
     shapes = shapes_of(stated, path)

@@ -40,7 +40,7 @@ CATALOG = Path(__file__).with_suffix(".yaml")
 
 _BLOCK = 1 << 20
 _WAIT = 0.2  # seconds between two looks at a lock
-_BY_HAND = "download the file elsewhere, and run tools/convert_checkpoint.py FILE OUTPUT"
+_BY_HAND = "download the file elsewhere, and run moco-d2 convert FILE OUTPUT"
 
 
 class CatalogError(ValueError):
@@ -90,8 +90,7 @@ def get_entry(name: str) -> Entry:
     if bare not in entries:
         near = difflib.get_close_matches(bare, entries, n=3, cutoff=0.4) or list(entries)[:3]
         raise CatalogError(
-            f"no published weights {bare!r}; similar names: {', '.join(near)} "
-            "(tools/convert_checkpoint.py --list shows all)"
+            f"no published weights {bare!r}; similar names: {', '.join(near)} (moco-d2 convert --list shows all)"
         )
     return entries[bare]
 

@@ -60,7 +60,7 @@ class Choice:
                 ) from error
 
     def options(self) -> str:
-        """Return the same as options of ``tools/convert_checkpoint.py``, as typed into a shell."""
+        """Return the same as options of ``moco-d2 convert``, as typed into a shell."""
         typed: list[str] = []
         typed += ["--source", self.source] if self.source else []
         typed += ["--prefix", self.prefix] if self.prefix is not None else []

@@ -132,7 +132,7 @@ def log_left_out(what: str, lost: int, further: int) -> None:
         logger.warning(
             "%s: %d image file(s) are left out because their names have more than one dot: by WebDataset's rule "
             "x.1.jpg and x.2.jpg are fields of one sample x, which has no picture x.jpg. Unpack the tar and name the "
-            "folder, or pack that with tools/make_shards.py, which gives names with one dot", what, lost,
+            "folder, or pack that with moco-d2 shards, which gives names with one dot", what, lost,
         )  # fmt: skip
     if further:
         logger.info(

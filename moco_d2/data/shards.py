@@ -321,7 +321,7 @@ def _manifest(folder: str, cache: ShardCache, needed: bool = False) -> dict[str,
 def refuse_unfinished(folder: Path) -> None:
     """Raise ValueError for a folder in which not all shards are made yet."""
     if (folder / UNFINISHED).exists():
-        raise ValueError(f"the set in {folder} is unfinished: run tools/make_shards.py again with the same arguments")
+        raise ValueError(f"the set in {folder} is unfinished: run moco-d2 shards again with the same arguments")
 
 
 def _read_manifest(path: Path, folder: str) -> dict[str, Shard]:

@@ -87,7 +87,7 @@ def read_weight_file(path: str, names: Collection[str]) -> WeightFile:
 
 def convert_hint(path: str) -> str:
     """Return the remedy for a file that must be converted."""
-    return f"\n  Convert it first: python tools/convert_checkpoint.py {path} converted.pth"
+    return f"\n  Convert it first: moco-d2 convert {path} converted.pth"
 
 
 def _refuse_pretraining(content: Mapping[str, Any], path: str) -> None:

@@ -101,7 +101,7 @@ def _refuse_placeholder(path: str) -> None:
     if path == REQUIRED:
         raise ValueError(
             "this config starts from weights of your choice, but MODEL.WEIGHTS is not set.\n"
-            "  Pass MODEL.WEIGHTS PATH, a file written by tools/convert_checkpoint.py, "
+            "  Pass MODEL.WEIGHTS PATH, a file written by moco-d2 convert, "
             'or use the config with the suffix _random (MODEL.WEIGHTS "")'
         )
 
@@ -296,7 +296,7 @@ def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, mi
         return f"{text}.\n  The file holds another network: check MODEL.RESNETS.DEPTH, its width keys, and NUM_CLASSES"
     if len(missing) == total:
         return f"{text}.\n  The file has names such as {some(state, 3)}.{convert_hint(path)}"
-    return f"{text}.\n  The file is incomplete: convert the original again with tools/convert_checkpoint.py"
+    return f"{text}.\n  The file is incomplete: convert the original again with moco-d2 convert"
 
 
 def _file_names(name: str) -> list[str]:

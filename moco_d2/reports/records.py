@@ -98,8 +98,8 @@ def read_result(folder: Path, name: str = RESULTS) -> dict[str, Any]:
         raise ValueError(f"{path} is missing: the run has not finished, or is not a fine-tuning run")
     content = read_json(path)
     if missing := [key for key in ("protocol", "metrics") if key not in content]:
-        raise ValueError(f"{path} is not a result of tools/train_net.py: it has no {' and no '.join(missing)}")
-    return _checked(path, content, _RESULT, "tools/train_net.py")
+        raise ValueError(f"{path} is not a result of moco-d2 train: it has no {' and no '.join(missing)}")
+    return _checked(path, content, _RESULT, "moco-d2 train")
 
 
 def read_trial(folder: Path, complete: bool = False) -> dict[str, Any]:
@@ -113,11 +113,11 @@ def read_trial(folder: Path, complete: bool = False) -> dict[str, Any]:
         ValueError: the file is damaged, incomplete, or another program's.
     """
     path = folder / RECORD
-    content = _checked(path, read_json(path), _TRIAL, "tools/run_trials.py")
+    content = _checked(path, read_json(path), _TRIAL, "moco-d2 trials")
     if content and complete:
         found = {*content, *(f"weights.{key}" for key in content.get("weights", ()))}
         if missing := {"config", "weights.path", "weights.sha256"} - found:
-            raise ValueError(f"{path} was not written by tools/run_trials.py: it lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"{path} was not written by moco-d2 trials: it lacks {', '.join(sorted(missing))}")
     return content
 
 

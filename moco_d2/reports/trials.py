@@ -162,7 +162,7 @@ def state(trial: Trial) -> str:
     recorded = read_trial(folder, complete=True)
     if not recorded:
         if begun or done:
-            raise ValueError(f"{folder} holds a run that tools/run_trials.py did not start; choose another --output")
+            raise ValueError(f"{folder} holds a run that moco-d2 trials did not start; choose another --output")
         return "new"
     differences = list(_differences(recorded, trial))
     result = read_result(folder) if done else {}
@@ -233,7 +233,7 @@ def _init(word: str, protocol: str) -> Init:
     try:
         check_source(path)
     except ValueError as error:
-        raise ValueError(f"{error}\n  With tools/run_trials.py: --weights {label}=PATH") from error
+        raise ValueError(f"{error}\n  With moco-d2 trials: --weights {label}=PATH") from error
     local = local_path(path)
     checkpoint = open_checkpoint(local)
     refuse_stubs(checkpoint, "model" if "model" in checkpoint.content else "")

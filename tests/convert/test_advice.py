@@ -379,7 +379,7 @@ def test_what_bake_and_the_way_back_advise(
 COVERED = {
     ("back.py", "or convert this one without --to first"): "test_what_bake_and_the_way_back_advise",
     ("bake.py", "convert without --bake"): "test_what_bake_and_the_way_back_advise",
-    ("catalog.py", "tools/convert_checkpoint.py --list"): "test_what_bake_and_the_way_back_advise",
+    ("catalog.py", "moco-d2 convert --list"): "test_what_bake_and_the_way_back_advise",
     ("choice.py", "--source"): "source of another project",
     ("choice.py", "--prefix"): "mistyped prefix",
     ("choice.py", "--norm"): "GroupNorm",

@@ -283,7 +283,7 @@ def test_making_is_deterministic_resumes_and_refuses(images: Path, shards: Path,
     process.join()
     (killed / ".000002.tar.x1_y2z3a.partial").write_bytes(b"what a killed process leaves of a file that it writes")
     begun = {path: path.stat().st_mtime_ns for path in killed.glob("0*.tar")}
-    with pytest.raises(ValueError, match=r"is unfinished: run tools/make_shards.py again"):
+    with pytest.raises(ValueError, match=r"is unfinished: run moco-d2 shards again"):
         open_source([f"{killed}/*.tar"])
     with pytest.raises(ValueError, match="is unfinished"):
         packing.index(killed)

@@ -112,7 +112,7 @@ def test_all_problems_are_told_at_once_a_line_each_with_its_remedy(tool, backbon
         "did you mean 'voc_2007_trainval",
         "pass MODEL.ROI_HEADS.NUM_CLASSES 80",
         "TEST.COCO_BACKEND",
-        "Convert it first: python tools/convert_checkpoint.py",
+        "Convert it first: moco-d2 convert",
     ], strict=True):  # fmt: skip
         assert said in line
 

@@ -162,7 +162,7 @@ def test_a_partial_file_is_refused_with_the_keys(altered):
     assert "fills 250 of 265 tensors; 15 would stay random" in message
     assert re.search(r"not in the file: roi_heads\.res5\.2\.conv1\.weight, .* and 12 more\.$", message, re.MULTILINE)
     assert message.count("\n") == 1
-    assert "tools/convert_checkpoint.py" in message
+    assert "moco-d2 convert" in message
 
 
 @pytest.mark.parametrize("norm", ["naiveSyncBN", "FrozenBN"])
@@ -247,7 +247,7 @@ def test_a_file_without_facts_loads_and_the_assumption_is_logged(altered, caplog
 
 def test_an_unconverted_backbone_is_refused(backbone_file):
     message = refusal(small_cfg(VOC_C4), backbone_file)
-    assert f"Convert it first: python tools/convert_checkpoint.py {backbone_file}" in message
+    assert f"Convert it first: moco-d2 convert {backbone_file}" in message
 
 
 @pytest.mark.parametrize(("prefix", "source"), [("online_encoder.", "model_0000009.pth"), (None, "backbone.pth")])
@@ -260,11 +260,11 @@ def test_a_training_checkpoint_of_any_method_is_refused_with_the_command(prefix,
     path = tmp_path / "model_0000009.pth"
     torch.save(content, path)
     message = f"{path} is a training checkpoint of Invented; a detector starts from its converted backbone.\n"
-    command = f"  Convert it first: python tools/convert_checkpoint.py {tmp_path / source} converted.pth"
+    command = f"  Convert it first: moco-d2 convert {tmp_path / source} converted.pth"
     assert refusal(small_cfg(VOC_C4), path) == message + command
     del content["backbone"]  # as of earlier versions
     torch.save(content, path)
-    assert f"Convert it first: python tools/convert_checkpoint.py {path} " in refusal(small_cfg(VOC_C4), path)
+    assert f"Convert it first: moco-d2 convert {path} " in refusal(small_cfg(VOC_C4), path)
 
 
 def test_an_official_training_checkpoint_is_refused(backbone_file, tmp_path):

@@ -348,6 +348,6 @@ def test_what_was_left_out_is_in_the_report_and_in_the_log(tmp_path: Path, caplo
     ]  # fmt: skip
     for name in ("report.md", "report.html"):
         text = (tmp_path / "report" / name).read_text()
-        assert "2 left out" in text and "runs/a/trial.json was not written by tools/run_trials.py: wrong init" in text
+        assert "2 left out" in text and "runs/a/trial.json was not written by moco-d2 trials: wrong init" in text
     (run,) = summary.find_runs([tmp_path / "runs"], print)
     assert run.curve("total_loss") == [(9, 1.0), (19, 0.5)]

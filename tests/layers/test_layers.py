@@ -127,7 +127,7 @@ def test_queue_is_a_ring_at_any_batch_size(caplog: pytest.LogCaptureFixture) -> 
             assert queue.pointer.item() == pointer
             oldest_first = queue.features.roll(-pointer, 0)
             assert torch.equal(oldest_first, torch.stack(list(ring)))
-    assert len(caplog.records) == 1 and "10 keys but the queue holds 7" in caplog.text
+    assert len(caplog.records) == 1 and "a step has 10 keys, but the queue holds 7" in caplog.text
 
 
 def test_a_queue_holds_keys_in_the_type_it_was_given_and_the_loss_takes_them() -> None:

@@ -72,7 +72,7 @@ def test_what_cannot_be_scaled_or_shared_is_refused():
     opts += ["SOLVER.CHECKPOINT_PERIOD", 0]
     with pytest.raises(ValueError) as caught:
         check_run(small_cfg(VOC_C4, *opts), world_size=2)
-    assert "multiple of the 2 processes times SOLVER.ACCUMULATE 3" in str(caught.value)
+    assert "must be a multiple of 2 (the number of processes) times 3 (SOLVER.ACCUMULATE)" in str(caught.value)
     assert "SOLVER.CHECKPOINT_PERIOD is 0; it must be at least 1" in str(caught.value)
     assert "ENGINE.AUTOCAST is 'float16'; it must be bfloat16" in str(caught.value)
 

@@ -334,7 +334,7 @@ def test_mistakes_in_files_and_keys_are_named(tmp_path, registered):
     name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
     cfg = load_cfg("", ["OUTPUT_DIR", str(tmp_path)])
     found[0]["image_id"] = 99999
-    with pytest.raises(ValueError, match=f"image 99999, which is not in '{name}'"):
+    with pytest.raises(ValueError, match=f"has image_id 99999, which is not in '{name}'"):
         evaluate_file(cfg, name, written(found, tmp_path / "found.json"))
     with pytest.raises(ValueError, match="not hold detections in COCO's format"):
         evaluate_file(cfg, name, written(labels, tmp_path / "found.json"))
@@ -350,7 +350,7 @@ WRONG_DETECTIONS = {
     "no category": ({"category_id": 999}, r"id 999, which is not in .*; its ids are 15 \(class15\), "),
     "a fraction": ({"category_id": 15.5}, "has category_id 15.5; it must be one of the data set's ids"),
     "a flag": ({"image_id": True}, "has image_id True; it must be one"),
-    "no image": ({"image_id": "elsewhere"}, "image 'elsewhere', which is not in 'test_evaluators_0'; its ids are 85"),
+    "no image": ({"image_id": "elsewhere"}, "has image_id 'elsewhere', which is not in 'test_evaluators_0'; its ids are 85"),
     "no score": ({"score": None}, "has no score"),
     "text": ({"score": "0.9"}, "has score '0.9'; it must be a finite number"),
     "nan": ({"score": float("nan")}, "has score nan"),
@@ -386,7 +386,7 @@ def test_class_indices_in_place_of_category_ids_are_recognised(tmp_path, registe
     for detection in found:
         detection["category_id"] = ids.index(detection["category_id"])
     name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
-    remedy = rf"as the numbers of classes do: write the data set's ids .*, 15 \(class15\) for 0 .*\({len(found)} of "
+    remedy = rf"so they may be class numbers: write the data set's ids .*, 15 \(class15\) for 0 .*\({len(found)} of "
     with pytest.raises(ValueError, match=remedy):
         evaluate_file(load_cfg("", ["OUTPUT_DIR", str(tmp_path)]), name, written(found, tmp_path / "found.json"))
 

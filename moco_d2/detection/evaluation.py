@@ -65,14 +65,23 @@ def evaluate_plainly(
     if cfg.TEST.AUG.ENABLED:
         logger.info("first the plain evaluation, then with test-time augmentation (TEST.AUG)")
     broadcast_module(model)
-    return _evaluate_each(trainer, cfg, model, evaluators)
+    evaluation = Evaluation()
+    for index, name in enumerate(cfg.DATASETS.TEST):
+        loader = trainer.build_test_loader(cfg, name)
+        evaluator = trainer.build_evaluator(cfg, name) if evaluators is None else evaluators[index]
+        metrics = inference_on_dataset(model, loader, evaluator)
+        if comm.is_main_process():
+            if metrics:  # written now, because the evaluation of the next test set may fail
+                write_json(metrics_file(cfg, name), {"dataset": name, "metrics": metrics})
+            print_csv_format(metrics)
+        evaluation.metrics[name], evaluation.libraries[name] = metrics, library(cfg, name, evaluator)
+    return evaluation
 
 
 def evaluate_augmented(trainer: type[DefaultTrainer], cfg: CfgNode, model: nn.Module) -> Evaluation:
     """Evaluate with test-time augmentation (``TEST.AUG``); ``_TTA`` is appended to the names of the tasks.
 
-    Call it after :func:`evaluate_plainly`, which gives every process the same model. Detections are saved in
-    ``OUTPUT_DIR/TTA``.
+    Detections are saved in ``OUTPUT_DIR/TTA``.
     """
     aug, own = cfg.TEST.AUG, cfg.clone()
     logger.info(
@@ -81,7 +90,7 @@ def evaluate_augmented(trainer: type[DefaultTrainer], cfg: CfgNode, model: nn.Mo
     )  # fmt: skip
     own.defrost()
     own.OUTPUT_DIR, own.TEST.AUG.ENABLED = os.path.join(cfg.OUTPUT_DIR, "TTA"), False
-    found = _evaluate_each(trainer, own, GeneralizedRCNNWithTTA(own, model))
+    found = evaluate_plainly(trainer, own, GeneralizedRCNNWithTTA(own, model))
     metrics = {name: {f"{task}_TTA": scores for task, scores in tasks.items()} for name, tasks in found.metrics.items()}
     return Evaluation(metrics, found.libraries)
 
@@ -89,23 +98,3 @@ def evaluate_augmented(trainer: type[DefaultTrainer], cfg: CfgNode, model: nn.Mo
 def metrics_file(cfg: CfgNode, dataset_name: str) -> str:
     """Return the file that holds the metrics of a test set."""
     return os.path.join(cfg.OUTPUT_DIR, "inference", file_name(dataset_name), "metrics.json")
-
-
-def _evaluate_each(
-    trainer: type[DefaultTrainer],
-    cfg: CfgNode,
-    model: nn.Module,
-    evaluators: Sequence[DatasetEvaluator] | None = None,
-) -> Evaluation:
-    """Do what Detectron2's ``test`` does; write each test set's metrics before the next evaluation, which may fail."""
-    evaluation = Evaluation()
-    for index, name in enumerate(cfg.DATASETS.TEST):
-        loader = trainer.build_test_loader(cfg, name)
-        evaluator = trainer.build_evaluator(cfg, name) if evaluators is None else evaluators[index]
-        metrics = inference_on_dataset(model, loader, evaluator)
-        if comm.is_main_process():
-            if metrics:
-                write_json(metrics_file(cfg, name), {"dataset": name, "metrics": metrics})
-            print_csv_format(metrics)
-        evaluation.metrics[name], evaluation.libraries[name] = metrics, library(cfg, name, evaluator)
-    return evaluation

@@ -350,7 +350,7 @@ WRONG_DETECTIONS = {
     "no category": ({"category_id": 999}, r"id 999, which is not in .*; its ids are 15 \(class15\), "),
     "a fraction": ({"category_id": 15.5}, "has category_id 15.5; it must be one of the data set's ids"),
     "a flag": ({"image_id": True}, "has image_id True; it must be one"),
-    "no image": ({"image_id": "elsewhere"}, "has image_id 'elsewhere', which is not in 'test_evaluators_0'; its ids are 85"),
+    "no image": ({"image_id": "elsewhere"}, "image_id 'elsewhere', which is not in 'test_evaluators_0'; its ids are 8"),
     "no score": ({"score": None}, "has no score"),
     "text": ({"score": "0.9"}, "has score '0.9'; it must be a finite number"),
     "nan": ({"score": float("nan")}, "has score nan"),

@@ -182,7 +182,7 @@ def test_what_is_missing_is_named(files: Path) -> None:
         (without({**converted, "model": c4}, "model", "res5."), ["incomplete Detectron2 detector", "all of conv5"]),
         (without(backbone, "state_dict", "layer2.1.bn1"), ["incomplete", "layer2.1.bn1.weight"]),
         (without(converted, "model", "running_"), ["with GroupNorm", "no running_mean", "whose norms are BatchNorm"]),
-        ({k: v for k, v in converted.items() if k != "facts"}, ["has no facts", "train_net.py"]),
+        ({k: v for k, v in converted.items() if k != "facts"}, ["has no facts", "moco-d2 train"]),
         ({"facts": BackboneFacts().as_dict(), "epoch": 3}, ["no known ResNet", "facts, epoch"]),
         (stated(converted, depth=51), ["no ResNet that can be built", "depth is 51"]),
         (stated(converted, stem_channels=64), ["contradict", "stem_channels is 16 by the tensors, 64 by the facts"]),

@@ -244,7 +244,7 @@ def test_an_answer_that_is_no_file_is_told(code: int, words: str, server: Server
     with pytest.raises(CatalogError) as refusal:
         fetch("quarter")
     assert words in str(refusal.value) or "Service Unavailable" in str(refusal.value)
-    assert server.address in str(refusal.value) and "convert_checkpoint.py FILE" in str(refusal.value)
+    assert server.address in str(refusal.value) and "moco-d2 convert FILE" in str(refusal.value)
     assert len(server.seen) == 1
 
 
@@ -331,7 +331,7 @@ def test_the_file_is_the_same_wherever_it_is_made(
 def test_the_user_s_files_in_a_cache_are_kept(name: str, server: Server, entry: Any, cache: Path) -> None:
     cache.mkdir(exist_ok=True)
     (cache / name).write_text("the user's")
-    with pytest.raises(CatalogError, match=rf"{name}: a file that this command did not write .*; set MOCO_D2_CACHE to"):
+    with pytest.raises(CatalogError, match=rf"{name}: this file exists, and this command did not write it; .*; set MOCO_D2_CACHE to"):
         fetch("quarter")
     assert (cache / name).read_text() == "the user's" and not server.seen, "nothing was fetched"
 

@@ -56,7 +56,7 @@ ELSEWHERE = {
     "DATASETS.PROPOSAL_FILES_TEST": "with files of proposals",
 }
 # Read to see that they have their defaults.
-LOOKED_AT = {"SSL.METHOD"}
+LOOKED_AT = {"SSL.METHOD", "SSL.ENCODER.NAME"}
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ class Encoder:
             states their names, types and defaults (each needs one), and the docstring their meaning. A value out of
             range is a ValueError that names the key. The network maps (N, 3, H, W) to (N, num_classes). Its last layer,
             the head, is a Linear called ``fc`` (or by the network's attribute ``head_name``), so that a method can
-            replace it (:func:`~moco_d2.layers.heads.replace_head`) or leave it out (:func:`~moco_d2.layers.heads.without_head`).
+            replace it (:func:`~moco_d2.layers.heads.replace_head`) or leave it out
+            (:func:`~moco_d2.layers.heads.without_head`).
         describe: ``describe(network, pixels, origin=, recipe=) -> facts``, by the shapes of the network's tensors; the
             network has no head. The facts are those of a ResNet, the only kind so far.
     """

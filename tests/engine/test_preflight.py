@@ -120,3 +120,8 @@ def test_a_whole_number_is_a_float_on_the_command_line() -> None:
     cfg = load_cfg("Pretrain/moco_v2_R50_200ep", ["SOLVER.WEIGHT_DECAY", "0", "SSL.ARGS.temperature", "1"])
     assert (cfg.SOLVER.WEIGHT_DECAY, cfg.SSL.ARGS.temperature) == (0.0, 1.0)
     assert all(isinstance(value, float) for value in (cfg.SOLVER.WEIGHT_DECAY, cfg.SSL.ARGS.temperature))
+
+
+def test_an_option_after_the_overrides_is_named() -> None:
+    with pytest.raises(ValueError, match="put the option --resume before the first of them"):
+        load_cfg("", ["SEED", "1", "--resume"])

@@ -1,7 +1,7 @@
-"""The facts of a backbone: what a weight file says about itself, so that nobody has to guess how to feed it.
+"""The facts of a backbone: a weight file's description of its network and of the input that it expects.
 
-Every file that this project writes holds a :class:`BackboneFacts` as a plain dictionary under the key ``facts``. It
-tells which network the weights belong to (``depth``, ``groups``, channel counts), which Detectron2 keys build and feed
+Every weight file of this project contains a :class:`BackboneFacts` as a plain dictionary under the key ``facts``. It
+states which network the weights belong to (``depth``, ``groups``, channel counts), which Detectron2 keys build and feed
 that network (:meth:`BackboneFacts.config`), and where a config contradicts the weights
 (:meth:`BackboneFacts.contradictions`).
 
@@ -62,7 +62,7 @@ class BackboneFacts:
     """The facts of one backbone: its shape, its strides, its input and its origin.
 
     Attributes:
-        kind: family of networks, one of ``KINDS``. Files of earlier versions do not state it: they hold a ResNet.
+        kind: family of networks, one of ``KINDS``. Files of earlier versions lack it: they contain a ResNet.
         depth: 18, 34, 50, 101 or 152.
         stem_channels: output channels of ``conv1`` (64 at width 1).
         res2_channels: output channels of the first residual stage (256, or 64 for depth 18 and 34, at width 1).

@@ -54,7 +54,9 @@ def load_cfg(
     for path in config_files(config_file) if config_file else ():
         stated |= _merge_file(cfg, str(path), str(config_file))
     if len(opts) % 2:
-        raise ValueError(f"overrides come in pairs KEY VALUE, but there are {len(opts)} words: {' '.join(opts)}")
+        late = next((word for word in opts if word.startswith("--")), "")
+        advice = f"put the option {late} before the first of them" if late else f"there are {len(opts)} words"
+        raise ValueError(f"overrides come in pairs KEY VALUE, but {advice}: {' '.join(opts)}")
     _set_arguments(cfg, dict(zip(opts[::2], opts[1::2], strict=True)))
     # A key of the file is refused only if it has no effect both before and after the overrides: the command line may
     # turn on what a key belongs to, or turn it off.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from moco_d2.config import roles
 
@@ -38,7 +39,18 @@ def wrong_type(key: str, value: Any, like: Any) -> str:
 
 
 def fits(value: Any, wanted: Any) -> bool:
-    """Tell whether a value has a type. A whole number counts as a float; a bool counts as nothing else."""
+    """Tell whether a value has a type. A whole number counts as a float; a bool counts as nothing else.
+
+    Of an annotation such as ``list[int]`` only the outer type is checked; what is not a type (``Any``) fits everything.
+    """
+    origin = get_origin(wanted)
+    if origin is Literal:
+        return value in get_args(wanted)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in get_args(wanted))
+    wanted = origin or wanted
+    if wanted is Any or not isinstance(wanted, type):
+        return True
     if isinstance(value, bool):
         return wanted is bool
     return isinstance(value, {float: (int, float), list: (list, tuple), tuple: (list, tuple)}.get(wanted, wanted))

@@ -57,7 +57,7 @@ class RandomOp(Protocol):
 
     @property
     def draws(self) -> int:
-        """How many numbers it takes."""
+        """Number of random numbers that it takes."""
 
     def drawn(self, numbers: Iterator[float]) -> list[Op]:
         """Return the operations, always the same number of them."""
@@ -81,6 +81,12 @@ class Crop:
     tries: ClassVar[int] = 10
     draws: ClassVar[int] = 4 * tries
 
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"the size of a view is {self.size}; it must be at least 1: raise DATA.CROP_SIZE")
+        if not (0 < self.scale[0] <= self.scale[1] and 0 < self.ratio[0] <= self.ratio[1]):
+            raise ValueError(f"a crop has scale {self.scale} and ratio {self.ratio}; each must be positive and rise")
+
     def box(self, numbers: Sequence[float], height: int, width: int) -> Box:
         """Return the first try that fits into the image, else torchvision's central crop."""
         low, high = map(math.log, self.ratio)
@@ -101,7 +107,7 @@ class Apply:
     """One operation with probability ``p``: torchvision's RandomApply, RandomGrayscale, RandomHorizontalFlip, ...
 
     Attributes:
-        name: a key of :data:`~moco_d2.data.operations.OPERATIONS`, which says what its values mean.
+        name: a key of :data:`~moco_d2.data.operations.OPERATIONS`, which explains its values.
         p: probability.
         value: a fixed value, or the range of a uniform one.
     """
@@ -111,6 +117,8 @@ class Apply:
     value: float | tuple[float, float] = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"the probability of {self.name} is {self.p}; it must be in [0, 1]")
         check_values(self.name, *(self.value if isinstance(self.value, tuple) else (self.value, self.value)))
 
     @property

@@ -1,4 +1,4 @@
-"""Backends: they execute plans with PIL as the authors do, with OpenCV, or a batch at a time on the training device.
+"""Backends, which execute plans: with PIL as the authors do, with OpenCV, or a batch at a time on the training device.
 
 A worker process calls :meth:`Backend.prepare` for each image and sends 8-bit views. The training process calls
 :func:`finish` once a batch, which executes the operations that the backend has left to the device.
@@ -9,7 +9,7 @@ Letters: N views of a batch, S operations a view, (H, W) size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from torchvision.transforms import functional as F
 
 from moco_d2.data.augment import Plan
 from moco_d2.data.decode import EncodedImage
-from moco_d2.data.operations import OPERATIONS, SKIP, Op, View8
+from moco_d2.data.operations import OPERATIONS, SKIP, AugmentationError, Op, View8
 from moco_d2.messages import unknown_name
+
+AnyView = TypeVar("AnyView", Image.Image, View8)
 
 
 class Backend(Protocol):
@@ -51,8 +53,8 @@ class PilBackend:
         for plan in plans:
             mode = F.InterpolationMode.BICUBIC if plan.bicubic else F.InterpolationMode.BILINEAR
             view = F.resized_crop(whole, *plan.box, [plan.size, plan.size], mode)
-            for name, value in _applied(plan):
-                view = OPERATIONS[name].pil(view, value)
+            for op in _applied(plan):
+                view = _execute(op, OPERATIONS[op.name].pil, view)
             views.append(np.array(view))
         return views
 
@@ -66,8 +68,8 @@ class Cv2Backend:
         """Crop, then execute every operation."""
         views = image.crops(plans)
         for number, plan in enumerate(plans):
-            for name, value in _applied(plan):
-                views[number] = OPERATIONS[name].cv2(views[number], value)
+            for op in _applied(plan):
+                views[number] = _execute(op, OPERATIONS[op.name].cv2, views[number])
         return views
 
 
@@ -101,6 +103,14 @@ def _applied(plan: Plan) -> list[Op]:
     return [op for op in plan.ops if op != SKIP]
 
 
+def _execute(op: Op, executor: Callable[[AnyView, float], AnyView], view: AnyView) -> AnyView:
+    try:
+        return executor(view, op.value)
+    except Exception as error:
+        message = f"the operation {op.name} failed for the value {op.value:g}: {type(error).__name__}: {error}"
+        raise AugmentationError(message) from error
+
+
 def to_float(views: torch.Tensor) -> torch.Tensor:
     """Convert (N, H, W, 3) uint8 to (N, 3, H, W) float32."""
     return views.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
@@ -112,7 +122,7 @@ def finish(views: torch.Tensor, ops: torch.Tensor) -> torch.Tensor:
 
 
 def pack(ops: Sequence[Sequence[Op]]) -> torch.Tensor:
-    """Encode views' operations: (N, S, 2) float64, the place in ``OPERATIONS`` (-1: skipped) and the value."""
+    """Encode views' operations: (N, S, 2) float64, the position in ``OPERATIONS`` (-1: skipped) and the value."""
     number = {name: i for i, name in enumerate(OPERATIONS)} | {SKIP.name: -1}
     table = [[(number[op.name], op.value) for op in view] for view in ops]
     return torch.tensor(table, dtype=torch.float64).reshape(len(table), len(table[0]), 2)

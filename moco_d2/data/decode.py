@@ -1,4 +1,4 @@
-"""Decoding of image files: header first, pixels when they are wanted."""
+"""Decoding of image files: the header first, the pixels on demand."""
 
 from __future__ import annotations
 

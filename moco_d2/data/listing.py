@@ -30,7 +30,7 @@ _SYSTEM_NAMES = frozenset({
     "thumbs.db", "desktop.ini",
 })  # fmt: skip
 
-# Listings of fewer images are not cached: a walk takes no time.
+# Listings of fewer images are not cached: they are quick to read again.
 CACHED_FROM = 1000
 # Seconds. A folder that changed so recently may change again without getting another time stamp: on the coarsest file
 # systems (FAT) stamps have steps of two seconds.

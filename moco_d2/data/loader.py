@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from moco_d2.data.augment import Augmentation, Plan
 from moco_d2.data.backends import Backend, finish, pack
 from moco_d2.data.decode import EncodedImage
-from moco_d2.data.operations import Op, View8
+from moco_d2.data.operations import AugmentationError, Op, View8
 from moco_d2.data.sampler import EpochSampler
 from moco_d2.data.skipped import Skip, SkipLog
 from moco_d2.data.sources import ImageSource
@@ -98,6 +98,8 @@ class ViewDataset(Dataset[Sample]):
         for position in replacements(index, len(self.source)):
             try:
                 return self._sample(position, *self._plan(position, key), tuple(skipped))
+            except AugmentationError:
+                raise
             except Exception as error:  # A damaged file makes decoders raise anything: OSError, SyntaxError, ...
                 reason = f"{type(error).__name__}: {describe(error)}"
                 skipped.append(Skip(self.source.name(position), reason, epoch))
@@ -127,7 +129,11 @@ class ViewDataset(Dataset[Sample]):
 
     def _plan(self, position: int, key: tuple[int, int]) -> tuple[EncodedImage, list[Plan]]:
         image = EncodedImage(self.source.read(position), self.max_pixels, self.reduced)
-        return image, self.augmentation.plan(image.height, image.width, stream_seed(self.seed, *key))
+        try:
+            return image, self.augmentation.plan(image.height, image.width, stream_seed(self.seed, *key))
+        except Exception as error:
+            message = f"the augmentation cannot draw its parameters: {type(error).__name__}: {error}"
+            raise AugmentationError(message) from error
 
     def _sample(self, position: int, image: EncodedImage, plans: list[Plan], skipped: tuple[Skip, ...] = ()) -> Sample:
         boxes = np.array([_corners(plan, image) for plan in plans], np.float32)

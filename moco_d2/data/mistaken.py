@@ -29,7 +29,7 @@ _ADVICE = (
 
 
 def mistaken(name: str) -> str:
-    """Return what a path or address is, if by its extension it cannot be a data set, with the remedy; else nothing."""
+    """Return what a path or address is, and the remedy, if its extension is not that of a data set; else nothing."""
     path = name.partition("?")[0].partition("#")[0] if "://" in name else name
     base = os.path.basename(path)
     return next((advice.format(base=base) for ends, advice in _ADVICE if base.lower().endswith(ends)), "")

@@ -20,6 +20,8 @@ from PIL import Image, ImageFilter
 from torch.nn.functional import conv2d, pad
 from torchvision.transforms import functional as F
 
+from moco_d2.messages import unknown_name
+
 View8 = np.ndarray  # (H, W, 3) uint8
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
@@ -36,7 +38,7 @@ TO_PIL_HSV = np.array([[255 / 360, 0, 0, 1e-3], [0, 255, 0, 1e-3], [0, 0, 1, 0]]
 
 
 class Op(NamedTuple):
-    """A drawn operation: a name in :data:`OPERATIONS` and a value; :data:`SKIP` where chance left one out."""
+    """A drawn operation: a name in :data:`OPERATIONS` and a value, or :data:`SKIP` if chance left it out."""
 
     name: str
     value: float = 0.0
@@ -47,7 +49,7 @@ SKIP = Op("skip")
 
 @dataclass(frozen=True)
 class Operation:
-    """What one operation does, by three executors that agree up to rounding.
+    """One operation, as three executors that agree up to rounding.
 
     Attributes:
         pil: PIL image and value -> PIL image; the reference.
@@ -68,6 +70,10 @@ class Operation:
     mean: float = 0.0
 
 
+class AugmentationError(RuntimeError):
+    """The code of an augmentation or operation failed. The picture is not at fault, so it is not skipped."""
+
+
 def check_values(name: str, low: float, high: float) -> None:
     """Check the values that an augmentation draws for an operation.
 
@@ -75,10 +81,10 @@ def check_values(name: str, low: float, high: float) -> None:
         ValueError: unknown operation, or values that its executors do not take.
     """
     if name not in OPERATIONS:
-        raise ValueError(f"there is no operation {name!r}; the operations are {', '.join(OPERATIONS)}")
+        raise ValueError(unknown_name("the operation", name, OPERATIONS))
     known = OPERATIONS[name]
     if not known.low <= low <= high <= known.high:
-        rule = f"they must rise, within [{known.low:g}, {known.high:g}]"
+        rule = f"they must rise and lie within [{known.low:g}, {known.high:g}]"
         raise ValueError(f"the values of {name} are {low:g} to {high:g}; {rule}")
 
 

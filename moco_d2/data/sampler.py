@@ -1,4 +1,4 @@
-"""Resumable sampler: which image comes when, as a function of seed, epoch and step."""
+"""Resumable sampler: the order of the images, as a function of seed, epoch and step."""
 
 from __future__ import annotations
 

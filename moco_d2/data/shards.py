@@ -129,8 +129,8 @@ class ShardSource:
         table = self._index(path, index_path(path) if remote else None).table
         if position >= len(table):
             raise OSError(
-                f"{path} has {len(table)} images, fewer than its {MANIFEST} says (number {position} is wanted): it is "
-                f"cut short, or the {MANIFEST} was written by another version of this program"
+                f"{path} has {len(table)} images, fewer than its {MANIFEST} states (image {position} is missing): it "
+                f"is cut short, or the {MANIFEST} was written by another version of this program"
             )
         offset, size = table[position].tolist()
         if remote:  # not kept open: the bytes of an evicted shard would stay on the disk
@@ -265,8 +265,8 @@ def _inspect_all(name: str, known: Mapping[str, Shard | None], cache: ShardCache
         else:
             inspected = _Inspected(shard)
             if not is_url(location) and (size := size_of(Path(location))) != shard.bytes:
-                logger.warning("%s has %d bytes, its %s says %d: it is cut short or was replaced; images that it lacks "
-                               "count as unreadable", location, size, MANIFEST, shard.bytes)  # fmt: skip
+                logger.warning("%s has %d bytes, but its %s states %d: it is cut short or was replaced; images that it "
+                               "lacks count as unreadable", location, size, MANIFEST, shard.bytes)  # fmt: skip
         found.append(inspected)
         if time.monotonic() - logged > _LOG_EVERY:
             logged = time.monotonic()
@@ -300,7 +300,7 @@ def _inspect_remote(location: str, cache: ShardCache) -> _Inspected:
 
 
 def _manifest(folder: str, cache: ShardCache, needed: bool = False) -> dict[str, Shard]:
-    """Return ``{location: shard}`` of the ``shards.json`` in a folder or at an address; empty if there is none."""
+    """Return ``{location: shard}`` of the ``shards.json`` in a folder or at an address; empty if it does not exist."""
     if not is_url(folder):
         path = Path(folder) / MANIFEST
         refuse_unfinished(path.parent)

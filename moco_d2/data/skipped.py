@@ -16,8 +16,8 @@ from moco_d2.io.pictures import PictureError
 logger = logging.getLogger(__name__)
 
 FILE = "skipped.jsonl"
-# The fraction is of at least so many images, because it means little for the first few.
-BENEFIT = 1000
+# The fraction is taken of at least this many images, because it means little for the first few.
+_AT_LEAST = 1000
 
 
 class Skip(NamedTuple):
@@ -65,7 +65,7 @@ class SkipLog:
             PictureError: too many of the images could not be read.
         """
         self.seen, self.replaced = self.seen + seen, self.replaced + replaced
-        if self.replaced > self.limit * max(self.seen, BENEFIT):
+        if self.replaced > self.limit * max(self.seen, _AT_LEAST):
             raise PictureError(
                 f"{self.replaced} of the {self.seen} images that process {self.rank} saw could not be read, more than "
                 f"DATA.MAX_SKIPPED {self.limit:g} allows; {self._account()}, or raise DATA.MAX_SKIPPED, then --resume"

@@ -23,11 +23,11 @@ from moco_d2.io.paths import cache_folder, expand_variable
 
 logger = logging.getLogger(__name__)
 
-# If more files than this part of the images are left out of a folder, it is a warning.
+# The log warns if the files that are left out of a folder are more than this fraction of its images.
 MANY_LEFT_OUT = 0.1
 # Larger files (in bytes) are not read into memory: they are not images.
 LARGEST_FILE = 1 << 30
-# In a set that also has shards, so many files are shuffled as one shard.
+# In a set that also has shards, this many files are shuffled as one shard.
 FILES_IN_A_SHARD = 1000
 
 
@@ -38,7 +38,7 @@ class ImageSource(Protocol):
         lengths: number of images in each shard; a set of files is one shard.
         remote_sizes: bytes of each shard that comes over the network (0: unknown); empty for a set on a disk.
         unreadable: (path, error) of the folders and shards that could not be read when the images were listed.
-        fingerprint: of the images' names in their order; it stays when the set is moved.
+        fingerprint: of the images' names in their order; moving the set does not change it.
     """
 
     lengths: npt.NDArray[np.int64]
@@ -60,7 +60,7 @@ class ImageSource(Protocol):
         """
 
     def prepare(self, now: list[int], ahead: list[int]) -> None:
-        """Take the numbers of the shards that are read from now on, and of those that come next."""
+        """Prepare for reading the shards with the numbers ``now``, and then those with the numbers ``ahead``."""
 
 
 class FileSource:

@@ -25,8 +25,8 @@ class PretrainCheckpointer(Checkpointer):
     """fvcore's checkpointer with atomic writes and a ``backbone.pth`` beside every checkpoint.
 
     ``backbone.pth`` holds ``state_dict`` (the network to transfer: torchvision's names, no head) and ``facts``
-    (:class:`~moco_d2.facts.BackboneFacts`): tensors and plain values only. A checkpoint also says under ``backbone``
-    which method it is of, and where in its ``model`` that network is (:func:`backbone_prefix`).
+    (:class:`~moco_d2.facts.BackboneFacts`): tensors and plain values only. A checkpoint also records under ``backbone``
+    its method, and where in ``model`` that network is (:func:`backbone_prefix`).
     """
 
     def __init__(
@@ -79,7 +79,7 @@ def backbone_prefix(method: SSLMethod) -> str | None:
     """
     names, backbone = method.state_dict(keep_vars=True), method.backbone().state_dict(keep_vars=True)
     first = next(iter(backbone))
-    # keep_vars returns the parameters and buffers themselves, so that a network shows by identity, not by its name.
+    # keep_vars returns the parameters and buffers themselves, so that a network is found by identity, not by name.
     prefixes = [name.removesuffix(first) for name, value in names.items() if value is backbone[first]]
     for prefix in prefixes:
         if all(names.get(prefix + name) is value for name, value in backbone.items()):

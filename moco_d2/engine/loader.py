@@ -93,7 +93,7 @@ def check_cache(source: ImageSource, cfg: CfgNode, lanes: int) -> None:
 
 
 def _windows_held(source: ImageSource, cfg: CfgNode, lanes: int, window: int) -> int:
-    """Return how many windows a stream holds: the one that begins, the next, and those that workers still read.
+    """Return a stream's windows in the cache: the one that begins, the next, and those that workers still read.
 
     The sampler is ahead of training by the batches that workers prepare (two per worker, torch's default) and one more.
     """

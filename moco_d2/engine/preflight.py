@@ -9,7 +9,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from detectron2.config import CfgNode
@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from moco_d2.config import flat, get_cfg, mistyped_keys, unread_keys
 from moco_d2.config.roles import PRETRAINING
 from moco_d2.config.values import fits, wrong_type
-from moco_d2.data import AUGMENTATIONS, BACKENDS
+from moco_d2.data import AUGMENTATIONS, BACKENDS, build_augmentation
 from moco_d2.engine.build import outline
 from moco_d2.engine.optim import OPTIMIZERS
 from moco_d2.engine.schedules import SCHEDULES
@@ -25,6 +25,7 @@ from moco_d2.engine.step import AUTOCAST
 from moco_d2.layers.encoders import ENCODERS, encoder_args
 from moco_d2.messages import unknown_name
 from moco_d2.methods import METHODS, default_args, method_class
+from moco_d2.signature import types
 
 
 def check_config(cfg: CfgNode, world_size: int) -> None:
@@ -95,12 +96,17 @@ def _argument_problems(
     group: str, args: Mapping[str, Any], function: Callable[..., Any], accepted: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yield messages about arguments that a function does not have, or that are of another type than it states."""
-    signature = inspect.signature(function, eval_str=True)
+    annotations = types(function)
     for key, value in args.items():
         if key not in accepted:
             yield unknown_name(f"an argument in {group}", key, accepted)
-        elif not fits(value, signature.parameters[key].annotation):
-            yield wrong_type(f"{group}.{key}", value, accepted[key])
+        elif not fits(value, wanted := annotations[key]):
+            if get_origin(wanted) is Literal:
+                yield unknown_name(f"{group}.{key}", value, get_args(wanted))
+            elif accepted[key] is None:
+                yield f"{group}.{key} is {value!r}; it must be {inspect.formatannotation(wanted)}"
+            else:
+                yield wrong_type(f"{group}.{key}", value, accepted[key])
 
 
 def _data_problems(cfg: CfgNode) -> Iterator[str]:
@@ -108,6 +114,11 @@ def _data_problems(cfg: CfgNode) -> Iterator[str]:
     yield from _unknown("DATA.BACKEND", cfg.DATA.BACKEND, ("auto", *BACKENDS))
     if cfg.DATA.CROP_SIZE < 1:
         yield f"DATA.CROP_SIZE is {cfg.DATA.CROP_SIZE}; it must be positive"
+    elif cfg.DATA.AUGMENTATION in AUGMENTATIONS:
+        try:  # The records know the ranges.
+            build_augmentation(cfg.DATA.AUGMENTATION, cfg.DATA.CROP_SIZE)
+        except ValueError as error:
+            yield f"DATA.AUGMENTATION {cfg.DATA.AUGMENTATION}: {error}"
     if cfg.DATALOADER.NUM_WORKERS < 0:
         yield f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; it must be 0 (no worker processes) or more"
     batch = cfg.SOLVER.IMS_PER_BATCH

@@ -175,10 +175,11 @@ class PretrainTrainer(DefaultTrainer):
             ValueError: the seed, batch, data, length, recipe, optimizer or schedule of the interrupted run differ, or
                 a setting that depends on the number of processes, so the run would not continue exactly.
         """
-        # Checkpoints of earlier versions do not have the method's own settings, and are of runs that decoded so.
+        # Settings that checkpoints of earlier versions lack: the method's own are taken as unchanged, and these runs
+        # decoded at a reduced size.
         now = self._run()
         implied = {key: value for key, value in IMPLIED.items() if key in now}
-        # Their encoders had batch norm; name, width and stem are compared by the tensors.
+        # Their encoders had batch norm; a changed name, width or stem shows in the tensors' shapes.
         encoder = {
             k: "BN" if k == "SSL.ENCODER.ARGS.norm" else v for k, v in now.items() if k.startswith("SSL.ENCODER")
         }
@@ -189,7 +190,7 @@ class PretrainTrainer(DefaultTrainer):
         if changed:
             raise ValueError(
                 f"cannot resume exactly: {'; '.join(changed.values())}. Restore the setting, or the number of "
-                "processes that it follows from, or start a new run in another OUTPUT_DIR with MODEL.WEIGHTS set to a "
+                "processes that determines it, or start a new run in another OUTPUT_DIR with MODEL.WEIGHTS set to a "
                 "checkpoint of this one"
             )
         super().load_state_dict(state)
@@ -216,14 +217,14 @@ class PretrainTrainer(DefaultTrainer):
         length = f"{self.cfg.SOLVER.EPOCHS} epochs, " if self.cfg.SOLVER.EPOCHS else ""
         batch = self.cfg.SOLVER.IMS_PER_BATCH
         logger.info(
-            "%s (%s) on %d images: %s%d iterations of %d images in %d process(es), recipe %s at %d px",
+            "%s (%s) on %d images: %s%d iterations of %d images in %d process(es), augmentation %s at %d px",
             self.cfg.SSL.METHOD, _encoder(self.cfg.SSL.ENCODER), images, length, self.max_iter, batch,
             comm.get_world_size(), self.cfg.DATA.AUGMENTATION, self.cfg.DATA.CROP_SIZE,
         )  # fmt: skip
         for name, value in self.method.settings().items():
             logger.info("%s: %s", name, value)
         for departure in self.method.departures():
-            logger.warning("%s: the weights will say that the recipe was modified", departure)
+            logger.warning("%s: the weights will be marked as those of a modified recipe", departure)
         for warning in self.method.advice(images, batch, self.max_iter):
             logger.warning("%s", warning)
 

@@ -1,4 +1,4 @@
-"""Batch norms whose statistics are those of a part of a process's batch, or of all processes' batches."""
+"""Batch norms with the statistics of a part of a process's batch, or of all processes' batches."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def use_group_batch_norm(network: nn.Module, groups: int) -> nn.Module:
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d with the statistics of all processes' batches, whose sizes may differ.
 
-    It computes what torch's SyncBatchNorm computes: every value counts alike, and ``running_var`` is unbiased. On a GPU
-    it calls that one's kernels; in several CPU processes, which torch's refuses, it has its own implementation.
+    It computes what torch's SyncBatchNorm computes: every value counts alike, and ``running_var`` is unbiased. On GPUs
+    it calls torch's kernels; torch's module refuses CPU tensors, for which this one has its own implementation.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def _next_momentum(norm: nn.BatchNorm2d) -> float:
-    """Count a batch, and return the share that it has in the running statistics."""
+    """Count a batch and return its weight in the running statistics."""
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     # Without a momentum BatchNorm2d keeps the mean of all batches.
@@ -117,15 +117,15 @@ class Joint(NamedTuple):
 def joint_batch_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, count: int) -> Joint:
     """Normalise a batch by the statistics of all processes' batches; every process must call this.
 
-    Each process takes the squares of what is left after subtracting its own mean, in float32 or wider, and the means
-    and variances are combined afterwards. E[x^2] - E[x]^2, in the input's own type, would lose every digit where the
-    mean is large: in bfloat16 it can be hundreds, or negative, where the variance is 1.
+    Each process squares the deviations from its own mean, in float32 or wider; the means and variances are combined
+    afterwards. E[x^2] - E[x]^2, in the input's own type, would lose every digit if the mean is large: in bfloat16 it
+    can be hundreds, or negative, for a variance of 1.
 
     Args:
         x: (N, C, H, W); N may be 0.
         weight: (C,) gamma.
         bias: (C,) beta.
-        eps: is added to the variance.
+        eps: added to the variance.
         count: weight of this process's statistics, such as its number of images; 0 if it has none.
     """
     channels = x.shape[1]

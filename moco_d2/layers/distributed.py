@@ -39,10 +39,10 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
 def gather(x: torch.Tensor) -> torch.Tensor:
     """Concatenate every process's ``x`` in rank order, with gradient.
 
-    The gradient of a process's rows is the sum of what all processes send back for them. DDP averages the gradients of
+    The gradient of a process's rows is the sum of all processes' gradients for them. DDP averages the gradients of
     the processes' losses. Two kinds of loss therefore have exactly the gradient of one process with the whole batch: a
     loss of a process's own anchors against gathered features, and a loss that every process computes alike from
-    gathered features. With :func:`all_gather` they do not.
+    gathered features. With :func:`all_gather` their gradient would be another one.
 
     Args:
         x: (N, ...), the same shape in every process.

@@ -7,7 +7,6 @@ reads a config.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from torch import nn
 
 from moco_d2.facts import BackboneFacts
 from moco_d2.layers.resnet import ARCHITECTURES, build_resnet, describe
-from moco_d2.messages import did_you_mean, unknown_name
+from moco_d2.messages import unknown_name
+from moco_d2.signature import defaults, refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,13 @@ class Encoder:
 
     Attributes:
         build: ``build(num_classes, **args) -> network``. Its other arguments are ``SSL.ENCODER.ARGS``: the signature
-            states their names, types and defaults, and the docstring their meaning. A value out of range is a
-            ValueError that names the key. The network maps (N, 3, H, W) to (N, num_classes). Its last layer, the head,
-            is a Linear called ``fc``, or as the network's attribute ``head_name`` says, so that a method can replace it
-            (:func:`~moco_d2.layers.heads.replace_head`) or leave it out (:func:`~moco_d2.layers.heads.without_head`).
+            states their names, types and defaults (each needs one), and the docstring their meaning. A value out of
+            range is a ValueError that names the key. The network maps (N, 3, H, W) to (N, num_classes). Its last layer,
+            the head, is a Linear called ``fc`` (or by the network's attribute ``head_name``), so that a method can
+            replace it (:func:`~moco_d2.layers.heads.replace_head`) or leave it out
+            (:func:`~moco_d2.layers.heads.without_head`).
         describe: ``describe(network, pixels, origin=, recipe=) -> facts``, by the shapes of the network's tensors; the
-            network has no head.
+            network has no head. The facts are those of a ResNet, the only kind so far.
     """
 
     build: Callable[..., nn.Module]
@@ -47,12 +48,11 @@ def encoder_args(name: str) -> dict[str, Any]:
     """Return the arguments of an encoder with their defaults, as ``SSL.ENCODER.ARGS`` takes them.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: an unknown name, with the known ones in the message; or an argument of it has no default.
     """
     if name not in ENCODERS:
         raise ValueError(unknown_name("SSL.ENCODER.NAME", name, ENCODERS))
-    parameters = inspect.signature(ENCODERS[name].build).parameters
-    return {key: parameter.default for key, parameter in parameters.items() if key != "num_classes"}
+    return defaults(f"the encoder {name}", ENCODERS[name].build, ("num_classes",))
 
 
 def encoder_builder(name: str, args: Mapping[str, Any]) -> Callable[..., nn.Module]:
@@ -65,10 +65,5 @@ def encoder_builder(name: str, args: Mapping[str, Any]) -> Callable[..., nn.Modu
     Raises:
         ValueError: an unknown name or argument; the message lists the known ones.
     """
-    accepted = encoder_args(name)
-    for key in args:
-        if key not in accepted:
-            raise ValueError(
-                f"SSL.ENCODER.ARGS has {key!r}; {name} accepts {', '.join(accepted)}{did_you_mean(key, accepted)}"
-            )
+    refuse_unknown("SSL.ENCODER.ARGS", name, args, encoder_args(name))
     return functools.partial(ENCODERS[name].build, **args)

@@ -1,4 +1,4 @@
-"""Projection heads, and the exchange of an encoder's head."""
+"""Projection heads, and the replacement of an encoder's head."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from moco_d2.layers.distributed import total, world_size
 
-_BLOCK = 4096  # number of features whose similarities to all centroids are held at a time
+_BLOCK = 4096  # number of features whose similarities to all centroids are in memory at a time
 
 
 @torch.no_grad()

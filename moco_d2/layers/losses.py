@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-# Number of negatives that are computed with at a time: N x 8192 similarities fit into a processor's cache.
+# Number of negatives in a block: N x 8192 similarities fit into a processor's cache.
 BLOCK = 8192
 
 
@@ -69,8 +69,8 @@ def contrast_rank(q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor) -> 
     Ties count against the positive, so a collapsed encoder shows K, not 0. To make equal vectors tie, the positive is
     rounded to the negatives' type, and similarities within the rounding error of a sum of C products count as equal.
     """
-    held = k.to(negatives.dtype).to(q.dtype)
-    positive = (q * held).sum(dim=1, keepdim=True)  # (N, 1)
+    rounded = k.to(negatives.dtype).to(q.dtype)
+    positive = (q * rounded).sum(dim=1, keepdim=True)  # (N, 1)
     least = positive - q.shape[1] * torch.finfo(q.dtype).eps
     rank = torch.zeros(len(q), dtype=torch.long, device=q.device)
     with torch.autocast(q.device.type, enabled=False):

@@ -81,7 +81,8 @@ def build_resnet(
         name: a key of ``ARCHITECTURES``.
         num_classes: outputs of ``fc``.
         width: multiplier of every channel count: 1 is the paper's, 2 and 4 its wide networks, 0.25 is for quick runs.
-            ``64 * width`` must be a whole number that ``groups`` divides.
+            It is a multiple of 1/64, of 1/4 for ``resnext50_32x4d`` and ``resnext101_64x4d``, of 1/8 for
+            ``resnext101_32x8d``.
         stem: ``imagenet`` (7x7 convolution of stride 2, max-pool), or ``cifar`` (3x3 of stride 1, no pool: the MoCo
             authors' CIFAR demo; cannot be converted for detection).
         norm: ``BN`` (statistics of each process's batch), ``SyncBN`` (of all processes' batches), or ``GN`` (group norm
@@ -98,9 +99,11 @@ def build_resnet(
         if value not in choices:
             raise ValueError(unknown_name(f"SSL.ENCODER.ARGS.{key}", value, choices))
     depth, groups, width_per_group = ARCHITECTURES[name]
-    if width <= 0 or (64 * width) % 1 or int(64 * width) * width_per_group // 64 < 1:
+    fraction = min(64, width_per_group)  # so that stem and groups have whole numbers of channels
+    if width <= 0 or (fraction * width) % 1:
         raise ValueError(
-            f"SSL.ENCODER.ARGS.width is {width}; 64 * width must be a positive whole number (0.25, 0.5, 1, 2, 4)"
+            f"SSL.ENCODER.ARGS.width is {width}; for {name} it must be a positive multiple of 1/{fraction} "
+            "(0.25, 0.5, 1, 2, 4)"
         )
     if norm == "GN" and int(64 * width) % NORM_GROUPS:
         raise ValueError(
@@ -113,7 +116,7 @@ def build_resnet(
         norm_layer=NORMS[norm], zero_init_residual=zero_init_residual,
     )  # fmt: skip
     if stem == "cifar":
-        # The demo, too, replaces this convolution after the initialisation: it alone has PyTorch's own.
+        # Replaced after the initialisation, as in the demo, so that it alone has PyTorch's default weights.
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
         network.maxpool = nn.Identity()
     return network

@@ -23,5 +23,5 @@ class Views(NamedTuple):
     """
 
     images: list[torch.Tensor]
-    index: torch.Tensor  # type: ignore[assignment]  # tuple has a method of this name, which nobody needs here
+    index: torch.Tensor  # type: ignore[assignment]  # tuple has a method of this name, which is not needed here
     boxes: torch.Tensor

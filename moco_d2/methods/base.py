@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from moco_d2.layers.views import Views
-from moco_d2.messages import did_you_mean, unknown_name
+from moco_d2.messages import unknown_name
+from moco_d2.signature import defaults, refuse_unknown
 
 METHODS: dict[str, type[SSLMethod]] = {}
 
@@ -28,7 +29,7 @@ class Diagnostic(NamedTuple):
         label: its name in the legend and the progress line; a label that begins with ``-`` is for the legend only.
         form: format specification for the progress line.
         reference: a value to draw as a dashed line, for instance chance level.
-        reference_label: what that line shows.
+        reference_label: the line's label in the legend.
         collapsed_below: below this value, the log warns that the network maps all images to one point.
     """
 
@@ -45,9 +46,9 @@ class SSLMethod(nn.Module, ABC):
     """A self-supervised method, which maps a batch of views to named losses; the engine trains it.
 
     The constructor takes ``encoder``, a callable ``num_classes -> nn.Module`` whose networks keep the contract of
-    :class:`~moco_d2.layers.encoders.Encoder`, and the method's own keyword arguments (``SSL.ARGS``), whose ranges it
-    checks. If its signature has ``images``, it also receives the number of images in the data set (for a memory bank);
-    that is not part of ``SSL.ARGS``.
+    :class:`~moco_d2.layers.encoders.Encoder`, and the method's own keyword arguments (``SSL.ARGS``), each with a
+    default; it checks their ranges. If its signature has ``images``, it also receives the number of images in the data
+    set (for a memory bank); that is not part of ``SSL.ARGS``.
 
     Attributes:
         recorded: diagnostics of the last recorded step, detached scalars by name; never part of the loss.
@@ -89,9 +90,9 @@ class SSLMethod(nn.Module, ABC):
         return {}
 
     def departures(self) -> list[str]:
-        """Return, in words, where :meth:`settings` differ from what the arguments promise (default: nowhere).
+        """Return, in words, how :meth:`settings` differ from what the arguments ask for (default: not at all).
 
-        Each makes the run a modified recipe.
+        Each difference makes the recipe a modified one.
         """
         return []
 
@@ -168,10 +169,12 @@ def method_class(name: str) -> type[SSLMethod]:
 
 
 def default_args(name: str) -> dict[str, Any]:
-    """Return a method's keyword arguments with their defaults: the default ``SSL.ARGS``."""
-    parameters = inspect.signature(method_class(name)).parameters
-    own = {key: p.default for key, p in parameters.items() if key not in _GIVEN}
-    return {key: default for key, default in own.items() if default is not inspect.Parameter.empty}
+    """Return a method's keyword arguments with their defaults: the default ``SSL.ARGS``.
+
+    Raises:
+        ValueError: the name is unknown, or an argument has no default.
+    """
+    return defaults(f"the method {name}", method_class(name), _GIVEN)
 
 
 def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str, Any], images: int = 1) -> SSLMethod:
@@ -186,10 +189,7 @@ def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str,
     Raises:
         ValueError: the method has no such argument; the message lists those it has.
     """
-    accepted = default_args(name)
-    for key in args:
-        if key not in accepted:
-            raise ValueError(f"SSL.ARGS has {key!r}; {name} accepts {', '.join(accepted)}{did_you_mean(key, accepted)}")
+    refuse_unknown("SSL.ARGS", name, args, default_args(name))
     constructor: Callable[..., SSLMethod] = method_class(name)
     if "images" in inspect.signature(constructor).parameters:
         args = {**args, "images": images}

@@ -234,7 +234,7 @@ class MoCo(SSLMethod):
 
 
 def _own_part(batch: torch.Tensor) -> torch.Tensor:
-    """Return this process's part (N, ...) of what all processes hold together (R * N, ...)."""
+    """Return this process's rows (N, ...) of those of all processes (R * N, ...)."""
     own: torch.Tensor = batch.unflatten(0, (world_size(), -1))[rank()]
     return own
 

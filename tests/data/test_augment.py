@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from moco_d2.data.augment import (
 )
 from moco_d2.data.backends import finish, pack, run, to_float
 from moco_d2.data.decode import EncodedImage
-from moco_d2.data.operations import OPERATIONS, SKIP, Op, Operation
+from moco_d2.data.operations import OPERATIONS, SKIP, AugmentationError, Op, Operation
 
 CPU = torch.device("cpu")
 SIZE = 224
@@ -102,13 +103,19 @@ def test_auto_is_the_device_where_there_is_a_gpu_and_opencv_elsewhere() -> None:
 @pytest.mark.parametrize(("low", "high"), [(0.1, 2.5), (2.0, 1.0), (-0.1, 1.0)])
 def test_values_that_the_executors_do_not_take_are_refused(low: float, high: float) -> None:
     with pytest.raises(
-        ValueError, match=rf"values of blur are {low:g} to {high:g}; they must rise, within \[0, 2\.4\]"
+        ValueError, match=rf"values of blur are {low:g} to {high:g}; they must rise and lie within \[0, 2\.4\]"
     ):
         Apply("blur", 0.5, (low, high))
-    with pytest.raises(ValueError, match=r"values of hue are -0\.6 to 0\.6; they must rise, within \[-0\.5, 0\.5\]"):
+    with pytest.raises(ValueError, match=r"hue are -0\.6 to 0\.6; they must rise and lie within \[-0\.5, 0\.5\]"):
         Jitter(0.4, 0.4, 0.4, 0.6)
-    with pytest.raises(ValueError, match=r"no operation 'gray'; the operations are brightness, .* grey"):
+    with pytest.raises(ValueError, match=r"operation is 'gray'; it must be one of brightness, .* mean 'grey'"):
         Apply("gray", 0.2)
+    with pytest.raises(ValueError, match=r"probability of grey is 20; it must be in \[0, 1\]"):
+        Apply("grey", 20)
+    with pytest.raises(ValueError, match="size of a view is 0; it must be at least 1"):
+        Crop(0)
+    with pytest.raises(ValueError, match=r"scale \(1\.0, 0\.2\) and ratio .*; each must be positive and rise"):
+        Crop(SIZE, (1.0, 0.2))
 
 
 @pytest.mark.parametrize("executor", ["cv2", "device"])
@@ -385,3 +392,16 @@ def test_an_operation_and_an_augmentation_of_ones_own_run_on_every_backend(own: 
         for view, expected in zip(made[name], made["pil"], strict=True):
             difference = 255 * 0.225 * (view - expected).abs()  # about pixel values
             assert difference.median() < 0.01 and difference.mean() < 0.5
+
+
+@pytest.mark.parametrize("backend", ["pil", "cv2"])
+def test_a_fault_of_an_operation_is_not_blamed_on_the_pictures(own: str, backend: str, files: list[str]) -> None:
+    def broken(view: Any, value: float) -> Any:
+        raise NameError("name 'np' is not defined")
+
+    OPERATIONS["invert"] = Operation(broken, broken, lambda x, _: x)
+    dataset = ViewDataset(FileSource(files), build_augmentation(own, SIZE), 0, build_backend(backend, CPU))
+    loader = ViewLoader(dataset, EpochSampler(len(files), len(files), seed=0), 0, CPU)
+    with pytest.raises(AugmentationError, match="operation invert failed for the value 0: NameError: name 'np'"):
+        next(iter(loader))
+    assert loader.skips.paths == set()

@@ -37,7 +37,11 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
         (["SSL.METHOD", "MoCo2"], "SSL.METHOD is 'MoCo2'; it must be one of MoCo; did you mean 'MoCo'?"),
         (["SSL.ENCODER.NAME", "resnet5"], "did you mean 'resnet50'?"),
         (["SSL.ENCODER.ARGS.stem", "cfar"], "did you mean 'cifar'?"),
-        (["SSL.ENCODER.ARGS.width", -1.0], "SSL.ENCODER.ARGS.width is -1.0; 64 * width must be"),
+        (["SSL.ENCODER.ARGS.width", -1.0], "width is -1.0; for resnet18 it must be a positive multiple of 1/64"),
+        (
+            ["SSL.ENCODER.NAME", "resnext50_32x4d", "SSL.ENCODER.ARGS.width", 0.125],
+            "width is 0.125; for resnext50_32x4d it must be a positive multiple of 1/4",
+        ),
         (["SSL.ENCODER.ARGS.widths", 2.0], "an argument in SSL.ENCODER.ARGS is 'widths'; it must be one of width"),
         (["SSL.ENCODER.ARGS.norm", "SynchBN"], "did you mean 'SyncBN'?"),
         (["SSL.ENCODER.ARGS.zero_init_residual", 1], "it must be a bool, as False is"),
@@ -116,3 +120,8 @@ def test_a_whole_number_is_a_float_on_the_command_line() -> None:
     cfg = load_cfg("Pretrain/moco_v2_R50_200ep", ["SOLVER.WEIGHT_DECAY", "0", "SSL.ARGS.temperature", "1"])
     assert (cfg.SOLVER.WEIGHT_DECAY, cfg.SSL.ARGS.temperature) == (0.0, 1.0)
     assert all(isinstance(value, float) for value in (cfg.SOLVER.WEIGHT_DECAY, cfg.SSL.ARGS.temperature))
+
+
+def test_an_option_after_the_overrides_is_named() -> None:
+    with pytest.raises(ValueError, match="put the option --resume before the first of them"):
+        load_cfg("", ["SEED", "1", "--resume"])

@@ -147,7 +147,7 @@ def test_what_the_processes_make_of_the_method_is_recorded_and_must_be_the_same_
         recipe = load_cfg("Pretrain/moco_v2_R50_200ep")
         trainer = PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", words))
         assert recipe_changes(recipe, trainer.method) == ["6 BN groups in 3 process(es) instead of 8"]
-        assert "6 BN groups in 3 process(es) instead of 8: the weights will say" in caplog.text
+        assert "6 BN groups in 3 process(es) instead of 8: the weights will be marked" in caplog.text
         trainer.cfg = recipe
         assert trainer.facts().recipe == "moco_v2_R50_200ep (unfinished, modified)"
         with pytest.raises(ValueError, match=r"number of BN groups in all processes was 8 and is 6\. Restore"):

@@ -112,20 +112,20 @@ def _why(backbones: Sequence[Backbone], states: Mapping[str, dict[str, str]], ch
         if choice.norm:
             return "it is not a ResNet with GroupNorm: its norms have a running_mean, as BatchNorm has"
         return (
-            "its norms have no running_mean: it is a ResNet with GroupNorm, or one with BatchNorm whose statistics "
-            "were not saved (state_dict() holds them, named_parameters() does not); if it has GroupNorm, which "
-            "Detectron2 builds with MODEL.RESNETS.NORM GN"
+            "its norms have no running_mean: they are GroupNorm, which Detectron2 builds with MODEL.RESNETS.NORM GN, "
+            "or BatchNorm whose statistics were not saved (state_dict() has them, named_parameters() does not)"
         )
     if choice.source:
         name = next(source.name for source in SOURCES if source.key == choice.source)
         return f"it does not look like --source {choice.source} ({name})"
-    return "it holds a ResNet at a place that no known source uses; say that it is the wanted one"
+    return "its ResNet is at a place that no known source uses"
 
 
 def _described(backbone: Backbone) -> str:
     where = f"under `{backbone.prefix}`" if backbone.prefix else "without a prefix"
     kind = " (by its name a moving average or a student)" if TARGET_NETWORKS.search(backbone.where) else ""
-    return f"a complete ResNet-{backbone.depth} {where} in {backbone.place or 'the top level'}{kind}"
+    norm = "if it has GroupNorm: " if backbone.group_norm else ""
+    return f"{norm}a complete ResNet-{backbone.depth} {where} in {backbone.place or 'the top level'}{kind}"
 
 
 def _no_prefix(states: Mapping[str, dict[str, str]], prefix: str, given: str = "") -> str:
@@ -138,7 +138,7 @@ def _no_prefix(states: Mapping[str, dict[str, str]], prefix: str, given: str = "
         return f"no key starts with `{wanted}.`{given}"
     missing = _nearest(states, wanted)
     lacks = f": {missing.words}" if missing else ""
-    return f"{len(under)} keys start with `{wanted}.`, but they are not a complete ResNet{lacks}"
+    return f"the keys that start with `{wanted}.` ({len(under)}) are not a complete ResNet{lacks}"
 
 
 @dataclass(frozen=True)

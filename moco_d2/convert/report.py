@@ -77,7 +77,7 @@ def report(
         "foreign": conversion.foreign,
         "elsewhere": dict(conversion.elsewhere),
         "facts": conversion.facts.as_dict(),
-        "norm": conversion.norm,
+        "norm": conversion.facts.norm,
         "notes": list(conversion.notes),
         "proof": {"made": bool(differences), "tolerance": TOLERANCE, "differences": dict(differences)},
         "source_padding": other_padding(

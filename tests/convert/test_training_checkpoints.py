@@ -78,9 +78,13 @@ def without(content: dict[str, Any], part: str) -> dict[str, Any]:
         ({"method": "Twins"}, ["`backbone` is damaged"]),
         ({"method": None, "prefix": "online.net."}, ["`backbone` is damaged"]),
         ({"method": "Twins", "prefix": 3}, ["`backbone` is damaged"]),
+        ({"method": "Twins", "prefix": "online.net"}, ["`backbone` is damaged", "followed by a dot"]),
+        ({"method": "Twins", "prefix": "online.net.*"}, ["`backbone` is damaged"]),
+        ({"method": "Two\nlines", "prefix": "gone."}, ["`backbone` is damaged"]),
+        ({"method": "", "prefix": "online.net."}, ["`backbone` is damaged"]),
         ({"method": "Twins", "prefix": None}, ["of Twins", "no sub-module", "convert the backbone.pth in the same"]),
         ({"method": "Twins", "prefix": "gone."}, ["under `gone.` in `model`, but no key starts with `gone.`;"]),
-        ({"method": "Twins", "prefix": "prototypes."}, ["1 keys start with `prototypes.`", "not a complete ResNet"]),
+        ({"method": "Twins", "prefix": "prototypes."}, ["keys that start with `prototypes.` (1)", "not a complete ResNet"]),
     ],
 )
 def test_a_damaged_entry_is_refused_in_both_directions(entry: Any, words: list[str], net: nn.Module) -> None:

@@ -35,7 +35,7 @@ def check_kinds(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str
     ):  # fmt: skip
         keys = [key for key, tensor in tensors.items() if wrong(tensor)]
         if keys:
-            raise CheckpointError(f"{path}: {len(keys)} tensors {what}: {some(keys)}; {remedy}")
+            raise CheckpointError(f"{path}: {len(keys)} of {len(tensors)} tensors {what}: {some(keys)}; {remedy}")
 
 
 def check_stem(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
@@ -94,7 +94,8 @@ def check_shapes(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], path
     ]
     if wrong:
         raise CheckpointError(
-            f"{path}: {len(wrong)} tensors have the wrong shape for a ResNet-{facts.depth}: {some(wrong)}"
+            f"{path}: {len(wrong)} of {len(shapes)} tensors have the wrong shape for a ResNet-{facts.depth}: "
+            f"{some(wrong)}"
         )
 
 
@@ -113,5 +114,6 @@ def check_values(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[st
     ):
         if wrong:
             raise CheckpointError(
-                f"{path}: {len(wrong)} tensors {what}: {some(wrong)}; the run has diverged, or the file is damaged"
+                f"{path}: {len(wrong)} of {len(tensors)} tensors {what}: {some(wrong)}; the run has diverged, or the "
+                "file is damaged"
             )

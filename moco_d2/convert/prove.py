@@ -72,7 +72,7 @@ def prove(
         for image in (drawn_scene() if picture is None else picture, _noise()):
             wanted = _stages(original, _as_the_source_prepares(image, source_pixels or facts.pixels))
             for stage, difference in _relative(wanted, copy(_as_detectron2_prepares(image, config))).items():
-                # In this form a NaN stays.
+                # Not max(), which may lose a NaN.
                 differences[stage] = differences[stage] if differences[stage] > difference else difference
     _check(differences)
     return differences

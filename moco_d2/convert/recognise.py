@@ -49,7 +49,7 @@ def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: 
         stated: the file's own facts, which settle what a source's place leaves open.
 
     Raises:
-        CheckpointError: there is no complete ResNet of a known source, or more than one that could be meant.
+        CheckpointError: no complete ResNet is of a known source, or several could be meant.
     """
     _check_twin(checkpoint, path)
     places = find_places(checkpoint)
@@ -121,7 +121,7 @@ def _fitting(
 ) -> list[tuple[CheckpointSource, Backbone]]:
     """Return (source, network) in the order of precedence."""
     fitting = [
-        # A record of any prefix has no signature that its likes lack.
+        # For a record of any prefix, top-level keys are no signature: many files have them.
         (replace(source, prefix=backbone.prefix, top_level=()) if source.prefix == ANY else source, backbone)
         for source in sources
         for place in source.containers
@@ -130,7 +130,7 @@ def _fitting(
     ]
     if fitting or choice.prefix is None or not backbones:
         return fitting
-    # No record has this prefix: the naming tells the rest.
+    # No record has this prefix: records of the same naming supply the rest.
     return [(source, backbones[0]) for source in _alike(sources, backbones[0], choice)]
 
 
@@ -145,7 +145,7 @@ def _alike(sources: Sequence[CheckpointSource], backbone: Backbone, choice: Choi
         replace(
             like,
             name=name,
-            origin=f"{backbone.where}*, no method's mark",
+            origin=f"{backbone.where}*, method unknown",
             arxiv="",
             containers=(backbone.place,),
             top_level=(),
@@ -212,7 +212,7 @@ _TWIN = re.compile(r"(resnet|resnext)(aa|blur)\d|(resnet|resnext)\d+(aa|blur)", 
 
 
 def _check_twin(checkpoint: Mapping[Any, Any], path: Any) -> None:
-    """Refuse networks that differ from torchvision's only by a name: the file's, or the architecture's."""
+    """Refuse anti-aliased networks, which only a name shows: the file's, or the architecture's."""
     arguments = checkpoint.get("args")
     arguments = getattr(arguments, "state", arguments)
     names = [Path(path).name, checkpoint.get("arch"), read_sidecar(path).get("architecture")]

@@ -27,6 +27,7 @@ from moco_d2.io.unpickle import Stub
 from moco_d2.layers.resnet import DEPTHS
 
 _INCOMPLETE = 0.5  # of a network's tensors: if more is missing, it is another network
+_SAVE_ALL = "only a complete ResNet can be converted: save the whole network's state_dict()"
 _CANDIDATES = 200  # places where an incomplete network may begin
 
 
@@ -65,7 +66,12 @@ def not_recognised(
     if backbones:
         return _which(backbones, states, choice, path)
     refusal = unsupported((key for keys in states.values() for key in keys.values()), path)
-    return refusal or _unread(places, path) or _incomplete(states, choice, path) or _nothing(checkpoint, states, path)
+    return (
+        refusal
+        or _unread(places, path)
+        or _incomplete(states, choice, path)
+        or _nothing(checkpoint, places, states, path)
+    )
 
 
 def _not_as_declared(source: CheckpointSource, states: Mapping[str, dict[str, str]], path: Any) -> CheckpointError:
@@ -168,6 +174,26 @@ class _Incomplete:
         )
 
 
+def deeper(backbone: Backbone, unknown: Iterable[str], path: Any) -> CheckpointError | None:
+    """Return the refusal of an incomplete network that holds all names of a shallower one, as ResNet-50 does of 34.
+
+    Args:
+        backbone: the shallower network.
+        unknown: the keys that it does not have, without wrappers.
+        path: for messages.
+    """
+    own = {key.removeprefix(backbone.prefix) for key in backbone.keys if key.startswith(backbone.prefix)}
+    extra = {key.removeprefix(backbone.prefix) for key in unknown}
+    for depth in sorted(d for d in DEPTHS if d > backbone.depth):
+        names = backbone.naming.names(depth)
+        found = _Incomplete(
+            backbone.place, backbone.prefix, backbone.naming, depth, [name for name in names if name not in own]
+        )
+        if extra <= set(names) and found.share < _INCOMPLETE:
+            return CheckpointError(f"{path}: an incomplete ResNet: {found.words}; {_SAVE_ALL}")
+    return None
+
+
 def _nearest(states: Mapping[str, dict[str, str]], wanted: str | None = None) -> _Incomplete | None:
     """Return the network of which least is missing, among all or under a prefix; None: more than half is missing."""
     found: list[_Incomplete] = []
@@ -217,15 +243,18 @@ def _incomplete(states: Mapping[str, dict[str, str]], choice: Choice, path: Any)
     plain = [s for s in SOURCES if not s.has_signature and found.place in s.containers]
     names = [s.name for s in plain if (s.prefix, s.naming) == (found.prefix, found.naming)]
     name = names[0] if names else f"ResNet under `{found.prefix}`"
-    return CheckpointError(
-        f"{path}: an incomplete {name}: {found.words}; found {_groups(states)}; only a complete ResNet can be "
-        "converted: save the whole network's state_dict()"
-    )
+    return CheckpointError(f"{path}: an incomplete {name}: {found.words}; found {_groups(states)}; {_SAVE_ALL}")
 
 
-def _nothing(checkpoint: Mapping[Any, Any], states: Mapping[str, dict[str, str]], path: Any) -> CheckpointError:
+def _nothing(
+    checkpoint: Mapping[Any, Any],
+    places: Mapping[str, Mapping[Any, Any]],
+    states: Mapping[str, dict[str, str]],
+    path: Any,
+) -> CheckpointError:
     """Say what is in a file that holds nothing like a ResNet."""
-    unnamed = {type(key).__name__ for key, value in checkpoint.items() if not isinstance(key, str) and is_tensor(value)}
+    entries = (entry for place in places.values() for entry in place.items())
+    unnamed = {type(key).__name__ for key, value in entries if not isinstance(key, str) and is_tensor(value)}
     if unnamed:
         return CheckpointError(
             f"{path}: its tensors are named by {' and '.join(sorted(unnamed))}, not by text; save the network's "

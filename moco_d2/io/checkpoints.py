@@ -347,7 +347,7 @@ def backbone_in(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     named = isinstance(method, str) and method.isprintable() and method
     if not named or not (prefix is None or (isinstance(prefix, str) and re.fullmatch(r"([\w.]*\.)?", prefix))):
         raise CheckpointError(
-            f"{path}: its entry `backbone` is damaged; it must be a mapping of `method` (a name) and `prefix` (names of "
-            "modules, each followed by a dot, or None); convert the backbone.pth in the same folder"
+            f"{path}: its entry `backbone` is damaged; it must be a mapping of `method` (a name) and `prefix` (names "
+            "of modules, each followed by a dot, or None); convert the backbone.pth in the same folder"
         )
     return MethodBackbone(method, prefix)

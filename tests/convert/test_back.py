@@ -183,7 +183,10 @@ def test_what_is_missing_is_named(files: Path) -> None:
         (without(converted, "model", "res5."), ["50 of the 265", "all of conv5 (layer4, res5): res5.0.conv1.weight"]),
         (without({**converted, "model": c4}, "model", "res5."), ["incomplete Detectron2 detector", "all of conv5"]),
         (without(backbone, "state_dict", "layer2.1.bn1"), ["incomplete", "layer2.1.bn1.weight"]),
-        (without(converted, "model", "running_"), ["are GroupNorm", "no running_mean", "convert it without --to first"]),
+        (
+            without(converted, "model", "running_"),
+            ["are GroupNorm", "no running_mean", "convert it without --to first"],
+        ),
         ({k: v for k, v in converted.items() if k != "facts"}, ["has no facts", "moco-d2 train"]),
         ({"facts": BackboneFacts().as_dict(), "epoch": 3}, ["no known ResNet", "facts, epoch"]),
         (stated(converted, depth=51), ["no ResNet that can be built", "depth is 51"]),

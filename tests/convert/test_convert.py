@@ -409,6 +409,14 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
         lambda s: {"state_dict": under("module.encoder_q.", without(s, "layer3.4.conv2", "layer4.0.bn1.bias"))},
         ["incomplete MoCo", "2 of the 265", "encoder_q.layer3.4.conv2.weight", "encoder_q.layer4.0.bn1.bias"],
     ),
+    "names-of-a-shallower-network": (  # all of ResNet-34's
+        lambda s: without(s, "layer4.2.bn3.running_var"),
+        ["an incomplete ResNet: 1 of the 265 tensors of a ResNet-50 are missing: layer4.2.bn3.running_var"],
+    ),
+    "keys-that-are-bytes": (
+        lambda s: {"state_dict": {key.encode(): t for key, t in s.items()}},
+        ["named by bytes, not by text"],
+    ),
     "group-norm": (lambda s: without(s, "running_"), ["GroupNorm", "--norm GN"]),
     "group-norm-or-parameters-alone": (lambda s: without(s, "running_"), ["statistics were not saved", "state_dict()"]),
     "convnext": (

@@ -23,7 +23,7 @@ def net() -> nn.Module:
 
 
 def training(net: nn.Module, entry: Any, prefix: str = "online.net.") -> dict[str, Any]:
-    """What a method of nobody's saves: two whole networks and a third that no name marks as a copy, heads, a memory."""
+    """A checkpoint of an invented method: two networks, a third whose name shows no copy, heads, a memory bank."""
     model = under(prefix, trunk(net) | head(2) | tensors(**{"my_head.0.weight": (8, 8)}))
     model |= under("slow.net.", other(trunk(net))) | under("third.", other(other(trunk(net))))
     model |= tensors("prototypes.", weight=(300, 128)) | {"memory": torch.ones(4, 2), "steps": torch.tensor(3)}
@@ -84,7 +84,10 @@ def without(content: dict[str, Any], part: str) -> dict[str, Any]:
         ({"method": "", "prefix": "online.net."}, ["`backbone` is damaged"]),
         ({"method": "Twins", "prefix": None}, ["of Twins", "no sub-module", "convert the backbone.pth in the same"]),
         ({"method": "Twins", "prefix": "gone."}, ["under `gone.` in `model`, but no key starts with `gone.`;"]),
-        ({"method": "Twins", "prefix": "prototypes."}, ["keys that start with `prototypes.` (1)", "not a complete ResNet"]),
+        (
+            {"method": "Twins", "prefix": "prototypes."},
+            ["keys that start with `prototypes.` (1)", "not a complete ResNet"],
+        ),
     ],
 )
 def test_a_damaged_entry_is_refused_in_both_directions(entry: Any, words: list[str], net: nn.Module) -> None:

@@ -64,9 +64,9 @@ class CheckpointSource:
         average: key of the record that takes the moving average of the network, on request.
         others: a pattern of container and prefix of other networks that such a file holds; they raise no question.
         read: returns the state dicts of a file in which they are not plain mappings, as dotted path -> state dict.
-        sidecars: reads what the files in the same folder declare.
-        adapt: returns this record as the content of one file declares it (and sets ``declared``).
-        declared: what that file declares, in words. No other record is tried then.
+        sidecars: reads the declarations of the files in the same folder.
+        adapt: returns this record, changed by what a file declares (``declared``).
+        declared: what the file declares, in words; no other record is then tried.
     """
 
     name: str

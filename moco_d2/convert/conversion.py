@@ -21,7 +21,7 @@ from moco_d2.convert.parts import Component, needs
 from moco_d2.convert.prove import prove, prove_parts
 from moco_d2.convert.sources import CheckpointSource
 from moco_d2.facts import BackboneFacts, Pixels
-from moco_d2.io.checkpoints import CheckpointError, read_checkpoint
+from moco_d2.io.checkpoints import CheckpointError, read_checkpoint, some
 from moco_d2.io.files import check_named_file, make_folder, move, named_file, one_line
 
 OUTPUT_SUFFIXES = (".pth", ".pkl")
@@ -234,6 +234,7 @@ def write_config(conversion: Conversion, output: str | os.PathLike[str]) -> None
             here = here.setdefault(name, {})
         here[last] = value
     body: bytes = yaml.safe_dump({**tree, "VERSION": 2}, sort_keys=False, default_flow_style=None).encode()
-    head = f"# What {Path(output).name} needs: {conversion.facts.origin}.\n".encode()
+    # The origin is any text, also that of a stranger's file: on one line, it cannot leave the comment.
+    head = f"# What {Path(output).name} needs: {some([conversion.facts.origin])}.\n".encode()
     with named_file(config_path(output), is_config_of(output)) as file:
         file.write(head + _stamp(body) + b"\n" + body)

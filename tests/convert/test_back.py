@@ -238,14 +238,13 @@ def test_the_tools_other_work(
         run(files / "backbone.pth")
 
 
-@pytest.mark.parametrize("layout", ["torchvision", "moco"])
-def test_group_norm_comes_back(layout: str, tmp_path: Path) -> None:
+def test_group_norm_comes_back(tmp_path: Path) -> None:
     source = build_resnet("resnet18", norm="GN")
     content = {"model": under("online.", source.state_dict()) | under("slow.", other(source.state_dict()))}
     entry = {"facts": facts(source).as_dict(), "backbone": {"method": "Twins", "prefix": "online."}}
     torch.save(content | entry, tmp_path / "model_final.pth")
     convert_checkpoint(tmp_path / "model_final.pth", tmp_path / "converted.pth", proof=False)
-    for name in ("model_final.pth", "converted.pth"):
+    for name, layout in (("model_final.pth", "torchvision"), ("converted.pth", "moco")):
         restored = restore(tmp_path / name, tmp_path / "out.pth", layout)
         assert restored.facts == facts(source) and any("torch.nn.GroupNorm, 32" in note for note in restored.notes)
         plain = resnet18(norm_layer=partial(nn.GroupNorm, 32))  # as the note says

@@ -560,6 +560,15 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
         lambda s: {"state_dict": s, "facts": BackboneFacts().as_dict()},
         ["contradict", "stem_channels is 16 by the tensors, 64 by the facts"],
     ),
+    "facts-that-are-no-mapping": (lambda s: {"state_dict": s, "facts": []}, ["`facts` are not valid", "are a list"]),
+    "facts-of-a-wrong-type": (
+        lambda s: {"state_dict": s, "facts": {"depth": [50]}},
+        ["`facts` are not valid", "depth is [50]; it must be a positive whole number"],
+    ),
+    "facts-of-group-norm": (
+        lambda s: {"state_dict": s, "facts": {"norm": "GN"}},
+        ["not a ResNet with GroupNorm", "its facts", "have a running_mean"],
+    ),
     "facts-unknown": (lambda s: {"state_dict": s, "facts": {"colour": "red"}}, ["facts", "colour"]),
 }
 

@@ -101,6 +101,8 @@ def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice
         choice = replace(choice, norm="GN")
     match = recognise(checkpoint, path, choice, stated)
     backbone = match.backbone
+    if stated and match.source.on_request:  # the recipe's name belongs to the network that the recipe transfers
+        stated = replace(stated, origin=f"{stated.origin}, its network `{backbone.where}`", recipe="")
     parts = [_part(match, name, choice, path) for name in choice.parts]
     keys = sort_keys(match, parts, choice, path)
     declared, assumed = (stated, []) if stated else _declared(match, path)

@@ -80,9 +80,18 @@ def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: 
 def _sources(checkpoint: Mapping[Any, Any], path: Any, choice: Choice) -> list[CheckpointSource]:
     """Return the records to try: one alone, if the user or the file names it."""
     sources = [s for s in SOURCES if (s.key == choice.source if choice.source else not s.on_request)]
-    if choice.prefix is None:
-        sources = [source.adapt(source, checkpoint, path) if source.adapt else source for source in sources]
-    return [source for source in sources if source.declared] or sources
+    sources = [_adapted(source, checkpoint, path, choice) for source in sources]
+    return [source for source in sources if source.declared and choice.prefix is None] or sources
+
+
+def _adapted(source: CheckpointSource, checkpoint: Mapping[Any, Any], path: Any, choice: Choice) -> CheckpointSource:
+    """Return a record as the file declares it; a prefix of the user's makes up for a damaged declaration."""
+    try:
+        return source.adapt(source, checkpoint, path) if source.adapt else source
+    except CheckpointError:
+        if choice.prefix is None:
+            raise
+        return source
 
 
 def _check_input(
@@ -139,7 +148,7 @@ def _alike(sources: Sequence[CheckpointSource], backbone: Backbone, choice: Choi
     alike = [source for source in sources if _same_naming(source, backbone)]
     plain = [source for source in alike if not source.has_signature and not source.prefix and "" in source.containers]
     if choice.source:
-        return [replace(source, prefix=backbone.prefix, top_level=()) for source in alike]
+        return [replace(source, prefix=backbone.prefix, top_level=(), on_request=True) for source in alike]
     name = f"network under `{backbone.prefix}`" if backbone.prefix else f"network in {backbone.place}"
     return [
         replace(
@@ -154,6 +163,7 @@ def _alike(sources: Sequence[CheckpointSource], backbone: Backbone, choice: Choi
             variants=(),
             prefix=backbone.prefix,
             encoder="",
+            on_request=True,
             notes=(f"the input is assumed to be that of {like.name}: {_feeding(like)}",),
         )
         for like in plain or alike

@@ -65,6 +65,12 @@ def test_another_network_of_the_file_can_be_asked_for(net: nn.Module) -> None:
     content = training(net, {"method": "Twins", "prefix": "online.net."})
     conversion = convert_state(content, "x.pth", Choice(prefix="third."))
     assert torch.equal(conversion.source_tensors["conv1.weight"], net.conv1.weight + 1 + 1)
+    # The recipe's name belongs to the network that the recipe transfers.
+    assert conversion.facts.recipe == "" and conversion.facts.origin == "a run of the tests, its network `model.third.`"
+    assert convert_state(content, "x.pth", Choice(prefix="online.net.")).facts == facts(net)
+    # And a prefix makes up for a damaged entry.
+    damaged = convert_state({**content, "backbone": 3}, "x.pth", Choice(prefix="online.net.", drop=("my_head",)))
+    assert torch.equal(damaged.source_tensors["conv1.weight"], net.conv1.weight) and damaged.facts.recipe == ""
 
 
 def without(content: dict[str, Any], part: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class CheckpointSource:
         padding: where the source pads unlike Detectron2: ``pool`` (TensorFlow's SAME in the max-pooling) or ``all``.
         encoder: which of the file's networks is taken, and why, if it holds several.
         notes: what weights do not show, and what is assumed.
-        on_request: taken for ``--source`` only.
+        on_request: taken only if the user names it (``--source``, or the prefix of another network).
         average: key of the record that takes the moving average of the network, on request.
         others: a pattern of container and prefix of other networks that such a file holds; they raise no question.
         read: returns the state dicts of a file in which they are not plain mappings, as dotted path -> state dict.

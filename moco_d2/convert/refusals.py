@@ -116,7 +116,7 @@ def _why(backbones: Sequence[Backbone], states: Mapping[str, dict[str, str]], ch
         return _no_prefix(states, choice.prefix, f" (--prefix {choice.prefix})")
     if not any(backbone.group_norm == (choice.norm == "GN") for backbone in chosen):
         if choice.norm:
-            return "it is not a ResNet with GroupNorm, as --norm GN or its facts say: its norms have a running_mean"
+            return "it is not a ResNet with GroupNorm, as you or its facts say: its norms have a running_mean"
         return (
             "its norms have no running_mean: they are GroupNorm, which Detectron2 builds with MODEL.RESNETS.NORM GN, "
             "or BatchNorm whose statistics were not saved (state_dict() has them, named_parameters() does not)"

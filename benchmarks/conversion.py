@@ -102,7 +102,7 @@ def _report(path: Path, output: Path) -> Callable[[], Any]:
 
 def _prove(path: Path, output: Path) -> Callable[[], Any]:
     made, _ = convert_checkpoint(path, output, proof=False)
-    return partial(prove, made.facts, made.source_tensors, made.tensors, made.norm)
+    return partial(prove, made.facts, made.source_tensors, made.tensors)
 
 
 def _fresh(measure: Callable[..., tuple[float, float]], *arguments: Any) -> tuple[float, float]:

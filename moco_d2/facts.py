@@ -91,6 +91,15 @@ class BackboneFacts:
     parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("depth", "stem_channels", "res2_channels", "groups", "width_per_group"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a positive whole number")
+        for name in ("origin", "recipe"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a text")
+        if type(self.stride_in_1x1) is not bool:
+            raise ValueError(f"stride_in_1x1 is {self.stride_in_1x1!r}; it must be True or False")
         if self.norm not in NORMS:
             raise ValueError(f"the norm is {self.norm!r}; it must be {' or '.join(NORMS)}")
 
@@ -108,7 +117,11 @@ class BackboneFacts:
         Raises:
             ValueError: the kind of network or a field is unknown, or a field has an impossible value.
         """
+        if not isinstance(facts, Mapping):
+            raise ValueError(f"they are a {type(facts).__name__}; they must be a mapping")
         values = dict(facts) | {"parts": tuple(facts.get("parts", ()))}
+        if isinstance(facts.get("parts"), str):
+            raise ValueError(f"parts is {facts['parts']!r}; it must be a list of names")
         if values.get("kind", "resnet") not in KINDS:
             raise ValueError(
                 f"the backbone is of kind {values['kind']!r}, and this version of moco_d2 knows {', '.join(KINDS)} "

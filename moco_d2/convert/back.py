@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from moco_d2.convert.choice import Choice, Question
 from moco_d2.convert.conversion import AUTHOR, check_another, is_converted
 from moco_d2.convert.convert import check_stated, read_backbone
 from moco_d2.convert.find import as_tensor
+from moco_d2.convert.keys import sort_keys
 from moco_d2.convert.names import DETECTRON2, DETECTRON2_C4
 from moco_d2.convert.recognise import Match, recognise
 from moco_d2.facts import IMAGENET_RGB, BackboneFacts
@@ -79,13 +81,12 @@ def take_back(content: Mapping[str, Any], path: str | os.PathLike[str]) -> Resto
         facts, about_detector = _after_fine_tuning(facts, state)
         notes += about_detector
     tensors, facts, more = _fit_input(tensors, facts)
-    for (
-        row
-    ) in found.rows:  # Some tools look for the batch counters, which nothing computes with; frozen norms have none.
+    # Some tools look for the batch counters, which nothing computes with; frozen norms have none.
+    for row in found.rows:
         if row.torchvision.endswith(_VARIANCE):
             counter = state.get(row.key.removesuffix(_VARIANCE) + _COUNTER, torch.tensor(0))
             tensors[row.torchvision.removesuffix(_VARIANCE) + _COUNTER] = as_tensor(counter)
-    ordered = {name: tensors[name].contiguous() for name in shapes}
+    ordered = {name: tensors[name].contiguous() for name in shapes if name in tensors}  # GroupNorm has no statistics
     return Restored(ordered, facts, (*notes, *more, *_standing_notes(facts)))
 
 
@@ -128,13 +129,16 @@ def architecture(facts: BackboneFacts) -> str | None:
 
 
 def _recognise(content: Mapping[str, Any], stated: BackboneFacts, path: str | os.PathLike[str]) -> Match:
+    choice = Choice(norm="GN" if stated.norm == "GN" else "")
     try:
-        return recognise(content, path, Choice(), stated)
+        match = recognise(content, path, choice, stated)
     except Question as question:
         raise CheckpointError(
-            f"{path}: {question.found}; only a file of moco_d2 with one backbone, whose norms are BatchNorm, can be "
-            "written for other tools"
+            f"{path}: {question.found}; convert it without --to first, and then give the file that was written"
         ) from question
+    with suppress(Question):  # about keys besides the backbone, which are left out in any case
+        sort_keys(match, (), choice, path)
+    return match
 
 
 def _after_fine_tuning(facts: BackboneFacts, state: Mapping[str, Any]) -> tuple[BackboneFacts, list[str]]:
@@ -174,4 +178,9 @@ def _standing_notes(facts: BackboneFacts) -> list[str]:
         )
     if architecture(facts) is None:
         notes.append("torchvision has no network of its widths; moco_d2.layers.resnet.network_for(facts) builds it")
+    if facts.norm == "GN":
+        notes.append(
+            "its norms are GroupNorm with 32 groups: build torchvision's network with "
+            "norm_layer=functools.partial(torch.nn.GroupNorm, 32)"
+        )
     return notes

@@ -119,7 +119,7 @@ def fetch(name: str) -> Path:
         with _locked(folder / f".{entry.name}.lock", entry):
             if differences := _differences(entry, converted):  # else another process has just made it
                 _make(entry, converted, differences)
-    except OSError as error:  # the disk: the network's errors are CatalogErrors by now
+    except OSError as error:  # of the disk: an error of the network is a CatalogError
         raise CatalogError(
             f"{entry.name} cannot be written to {folder} ({error}); set MOCO_D2_CACHE to another folder"
         ) from error

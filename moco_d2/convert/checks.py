@@ -35,7 +35,7 @@ def check_kinds(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str
     ):  # fmt: skip
         keys = [key for key, tensor in tensors.items() if wrong(tensor)]
         if keys:
-            raise CheckpointError(f"{path}: {len(keys)} tensors {what}: {some(keys)}; {remedy}")
+            raise CheckpointError(f"{path}: {len(keys)} of {len(tensors)} tensors {what}: {some(keys)}; {remedy}")
 
 
 def check_stem(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
@@ -49,6 +49,15 @@ def check_stem(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]
         raise CheckpointError(
             f"{path}: a CIFAR stem (conv1.weight has shape {shape}: a 3x3 convolution, no pooling), but Detectron2's "
             "ResNet begins with a 7x7 convolution and a pooling; pretrain with the imagenet stem"
+        )
+
+
+def check_width(facts: BackboneFacts, path: str | os.PathLike[str]) -> None:
+    """Refuse a network of basic blocks that Detectron2 does not build because of its width."""
+    if facts.depth in (18, 34) and facts.res2_channels != 64:
+        raise CheckpointError(
+            f"{path}: a ResNet-{facts.depth} with {facts.res2_channels} channels in its first stage; Detectron2 builds "
+            "depths 18 and 34 with 64 only, and the deeper ones with any number"
         )
 
 
@@ -85,7 +94,8 @@ def check_shapes(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], path
     ]
     if wrong:
         raise CheckpointError(
-            f"{path}: {len(wrong)} tensors have the wrong shape for a ResNet-{facts.depth}: {some(wrong)}"
+            f"{path}: {len(wrong)} of {len(shapes)} tensors have the wrong shape for a ResNet-{facts.depth}: "
+            f"{some(wrong)}"
         )
 
 
@@ -104,5 +114,6 @@ def check_values(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[st
     ):
         if wrong:
             raise CheckpointError(
-                f"{path}: {len(wrong)} tensors {what}: {some(wrong)}; the run has diverged, or the file is damaged"
+                f"{path}: {len(wrong)} of {len(tensors)} tensors {what}: {some(wrong)}; the run has diverged, or the "
+                "file is damaged"
             )

@@ -21,7 +21,7 @@ from moco_d2.convert.parts import Component, needs
 from moco_d2.convert.prove import prove, prove_parts
 from moco_d2.convert.sources import CheckpointSource
 from moco_d2.facts import BackboneFacts, Pixels
-from moco_d2.io.checkpoints import CheckpointError, read_checkpoint
+from moco_d2.io.checkpoints import CheckpointError, read_checkpoint, some
 from moco_d2.io.files import check_named_file, make_folder, move, named_file, one_line
 
 OUTPUT_SUFFIXES = (".pth", ".pkl")
@@ -42,7 +42,6 @@ class Conversion:
         foreign: keys in the file that belong to something other than the wanted network.
         place: dotted path of the state dict in the file.
         elsewhere: what the file holds outside that state dict: top-level key -> count of tensors.
-        norm: ``BN``, or ``GN`` for GroupNorm.
         also: other sources whose files look the same.
         notes: what the weights do not show, and what was assumed or done about it.
         parts: what of a detector was converted with the backbone.
@@ -58,7 +57,6 @@ class Conversion:
     foreign: list[str]
     place: str = ""
     elsewhere: Mapping[str, int] = field(default_factory=dict)
-    norm: str = "BN"
     also: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     parts: tuple[Component, ...] = ()
@@ -71,10 +69,9 @@ class Conversion:
 
     def config(self) -> dict[str, Any]:
         """Return the config keys, with values, under which Detectron2 computes what the source computes."""
-        norm = {"MODEL.RESNETS.NORM": self.norm} if self.norm != "BN" else {}
         wanted = needs({name: tuple(tensor.shape) for name, tensor in self.content().items()})
         # A norm "" is left to the protocol: it is Detectron2's default, and detectors are fine-tuned with another.
-        return self.facts.config() | norm | {key: value for key, value in wanted.items() if value != ""}
+        return self.facts.config() | {key: value for key, value in wanted.items() if value != ""}
 
     def content(self) -> dict[str, torch.Tensor]:
         """Return every tensor that is written: the backbone's and the parts'."""
@@ -82,9 +79,10 @@ class Conversion:
 
     @property
     def arxiv(self) -> str:
-        """Number of the paper, or of several."""
-        of_variant = (number for _, origin, number in self.source.variants if origin == self.facts.origin)
-        return next(of_variant, self.source.arxiv)
+        """Number of the paper, or of several; empty if unknown."""
+        numbers = {origin: number for _, origin, number in self.source.variants}
+        # A file in this source's layout may state another origin.
+        return {self.source.origin: self.source.arxiv, **numbers}.get(self.facts.origin, "")
 
 
 def check_output(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
@@ -160,10 +158,9 @@ def write(
 def _prove_written(conversion: Conversion, path: Path, picture: torch.Tensor | None) -> dict[str, float]:
     written = {name: as_tensor(tensor) for name, tensor in read_checkpoint(path)["model"].items()}
     backbone = {name: tensor for name, tensor in written.items() if name in conversion.tensors}
-    read = conversion.facts, conversion.source_tensors
-    norm, pixels = conversion.norm, conversion.source_pixels
-    differences = prove(*read, backbone, norm, picture, pixels)
-    return differences | prove_parts(*read, conversion.parts, written, norm, pixels)
+    read, pixels = (conversion.facts, conversion.source_tensors), conversion.source_pixels
+    differences = prove(*read, backbone, picture, pixels)
+    return differences | prove_parts(*read, conversion.parts, written, pixels)
 
 
 def save(conversion: Conversion, output: str | os.PathLike[str]) -> None:
@@ -237,6 +234,7 @@ def write_config(conversion: Conversion, output: str | os.PathLike[str]) -> None
             here = here.setdefault(name, {})
         here[last] = value
     body: bytes = yaml.safe_dump({**tree, "VERSION": 2}, sort_keys=False, default_flow_style=None).encode()
-    head = f"# What {Path(output).name} needs: {conversion.facts.origin}.\n".encode()
+    # The origin is any text, also that of a stranger's file: on one line, it cannot leave the comment.
+    head = f"# What {Path(output).name} needs: {some([conversion.facts.origin])}.\n".encode()
     with named_file(config_path(output), is_config_of(output)) as file:
         file.write(head + _stamp(body) + b"\n" + body)

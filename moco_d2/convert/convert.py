@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from moco_d2.convert.bake import baked
-from moco_d2.convert.checks import check_kinds, check_shapes, check_stem, check_values
+from moco_d2.convert.checks import check_kinds, check_shapes, check_stem, check_values, check_width
 from moco_d2.convert.choice import Answer, Choice, Question
 from moco_d2.convert.conversion import Conversion, check_output, write, write_config
 from moco_d2.convert.find import Backbone, as_tensor, is_tensor
@@ -101,10 +101,13 @@ def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice
         choice = replace(choice, norm="GN")
     match = recognise(checkpoint, path, choice, stated)
     backbone = match.backbone
+    if stated and match.source.on_request:  # the recipe's name belongs to the network that the recipe transfers
+        stated = replace(stated, origin=f"{stated.origin}, its network `{backbone.where}`", recipe="")
     parts = [_part(match, name, choice, path) for name in choice.parts]
     keys = sort_keys(match, parts, choice, path)
     declared, assumed = (stated, []) if stated else _declared(match, path)
     tensors, facts, notes = read_backbone(match, declared, path)
+    check_width(facts, path)
     if stated:
         check_stated(stated, facts, path)
     components = tuple(_component(part, match, facts, choice, path) for part in parts)
@@ -119,7 +122,6 @@ def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice
         foreign=keys.foreign,
         place=backbone.place,
         elsewhere=_elsewhere(checkpoint, backbone.state),
-        norm="GN" if backbone.group_norm else "BN",
         also=match.also,
         notes=(
             *notes,
@@ -310,7 +312,7 @@ def _declared(match: Match, path: str | os.PathLike[str]) -> tuple[BackboneFacts
 def _facts(tensors: Mapping[str, torch.Tensor], declared: BackboneFacts, path: str | os.PathLike[str]) -> BackboneFacts:
     """Read the facts off the shapes, and add those that are declared."""
     try:
-        facts = facts_from_shapes(
+        return facts_from_shapes(
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
             declared.pixels,
             origin=declared.origin,
@@ -319,12 +321,6 @@ def _facts(tensors: Mapping[str, torch.Tensor], declared: BackboneFacts, path: s
         )
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: its shapes are not a ResNet's ({error})") from error
-    if facts.depth in (18, 34) and facts.res2_channels != 64:
-        raise CheckpointError(
-            f"{path}: a ResNet-{facts.depth} with {facts.res2_channels} channels in its first stage; Detectron2 builds "
-            "depths 18 and 34 with 64 only"
-        )
-    return facts
 
 
 def check_stated(stated: BackboneFacts, facts: BackboneFacts, path: str | os.PathLike[str]) -> None:

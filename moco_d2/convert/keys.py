@@ -17,7 +17,7 @@ from moco_d2.convert.find import Backbone, as_tensor
 from moco_d2.convert.names import TORCHVISION, Naming
 from moco_d2.convert.parts import Part
 from moco_d2.convert.recognise import Match
-from moco_d2.convert.refusals import unsupported
+from moco_d2.convert.refusals import deeper, unsupported
 from moco_d2.convert.sources import COUNTERS, INSIDE_HEADS, TARGET_NETWORKS
 from moco_d2.io.checkpoints import CheckpointError, some
 
@@ -177,10 +177,13 @@ def _asked_for(backbone: Backbone, mapped: Collection[str], choice: Choice, path
 def _unknown(match: Match, unknown: Mapping[str, str], choice: Choice, path: Any) -> CheckpointError:
     """Name the keys that belong neither to the backbone nor to anything known, and how to go on without them."""
     source, backbone = match.source, match.backbone
-    within = [key for plain, key in unknown.items() if _in_backbone(backbone, plain.removeprefix(backbone.prefix))]
+    within = {
+        plain: key for plain, key in unknown.items() if _in_backbone(backbone, plain.removeprefix(backbone.prefix))
+    }
     if within:
-        return unsupported(within, path) or CheckpointError(
-            f"{path}: unknown keys inside the backbone: {some(within)}; so the network is not a plain "
+        refusal = unsupported(within.values(), path) or deeper(backbone, within, path)
+        return refusal or CheckpointError(
+            f"{path}: unknown keys inside the backbone: {some(within.values())}; so the network is not a plain "
             f"ResNet-{backbone.depth}, and only ResNets as torchvision and Detectron2 build them can be converted"
         )
     keys = list(unknown.values())

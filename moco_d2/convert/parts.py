@@ -126,7 +126,7 @@ def choose(parts: Sequence[Part], name: str, keys: Collection[str]) -> Part:
             f"it holds no {name}: none of its keys looks like {spellings[0].layers[0].module}.weight; convert it "
             f"without {name}"
         )
-    # Of two spellings, the one that more of the file's keys have.
+    # Of two spellings, the one with more of the file's keys.
     known = {spelling: {row.key for row in spelling.rows()} for spelling in spellings}
     part = max(spellings, key=lambda spelling: len(known[spelling] & set(held)))
     missing = [row.key for row in part.rows() if row.key not in held]

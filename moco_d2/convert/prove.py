@@ -41,7 +41,6 @@ def prove(
     facts: BackboneFacts,
     source: Mapping[str, torch.Tensor],
     written: Mapping[str, torch.Tensor],
-    norm: str = "BN",
     picture: torch.Tensor | None = None,
     source_pixels: Pixels | None = None,
 ) -> dict[str, float]:
@@ -54,7 +53,6 @@ def prove(
         facts: what both networks are built from.
         source: the tensors that were read, under torchvision's names.
         written: the tensors that were written, under Detectron2's names.
-        norm: ``BN``, or ``GN`` for networks with GroupNorm.
         picture: (3, H, W), RGB, 0..255; None: a drawn scene.
         source_pixels: the input of ``source``, if ``written`` takes another (:mod:`moco_d2.convert.bake`).
 
@@ -68,13 +66,13 @@ def prove(
         raise ProofError("the proof cannot be made: detectron2 is not installed")
     differences = dict.fromkeys(STAGES, 0.0)
     with torch.no_grad():
-        original = _source_network(facts, source, norm)
-        config = _detectron2_config(facts, norm)
+        original = _source_network(facts, source)
+        config = _detectron2_config(facts)
         copy = _detectron2_network(config, written)
         for image in (drawn_scene() if picture is None else picture, _noise()):
             wanted = _stages(original, _as_the_source_prepares(image, source_pixels or facts.pixels))
             for stage, difference in _relative(wanted, copy(_as_detectron2_prepares(image, config))).items():
-                # In this form a NaN stays.
+                # Not max(), which may lose a NaN.
                 differences[stage] = differences[stage] if differences[stage] > difference else difference
     _check(differences)
     return differences
@@ -85,7 +83,6 @@ def prove_parts(
     source: Mapping[str, torch.Tensor],
     parts: Sequence[Component],
     written: Mapping[str, torch.Tensor],
-    norm: str = "BN",
     source_pixels: Pixels | None = None,
 ) -> dict[str, float]:
     """Compare torchvision's pyramid and box head with Detectron2's, in eval mode, on noise.
@@ -97,7 +94,6 @@ def prove_parts(
         source: the backbone that was read, under torchvision's names.
         parts: those that were read.
         written: everything that was written, under Detectron2's names.
-        norm: of the backbone, as in :func:`prove`.
         source_pixels: as in :func:`prove`.
 
     Returns:
@@ -112,8 +108,8 @@ def prove_parts(
         for component in parts:
             if component.part.name == "fpn":
                 image = _as_the_source_prepares(_noise(), source_pixels or facts.pixels)
-                features = _stages(_source_network(facts, source, norm), image)
-                differences |= _relative(*_pyramids(component, facts, features, written, norm))
+                features = _stages(_source_network(facts, source), image)
+                differences |= _relative(*_pyramids(component, facts, features, written))
             else:
                 differences |= _relative(*_box_heads(component, facts, written))
     _check(differences)
@@ -125,7 +121,6 @@ def _pyramids(
     facts: BackboneFacts,
     features: dict[str, torch.Tensor],
     written: Mapping[str, torch.Tensor],
-    norm: str,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the levels of both pyramids; ``features``: of the source's ResNet."""
     from detectron2.layers import ShapeSpec
@@ -133,7 +128,7 @@ def _pyramids(
 
     original = _source_part(component, facts)
     wanted = {f"p{stage[-1]}": feature for stage, feature in original(features).items()}
-    config = _detectron2_config(facts, norm)
+    config = _detectron2_config(facts)
     config.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     config.MODEL.FPN.IN_FEATURES = list(STAGES)
     _set_needs(config, component)
@@ -209,7 +204,7 @@ def other_padding(
         Stage name -> mean|a - b| / mean|a|.
     """
     with torch.no_grad():
-        network = _source_network(facts, source, "BN")
+        network = _source_network(facts, source)
         image = _as_the_source_prepares(drawn_scene(), source_pixels or facts.pixels)
         even = _stages(network, image)
         for module in [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.MaxPool2d)]:
@@ -301,13 +296,8 @@ def _relative(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor
     return differences
 
 
-def _source_network(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], norm: str) -> Any:
+def _source_network(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor]) -> Any:
     network = network_for(facts)
-    if norm == "GN":
-        for parent in list(network.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, torch.nn.BatchNorm2d):
-                    setattr(parent, name, torch.nn.GroupNorm(32, child.num_features))
     _load(network, tensors, "the source network")
     return network.eval().double()
 
@@ -320,7 +310,7 @@ def _stages(network: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
     return features
 
 
-def _detectron2_config(facts: BackboneFacts, norm: str) -> Any:
+def _detectron2_config(facts: BackboneFacts) -> Any:
     # Imported here, because conversion itself works without Detectron2.
     from detectron2.config import get_cfg
 
@@ -328,7 +318,7 @@ def _detectron2_config(facts: BackboneFacts, norm: str) -> Any:
     settings: dict[str, Any] = {
         **facts.config(),
         "MODEL.RESNETS.OUT_FEATURES": list(STAGES),
-        "MODEL.RESNETS.NORM": norm,
+        "MODEL.RESNETS.NORM": facts.norm,
         "MODEL.BACKBONE.FREEZE_AT": 0,
     }
     cfg.merge_from_list([item for pair in settings.items() for item in pair])

@@ -49,7 +49,7 @@ def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: 
         stated: the file's own facts, which settle what a source's place leaves open.
 
     Raises:
-        CheckpointError: there is no complete ResNet of a known source, or more than one that could be meant.
+        CheckpointError: no complete ResNet is of a known source, or several could be meant.
     """
     _check_twin(checkpoint, path)
     places = find_places(checkpoint)
@@ -80,9 +80,18 @@ def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: 
 def _sources(checkpoint: Mapping[Any, Any], path: Any, choice: Choice) -> list[CheckpointSource]:
     """Return the records to try: one alone, if the user or the file names it."""
     sources = [s for s in SOURCES if (s.key == choice.source if choice.source else not s.on_request)]
-    if choice.prefix is None:
-        sources = [source.adapt(source, checkpoint, path) if source.adapt else source for source in sources]
-    return [source for source in sources if source.declared] or sources
+    sources = [_adapted(source, checkpoint, path, choice) for source in sources]
+    return [source for source in sources if source.declared and choice.prefix is None] or sources
+
+
+def _adapted(source: CheckpointSource, checkpoint: Mapping[Any, Any], path: Any, choice: Choice) -> CheckpointSource:
+    """Return a record as the file declares it; a prefix of the user's makes up for a damaged declaration."""
+    try:
+        return source.adapt(source, checkpoint, path) if source.adapt else source
+    except CheckpointError:
+        if choice.prefix is None:
+            raise
+        return source
 
 
 def _check_input(
@@ -121,7 +130,7 @@ def _fitting(
 ) -> list[tuple[CheckpointSource, Backbone]]:
     """Return (source, network) in the order of precedence."""
     fitting = [
-        # A record of any prefix has no signature that its likes lack.
+        # For a record of any prefix, top-level keys are no signature: many files have them.
         (replace(source, prefix=backbone.prefix, top_level=()) if source.prefix == ANY else source, backbone)
         for source in sources
         for place in source.containers
@@ -130,7 +139,7 @@ def _fitting(
     ]
     if fitting or choice.prefix is None or not backbones:
         return fitting
-    # No record has this prefix: the naming tells the rest.
+    # No record has this prefix: records of the same naming supply the rest.
     return [(source, backbones[0]) for source in _alike(sources, backbones[0], choice)]
 
 
@@ -139,13 +148,13 @@ def _alike(sources: Sequence[CheckpointSource], backbone: Backbone, choice: Choi
     alike = [source for source in sources if _same_naming(source, backbone)]
     plain = [source for source in alike if not source.has_signature and not source.prefix and "" in source.containers]
     if choice.source:
-        return [replace(source, prefix=backbone.prefix, top_level=()) for source in alike]
+        return [replace(source, prefix=backbone.prefix, top_level=(), on_request=True) for source in alike]
     name = f"network under `{backbone.prefix}`" if backbone.prefix else f"network in {backbone.place}"
     return [
         replace(
             like,
             name=name,
-            origin=f"{backbone.where}*, no method's mark",
+            origin=f"{backbone.where}*, method unknown",
             arxiv="",
             containers=(backbone.place,),
             top_level=(),
@@ -154,6 +163,7 @@ def _alike(sources: Sequence[CheckpointSource], backbone: Backbone, choice: Choi
             variants=(),
             prefix=backbone.prefix,
             encoder="",
+            on_request=True,
             notes=(f"the input is assumed to be that of {like.name}: {_feeding(like)}",),
         )
         for like in plain or alike
@@ -212,7 +222,7 @@ _TWIN = re.compile(r"(resnet|resnext)(aa|blur)\d|(resnet|resnext)\d+(aa|blur)", 
 
 
 def _check_twin(checkpoint: Mapping[Any, Any], path: Any) -> None:
-    """Refuse networks that differ from torchvision's only by a name: the file's, or the architecture's."""
+    """Refuse anti-aliased networks, which only a name shows: the file's, or the architecture's."""
     arguments = checkpoint.get("args")
     arguments = getattr(arguments, "state", arguments)
     names = [Path(path).name, checkpoint.get("arch"), read_sidecar(path).get("architecture")]

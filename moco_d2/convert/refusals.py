@@ -27,6 +27,7 @@ from moco_d2.io.unpickle import Stub
 from moco_d2.layers.resnet import DEPTHS
 
 _INCOMPLETE = 0.5  # of a network's tensors: if more is missing, it is another network
+_SAVE_ALL = "only a complete ResNet can be converted: save the whole network's state_dict()"
 _CANDIDATES = 200  # places where an incomplete network may begin
 
 
@@ -65,7 +66,12 @@ def not_recognised(
     if backbones:
         return _which(backbones, states, choice, path)
     refusal = unsupported((key for keys in states.values() for key in keys.values()), path)
-    return refusal or _unread(places, path) or _incomplete(states, choice, path) or _nothing(checkpoint, states, path)
+    return (
+        refusal
+        or _unread(places, path)
+        or _incomplete(states, choice, path)
+        or _nothing(checkpoint, places, states, path)
+    )
 
 
 def _not_as_declared(source: CheckpointSource, states: Mapping[str, dict[str, str]], path: Any) -> CheckpointError:
@@ -110,22 +116,22 @@ def _why(backbones: Sequence[Backbone], states: Mapping[str, dict[str, str]], ch
         return _no_prefix(states, choice.prefix, f" (--prefix {choice.prefix})")
     if not any(backbone.group_norm == (choice.norm == "GN") for backbone in chosen):
         if choice.norm:
-            return "it is not a ResNet with GroupNorm: its norms have a running_mean, as BatchNorm has"
+            return "it is not a ResNet with GroupNorm, as you or its facts say: its norms have a running_mean"
         return (
-            "its norms have no running_mean: it is a ResNet with GroupNorm, or one with BatchNorm whose statistics "
-            "were not saved (state_dict() holds them, named_parameters() does not); if it has GroupNorm, which "
-            "Detectron2 builds with MODEL.RESNETS.NORM GN"
+            "its norms have no running_mean: they are GroupNorm, which Detectron2 builds with MODEL.RESNETS.NORM GN, "
+            "or BatchNorm whose statistics were not saved (state_dict() has them, named_parameters() does not)"
         )
     if choice.source:
         name = next(source.name for source in SOURCES if source.key == choice.source)
         return f"it does not look like --source {choice.source} ({name})"
-    return "it holds a ResNet at a place that no known source uses; say that it is the wanted one"
+    return "its ResNet is at a place that no known source uses"
 
 
 def _described(backbone: Backbone) -> str:
     where = f"under `{backbone.prefix}`" if backbone.prefix else "without a prefix"
     kind = " (by its name a moving average or a student)" if TARGET_NETWORKS.search(backbone.where) else ""
-    return f"a complete ResNet-{backbone.depth} {where} in {backbone.place or 'the top level'}{kind}"
+    norm = "if it has GroupNorm: " if backbone.group_norm else ""
+    return f"{norm}a complete ResNet-{backbone.depth} {where} in {backbone.place or 'the top level'}{kind}"
 
 
 def _no_prefix(states: Mapping[str, dict[str, str]], prefix: str, given: str = "") -> str:
@@ -138,7 +144,7 @@ def _no_prefix(states: Mapping[str, dict[str, str]], prefix: str, given: str = "
         return f"no key starts with `{wanted}.`{given}"
     missing = _nearest(states, wanted)
     lacks = f": {missing.words}" if missing else ""
-    return f"{len(under)} keys start with `{wanted}.`, but they are not a complete ResNet{lacks}"
+    return f"the keys that start with `{wanted}.` ({len(under)}) are not a complete ResNet{lacks}"
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,26 @@ class _Incomplete:
             f"{len(self.missing)} of the {len(names)} tensors of a ResNet-{self.depth} are missing"
             f"{', all of conv5 (layer4, res5)' if no_last else ''}: {some(self.prefix + n for n in self.missing)}"
         )
+
+
+def deeper(backbone: Backbone, unknown: Iterable[str], path: Any) -> CheckpointError | None:
+    """Return the refusal of an incomplete network that holds all names of a shallower one, as ResNet-50 does of 34.
+
+    Args:
+        backbone: the shallower network.
+        unknown: the keys that it does not have, without wrappers.
+        path: for messages.
+    """
+    own = {key.removeprefix(backbone.prefix) for key in backbone.keys if key.startswith(backbone.prefix)}
+    extra = {key.removeprefix(backbone.prefix) for key in unknown}
+    for depth in sorted(d for d in DEPTHS if d > backbone.depth):
+        names = backbone.naming.names(depth)
+        found = _Incomplete(
+            backbone.place, backbone.prefix, backbone.naming, depth, [name for name in names if name not in own]
+        )
+        if extra <= set(names) and found.share < _INCOMPLETE:
+            return CheckpointError(f"{path}: an incomplete ResNet: {found.words}; {_SAVE_ALL}")
+    return None
 
 
 def _nearest(states: Mapping[str, dict[str, str]], wanted: str | None = None) -> _Incomplete | None:
@@ -217,15 +243,18 @@ def _incomplete(states: Mapping[str, dict[str, str]], choice: Choice, path: Any)
     plain = [s for s in SOURCES if not s.has_signature and found.place in s.containers]
     names = [s.name for s in plain if (s.prefix, s.naming) == (found.prefix, found.naming)]
     name = names[0] if names else f"ResNet under `{found.prefix}`"
-    return CheckpointError(
-        f"{path}: an incomplete {name}: {found.words}; found {_groups(states)}; only a complete ResNet can be "
-        "converted: save the whole network's state_dict()"
-    )
+    return CheckpointError(f"{path}: an incomplete {name}: {found.words}; found {_groups(states)}; {_SAVE_ALL}")
 
 
-def _nothing(checkpoint: Mapping[Any, Any], states: Mapping[str, dict[str, str]], path: Any) -> CheckpointError:
+def _nothing(
+    checkpoint: Mapping[Any, Any],
+    places: Mapping[str, Mapping[Any, Any]],
+    states: Mapping[str, dict[str, str]],
+    path: Any,
+) -> CheckpointError:
     """Say what is in a file that holds nothing like a ResNet."""
-    unnamed = {type(key).__name__ for key, value in checkpoint.items() if not isinstance(key, str) and is_tensor(value)}
+    entries = (entry for place in places.values() for entry in place.items())
+    unnamed = {type(key).__name__ for key, value in entries if not isinstance(key, str) and is_tensor(value)}
     if unnamed:
         return CheckpointError(
             f"{path}: its tensors are named by {' and '.join(sorted(unnamed))}, not by text; save the network's "

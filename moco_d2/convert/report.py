@@ -16,7 +16,7 @@ from moco_d2.convert.keys import dropped_by
 from moco_d2.convert.parts import part_of
 from moco_d2.convert.prove import TOLERANCE, other_padding, read_picture
 from moco_d2.convert.sources import unwrap
-from moco_d2.io.checkpoints import checkpoint_sha256
+from moco_d2.io.checkpoints import checkpoint_sha256, some
 from moco_d2.io.files import check_named_file, has_keys, named_file
 from moco_d2.io.provenance import provenance, sha256
 
@@ -77,7 +77,7 @@ def report(
         "foreign": conversion.foreign,
         "elsewhere": dict(conversion.elsewhere),
         "facts": conversion.facts.as_dict(),
-        "norm": conversion.norm,
+        "norm": conversion.facts.norm,
         "notes": list(conversion.notes),
         "proof": {"made": bool(differences), "tolerance": TOLERANCE, "differences": dict(differences)},
         "source_padding": other_padding(
@@ -124,7 +124,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     facts, source, proof = content["facts"], content["source"], content["proof"]["differences"]
     paper = f", arXiv {source['arxiv']}" if source["arxiv"] else ""
     recipe = f" ({facts['recipe']})" if facts["recipe"] else ""
-    lines = [f"source   {source['name']}: {facts['origin']}{recipe}{paper}"]
+    lines = [f"source   {source['name']}: {some([facts['origin']])}{recipe}{paper}"]
     lines += [f"         its files look like those of {', '.join(source['also'])}"] if source["also"] else []
     where = " in ".join(
         f"`{part}`" for part in (source["prefix"] + "*" if source["prefix"] else "", source["place"]) if part

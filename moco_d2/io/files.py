@@ -109,7 +109,7 @@ def named_file(path: str | os.PathLike[str], ours: Callable[[Path], bool]) -> It
 
     Args:
         path: as the user wrote it. If it is a link, its target is written.
-        ours: tells whether an existing file was written by such a command and may be replaced.
+        ours: returns whether an existing file was written by such a command and may be replaced.
 
     Raises:
         ValueError: see :func:`check_named_file`; or the file cannot be written.
@@ -162,7 +162,7 @@ def remove(path: Path) -> None:
 
 
 def removable(path: Path) -> bool:
-    """Tell whether a file's name is one of those that may be removed."""
+    """Return whether a file's name is one of those that may be removed."""
     return _REMOVABLE.fullmatch(path.name) is not None
 
 
@@ -172,7 +172,7 @@ def move(source: Path, target: Path, ours: Callable[[Path], bool] = removable) -
     Args:
         source: the file.
         target: its new name, on the same disk.
-        ours: tells whether an existing file of this name may be replaced.
+        ours: returns whether an existing file of this name may be replaced.
 
     Raises:
         ValueError: an existing file may not be replaced.
@@ -206,7 +206,7 @@ def check_folder(path: str | os.PathLike[str], what: str) -> None:
     place = Path(os.path.abspath(path))
     while not os.path.lexists(place):
         place = place.parent
-    # A try: permissions do not tell, because root has them all, even on read-only or full disks and in /proc.
+    # By trial: permissions are no proof, because root has them all, even on read-only or full disks and in /proc.
     with one_line(path, what), tempfile.TemporaryFile(dir=place):
         pass
 

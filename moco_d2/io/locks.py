@@ -51,7 +51,7 @@ def lock(path: Path) -> int | None:
 
 
 def holds(path: Path) -> bool:
-    """Tell whether this process holds a lock."""
+    """Return whether this process holds a lock."""
     return os.path.realpath(path) in _locks
 
 

@@ -3,8 +3,9 @@
 A pickle is a program: it may name any function and call it. Here only a short list of harmless names is resolved
 (:func:`allowed_names`). A name that acts on the machine is refused. Every other name becomes an inert :class:`Stub`,
 because training scripts store their command line and whole objects. The allowed calls take no more memory than the file
-has, change no object of the process, and cannot overflow the stack. ``torch.load(weights_only=True)`` refuses files
-with other names, before torch 2.6 runs code from some, and lets a file ask for any amount of memory.
+has, change no object of the process, and cannot overflow the stack. ``torch.load(weights_only=True)`` does less: it
+refuses files with other names, runs code from some files before torch 2.6, and lets a file ask for any amount of
+memory.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class _Array(np.ndarray[Any, Any]):
 
 
 def _empty_array(*_: Any) -> Any:
-    # The start of numpy's pickles; the shape that the file gives here would take memory.
+    # numpy's pickles begin with this call; an array of the shape that the file gives here would take memory.
     return np.ndarray((0,), "b").view(_Array)
 
 

@@ -1,7 +1,7 @@
 """One checkpoint per known layout, built around a given network; new sources are tested by having an entry here.
 
-Keys, nesting and companions are those of the projects' own code; the renaming is spelled here a second time, by regular
-expressions, so that a mistake in the converter's tables shows.
+Keys, nesting and other contents are those of the projects' own code. The renaming is spelled here a second time, by
+regular expressions, so that a mistake in the converter's tables shows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def under(prefix: str, state: State) -> State:
 
 
 def tensors(prefix: str = "", /, **shapes: tuple[int, ...]) -> State:
-    """What lies beside the network, of the projects' shapes cut to a few values; `__` stands for their keys' dots."""
+    """Tensors besides the network, of the projects' shapes cut to a few values; `__` stands for their keys' dots."""
     return {prefix + key.replace("__", "."): torch.ones([min(n, 4) for n in shape]) for key, shape in shapes.items()}
 
 

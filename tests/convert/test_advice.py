@@ -21,6 +21,7 @@ from checkpoint_layouts import (
     array,
     caffe,
     detectron2,
+    facts,
     network,
     other,
     sequential,
@@ -373,11 +374,18 @@ def test_what_bake_and_the_way_back_advise(
     assert run(monkeypatch, *files, quick) == 0
     assert run(monkeypatch, files[1], tmp_path / "back.pth", "--to", "torchvision") == 0
     assert run(monkeypatch, "--list") == 0  # catalog.py's advice
+    torch.save({"model": under("net.", trunk(net)), "facts": facts(net).as_dict()}, files[0])
+    assert run(monkeypatch, *files, "--to", "moco") == 2
+    assert "convert it without --to first, and then give the file that was written" in capsys.readouterr().err
+    assert run(monkeypatch, *files, quick) == 2 and "--prefix net." in capsys.readouterr().err
+    assert run(monkeypatch, *files, quick, "--prefix", "net.") == 0
+    assert run(monkeypatch, files[1], tmp_path / "back.pth", "--to", "moco") == 0
 
 
 # Text of a message that names an option -> the row of ADVICE, or the test, that types it in.
 COVERED = {
     ("back.py", "or convert this one without --to first"): "test_what_bake_and_the_way_back_advise",
+    ("back.py", "; convert it without --to first"): "test_what_bake_and_the_way_back_advise",
     ("bake.py", "convert without --bake"): "test_what_bake_and_the_way_back_advise",
     ("catalog.py", "moco-d2 convert --list"): "test_what_bake_and_the_way_back_advise",
     ("choice.py", "--source"): "source of another project",

@@ -2,22 +2,24 @@ from __future__ import annotations
 
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_layouts import LAYOUTS, facts, network, trunk
+from checkpoint_layouts import LAYOUTS, facts, network, other, trunk, under
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from torch import nn
-from torchvision.models import resnet50
+from torchvision.models import resnet18, resnet50
 
 from moco_d2.config import load_cfg
 from moco_d2.convert import CheckpointError, convert_checkpoint, convert_state, read_checkpoint, read_facts
 from moco_d2.convert.back import restore, take_back
 from moco_d2.detection.weights import load_weights
 from moco_d2.facts import IMAGENET_RGB, BackboneFacts
+from moco_d2.layers.resnet import build_resnet
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 QUARTER = {"STEM_OUT_CHANNELS": 16, "RES2_OUT_CHANNELS": 64, "WIDTH_PER_GROUP": 16}
@@ -181,7 +183,10 @@ def test_what_is_missing_is_named(files: Path) -> None:
         (without(converted, "model", "res5."), ["50 of the 265", "all of conv5 (layer4, res5): res5.0.conv1.weight"]),
         (without({**converted, "model": c4}, "model", "res5."), ["incomplete Detectron2 detector", "all of conv5"]),
         (without(backbone, "state_dict", "layer2.1.bn1"), ["incomplete", "layer2.1.bn1.weight"]),
-        (without(converted, "model", "running_"), ["with GroupNorm", "no running_mean", "whose norms are BatchNorm"]),
+        (
+            without(converted, "model", "running_"),
+            ["are GroupNorm", "no running_mean", "convert it without --to first"],
+        ),
         ({k: v for k, v in converted.items() if k != "facts"}, ["has no facts", "moco-d2 train"]),
         ({"facts": BackboneFacts().as_dict(), "epoch": 3}, ["no known ResNet", "facts, epoch"]),
         (stated(converted, depth=51), ["no ResNet that can be built", "depth is 51"]),
@@ -209,6 +214,7 @@ def test_the_moco_layout_is_read_as_what_it_is(files: Path, tmp_path: Path) -> N
     restore(files / "converted.pth", tmp_path / "moco.pth", "moco")
     conversion = convert_state(read_checkpoint(tmp_path / "moco.pth"), "moco.pth")
     assert len(conversion.mapped) == 265 and conversion.facts == read_facts(files / "backbone.pth")
+    assert conversion.arxiv == ""  # MoCo's layout, but the facts name another origin
 
 
 def test_the_tools_other_work(
@@ -230,3 +236,35 @@ def test_the_tools_other_work(
     assert code == 0 and "moco_v2_800ep" in shown and "md5:a04e12f8" in shown
     with pytest.raises(SystemExit):
         run(files / "backbone.pth")
+
+
+def test_group_norm_comes_back(tmp_path: Path) -> None:
+    source = build_resnet("resnet18", norm="GN")
+    content = {"model": under("online.", source.state_dict()) | under("slow.", other(source.state_dict()))}
+    entry = {"facts": facts(source).as_dict(), "backbone": {"method": "Twins", "prefix": "online."}}
+    torch.save(content | entry, tmp_path / "model_final.pth")
+    convert_checkpoint(tmp_path / "model_final.pth", tmp_path / "converted.pth", proof=False)
+    for name, layout in (("model_final.pth", "torchvision"), ("converted.pth", "moco")):
+        restored = restore(tmp_path / name, tmp_path / "out.pth", layout)
+        assert restored.facts == facts(source) and any("torch.nn.GroupNorm, 32" in note for note in restored.notes)
+        plain = resnet18(norm_layer=partial(nn.GroupNorm, 32))  # as the note says
+        assert set(plain.load_state_dict(restored.tensors, strict=False).missing_keys) == {"fc.weight", "fc.bias"}
+        assert same(restored.tensors, trunk(source))
+        again, _ = convert_checkpoint(tmp_path / "out.pth", tmp_path / "again.pth", proof=False)
+        assert again.facts == facts(source)
+
+
+def test_the_way_back_needs_no_network_of_detectron2s(tmp_path: Path) -> None:
+    """Detectron2 builds ResNet-18 at one width only, which is nothing to other tools."""
+    narrow = network("resnet18", 0.25)
+    torch.save(LAYOUTS["own-training"].build(narrow), tmp_path / "model_final.pth")
+    assert same(restore(tmp_path / "model_final.pth", tmp_path / "out.pth", "moco").tensors, trunk(narrow))
+    with pytest.raises(CheckpointError, match="16 channels in its first stage; Detectron2 builds"):
+        convert_checkpoint(tmp_path / "model_final.pth", tmp_path / "converted.pth")
+
+
+def test_the_way_back_leaves_out_no_layer_of_the_backbone(net: nn.Module) -> None:
+    content = LAYOUTS["own-training"].build(net)
+    content["model"] |= {"encoder_q.layer1.0.se.fc.weight": torch.ones(3), "encoder_k.se.weight": torch.ones(3)}
+    with pytest.raises(CheckpointError, match="channel attention"):
+        take_back(content, "model_final.pth")

@@ -409,6 +409,14 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
         lambda s: {"state_dict": under("module.encoder_q.", without(s, "layer3.4.conv2", "layer4.0.bn1.bias"))},
         ["incomplete MoCo", "2 of the 265", "encoder_q.layer3.4.conv2.weight", "encoder_q.layer4.0.bn1.bias"],
     ),
+    "names-of-a-shallower-network": (  # all of ResNet-34's
+        lambda s: without(s, "layer4.2.bn3.running_var"),
+        ["an incomplete ResNet: 1 of the 265 tensors of a ResNet-50 are missing: layer4.2.bn3.running_var"],
+    ),
+    "keys-that-are-bytes": (
+        lambda s: {"state_dict": {key.encode(): t for key, t in s.items()}},
+        ["named by bytes, not by text"],
+    ),
     "group-norm": (lambda s: without(s, "running_"), ["GroupNorm", "--norm GN"]),
     "group-norm-or-parameters-alone": (lambda s: without(s, "running_"), ["statistics were not saved", "state_dict()"]),
     "convnext": (
@@ -551,6 +559,15 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
     "facts-of-another-run": (
         lambda s: {"state_dict": s, "facts": BackboneFacts().as_dict()},
         ["contradict", "stem_channels is 16 by the tensors, 64 by the facts"],
+    ),
+    "facts-that-are-no-mapping": (lambda s: {"state_dict": s, "facts": []}, ["`facts` are not valid", "are a list"]),
+    "facts-of-a-wrong-type": (
+        lambda s: {"state_dict": s, "facts": {"depth": [50]}},
+        ["`facts` are not valid", "depth is [50]; it must be a positive whole number"],
+    ),
+    "facts-of-group-norm": (
+        lambda s: {"state_dict": s, "facts": {"norm": "GN"}},
+        ["not a ResNet with GroupNorm", "its facts", "have a running_mean"],
     ),
     "facts-unknown": (lambda s: {"state_dict": s, "facts": {"colour": "red"}}, ["facts", "colour"]),
 }

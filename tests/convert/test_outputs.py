@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+import yaml
 
-from moco_d2.convert import convert_checkpoint
+from moco_d2.convert import convert_checkpoint, read_checkpoint, read_facts
 from moco_d2.convert.back import restore
 from moco_d2.convert.report import convert_and_report, write_report
+from moco_d2.facts import BackboneFacts
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,19 @@ def test_a_config_of_the_user_s_is_kept(text: bytes, source: Path, tmp_path: Pat
     with pytest.raises(ValueError, match=r"mine\.yaml: this file exists, and this command did not write it"):
         convert(source, tmp_path / "mine.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"] and (tmp_path / "mine.yaml").read_bytes() == text
+
+
+@pytest.mark.parametrize(
+    "origin", ["here\nSOLVER: {BASE_LR: 9}", "here\u2028SOLVER: {BASE_LR: 9}", "here\0", "x" * 999]
+)
+def test_an_origin_cannot_leave_the_config_s_comment(origin: str, source: Path, tmp_path: Path) -> None:
+    """The origin is any text of a stranger's file, and Detectron2 reads a config's YAML with its code."""
+    facts = BackboneFacts(depth=18, res2_channels=64, origin=origin)
+    torch.save({"state_dict": read_checkpoint(source), "facts": facts.as_dict()}, tmp_path / "in.pth")
+    for _ in range(2):  # the second conversion recognises the first one's files
+        convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth", proof=False)
+    assert yaml.safe_load((tmp_path / "out.yaml").read_bytes()).keys() == {"MODEL", "INPUT", "VERSION"}
+    assert read_facts(tmp_path / "out.pth") == facts
 
 
 def test_a_config_that_was_edited_is_kept(source: Path, tmp_path: Path) -> None:

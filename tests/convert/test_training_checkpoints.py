@@ -23,7 +23,7 @@ def net() -> nn.Module:
 
 
 def training(net: nn.Module, entry: Any, prefix: str = "online.net.") -> dict[str, Any]:
-    """What a method of nobody's saves: two whole networks and a third that no name marks as a copy, heads, a memory."""
+    """A checkpoint of an invented method: two networks, a third whose name shows no copy, heads, a memory bank."""
     model = under(prefix, trunk(net) | head(2) | tensors(**{"my_head.0.weight": (8, 8)}))
     model |= under("slow.net.", other(trunk(net))) | under("third.", other(other(trunk(net))))
     model |= tensors("prototypes.", weight=(300, 128)) | {"memory": torch.ones(4, 2), "steps": torch.tensor(3)}
@@ -65,6 +65,12 @@ def test_another_network_of_the_file_can_be_asked_for(net: nn.Module) -> None:
     content = training(net, {"method": "Twins", "prefix": "online.net."})
     conversion = convert_state(content, "x.pth", Choice(prefix="third."))
     assert torch.equal(conversion.source_tensors["conv1.weight"], net.conv1.weight + 1 + 1)
+    # The recipe's name belongs to the network that the recipe transfers.
+    assert conversion.facts.recipe == "" and conversion.facts.origin == "a run of the tests, its network `model.third.`"
+    assert convert_state(content, "x.pth", Choice(prefix="online.net.")).facts == facts(net)
+    # And a prefix makes up for a damaged entry.
+    damaged = convert_state({**content, "backbone": 3}, "x.pth", Choice(prefix="online.net.", drop=("my_head",)))
+    assert torch.equal(damaged.source_tensors["conv1.weight"], net.conv1.weight) and damaged.facts.recipe == ""
 
 
 def without(content: dict[str, Any], part: str) -> dict[str, Any]:
@@ -78,9 +84,16 @@ def without(content: dict[str, Any], part: str) -> dict[str, Any]:
         ({"method": "Twins"}, ["`backbone` is damaged"]),
         ({"method": None, "prefix": "online.net."}, ["`backbone` is damaged"]),
         ({"method": "Twins", "prefix": 3}, ["`backbone` is damaged"]),
+        ({"method": "Twins", "prefix": "online.net"}, ["`backbone` is damaged", "followed by a dot"]),
+        ({"method": "Twins", "prefix": "online.net.*"}, ["`backbone` is damaged"]),
+        ({"method": "Two\nlines", "prefix": "gone."}, ["`backbone` is damaged"]),
+        ({"method": "", "prefix": "online.net."}, ["`backbone` is damaged"]),
         ({"method": "Twins", "prefix": None}, ["of Twins", "no sub-module", "convert the backbone.pth in the same"]),
         ({"method": "Twins", "prefix": "gone."}, ["under `gone.` in `model`, but no key starts with `gone.`;"]),
-        ({"method": "Twins", "prefix": "prototypes."}, ["1 keys start with `prototypes.`", "not a complete ResNet"]),
+        (
+            {"method": "Twins", "prefix": "prototypes."},
+            ["keys that start with `prototypes.` (1)", "not a complete ResNet"],
+        ),
     ],
 )
 def test_a_damaged_entry_is_refused_in_both_directions(entry: Any, words: list[str], net: nn.Module) -> None:

@@ -127,7 +127,7 @@ BACKBONE = (
     CheckpointSource(
         name="backbone under `backbone.`",
         key="backbone",
-        origin="a file with `backbone.*`, no method's mark",
+        origin="a file with `backbone.*`, method unknown",
         containers=("state_dict", "model", ""),
         prefix="backbone.",
         dropped=(HEADS, QUEUE, without_fc("backbone.", "classifier")),

@@ -101,7 +101,7 @@ BARE = (
     CheckpointSource(
         name="torchvision ResNet",
         key="torchvision",
-        origin="torchvision names, no method's mark",
+        origin="torchvision names, method unknown",
         arxiv="1512.03385",
         containers=("", "state_dict", "model"),
         without="state_dict_ema|model_ema",  # an average that was not taken is damaged, or another network: ask
@@ -115,7 +115,7 @@ BARE = (
     CheckpointSource(
         name="network under `resnet.`",
         key="resnet",
-        origin="a file with `resnet.*`, no method's mark",
+        origin="a file with `resnet.*`, method unknown",
         containers=("state_dict", ""),
         prefix="resnet.",
         dropped=(HEADS, QUEUE, without_fc("resnet.", "head")),
@@ -123,7 +123,7 @@ BARE = (
     CheckpointSource(
         name="network under `model.`",
         key="model",
-        origin="a file with `model.*`, no method's mark",
+        origin="a file with `model.*`, method unknown",
         containers=("state_dict",),
         prefix="model.",
         dropped=(HEADS, QUEUE, without_fc("model.", "head")),

@@ -172,7 +172,7 @@ ENCODER = (
     CheckpointSource(
         name="network under `encoder.`",
         key="encoder",
-        origin="a file with `encoder.*`, no method's mark",
+        origin="a file with `encoder.*`, method unknown",
         containers=("state_dict", "model"),
         prefix="encoder.",
         dropped=(HEADS, QUEUE, without_fc("encoder.", "head")),

@@ -60,13 +60,13 @@ class CheckpointSource:
         padding: where the source pads unlike Detectron2: ``pool`` (TensorFlow's SAME in the max-pooling) or ``all``.
         encoder: which of the file's networks is taken, and why, if it holds several.
         notes: what weights do not show, and what is assumed.
-        on_request: taken for ``--source`` only.
+        on_request: taken only if the user names it (``--source``, or the prefix of another network).
         average: key of the record that takes the moving average of the network, on request.
         others: a pattern of container and prefix of other networks that such a file holds; they raise no question.
         read: returns the state dicts of a file in which they are not plain mappings, as dotted path -> state dict.
-        sidecars: reads what the files in the same folder declare.
-        adapt: returns this record as the content of one file declares it (and sets ``declared``).
-        declared: what that file declares, in words. No other record is tried then.
+        sidecars: reads the declarations of the files in the same folder.
+        adapt: returns this record, changed by what a file declares (``declared``).
+        declared: what the file declares, in words; no other record is then tried.
     """
 
     name: str

@@ -34,6 +34,8 @@ def wrong_type(key: str, value: Any, like: Any) -> str:
     """Return the complaint about a value whose type is not that of the key's present value."""
     if isinstance(like, Mapping):
         return f"{key} is a group of keys and cannot be set to {value!r}; it has {', '.join(like)}"
+    if fits(value, type(like)):
+        return f"{key} is {value!r}; its items must be of the same kind as in {like!r}"
     kind = "list or tuple" if isinstance(like, list | tuple) else type(like).__name__
     return f"{key} is {value!r}; it must be {'an' if kind[0] in 'aeiou' else 'a'} {kind}, as {like!r} is"
 

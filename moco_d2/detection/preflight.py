@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import traceback
 from collections.abc import Iterator, Sequence
@@ -289,7 +290,9 @@ def _anchor_problems(cfg: CfgNode) -> Iterator[str]:
     counts = []
     for name in ("SIZES", "ASPECT_RATIOS"):
         lists = generator[name]
-        if len(lists) not in (1, len(features)) or not all(numbers and min(numbers) > 0 for numbers in lists):
+        if len(lists) not in (1, len(features)) or not all(
+            numbers and 0 < min(numbers) <= max(numbers) < math.inf for numbers in lists
+        ):
             yield (
                 f"MODEL.ANCHOR_GENERATOR.{name} is {lists!r}; it must be one list of positive numbers for all feature "
                 f"maps, or one list for each of the {len(features)} in {key}"

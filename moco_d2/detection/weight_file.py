@@ -170,7 +170,7 @@ def _described(place: _Place) -> list[str]:
 def _check_tensors(state: Any, path: str) -> None:
     """Refuse an empty model, and entries that are not named tensors."""
     if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path} holds no weights: its `model` is empty or missing.{convert_hint(path)}")
+        raise ValueError(f"{path} holds no weights: there is no `model` of named tensors in it.{convert_hint(path)}")
     foreign = [str(key) for key, value in state.items() if not isinstance(key, str) or not is_tensor(value)]
     if foreign:
         raise ValueError(

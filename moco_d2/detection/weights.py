@@ -127,7 +127,7 @@ def load_weights(
 
     Raises:
         ValueError: the file does not exist or is of another kind; its facts contradict the config; or tensors are
-            missing, of another shape, or non-finite.
+            missing, of another shape, not floating-point, or non-finite.
     """
     _refuse_placeholder(path)
     if not path:
@@ -145,6 +145,12 @@ def load_weights(
         raise ValueError(_explain_missing(path, content, model, missing, len(wanted)))
     state = model.state_dict()
     beside = [name for name in all_names(model) if name in filled and name not in wanted]
+    cast = [n for n in (*wanted, *beside) if state[n].is_floating_point() and not filled[n].is_floating_point]
+    if cast:
+        raise ValueError(
+            f"{path}: {len(cast)} tensors hold {filled[cast[0]]}, not floating-point numbers ({some(cast, _SHOWN)}), "
+            "and would be rounded or cut: use the weights from before they were quantised"
+        )
     broken = [name for name in (*wanted, *beside) if not torch.isfinite(state[name]).all()]
     if broken:
         raise ValueError(
@@ -210,7 +216,9 @@ def _check_facts(content: Mapping[str, Any], cfg: CfgNode, path: str) -> Weights
     return WeightsRecord(path, facts)
 
 
-def _check_parts(path: str, content: Mapping[str, Any], cfg: CfgNode, model: nn.Module, filled: set[str]) -> None:
+def _check_parts(
+    path: str, content: Mapping[str, Any], cfg: CfgNode, model: nn.Module, filled: Mapping[str, torch.dtype]
+) -> None:
     """Refuse a detector that has no place for a tensor of the parts that a converted file carries (FPN, ...)."""
     facts = facts_in(content, path)
     # Of a trained detector (which has no heuristics) a part may be used, as for other classes.
@@ -220,7 +228,7 @@ def _check_parts(path: str, content: Mapping[str, Any], cfg: CfgNode, model: nn.
         name: tuple(t.shape) for name, t in content["model"].items() if part_of(name) in parts and COUNTER not in name
     }
     # Names that the detector does not have reach load_state_dict, too.
-    homeless = [name for name in held if name not in filled & shapes.keys()]
+    homeless = [name for name in held if name not in filled.keys() & shapes.keys()]
     biases = [name for name in homeless if name.endswith(".bias") and _normed(model, name.removesuffix(".bias"))]
     if biases:
         logger.info("%d biases of %s are not loaded: the batch norms after them would subtract them", len(biases), path)
@@ -265,13 +273,15 @@ def _is_msra(content: Mapping[str, Any], path: str) -> bool:
 
 
 @contextmanager
-def _record_filled(model: nn.Module) -> Iterator[set[str]]:
-    """Collect the names that reach ``load_state_dict``, after all renaming, heuristics and shape checks.
+def _record_filled(model: nn.Module) -> Iterator[dict[str, torch.dtype]]:
+    """Collect names and types of what reaches ``load_state_dict``, after all renaming, heuristics and shape checks.
 
     The list of missing keys is less reliable: Detectron2 and FrozenBN change it.
     """
-    filled: set[str] = set()
-    handle = model.register_load_state_dict_pre_hook(lambda _, state, *__: filled.update(state))
+    filled: dict[str, torch.dtype] = {}
+    handle = model.register_load_state_dict_pre_hook(
+        lambda _, state, *__: filled.update({name: tensor.dtype for name, tensor in state.items()})
+    )
     try:
         yield filled
     finally:

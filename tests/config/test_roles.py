@@ -144,7 +144,7 @@ def test_all_ignored_keys_are_told_at_once_with_what_else_is_wrong() -> None:
     ]
     found = refusal(VOC_FPN, *words, "TEST.PRECISE_BN.NUM_ITERS", "3")
     assert len(found) == 5 and "did you mean 'TEST.PRECISE_BN.NUM_ITER'" in found[0]
-    assert "SOLVER.STEPS is ('x',); it must be a list or tuple, as (30000,) is" in found
+    assert "SOLVER.STEPS is ('x',); its items must be of the same kind as in (30000,)" in found
     assert (
         "SOLVER.EPOCHS is 5, but fine-tuning does not use it: fine-tuning counts iterations, SOLVER.MAX_ITER" in found
     )

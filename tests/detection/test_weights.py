@@ -186,6 +186,13 @@ def test_weights_that_are_not_finite_are_refused(altered):
     assert "backbone.res4.0.conv1.weight" in message
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_would_be_cast_are_refused(altered, dtype):
+    path = altered(lambda c: c["model"].update({k: c["model"][k].to(dtype) for k in ["res4.0.conv1.weight"]}))
+    message = refusal(small_cfg(VOC_C4), path)
+    assert f"1 tensors hold {dtype}, not floating-point numbers (backbone.res4.0.conv1.weight)" in message
+
+
 def test_contradicting_facts_are_refused_with_the_remedy(converted_file):
     message = refusal(small_cfg(VOC_C4 + "_supervised"), converted_file)
     assert "INPUT.FORMAT is BGR in the config, but the weights need RGB" in message

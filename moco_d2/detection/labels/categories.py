@@ -71,9 +71,10 @@ def read_categories(file: JsonFile, entry: Entry, needs: Needs, report: Report) 
     found: dict[int | str, tuple[int, Record]] = {}
     for index, record in file.records("categories"):
         plain, problem = normalised("categories", record)
-        plain = replaced(
-            plain, **{key: None for key in ("supercategory", "keypoints", "skeleton") if not plain.get(key)}
-        )
+        unused = [key for key in ("supercategory", "keypoints", "skeleton") if not plain.get(key)]
+        if not isinstance(plain.get("supercategory"), str):  # evaluators accept text only
+            unused.append("supercategory")
+        plain = replaced(plain, **dict.fromkeys(unused))
         if not problem and not {"id", "name"} <= plain.keys():
             problem = "needs an id and a name"
         elif not problem and plain["id"] in found:
@@ -123,12 +124,11 @@ def unused_roots(
     supercategory of classes and has no supercategory itself.
     """
     names = Counter(record["name"] for record in records.values())
-    above = [record.get("supercategory") for record in records.values()]
-    parents = {parent for parent in above if isinstance(parent, str)}
+    parents = {record["supercategory"] for record in records.values() if "supercategory" in record}
     found: dict[int | str, str] = {}
     for roots in (True, False):  # Of two unused categories with one name the root is left out.
         for own, record in records.items():
-            name, top = record["name"], str(record.get("supercategory") or "none").lower() == "none"
+            name, top = record["name"], record.get("supercategory", "none").lower() == "none"
             if own in found or own in used or top != roots:
                 continue
             if names[name] > 1:

@@ -154,13 +154,13 @@ def _images(file: JsonFile, folder: Path, needs: Needs) -> tuple[list[Record], d
             problem = "has the id of another image; give it its own"
         elif not problem:
             plain, problem = _image(plain, folder, needs)
-        if not problem and plain["file_name"] in names:
+        if not problem and os.path.normpath(plain["file_name"]) in names:
             problem = f"has the file_name {plain['file_name']} of another image; list each picture once"
         if problem:
             file.problem("images", index, problem)
         else:
             found[plain["id"]] = plain
-            names.add(plain["file_name"])
+            names.add(os.path.normpath(plain["file_name"]))
     if all(type(i) is int and 0 <= i < _LARGEST_ID for i in found):
         return list(found.values()), {own: own for own in found}
     new = {own: number for number, own in enumerate(found, 1)}

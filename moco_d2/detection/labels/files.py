@@ -111,15 +111,14 @@ class JsonFile:
         """Read the file.
 
         Raises:
-            ValueError: the file cannot be read, or is not valid JSON.
+            ValueError: the file cannot be read, or is not a JSON object.
         """
         self.path, self._report = path, report
         self.content, self._text = read_json(path)
         self.utf8 = self._text.utf8
         self._lines: dict[str, list[int]] = {}
         if not isinstance(self.content, dict):
-            report(f"{path}:1: not COCO labels; they must be an object with images, annotations and categories")
-            self.content = {}
+            raise ValueError(f"{path}:1: not COCO labels, which are an object with images, annotations and categories")
 
     def records(self, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield index and record of each object in a list; items that are not objects are reported."""

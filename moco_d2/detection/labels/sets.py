@@ -94,7 +94,7 @@ def _entry_problems(item: Any) -> Iterator[str]:
         return
     for key in item:
         if key not in _KEYS:
-            yield f"unknown key {key!r}{did_you_mean(key, _KEYS)}; the keys are {', '.join(_KEYS)}"
+            yield f"unknown key {key!r}; the keys are {', '.join(_KEYS)}{did_you_mean(key, _KEYS)}"
     for key in ("name", "format"):
         if not isinstance(item.get(key), str) or not item[key]:
             yield f"{key} is missing; it must be text"
@@ -185,7 +185,8 @@ def box_problem(box: Sequence[float], width: float, height: float) -> str | None
     x0, y0, x1, y1 = box
     if x1 <= x0 or y1 <= y0:
         return "has zero area; correct it, or remove the object"
-    if outside(box, width, height):
+    # Detectron2 clips boxes to the image, and trains on none that is then empty.
+    if outside(box, width, height) or x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
         return f"lies outside the image of {width:g} x {height:g}; correct it, or remove the object"
     return None
 

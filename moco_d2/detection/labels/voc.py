@@ -148,7 +148,7 @@ class VocFolder:
                     )
             if found:
                 return found[0]
-        raise ValueError(f"missing image: {self.pictures / name} exists with none of {' '.join(EXTENSIONS)}")
+        raise ValueError(f"missing image: {self.pictures / name} does not exist with any of {' '.join(EXTENSIONS)}")
 
     def unlabelled(self) -> Iterator[tuple[str, str]]:
         """Yield (place of the name, name) of each image of the split, with or without an annotation.
@@ -351,8 +351,9 @@ def _voc_object(
     name = _text(item, "name")
     if name not in classes:
         way_out = f"; to ignore its objects add leave_out: [{name}] to the entry of DATASETS.CUSTOM"
-        hint = did_you_mean(name, classes) or (way_out if name else "")
-        report(f"{where}: unknown class {name!r}{hint}; the classes are {listed(classes)}")
+        hint = did_you_mean(name, classes) or way_out
+        unknown = f"unknown class {name!r}; the classes are {listed(classes)}{hint}"
+        report(f"{where}: {unknown if name else 'object without a name; add <name> with its class'}")
         return None
     texts = [_text(item, f"bndbox/{which}") for which in ("xmin", "ymin", "xmax", "ymax")]
     try:

@@ -219,6 +219,12 @@ COCO_PROBLEMS = {
     "missing image": (_set("images", 2, file_name="x.png"), r"json:15: images\[2\] \(id 'p2'\) missing image: .*x.png"),
     "a flat folder": (_set("images", 0, file_name="0.png"), "missing image"),
     "outside": (_set("annotations", 1, bbox=[90, 10, 20, 20]), r"\[1\] \(id 1\).* outside the image of 100 x 80"),
+    "beyond the edge": (_set("annotations", 1, bbox=[100, 10, 1, 20]), "box .* outside the image of 100 x 80"),
+    "before the edge": (_set("annotations", 1, bbox=[10, -0.5, 9, 0.5]), "box .* outside the image of 100 x 80"),
+    "a picture by two paths": (
+        _set("images", 1, file_name="./batch 1/0.png"),
+        r"images\[1\] .* of another image; list",
+    ),
     "zero area": (
         _set("annotations", 1, bbox=[9, 10, 0, 20]),
         r":\d+: annotations\[1\] \(id 1\) has a box .* zero area",
@@ -300,6 +306,12 @@ def test_a_test_set_of_crowds_has_nothing_to_evaluate(coco):
 def test_a_problem_of_a_category_is_told_once(coco):
     problems = custom_problems(config(coco(_set("categories", 0, name=5)), opts=["MODEL.ROI_HEADS.NUM_CLASSES", 1]))
     assert [problem.partition("categories[0]")[2] for problem in problems] == [" (id 30) has name 5; it must be text"]
+
+
+def test_a_supercategory_that_is_no_text_is_dropped(coco):
+    register_custom(config(coco(_set("categories", 0, supercategory=["fasteners"]))))
+    with open(MetadataCatalog.get("parts").json_file) as file:
+        assert not any("supercategory" in category for category in json.load(file)["categories"])
 
 
 def test_a_class_that_is_nearly_known_is_not_left_out(coco):
@@ -589,7 +601,7 @@ VOC_PROBLEMS = {
     ),
     "missing image": (
         lambda r: (r / "JPEGImages/b.JPG").unlink(),
-        r"b.xml:1: missing image: .*JPEGImages/b exists with none of .jpg",
+        r"b.xml:1: missing image: .*JPEGImages/b does not exist with any of .jpg",
     ),
     "missing xml": (
         lambda r: (r / "Annotations/b.xml").unlink(),
@@ -601,7 +613,11 @@ VOC_PROBLEMS = {
     ),
     "zero area": (_xml(">50<", ">11<"), r"b.xml:4: .* zero area"),
     "no number": (_xml(">50<", "><"), r"b.xml:4: .*must be numbers"),
-    "unknown class": (_xml("hammer &amp; nail", "wrensh"), "b.xml:4: unknown class 'wrensh'; did you mean 'wrench'"),
+    "unknown class": (
+        _xml("hammer &amp; nail", "wrensh"),
+        "b.xml:4: unknown class 'wrensh'; .*; did you mean 'wrench'",
+    ),
+    "no name": (_xml("hammer &amp; nail", ""), "b.xml:4: object without a name; add <name> with its class"),
     "broken": (_xml("</object>", ""), r"b.xml:8: not valid XML: mismatched tag"),
     "duplicate": (_split("b\na 1\nb 1\n"), r"train.txt:3: 'b' is listed twice; remove one line"),
     "empty split": (_split("\n"), "train.txt: no usable image"),
@@ -636,7 +652,7 @@ def test_a_dry_run_names_all_problems_even_those_of_pixels(coco, voc, tmp_path):
     picture(tmp_path / "voc/JPEGImages/a 1.png", size=(90, 80))
     found = custom_problems(cfg)
     expected = [
-        "unknown key 'roots'; did you mean 'root'", "format is 'yolo'; it must be voc or coco", "size 80 x 100, but",
+        "leave_out, mirror; did you mean 'root'?", "format is 'yolo'; it must be voc or coco", "size 80 x 100, but",
         "zero area", "size 100 x 80, but", "train.txt:2: missing annotation", "no usable image",
     ]  # fmt: skip
     assert len(found) == len(expected)
@@ -682,7 +698,7 @@ def test_the_order_of_classes_may_be_given_and_must_agree(coco, voc):
     with pytest.raises(ValueError) as caught:
         check_run(cfg, world_size=1)
     assert "'parts' has 2 classes: pass MODEL.ROI_HEADS.NUM_CLASSES 2" in str(caught.value)
-    assert "number their classes differently: 0 is bolt in one and hammer & nail" in str(caught.value)
+    assert "number their classes differently: class 0 is bolt in the first and hammer & nail" in str(caught.value)
 
 
 def test_masks_that_are_not_wanted_do_not_cost_their_boxes(coco):

@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -191,8 +192,9 @@ def guard(work: Callable[[], int | None]) -> NoReturn:
 def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options: Any) -> int:
     """Run Python in a process of its own and return its exit code.
 
-    The output goes straight into a file, so that the process can outlive this one; parts of it are printed as well.
-    When this process is interrupted it ends the other one and waits for it.
+    The output goes straight into a file, so that the process can outlive this one; parts of it are printed as well. An
+    interruption from the keyboard reaches this process only, which ends the other one by SIGTERM, so that a training
+    saves, and waits for it.
 
     Args:
         command: Python's arguments: a script, or ``-m`` and a module, with the words for it.
@@ -202,11 +204,13 @@ def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options:
     """
     with log.open("ab") as output, log.open(errors="replace", newline="\n") as tail:
         tail.seek(0, os.SEEK_END)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the new process inherits it
         process = subprocess.Popen(
             [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **options
         )
         rest = ""
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             running = True
             while running:
                 running = process.poll() is None

@@ -44,7 +44,7 @@ class RankFailedError(RuntimeError):
 
     Attributes:
         exit_code: of the command (:mod:`moco_d2.exits`).
-        line: the message about a user's mistake; empty for a fault of ours or a process that was killed.
+        line: the message about a user's mistake; empty for a fault of the program or a process that was killed.
     """
 
     def __init__(self, text: str, exit_code: int, line: str) -> None:

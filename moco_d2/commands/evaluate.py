@@ -45,6 +45,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from moco_d2.detection.results import to_json
     from moco_d2.io.files import check_named_file, has_keys, named_file
     from moco_d2.io.provenance import provenance
+    from moco_d2.messages import did_you_mean
 
     ours = has_keys("dataset", "metrics", "evaluated_with", "command")
     if args.output:
@@ -60,7 +61,7 @@ def evaluate(args: argparse.Namespace) -> None:
     register_custom(cfg, train=False)
     (name,) = cfg.DATASETS.TEST
     if name not in DatasetCatalog:
-        raise ValueError(f"no data set {name!r} is registered")
+        raise ValueError(f"no data set {name!r} is registered{did_you_mean(name, DatasetCatalog)}")
     metrics, library = evaluate_file(cfg, name, args.predictions)
     for task, scores in metrics.items():
         print(f"{name}, {task}, by {library}")

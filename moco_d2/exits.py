@@ -143,7 +143,7 @@ def record(error: BaseException) -> str:
 
 
 def leave(error: BaseException) -> NoReturn:
-    """End the process as :func:`ending` says."""
+    """End the process with the message and the code of :func:`ending`."""
     if isinstance(error, KeyboardInterrupt):
         _fail("interrupted", INTERRUPTED)
     if isinstance(error, BrokenPipeError) and _nobody_reads():
@@ -169,7 +169,7 @@ def attempt(work: Callable[[], int | None]) -> int:
 
 
 def guard(work: Callable[[], int | None]) -> NoReturn:
-    """Do a command's work, which may return an exit code, and end the process as :func:`ending` says."""
+    """Do a command's work and end the process with the exit code that it returns, or with that of its error."""
     try:
         code = work() or 0
         sys.stdout.flush()

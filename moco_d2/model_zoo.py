@@ -95,7 +95,7 @@ def get_config(name: str, init: str = "moco", opts: Sequence[str] = ()) -> CfgNo
 
 
 def config_changes(cfg: CfgNode) -> list[str] | None:
-    """Return, as ``KEY=value``, where a config departs from the shipped config of its protocol.
+    """Return, as ``KEY=value``, the keys in which a config departs from the shipped config of its protocol.
 
     The keys of a protocol are those with this role in :mod:`moco_d2.config.roles`. None if the config names no shipped
     protocol.
@@ -106,7 +106,7 @@ def config_changes(cfg: CfgNode) -> list[str] | None:
 
 
 def pretraining_changes(cfg: CfgNode) -> list[str] | None:
-    """Return, as ``KEY=value``, where a config departs from the shipped recipe of its name.
+    """Return, as ``KEY=value``, the keys in which a config departs from the shipped recipe of its name.
 
     None if the config names no shipped recipe.
     """

@@ -127,4 +127,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="iterations of each training, to try the pipeline itself")
     parser.add_argument("--full", action="store_true", help="full-width ResNet-50 instead of quarter width")
     args = parser.parse_args(argv)
-    Demo(args.output.resolve(), args.full, args.steps).run()
+    with cli.stop_on_signals():
+        Demo(args.output.resolve(), args.full, args.steps).run()

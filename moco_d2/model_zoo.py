@@ -19,6 +19,7 @@ from detectron2.config import CfgNode
 from moco_d2.config import INITS, flat, list_configs, load_cfg, roles
 from moco_d2.exits import guard
 
+
 @dataclass(frozen=True)
 class Published:
     """One published result of a protocol.

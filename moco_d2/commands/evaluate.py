@@ -55,8 +55,8 @@ def evaluate(args: argparse.Namespace) -> None:
         cfg.DATASETS.TEST = (args.dataset,)
     if len(cfg.DATASETS.TEST) != 1:
         raise ValueError(
-            f"the config has {len(cfg.DATASETS.TEST)} test sets, but a file contains the detections of one: name it with "
-            "--dataset"
+            f"the config has {len(cfg.DATASETS.TEST)} test sets, but a file contains the detections of one: name "
+            "it with --dataset"
         )
     register_custom(cfg, train=False)
     (name,) = cfg.DATASETS.TEST

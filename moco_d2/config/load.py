@@ -69,7 +69,7 @@ def load_cfg(
 
 
 def unread_keys(cfg: CN, stage: str, asked: Container[str] = ()) -> list[str]:
-    """Return complaints about keys that a stage ignores and whose values differ from the defaults; see ``roles.unread``."""
+    """Return complaints about set keys that a stage ignores; see ``roles.unread``."""
     return list(roles.unread(stage, flat(cfg), _defaults(cfg), asked))
 
 

@@ -85,7 +85,7 @@ def detections_page(
     pictures: int = 500,
     opts: Sequence[str] = (),
 ) -> Path:
-    """Draw test images with their labels and the detections of one or two checkpoints: worst images first, then the best.
+    """Draw test images with their labels and one or two checkpoints' detections: worst images first, then the best.
 
     Args:
         runs: heading to checkpoint (with its run's ``config.yaml`` in its folder), one or two of the same test set.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The methods without Detectron2: MoCo v2 in a training loop of one's own.
+"""The methods without Detectron2: MoCo v2 in a training loop of your own.
 
     examples/plain_torch.py
 

@@ -1,7 +1,7 @@
 """The command ``moco-d2``; ``python -m moco_d2`` is the same.
 
 Each command is a module of :mod:`moco_d2.commands` that has the command's name and a ``main(argv)``. Only the module
-that was asked for is imported, so that ``moco-d2 doctor`` runs where torch or Detectron2 does not.
+of the requested command is imported, so that ``moco-d2 doctor`` runs even if torch or Detectron2 cannot be imported.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Exit codes: a user's mistake ends a command with one line and code 2, a fault of ours with a traceback and code 1.
+"""Exit codes: a user's mistake ends a command with one line and code 2, the program's own fault with a traceback and 1.
 
 :func:`ending` classifies an exception. Every command of the project ends by it, and so does each of several processes,
 which reports to its launcher (:mod:`moco_d2.running.launch`). docs/reliability.md explains the codes.
@@ -46,7 +46,7 @@ class Ending:
 
     Attributes:
         code: the exit code.
-        line: the message, a line for each problem; empty for a fault of ours, which keeps its traceback.
+        line: the message, a line for each problem; empty for a fault of the program, which keeps its traceback.
         place: file and line where our code called the library that raised the error; empty if our code raised it and
             chose the words.
     """
@@ -100,7 +100,7 @@ def _below(kind: type[BaseException]) -> Iterator[type[BaseException]]:
 
 
 def _of_system(error: BaseException, text: str, place: str) -> Ending:
-    """Classify an OSError. One without a number has a text of ours, or of a library that reads files."""
+    """Classify an OSError. One without a number has a message of this project, or of a library that reads files."""
     stated = re.fullmatch(r"\[Errno (\d+)\] ([^:]+)(?:: '(.*)')?", text)
     number = getattr(error, "errno", None) or (int(stated[1]) if stated else None)
     line = f"{stated[3]}: {stated[2]}" if stated and stated[3] else text
@@ -122,7 +122,7 @@ def _place(files: list[tuple[str, int]]) -> str:
 def conclude(error: BaseException) -> Ending:
     """Return :func:`ending`; if the message is a library's, the line also names the place in our code.
 
-    The traceback is written into the run's log, if there is one by now.
+    The traceback is written into the run's log, if the log has been opened.
     """
     end, log = ending(error), record(error)
     if not end.place:
@@ -143,7 +143,7 @@ def record(error: BaseException) -> str:
 
 
 def leave(error: BaseException) -> NoReturn:
-    """End the process as :func:`ending` says."""
+    """End the process with the message and the code of :func:`ending`."""
     if isinstance(error, KeyboardInterrupt):
         _fail("interrupted", INTERRUPTED)
     if isinstance(error, BrokenPipeError) and _nobody_reads():
@@ -157,7 +157,7 @@ def leave(error: BaseException) -> NoReturn:
 
 
 def attempt(work: Callable[[], int | None]) -> int:
-    """Do a command's work and return the exit code; print a user's mistake, and re-raise a fault of ours."""
+    """Do a command's work and return the exit code; print a user's mistake, and re-raise a fault of the program."""
     try:
         return work() or 0
     except Exception as error:
@@ -169,7 +169,7 @@ def attempt(work: Callable[[], int | None]) -> int:
 
 
 def guard(work: Callable[[], int | None]) -> NoReturn:
-    """Do a command's work, which may return an exit code, and end the process as :func:`ending` says."""
+    """Do a command's work and end the process with the exit code that it returns, or with that of its error."""
     try:
         code = work() or 0
         sys.stdout.flush()

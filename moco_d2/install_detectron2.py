@@ -34,10 +34,10 @@ REQUIREMENT = "sal-detectron2==0.7.2"
 SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 OFFICIAL = "git+https://github.com/facebookresearch/detectron2.git"
 
-# pip downloads a wheel tagged cp310 on another Python only if it is told that this is Python 3.10.
+# pip downloads a wheel tagged cp310 on another Python only with --python-version 3.10.
 _DOWNLOAD = ("download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--python-version", "3.10")
 
-# Requirements without need, about which `pip check` would complain: the code runs with numpy 2 (tested with 2.4), and
+# Unneeded requirements, about which `pip check` would complain: the code runs with numpy 2 (tested with 2.4), and
 # black only formats dumps of LazyConfig, where it is imported on use.
 _RELAXED = {"Requires-Dist: numpy<2": "Requires-Dist: numpy", "Requires-Dist: black": None}
 _NOTE = (

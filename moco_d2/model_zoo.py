@@ -19,16 +19,6 @@ from detectron2.config import CfgNode
 from moco_d2.config import INITS, flat, list_configs, load_cfg, roles
 from moco_d2.exits import guard
 
-_LABELS = {
-    "random": "random",
-    "supervised": "supervised",
-    "supervised_bn_frozen": "supervised, BN frozen",
-    "moco_v1_R50_200ep": "MoCo v1, 200 epochs",
-    "moco_v1_R50_IG1B": "MoCo v1, IG-1B",
-    "moco_v2_R50_200ep": "MoCo v2, 200 epochs",
-    "moco_v2_R50_800ep": "MoCo v2, 800 epochs",
-}
-
 
 @dataclass(frozen=True)
 class Published:
@@ -106,7 +96,7 @@ def get_config(name: str, init: str = "moco", opts: Sequence[str] = ()) -> CfgNo
 
 
 def config_changes(cfg: CfgNode) -> list[str] | None:
-    """Return, as ``KEY=value``, where a config departs from the shipped config of its protocol.
+    """Return, as ``KEY=value``, the keys in which a config departs from the shipped config of its protocol.
 
     The keys of a protocol are those with this role in :mod:`moco_d2.config.roles`. None if the config names no shipped
     protocol.
@@ -117,7 +107,7 @@ def config_changes(cfg: CfgNode) -> list[str] | None:
 
 
 def pretraining_changes(cfg: CfgNode) -> list[str] | None:
-    """Return, as ``KEY=value``, where a config departs from the shipped recipe of its name.
+    """Return, as ``KEY=value``, the keys in which a config departs from the shipped recipe of its name.
 
     None if the config names no shipped recipe.
     """
@@ -139,26 +129,29 @@ def _changes(shipped: CfgNode, used: CfgNode, stage: str, role: str) -> list[str
 @functools.cache
 def _protocols() -> dict[str, Protocol]:
     content = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
-    protocols = {name: _protocol(name, entry, content["sources"]) for name, entry in content["protocols"].items()}
+    words = content["sources"], content["inits"]
+    protocols = {name: _protocol(name, entry, *words) for name, entry in content["protocols"].items()}
     for config in list_configs():
-        if config.startswith("quick_schedules/") and "rcnn" in config:
-            name = str(load_cfg(config).PROTOCOL)
-            protocols[name] = Protocol(name, config, "none", "the shipped config with smaller numbers", ())
+        if config.startswith("quick_schedules/") and (cfg := load_cfg(config)).DATASETS.TEST:
+            protocols[cfg.PROTOCOL] = Protocol(
+                cfg.PROTOCOL, config, "none", "the shipped config with smaller numbers", ()
+            )
     return protocols
 
 
 @functools.cache
 def _recipes() -> dict[str, str]:
-    """Return ``{name of a pretraining recipe: its config}``."""
-    return {str(load_cfg(c).PROTOCOL): c for c in list_configs() if c.startswith("Pretrain/") or "/moco" in c}
+    """Return ``{name of a pretraining recipe: its config}``; a recipe has no test set."""
+    names = (name for name in list_configs() if name.startswith(("Pretrain/", "quick_schedules/")))
+    return {cfg.PROTOCOL: name for name in names if not (cfg := load_cfg(name)).DATASETS.TEST}
 
 
-def _protocol(name: str, entry: Mapping[str, Any], sources: Mapping[str, str]) -> Protocol:
+def _protocol(name: str, entry: Mapping[str, Any], sources: Mapping[str, str], labels: Mapping[str, str]) -> Protocol:
     columns, std = entry.get("columns", ()), entry.get("std", ())
     rows = tuple(
         Published(
             init=row["init"],
-            label=_LABELS[row["init"]],
+            label=labels[row["init"]],
             metrics=dict(zip(columns, row["values"], strict=True)),
             std=dict(zip(columns, std, strict=True)) if std else {},
             trials=entry.get("trials", 1),

@@ -6,9 +6,11 @@ The commands and this module import nothing heavy at the top, so that ``--help``
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # requests to stop
 # The parts of a training's log that are shown on the screen: progress, and the files that it leaves.
 PROGRESS = re.compile(r"\beta:? \d.*?(?=  time:|$)|wrote \S+(?:results\.json|backbone\.pth)|error: .*")
 
@@ -113,11 +116,14 @@ def dry_run(
 ) -> None:
     """Rehearse a run in a temporary folder and print the findings, one a line.
 
+    At SIGTERM and SIGUSR1 it ends at once, because there is nothing to save.
+
     Args:
         args: the command line.
         rehearse: gets the config with the temporary folder as ``OUTPUT_DIR``; yields ``(subject, finding)``.
         check: gets the config as the user wrote it, and raises ValueError if the run itself would be refused.
     """
+    import shutil
     import tempfile
 
     from detectron2.utils import comm
@@ -129,6 +135,13 @@ def dry_run(
     folder.check(cfg.OUTPUT_DIR, args.resume)
     check(cfg)
     with tempfile.TemporaryDirectory() as own:
+
+        def leave(*_: object) -> NoReturn:
+            shutil.rmtree(own, ignore_errors=True)
+            os._exit(os.EX_TEMPFAIL)  # an exception would make the other processes wait for this one
+
+        for number in SIGNALS:
+            signal.signal(number, leave)
         scratch = comm.all_gather(own)[0]  # one for all processes, because they read what the first one writes
         for subject, finding in rehearse(load_cfg(args.config_file, [*args.opts, "OUTPUT_DIR", scratch])):
             if comm.is_main_process():
@@ -174,7 +187,7 @@ def run(
 def guard(work: Callable[[], int | None]) -> NoReturn:
     """Do a command's work and end the process with the exit code that it returns, or with that of its error.
 
-    :func:`moco_d2.exits.ending` says which code an error has.
+    :func:`moco_d2.exits.ending` chooses the code of an error.
     """
     try:
         code = work() or 0
@@ -191,8 +204,9 @@ def guard(work: Callable[[], int | None]) -> NoReturn:
 def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options: Any) -> int:
     """Run Python in a process of its own and return its exit code.
 
-    The output goes straight into a file, so that the process can outlive this one; parts of it are printed as well.
-    When this process is interrupted it ends the other one and waits for it.
+    The output goes straight into a file, so that the process can outlive this one; parts of it are printed as well. An
+    interruption from the keyboard reaches this process only, which ends the other one by SIGTERM, so that a training
+    saves, and waits for it.
 
     Args:
         command: Python's arguments: a script, or ``-m`` and a module, with the words for it.
@@ -202,11 +216,13 @@ def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options:
     """
     with log.open("ab") as output, log.open(errors="replace", newline="\n") as tail:
         tail.seek(0, os.SEEK_END)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the new process inherits it
         process = subprocess.Popen(
             [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **options
         )
         rest = ""
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             running = True
             while running:
                 running = process.poll() is None
@@ -219,6 +235,23 @@ def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options:
             process.wait()
             raise
     return process.returncode
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """End at SIGTERM and SIGUSR1 with the code for "continue later"; a followed training is stopped and saves first."""
+
+    def leave(*_: object) -> NoReturn:
+        for number in SIGNALS:  # a second signal must not end the wait for the training
+            signal.signal(number, signal.SIG_IGN)
+        sys.exit(os.EX_TEMPFAIL)
+
+    earlier = {number: signal.signal(number, leave) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     )
     built.add_argument("--source", default="", metavar="KEY", help="project that wrote the file, if the file does not "
                        "show it")  # fmt: skip
-    built.add_argument("--prefix", help="start of the wanted network's keys, if the file holds several networks")
+    built.add_argument("--prefix", help="start of the wanted network's keys, if the file contains several networks")
     built.add_argument("--drop", action="append", default=[], metavar="REGEX", help="leave out the keys in which it is "
                        "found, such as '^my_head\\.'; never the backbone's (may be repeated)")  # fmt: skip
     built.add_argument("--with", dest="parts", default="", metavar="PARTS", help="also keep what SoCo and ReSim "
@@ -84,7 +84,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def other_work(args: argparse.Namespace) -> None:
-    """List the published weights, or write a backbone of ours for other tools."""
+    """List the published weights, or write a converted backbone for other tools."""
     from moco_d2.convert.back import restore
     from moco_d2.convert.catalog import listing
 

@@ -113,7 +113,7 @@ def run_name(name: str, init: str) -> str:
 
 
 def content() -> list[str]:
-    """Return the names of everything that the demo writes; a folder that holds anything else is not emptied."""
+    """Return the names of everything that the demo writes; a folder that contains anything else is not emptied."""
     runs = [run_name(name, init) for name in DETECTORS for init in INITS]
     pictures = ["pretraining.png", "views.png", *(f"detections_{name.split()[0]}.png" for name in DETECTORS)]
     return ["datasets", "pretrain", "moco.pth", "moco.yaml", "logs", "table.md", *pictures, *runs]
@@ -122,9 +122,10 @@ def content() -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the command line and run."""
     parser = cli.new_parser("demo", __doc__)
-    where = "a new folder, or an earlier demo's, which is emptied (default: %(default)s)"
+    where = "a new folder, or that of an earlier demo, which is emptied (default: %(default)s)"
     parser.add_argument("--output", type=cli.path, default=Path("output/demo"), help=where)
     parser.add_argument("--steps", type=int, help="iterations of each training, to try the pipeline itself")
     parser.add_argument("--full", action="store_true", help="full-width ResNet-50 instead of quarter width")
     args = parser.parse_args(argv)
-    Demo(args.output.resolve(), args.full, args.steps).run()
+    with cli.stop_on_signals():
+        Demo(args.output.resolve(), args.full, args.steps).run()

@@ -95,7 +95,7 @@ def _package_remedy(name: str, error: str) -> str:
 
 
 def _try_import(name: str) -> tuple[ModuleType | None, str]:
-    """Import a module; return it, or in one line why it cannot be imported."""
+    """Import a module; return it, or the reason why it cannot be imported, in one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -192,7 +192,7 @@ def check_datasets(root: Path) -> Iterator[Finding]:
     """Look for the built-in data sets and count their pictures.
 
     Args:
-        root: what ``$DETECTRON2_DATASETS`` names.
+        root: the folder that ``$DETECTRON2_DATASETS`` names.
     """
     if not root.is_dir():
         yield Finding(NOTE, f"no dataset folder {root.absolute()} ($DETECTRON2_DATASETS)", f"{LAYOUT}; {SAMPLE}")
@@ -217,7 +217,7 @@ def check_datasets(root: Path) -> Iterator[Finding]:
 
 
 def _look(root: Path, record: Dataset, names: Callable[[str], set[str]]) -> tuple[int, list[str]]:
-    """Return how many pictures a data set has, and what of it is missing.
+    """Return the number of a data set's pictures, and its missing files.
 
     Args:
         root: the folder of all data sets.

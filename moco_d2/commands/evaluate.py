@@ -55,13 +55,13 @@ def evaluate(args: argparse.Namespace) -> None:
         cfg.DATASETS.TEST = (args.dataset,)
     if len(cfg.DATASETS.TEST) != 1:
         raise ValueError(
-            f"the config has {len(cfg.DATASETS.TEST)} test sets, and a file holds the detections of one: name it with "
-            "--dataset"
+            f"the config has {len(cfg.DATASETS.TEST)} test sets, but a file contains the detections of one: name "
+            "it with --dataset"
         )
     register_custom(cfg, train=False)
     (name,) = cfg.DATASETS.TEST
     if name not in DatasetCatalog:
-        raise ValueError(f"no data set {name!r} is registered{did_you_mean(name, DatasetCatalog.list(), most=3)}")
+        raise ValueError(f"no data set {name!r} is registered{did_you_mean(name, DatasetCatalog)}")
     metrics, library = evaluate_file(cfg, name, args.predictions)
     for task, scores in metrics.items():
         print(f"{name}, {task}, by {library}")

@@ -1,9 +1,9 @@
 r"""Pretrain a backbone without labels.
 
-moco-d2 pretrain --config-file Pretrain/moco_v2_R50_200ep --num-gpus 8 OUTPUT_DIR output/moco_v2
-moco-d2 pretrain --config-file ... DATASETS.TRAIN '("/folder/of/images",)' SOLVER.IMS_PER_BATCH 64
-moco-d2 pretrain --config-file ... --dry-run    # check settings, data, speed and ETA in a minute
-torchrun --standalone --nproc-per-node 8 -m moco_d2 pretrain --config-file ...
+    moco-d2 pretrain --config-file Pretrain/moco_v2_R50_200ep --num-gpus 8 OUTPUT_DIR output/moco_v2
+    moco-d2 pretrain --config-file ... DATASETS.TRAIN '("/folder/of/images",)' SOLVER.IMS_PER_BATCH 64
+    moco-d2 pretrain --config-file ... --dry-run    # check settings, data, speed and ETA in a minute
+    torchrun --standalone --nproc-per-node 8 -m moco_d2 pretrain --config-file ...
 
 docs/pipeline.md describes the files that a run writes.
 """

@@ -14,24 +14,21 @@ interrupted; after 75 and 130 the same command continues. KEY VALUE pairs come l
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import re
 import shlex
-import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from moco_d2.commands import cli
 
 if TYPE_CHECKING:
     from moco_d2.reports.trials import Trial
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 KEY = re.compile(r"[A-Z][A-Z_]+(\.[A-Z]\S*)?")  # SEED, SOLVER.MAX_ITER, SSL.ARGS.dim
 
 
@@ -106,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.protocol, args.weights, seeds, args.output, args.fractions, args.opts, processes=args.num_gpus
     )
     outcomes: list[tuple[str, Trial]] = []
-    with stop_on_signals():
+    with cli.stop_on_signals():
         for number, trial in enumerate(planned, start=1):
             state = trials.state(trial)
             print(f"[{number}/{len(planned)}] {trial.name}: {state}", flush=True)
@@ -120,20 +117,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     for outcome, trial in open_ones:
         print(f"  {outcome}: {trial.name}, {trial.folder}")
     return 1 if open_ones else 0
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """End at SIGTERM and SIGUSR1 with the code for "continue later"; the training is stopped and saves first."""
-
-    def leave(*_: object) -> NoReturn:
-        for number in SIGNALS:  # a second signal must not end the wait for the training
-            signal.signal(number, signal.SIG_IGN)
-        sys.exit(os.EX_TEMPFAIL)
-
-    earlier = {number: signal.signal(number, leave) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)

@@ -35,7 +35,7 @@ def read_config_file(path: str, source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: {error}") from error
     except yaml.constructor.ConstructorError as error:
         place = _line(error.problem_mark) if error.problem_mark else "a line"
-        what = f"{place} asks for code, and a config may hold plain values only: write the value itself"
+        what = f"{place} asks for code, but a config may contain plain values only: write the value itself"
         raise ValueError(f"{source}: {what} ({error.problem})") from error
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{source}: the file, or one of its _BASE_ files, is empty or has no keys") from error
@@ -46,7 +46,7 @@ def read_config_file(path: str, source: str) -> dict[str, Any]:
     except (yaml.YAMLError, OSError, AssertionError) as error:
         raise ValueError(f"{source}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(keys, dict):
-        raise ValueError(f"{source}: holds a {type(keys).__name__}; it must hold keys with values")
+        raise ValueError(f"{source}: contains a {type(keys).__name__}; it must contain keys with values")
     return keys
 
 

@@ -169,7 +169,7 @@ def _add_detection(cfg: CN) -> None:
     # DATASETS.TRAIN and TEST then use the names. Paths start at the working directory; ~ and $VARIABLES are expanded.
     #   name       what DATASETS.TRAIN and TEST call it
     #   format     voc or coco
-    #   root       voc: holds Annotations, JPEGImages, ImageSets/Main; coco: where json and images start
+    #   root       voc: has Annotations, JPEGImages, ImageSets/Main; coco: where json and images start
     #   json       coco: the labels (default: annotations/instances_<split>.json)
     #   images     folder of the pictures (default: voc JPEGImages; coco <split>, or root)
     #   split      voc: ImageSets/Main/<split>.txt or a path ending in .txt (default: all annotations)

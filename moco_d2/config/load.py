@@ -71,7 +71,7 @@ def load_cfg(
 
 
 def unread_keys(cfg: CN, stage: str, asked: Container[str] = ()) -> list[str]:
-    """Return complaints about keys that differ from their default and that a stage ignores; see ``roles.unread``."""
+    """Return complaints about set keys that a stage ignores; see ``roles.unread``."""
     return list(roles.unread(stage, flat(cfg), _defaults(cfg), asked))
 
 
@@ -90,7 +90,7 @@ def _set_arguments(cfg: CN, overrides: Mapping[str, Any]) -> None:
 
     encoder = cfg.SSL.ENCODER
     name, before = str(overrides.get("SSL.ENCODER.NAME", encoder.NAME)), _encoder_defaults(encoder.NAME)
-    if name not in ENCODERS:  # nobody knows its arguments: preflight refuses the name
+    if name not in ENCODERS:  # its arguments are unknown: preflight refuses the name
         encoder.NAME = name
         return
     defaults = _encoder_defaults(name)

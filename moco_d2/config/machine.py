@@ -51,7 +51,7 @@ def _expanded(value: Any, names: Container[Any]) -> Any:
 def use_available_device(cfg: CfgNode) -> None:
     """Normalise ``MODEL.DEVICE`` in place to ``cpu``, ``cuda``, or ``cuda:N`` (one GPU of several).
 
-    Upper case is accepted. On a machine without a GPU, every cuda device becomes the CPU, and the log says so.
+    Upper case is accepted. On a machine without a GPU, every cuda device becomes the CPU, and this is logged.
 
     Raises:
         ValueError: it is another kind of device, or a GPU that this machine does not have.

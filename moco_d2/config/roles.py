@@ -1,8 +1,8 @@
 """The table of config keys: which stage reads a key, in what role, and which other key turns it off.
 
-Everything else about keys is a query of it: what a stage refuses as unread, what makes a run depart from its protocol
-or recipe, what may differ between two attempts at a trial, whose types are checked. Tests compare it with the keys that
-the stages read.
+Everything else about keys is a query of it: the keys that a stage refuses, the changes that make a run depart from its
+protocol or recipe, the keys that may differ between two attempts at a trial, the keys whose types are checked. Tests
+compare it with the keys that the stages read.
 """
 
 from __future__ import annotations
@@ -118,14 +118,14 @@ _INSTEAD = {
         "SOLVER.AMP": "set ENGINE.AUTOCAST float16 instead (with loss scaling)",
         "SOLVER.LR_SCHEDULER_NAME": "set SOLVER.SCHEDULE instead",
         "SOLVER.REFERENCE_WORLD_SIZE": "pretraining scales the lr by SOLVER.REFERENCE_BATCH",
-        "MODEL.BACKBONE": "pretraining says it as SSL.ENCODER.NAME",
-        "MODEL.RESNETS": "pretraining says it as SSL.ENCODER.NAME and SSL.ENCODER.ARGS",
+        "MODEL.BACKBONE": "set SSL.ENCODER.NAME instead",
+        "MODEL.RESNETS": "set SSL.ENCODER.NAME and SSL.ENCODER.ARGS instead",
         "MODEL.PIXEL_MEAN": "DATA.AUGMENTATION fixes it",
         "MODEL.PIXEL_STD": "DATA.AUGMENTATION fixes it",
         "INPUT": "pretraining has DATA.AUGMENTATION and DATA.CROP_SIZE; its views are RGB",
     },
     DETECTION: {
-        "SSL.ENCODER": "fine-tuning says it as MODEL.RESNETS",
+        "SSL.ENCODER": "set MODEL.RESNETS instead",
         "DATA.CROP_SIZE": "fine-tuning has INPUT.MIN_SIZE_TRAIN and INPUT.CROP",
         "SOLVER.EPOCHS": "fine-tuning counts iterations, SOLVER.MAX_ITER",
         "SOLVER.SCHEDULE": "set SOLVER.LR_SCHEDULER_NAME instead",
@@ -280,7 +280,7 @@ def turned_off(key: str, stage: str, values: Mapping[str, Any], defaults: Mappin
 
 
 def trial_option(key: str) -> str:
-    """Return the option of ``run_trials`` that sets a key, as in ``--seeds`` for ``SEED``; empty if there is none."""
+    """Return the option of ``moco-d2 trials`` that sets a key (``--seeds`` for ``SEED``); empty if no option does."""
     return ROLES[key].option if key in ROLES else ""
 
 
@@ -327,7 +327,7 @@ def _remedy(key: str, stage: str) -> str:
 
 
 def _namesake(key: str, stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """Return the key of the same name (``NUM_CLASSES``) of this architecture's head, empty if there is none."""
+    """Return the key of the same name (``NUM_CLASSES``) of this architecture's head; empty if it has none."""
     heads = (f"MODEL.{group}.{key.rpartition('.')[2]}" for group in ("ROI_HEADS", "RETINANET", "SEM_SEG_HEAD"))
     return next((k for k in heads if k in values and not turned_off(k, stage, values, defaults)), "")
 

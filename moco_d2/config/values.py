@@ -25,7 +25,7 @@ def mistyped(stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any])
         if not fits(value, type(like)) or not _parts_fit(value, like):
             yield key, wrong_type(key, value, like)
         elif isinstance(like, tuple) and key in roles.PATHS and not all(isinstance(part, str) for part in value):
-            yield key, f"{key} is {value!r}; it must hold names and paths, as text"
+            yield key, f"{key} is {value!r}; it must contain names and paths, as text"
         elif isinstance(value, float) and not math.isfinite(value):
             yield key, f"{key} is {value}; it must be finite"
 

@@ -48,7 +48,7 @@ def learning_curves(table: Table) -> list[str]:
     """Draw a table's first metric, if it was measured during training, and the loss over iterations.
 
     Args:
-        table: of the runs, whose folders hold ``metrics.json``.
+        table: of the runs, whose folders contain ``metrics.json``.
 
     Returns:
         ``<svg>`` elements, one for each quantity that was recorded.

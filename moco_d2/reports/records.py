@@ -66,7 +66,7 @@ _TEXT, _WHOLE = _is(str), _is(int)
 _FACTS = _fields(origin=_TEXT, recipe=_TEXT, protocol=_TEXT, parts=_list_of(_TEXT))
 _WEIGHTS = _fields(path=_or_null(_TEXT), sha256=_or_null(_TEXT), facts=_or_null(_FACTS))
 
-# Test set -> task -> metric -> figure, or null if there is none.
+# Test set -> task -> metric -> figure, null if the evaluator has none.
 _METRICS = _mapping_of(_or_null(_mapping_of(_mapping_of(_or_null(is_number)))))
 _RESULT: dict[str, Check] = {
     "protocol": _or_null(_TEXT),
@@ -103,7 +103,7 @@ def read_result(folder: Path, name: str = RESULTS) -> dict[str, Any]:
 
 
 def read_trial(folder: Path, complete: bool = False) -> dict[str, Any]:
-    """Return a trial's ``trial.json``; an empty object if there is none.
+    """Return a trial's ``trial.json``; an empty object if the file is missing.
 
     Args:
         folder: of the trial.
@@ -140,7 +140,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; an empty one if there is no file.
 
     Raises:
-        ValueError: the file cannot be read, or does not hold an object.
+        ValueError: the file cannot be read, or does not contain an object.
     """
     if not path.exists():
         return {}
@@ -151,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged or not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it must hold an object, not a {type(content).__name__}")
+        raise ValueError(f"{path} is damaged: it must contain an object, not a {type(content).__name__}")
     return content
 
 

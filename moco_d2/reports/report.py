@@ -252,7 +252,7 @@ def provenance(run: Run) -> dict[str, str]:
 _LEGEND = (
     "Mean ± sample standard deviation (number of runs), in percent. Published figures are the papers' own. "
     f"{FLAG} marks a difference from the published row of more than {summary.FLAG_STD} published standard deviations. "
-    "A table holds runs of one protocol, and of one variant of it."
+    "A table has the runs of one protocol, in one variant."
 )
 
 

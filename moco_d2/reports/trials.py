@@ -1,7 +1,7 @@
 """Trials: the fine-tuning runs of a comparison, their folders, and which of them are done.
 
 A trial is one training of one protocol from one initialisation with one seed (and, on request, a part of the labels).
-Its folder holds ``trial.json``, the request, written before the training starts, and the files of the training
+Its folder contains ``trial.json``, the request, written before the training starts, and the files of the training
 (docs/pipeline.md). A trial is done once ``results.json`` exists. If the ``trial.json`` in a folder differs from the
 present request, the folder is refused, so that no mean is taken over different experiments.
 """
@@ -126,7 +126,7 @@ def plan(
         All trials, done or not, seed by seed: a comparison that is cut short then has complete seeds.
 
     Raises:
-        ValueError: an argument is wrong, or a folder holds another run than the requested one.
+        ValueError: an argument is wrong, or a folder contains another run than the requested one.
     """
     for key in opts[::2]:
         if option := roles.trial_option(key):
@@ -155,14 +155,14 @@ def state(trial: Trial) -> str:
     """Return ``done``, ``begun`` (there is a checkpoint to continue from) or ``new``.
 
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: the folder contains another run.
     """
     folder = trial.folder
     begun, done = ((folder / name).is_file() for name in ("last_checkpoint", RESULTS))
     recorded = read_trial(folder, complete=True)
     if not recorded:
         if begun or done:
-            raise ValueError(f"{folder} holds a run that moco-d2 trials did not start; choose another --output")
+            raise ValueError(f"{folder} contains a run that moco-d2 trials did not start; choose another --output")
         return "new"
     differences = list(_differences(recorded, trial))
     result = read_result(folder) if done else {}
@@ -171,9 +171,9 @@ def state(trial: Trial) -> str:
         differences.append(f"weights: SHA-256 {used[:12]} in {RESULTS}, {asked[:12] or 'none'} requested")
     if differences:
         raise ValueError(
-            f"{folder} holds another run than the requested one:\n"
+            f"{folder} contains another run than the requested one:\n"
             + "\n".join(f"    {line}" for line in differences)
-            + "\n  Request the run that it holds, or choose another --output (or another name for weights: LABEL=PATH)"
+            + "\n  Request that run, or choose another --output (or another name for weights: LABEL=PATH)"
         )
     return "done" if done else "begun" if begun else "new"
 
@@ -199,7 +199,7 @@ def prepare(trial: Trial) -> None:
     """Write the request and the machine's libraries into a trial's folder: ``trial.json`` and ``environment.txt``.
 
     Raises:
-        ValueError: the folder holds files of these names, or a log, that no trial wrote.
+        ValueError: the folder contains files of these names, or a log, that no trial wrote.
     """
     files.claim(trial.folder, [RECORD, ENVIRONMENT, LOG], "--output", trusted=bool(read_trial(trial.folder)))
     for name, text in ((RECORD, json.dumps(trial.record(), indent=1)), (ENVIRONMENT, collect_env_info())):

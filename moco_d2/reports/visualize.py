@@ -1,4 +1,4 @@
-"""Pages of pictures: what a detector is trained on, and what one or two of them find, worst and best first.
+"""Pages of pictures: a detector's training samples, and the detections of one or two detectors, worst and best first.
 
 A page is a self-contained folder: ``index.html`` and its pictures.
 """
@@ -85,7 +85,7 @@ def detections_page(
     pictures: int = 500,
     opts: Sequence[str] = (),
 ) -> Path:
-    """Draw the labels of test images and what one or two checkpoints find there: worst images first, then the best.
+    """Draw test images with their labels and one or two checkpoints' detections: worst images first, then the best.
 
     Args:
         runs: heading to checkpoint (with its run's ``config.yaml`` in its folder), one or two of the same test set.

@@ -34,7 +34,7 @@ _OPENED = ("config.yaml", "log.txt", "metrics.json", "skipped.jsonl", "eval_only
 def claim(output_dir: str, resume: bool = False, evaluates: bool = False) -> None:
     """Claim a run's folder for this command until its processes end. Every process must call this.
 
-    The main process decides for all processes, and is the one that holds the lock, on several machines as well.
+    The main process decides for all processes, on several machines as well, and holds the lock.
 
     Args:
         output_dir: ``OUTPUT_DIR``.

@@ -1,4 +1,4 @@
-"""Launcher: runs a function in every process; if one process is lost, it ends all of them and reports which.
+"""Launcher: runs a function in every process; if one process is lost, it ends all of them and reports the lost one.
 
 It replaces Detectron2's ``launch``, which passes no signal on to its processes (a job that is asked to stop dies before
 it can save), chooses NCCL by the machine and not by ``MODEL.DEVICE``, and never ends a process that hangs. torch's
@@ -44,7 +44,7 @@ class RankFailedError(RuntimeError):
 
     Attributes:
         exit_code: of the command (:mod:`moco_d2.exits`).
-        line: the message about a user's mistake; empty for a fault of ours or a process that was killed.
+        line: the message about a user's mistake; empty for a fault of the program or a process that was killed.
     """
 
     def __init__(self, text: str, exit_code: int, line: str) -> None:
@@ -237,7 +237,7 @@ def _leave() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process once its launcher or torchrun's agent is gone; nothing else would."""
+    """End this process once its launcher or torchrun's agent is gone; nothing else would end it."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

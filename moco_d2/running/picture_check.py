@@ -35,7 +35,7 @@ def check_each(
     Every process must call this: each checks its share, and all get the same result.
 
     Args:
-        check: returns the complaint about the picture of an index, empty if there is none.
+        check: returns the complaint about the picture of an index; empty if the picture is readable.
         numbers: indices of the pictures.
         workers: ``DATALOADER.NUM_WORKERS``.
     """

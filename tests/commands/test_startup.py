@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
 def test_every_module_of_a_command_is_a_command_and_every_tool_runs_one() -> None:
     modules = {path.stem for path in (ROOT / "moco_d2/commands").glob("*.py")} - {"__init__", "cli"}
     assert modules == set(COMMANDS)
+    readme = (ROOT / "README.md").read_text()
+    assert {name for name in COMMANDS if not re.search(rf"\b(moco-d2|make) {name}\b", readme)} == set()
     for tool in TOOLS:
         assert f"the same as ``moco-d2 {tool_command(tool)}``" in tool.read_text().split('"""')[1]
 

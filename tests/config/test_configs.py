@@ -14,9 +14,19 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode
 
 from moco_d2.config import INITS, add_config, config_files, flat, list_configs, load_cfg
+from moco_d2.data import AUGMENTATIONS
 from moco_d2.layers.encoders import ENCODERS, Encoder
 from moco_d2.messages import unknown_name
-from moco_d2.model_zoo import config_changes, get_config, get_protocol, list_protocols, protocol_table, published_tables
+from moco_d2.methods import METHODS
+from moco_d2.model_zoo import (
+    config_changes,
+    get_config,
+    get_protocol,
+    list_protocols,
+    pretraining_changes,
+    protocol_table,
+    published_tables,
+)
 
 # The quick schedules are shipped configs with smaller numbers, under names of their own.
 DETECTION = [name for name in list_configs() if not name.startswith(("Pretrain/", "quick_schedules/"))]
@@ -249,7 +259,7 @@ def test_all_unknown_keys_and_wrong_types_are_named_at_once(source: str, tmp_pat
         ("SEED: !!python/object/apply:os.mkdir [ran]", "plain values only"),
         ("SEED: [1", "expected ',' or ']'"),
         ("", "is empty"),
-        ("- SEED", "holds a list"),
+        ("- SEED", "contains a list"),
         ("1: 2", "no config key 1"),
         ("_BASE_: nowhere.yaml", "_BASE_ is 'nowhere.yaml': there is no such file relative to the config"),
         ("_BASE_: it.yaml", "leads back to the file itself"),
@@ -292,7 +302,7 @@ def test_an_encoders_arguments_have_defaults_earlier_names_and_those_of_the_enco
 def test_the_line_that_asks_for_code_is_named_in_the_base_that_holds_it(tmp_path):
     (tmp_path / "base.yaml").write_text("SEED: 1\nVERSION: !!python/object/apply:eval ['2']\n")
     (tmp_path / "own.yaml").write_text("_BASE_: base.yaml\n")
-    with pytest.raises(ValueError, match=r"own.yaml: line 2 of \S+base.yaml asks for code, and a config may"):
+    with pytest.raises(ValueError, match=r"own.yaml: line 2 of \S+base.yaml asks for code, but a config may"):
         load_cfg(tmp_path / "own.yaml")
 
 
@@ -337,6 +347,8 @@ def test_the_documented_tables_are_the_model_zoos():
     assert protocol_table() in (root / "docs/configs.md").read_text(), remedy
     assert published_tables() in (root / "docs/configs.md").read_text(), remedy
     assert protocol_table() in (root / "configs/README.md").read_text(), remedy
+    text = (root / "docs/configs.md").read_text()
+    assert {name for name in list_configs() if name.startswith("Pretrain/") and f"| `{name}` |" not in text} == set()
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -359,7 +371,14 @@ def test_merged_tree_is_the_published_recipe_key_for_key(name, init):
 def test_quick_schedules_do_not_bear_a_published_protocols_name():
     published = {load_cfg(name).PROTOCOL for name in list_configs() if not name.startswith("quick_")}
     quick = {load_cfg(name).PROTOCOL for name in list_configs() if name.startswith("quick_")}
-    assert len(quick) == 3 and all(name.startswith("quick_") for name in quick) and not quick & published
+    assert all(name.startswith("quick_") for name in quick) and not quick & published
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_every_shipped_config_is_a_protocol_or_a_recipe_from_which_it_does_not_depart(name):
+    cfg = load_cfg(name)
+    assert [config_changes(cfg), pretraining_changes(cfg)] in ([[], None], [None, []])
+    assert cfg.SSL.METHOD in METHODS and cfg.SSL.ENCODER.NAME in ENCODERS and cfg.DATA.AUGMENTATION in AUGMENTATIONS
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

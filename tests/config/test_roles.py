@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from detectron2 import model_zoo
 
-from moco_d2.config import get_cfg, list_configs, load_cfg, mistyped_keys, roles, settings, unread_keys
+from moco_d2.config import get_cfg, keys, list_configs, load_cfg, mistyped_keys, roles, settings, unread_keys
 from moco_d2.config.load import _defaults
 from moco_d2.config.roles import DETECTION, PRETRAINING, UNREAD
-from moco_d2.engine.optim import trajectory
+from moco_d2.detection.metrics import coco
+from moco_d2.engine.optim import OPTIMIZERS, trajectory
 from moco_d2.engine.preflight import config_problems
+from moco_d2.engine.schedules import SCHEDULES
 from moco_d2.model_zoo import get_config
 from moco_d2.reports import trials
 
@@ -186,13 +188,21 @@ def test_trials_and_programs_are_told_the_same(tmp_path: Path) -> None:
     assert unread_keys(extended, DETECTION) == []
 
 
-@pytest.mark.parametrize("schedule", ["step", "cosine"])
-def test_a_resumed_pretraining_compares_what_the_table_calls_its_recipe(schedule: str) -> None:
-    cfg = load_cfg(MOCO, ["SOLVER.SCHEDULE", schedule])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_resumed_pretraining_compares_what_the_table_calls_its_recipe(schedule: str, optimizer: str) -> None:
+    """The keys of each optimizer and schedule are those that the table does not call turned off."""
+    cfg = load_cfg(MOCO, ["SOLVER.SCHEDULE", schedule, "SOLVER.OPTIMIZER", optimizer])
     apart = {"SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER"}  # the trainer compares batch and length itself
     recipe = settings(cfg, PRETRAINING, roles.RECIPE)
     assert trajectory(cfg) == {k: v for k, v in recipe.items() if k.startswith("SOLVER.") and k not in apart}
     assert {"SSL.ARGS.temperature", "DATASETS.TRAIN"} <= recipe.keys()
+
+
+def test_the_comments_of_keys_list_the_names_that_they_take() -> None:
+    text = Path(keys.__file__).read_text()
+    names = {*OPTIMIZERS, *SCHEDULES, *(backend.name for backend in coco.BACKENDS)}
+    assert {name for name in names if f'"{name}"' not in text} == set()
 
 
 def test_what_identifies_a_trial_is_no_place_and_no_machine() -> None:

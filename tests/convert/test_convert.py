@@ -73,6 +73,8 @@ def test_every_source_has_a_layout() -> None:
     tested = {layout.source for layout in LAYOUTS.values() if not layout.source.startswith("detectron2")}
     assert keys - tested == WITHOUT_LAYOUT | {"caffe2-affine"} and tested <= keys
     assert len({source.key for source in SOURCES}) == len(SOURCES)
+    documented = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text()
+    assert {key for key in keys - WITHOUT_LAYOUT if f"`{key}`" not in documented} == set()
 
 
 @pytest.fixture(scope="module")

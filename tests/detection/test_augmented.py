@@ -161,7 +161,7 @@ def test_values_that_cannot_be_are_named_before_anything_is_built(key: str, valu
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("DATASETS.TRAIN", ({"tiny": 1},), "it must hold names and paths, as text"),
+        ("DATASETS.TRAIN", ({"tiny": 1},), "it must contain names and paths, as text"),
         ("INPUT.FORMAT", "GBR", "it must be RGB or BGR"),
         ("INPUT.MIN_SIZE_TRAIN", (0,), "it must be one or more short sides in pixels, above 0"),
         ("INPUT.MIN_SIZE_TEST", -1, "it must be positive, or 0"),

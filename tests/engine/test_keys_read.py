@@ -52,6 +52,5 @@ def test_the_table_of_roles_says_what_pretraining_reads(tmp_path: Path) -> None:
     undeclared = {key for key in read if roles.role(key, PRETRAINING) == roles.UNREAD} - LOOKED_AT
     assert not undeclared, "read, and in the table not read by pretraining"
     declared = {key for key in flat(cfg) if roles.role(key, PRETRAINING) != roles.UNREAD}
-    # Methods and encoders get their arguments as a whole.
-    arguments = ("SSL.ARGS.", "SSL.ENCODER.ARGS.")
-    assert {key for key in declared - read if not key.startswith(arguments)} == set(ELSEWHERE)
+    # A method and an encoder get their arguments as a whole.
+    assert {k for k in declared - read if not k.startswith(("SSL.ARGS.", "SSL.ENCODER.ARGS."))} == set(ELSEWHERE)

@@ -108,7 +108,7 @@ def test_an_error_after_a_request_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_second_signal_does_not_end_the_wait_for_what_is_saved(tmp_path: Path) -> None:
-    """run_trials: a training that takes its time to save is waited for, however often we are asked."""
+    """moco-d2 trials: a training that takes its time to save is waited for, however often we are asked."""
     training = tmp_path / "training.py"
     training.write_text(
         "import pathlib, signal, sys, time\n"
@@ -117,8 +117,8 @@ def test_a_second_signal_does_not_end_the_wait_for_what_is_saved(tmp_path: Path)
     )
     script = f"""
         import pathlib, re
-        from moco_d2.commands import cli, trials
-        with trials.stop_on_signals():
+        from moco_d2.commands import cli
+        with cli.stop_on_signals():
             cli.follow([{str(training)!r}], pathlib.Path("log"), re.compile("x"), cwd={str(tmp_path)!r})
     """
     log = tmp_path / "log"
@@ -129,6 +129,29 @@ def test_a_second_signal_does_not_end_the_wait_for_what_is_saved(tmp_path: Path)
         time.sleep(0.5)
     assert process.wait(60) == 75, log.read_text()
     assert (tmp_path / "saved").exists()
+
+
+def test_a_dry_run_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    script = f"""
+        import pathlib, time
+        from moco_d2.commands import cli
+        from moco_d2.running import preemption
+        def rehearse(cfg):
+            pathlib.Path({str(ready)!r}).write_text(cfg.OUTPUT_DIR)
+            time.sleep(60)
+            yield "not", "reached"
+        args = cli.launch_parser("pretrain", None).parse_args(["--config-file", "Pretrain/moco_v2_R50_200ep"])
+        preemption.handle_signals()
+        cli.dry_run(args, rehearse)
+    """
+    log = tmp_path / "log"
+    process = begin(log, "-c", textwrap.dedent(script))
+    wait_for(ready, process, log)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75, log.read_text()
+    assert not Path(ready.read_text()).exists()
 
 
 def mounts() -> bool:

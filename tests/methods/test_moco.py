@@ -205,7 +205,7 @@ def test_other_mistakes_are_explained(caplog: pytest.LogCaptureFixture) -> None:
         MoCo(_headless, dim=4)
     with pytest.raises(ValueError, match="did you mean 'temperature'"):
         build_method("MoCo", small, {"temprature": 0.1})
-    with pytest.raises(ValueError, match=r"SSL\.METHOD is 'MoCoo'; it must be one of MoCo; did you mean 'MoCo'"):
+    with pytest.raises(ValueError, match=r"SSL\.METHOD is 'MoCoo'; it must be one of .*; did you mean 'MoCo'"):
         build_method("MoCoo", small, {})
     with caplog.at_level(logging.WARNING):
         make(bn_groups=1)
@@ -290,9 +290,10 @@ def test_what_is_a_methods_own_is_named_in_its_file_alone(name: str) -> None:
     found = {}
     for room in ("engine", "reports", "running"):
         for path in Path(moco_d2.__file__).parent.joinpath(room).rglob("*.py"):
-            if hits := re.findall(rf"\b(?:{'|'.join(words)})", path.read_text()):
+            if words and (hits := re.findall(rf"\b(?:{'|'.join(words)})", path.read_text())):
                 found[path.name] = hits
-    assert len(words) >= 10 and found == {}
+    assert found == {}
+    assert name != "MoCo" or len(words) >= 10
 
 
 @pytest.mark.parametrize("name", METHODS)

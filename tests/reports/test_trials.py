@@ -182,7 +182,7 @@ def test_what_differs_is_refused_and_nothing_is_mixed(plan, tmp_path):
         with pytest.raises(ValueError, match=rf"trial\.json .*{message}"):
             trials.state(trial)
     (trial.folder / "trial.json").unlink()
-    with pytest.raises(ValueError, match=r"holds a run that tools/run_trials\.py did not start"):
+    with pytest.raises(ValueError, match=r"contains a run that moco-d2 trials did not start"):
         plan(["random"])
 
 

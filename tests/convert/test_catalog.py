@@ -331,7 +331,9 @@ def test_the_file_is_the_same_wherever_it_is_made(
 def test_the_user_s_files_in_a_cache_are_kept(name: str, server: Server, entry: Any, cache: Path) -> None:
     cache.mkdir(exist_ok=True)
     (cache / name).write_text("the user's")
-    with pytest.raises(CatalogError, match=rf"{name}: this file exists, and this command did not write it; .*; set MOCO_D2_CACHE to"):
+    with pytest.raises(
+        CatalogError, match=rf"{name}: this file exists, and this command did not write it; .*; set MOCO_D2_CACHE to"
+    ):
         fetch("quarter")
     assert (cache / name).read_text() == "the user's" and not server.seen, "nothing was fetched"
 

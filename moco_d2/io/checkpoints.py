@@ -344,7 +344,7 @@ def backbone_in(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     if entry is None or checkpoint.get("facts") is None or "model" not in checkpoint:
         return None
     method, prefix = (entry.get(name, 0) if isinstance(entry, Mapping) else 0 for name in ("method", "prefix"))
-    readable = re.fullmatch(r"([\w.]*\.)?", str(prefix or "")) and str(method).isprintable()
+    readable = re.fullmatch(r"(\S+\.)?", str(prefix or "")) and str(method).isprintable()
     if isinstance(method, str) and isinstance(prefix, str | None) and method and readable:
         return MethodBackbone(method, prefix)
     raise CheckpointError(

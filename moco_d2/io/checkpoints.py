@@ -344,9 +344,9 @@ def backbone_in(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     if entry is None or checkpoint.get("facts") is None or "model" not in checkpoint:
         return None
     method, prefix = (entry.get(name, 0) if isinstance(entry, Mapping) else 0 for name in ("method", "prefix"))
-    if isinstance(method, str) and isinstance(prefix, str | None):
-        if method and method.isprintable() and re.fullmatch(r"([\w.]*\.)?", prefix or ""):
-            return MethodBackbone(method, prefix)
+    readable = re.fullmatch(r"(\S+\.)?", str(prefix or "")) and str(method).isprintable()
+    if isinstance(method, str) and isinstance(prefix, str | None) and method and readable:
+        return MethodBackbone(method, prefix)
     raise CheckpointError(
         f"{path}: its entry `backbone` is damaged; it must be a mapping of `method` (a name) and `prefix` (names of "
         "modules, each followed by a dot, or None); convert the backbone.pth in the same folder"

@@ -91,12 +91,12 @@ def read_categories(file: JsonFile, entry: Entry, needs: Needs, report: Report) 
     records = {own: plain for own, (_, plain) in found.items()}
     unused = unused_roots(records, used, entry.classes)
     notes = [f"category {shown(own)} ({why}) is left out, because it has no objects" for own, why in unused.items()]
-    names: set[str] = set()
+    taken: set[str] = set()
     for own, (index, plain) in found.items():
-        if own not in unused and plain["name"] in names:
+        if own not in unused and plain["name"] in taken:
             file.problem("categories", index, f"has the name {plain['name']!r} of another category; rename one of them")
             del records[own]
-        names |= {plain["name"]} if own not in unused else set()
+        taken |= {plain["name"]} if own not in unused else set()
     for own in unused:
         del records[own]
     result = _numbered(records, ids, entry)
@@ -105,10 +105,10 @@ def read_categories(file: JsonFile, entry: Entry, needs: Needs, report: Report) 
         why = "leave_out names every class; keep at least one" if result.left_out else "there are no categories"
         report(f"{file.path}: {why}" + "; add classes to the entry of DATASETS.CUSTOM" * (not result.left_out))
     for name in () if entry.classes else entry.leave_out:
-        if name not in names:
+        if name not in taken:
             report(
                 f"data set {entry.name!r}: leave_out names {name!r}, which is not a category of {file.path}"
-                f"{did_you_mean(name, names)}"
+                f"{did_you_mean(name, taken)}"
             )
     if needs.keypoints:
         _check_keypoints(result, entry, needs, report)

@@ -39,7 +39,9 @@ def knn_scores(
     if len(bank) == 0 or len(bank) != len(labels):
         raise ValueError(f"the bank has {len(bank)} features and {len(labels)} labels; it needs one for each, and some")
     if labels.min() < 0 or labels.max() >= classes:
-        raise ValueError(f"labels lie in [{labels.min()}, {labels.max()}]; with {classes} classes they end at {classes - 1}")
+        raise ValueError(
+            f"labels lie in [{labels.min()}, {labels.max()}]; with {classes} classes they end at {classes - 1}"
+        )
     k = min(k, len(bank))
     keys = F.normalize(bank.float(), dim=1) if bank.dtype == torch.float32 else _normalized(bank)
     rows = max(1, _CHUNK // len(bank))

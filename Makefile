@@ -1,4 +1,4 @@
-# Every target that needs Python packages installs them first, into $(VENV); a second call finds them there.
+# Every target that needs Python packages first installs them into $(VENV), unless they are there.
 #   make test VENV=/path/to/venv      use (or create) another virtual environment
 #   make test PYTHON=python3.12       create it with another Python
 #   DETECTRON2=<pip spec> make test   install that Detectron2 (see moco_d2/install_detectron2.py)
@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := "$(BIN)/python" -m pip --disable-pip-version-check
-# The stamp holds the checkout it was written for: an environment shared by two checkouts is set up again for each.
+# The stamp names the checkout it was written for: an environment that two checkouts share is set up again for each.
 STAMP := $(VENV)/.moco_d2-installed
 
 .DEFAULT_GOAL := help
@@ -22,18 +22,18 @@ help: ## Show this list
 	@echo "usage: make TARGET [VENV=.venv] [PYTHON=python3] [CONSTRAINTS=constraints.txt]"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
 
-demo: $(STAMP) ## The whole pipeline on sample data: pretrain, convert, detect, evaluate (minutes, no GPU needed)
-	"$(BIN)/python" tools/demo.py --output "$(DEMO_OUTPUT)"
+demo: $(STAMP) ## The whole pipeline on sample pictures: pretrain, convert, detect, evaluate (minutes on a CPU)
+	"$(BIN)/moco-d2" demo --output "$(DEMO_OUTPUT)"
 
-demo-full: $(STAMP) ## The same with a full-width ResNet-50 (much longer; a GPU helps)
-	"$(BIN)/python" tools/demo.py --full --output "$(DEMO_OUTPUT)-full"
+demo-full: $(STAMP) ## The demo with a full-width ResNet-50 (much longer; a GPU helps)
+	"$(BIN)/moco-d2" demo --full --output "$(DEMO_OUTPUT)-full"
 
 # One thread and one process a core: three times as fast on 2 cores as one process with two threads.
-test: $(STAMP) ## The tests (PYTEST_ARGS="tests/layers -n 0 -x" passes words on to pytest)
+test: $(STAMP) ## The tests (PYTEST_ARGS="tests/layers -n 0 -x" goes to pytest)
 	OMP_NUM_THREADS=1 CONSTRAINTS="$(CONSTRAINTS)" \
 	    "$(BIN)/python" -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS)
 
-# A second -m takes the place of pyproject.toml's.
+# This -m replaces the one of pyproject.toml.
 test-slow: $(STAMP) ## The tests that take minutes each: twenty kills, elastic restart, long loops
 	OMP_NUM_THREADS=1 CONSTRAINTS="$(CONSTRAINTS)" "$(BIN)/python" -m pytest -q -m slow $(PYTEST_ARGS)
 
@@ -49,7 +49,7 @@ format: $(STAMP) ## Let ruff format the code and fix what it can
 	"$(BIN)/ruff" check --fix .
 
 doctor: $(STAMP) ## What is installed, what works, which datasets are found
-	"$(BIN)/python" -m moco_d2.commands.doctor
+	"$(BIN)/moco-d2" doctor
 
 install: $(STAMP) ## Only create the environment and install
 
@@ -61,7 +61,7 @@ $(BIN)/python:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "moco_d2 needs Python 3.10 or later; $(PYTHON) is: $$("$(PYTHON)" --version 2>&1)" >&2; \
 	    echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
-	@# A half-made environment would pass for a whole one at the next call; a folder that was there before is not ours.
+	@# A half-made environment would look complete to the next call. A folder that existed before is not removed.
 	@test -e "$(VENV)" || fresh=yes; "$(PYTHON)" -m venv "$(VENV)" || { test -z "$$fresh" || rm -rf "$(VENV)"; \
 	    echo "no virtual environment could be made (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
@@ -69,9 +69,9 @@ ifneq ($(shell cat "$(STAMP)" 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-# setuptools and wheel first and no build isolation: packages that come as source are built with the tested versions.
-# opencv-python needs the system's libGL, which servers and containers often lack; the headless build of the same
-# version then takes its place (it has the same files but for the windows, which nothing here opens).
+# setuptools and wheel come first, without build isolation, so that source packages are built with the tested versions.
+# opencv-python needs the system's libGL, which servers and containers often lack. It is then replaced by the headless
+# build of the same version, which only lacks windows.
 $(STAMP): setup.py pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --quiet -c "$(CONSTRAINTS)" setuptools wheel
 	@echo "installing into $(VENV); torch with its libraries is about 5 GB, some minutes the first time"

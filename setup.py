@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def version() -> str:
-    """Read the version without importing the package, which would need Detectron2."""
+    """Read the version without importing the package, whose requirements are not installed yet."""
     match = re.search(r'^__version__ = "([^"]+)"', (ROOT / "moco_d2" / "__init__.py").read_text(), re.MULTILINE)
     if match is None:
         raise RuntimeError("moco_d2/__init__.py has no __version__ line")
@@ -18,22 +18,23 @@ def version() -> str:
 
 readme = ROOT / "README.md"
 
-# Faster COCO evaluation with the same numbers, and what LVIS and Cityscapes cannot be evaluated without.
+# Faster COCO evaluation with the same numbers, and the evaluators that LVIS and Cityscapes need.
 EVAL = ["cityscapesscripts>=2.2.4", "faster-coco-eval>=1.8", "hotcoco>=1.3", "lvis>=0.5.3", "shapely>=2"]
 
 setup(
     name="moco_d2",
     version=version(),
-    description="MoCo pretraining, conversion, detection transfer and evaluation for Detectron2",
+    description="Pretraining without labels, checkpoint conversion and detection transfer for Detectron2",
     long_description=readme.read_text() if readme.is_file() else "",
     long_description_content_type="text/markdown",
     author="moco_d2 contributors",
     license="MIT",
     python_requires=">=3.10",
-    # configs/ lies beside the package in a checkout and becomes moco_d2/configs when installed; config.py knows both.
+    # configs/ lies beside the package in a checkout, and inside it once installed; moco_d2.config finds both.
     packages=[*find_packages(include=["moco_d2", "moco_d2.*"]), "moco_d2.configs"],
     package_dir={"moco_d2.configs": "configs"},
     package_data={"moco_d2": ["**/*.yaml", "**/*.html"], "moco_d2.configs": ["**/*.yaml"]},
+    entry_points={"console_scripts": ["moco-d2 = moco_d2.__main__:main"]},
     # Our own needs and Detectron2's: install_detectron2.py installs it with --no-deps.
     install_requires=[
         "cloudpickle",

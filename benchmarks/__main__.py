@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure this project's parts against what they replace, on made-up data of a chosen size.
+"""Measure this project's parts against what they replace, on synthetic data of a chosen size.
 
     python -m benchmarks eval                                      # COCO's and VOC's metrics: about two minutes
     python -m benchmarks eval --images 5000 --detections 100       # the size of the real test sets: about ten minutes
@@ -9,7 +9,7 @@
     python -m benchmarks data                                      # from JPEG files to views: about a minute
     python -m benchmarks scale                                     # many files, shards, streams: about a minute
     python -m benchmarks scale --files 1300000 --folders 1000      # as many as ImageNet's; $TMPDIR names another disk
-    python -m benchmarks startup                                   # --help of every tool
+    python -m benchmarks startup                                   # --help of every command
 
 Prints a table and, with --output, writes it as JSON together with commit, command and versions.
 """
@@ -100,16 +100,16 @@ def data(args: argparse.Namespace) -> None:
     """Time every backend of the loader against the authors' loader."""
     check(args, images=1, size=1, repeats=1)
 
-    from benchmarks.data import RECIPE, measure
+    from benchmarks.data import AUGMENTATION, measure
     from benchmarks.measure import machine, tables
 
     found = measure(args.folder, args.images, args.size, args.repeats)
-    settings = {"folder": args.folder, "images": args.images, "size": args.size, "recipe": RECIPE}
+    settings = {"folder": args.folder, "images": args.images, "size": args.size, "augmentation": AUGMENTATION}
     tables(found, {**settings, "machine": machine("cpu"), "threads": 1}, args.output)
 
 
 def scale(args: argparse.Namespace) -> None:
-    """Time what sets of millions of images cost before and beside their pixels."""
+    """Time the listing, packing and planning of sets of millions of images."""
     check(args, files=1, folders=1, shards=64, samples=16, images=1, repeats=2)  # a batch of 1024 in 64 processes
 
     from benchmarks.measure import machine, tables
@@ -121,17 +121,19 @@ def scale(args: argparse.Namespace) -> None:
 
 
 def startup(args: argparse.Namespace) -> None:
-    """Time --help of every tool against ``import torch``."""
+    """Time ``--help`` of every command against ``import torch``."""
     check(args, repeats=1)
 
-    from benchmarks.measure import tables, tools_help
+    from benchmarks.measure import help_times, tables
 
-    tables({"startup": tools_help(args.repeats)}, {}, args.output)
+    tables({"startup": help_times(args.repeats)}, {}, args.output)
 
 
 def main() -> None:
     """Read the command line and run one benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     command = commands.add_parser("eval", help="COCO's and VOC's metrics")
     command.set_defaults(run=evaluation)
@@ -166,7 +168,7 @@ def main() -> None:
     command.add_argument("--samples", type=int, default=10_000, help="images in each (default: %(default)s)")
     command.add_argument("--images", type=int, default=2000, help="packed and read (default: %(default)s)")
     command.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
-    command = commands.add_parser("startup", help="--help of every tool")
+    command = commands.add_parser("startup", help="--help of every command")
     command.set_defaults(run=startup)
     command.add_argument("--repeats", type=int, default=5, help="runs of each (default: %(default)s)")
     for command in commands.choices.values():

@@ -1,4 +1,4 @@
-"""A training checkpoint, and what converting it takes: what ``python -m benchmarks convert`` runs."""
+"""Time and memory of a conversion of a training checkpoint, for ``python -m benchmarks convert``."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ KEYS, CHANNELS = 65536, 128  # MoCo's queue
 
 @dataclass(frozen=True)
 class Row:
-    """One way to handle a checkpoint, each run in a process of its own.
+    """The cost of one way to handle a checkpoint, each run in a process of its own.
 
     Attributes:
         problem: the file.
         work: what was done with it.
-        seconds: median by the clock.
-        cpu_seconds: median over all cores.
-        ratio: seconds over those of ``torch.load``.
-        peak: largest resident memory above that before the work, over the file's size; mapped pages of files count.
-        private: the same of memory that no file backs, sampled every millisecond.
+        seconds: median of the wall-clock time.
+        cpu_seconds: median of the CPU time of all cores.
+        ratio: ``seconds`` divided by those of ``torch.load``.
+        peak: peak resident memory minus that before the work, divided by the file's size; mapped pages of files count.
+        private: the same for memory that no file backs, sampled every millisecond.
     """
 
     problem: str
@@ -60,7 +60,7 @@ def rows(width: float, repeats: int) -> Iterator[Row]:
                 "conversion, both SHA-256, report": _report,
                 **({"proof alone": _prove} if can_prove() else {}),
             }
-            sha256(path)  # into the page cache, from where all of them read
+            sha256(path)  # brings the file into the page cache, so that all read it from there
             runs: dict[str, list[tuple[float, float]]] = {work: [] for work in works}
             for _ in range(repeats):
                 for work, function in works.items():
@@ -74,7 +74,7 @@ def rows(width: float, repeats: int) -> Iterator[Row]:
 
 
 def _checkpoint(width: float) -> dict[str, Any]:
-    """Return what the authors' MoCo v2 saves: two encoders with heads, the queue, and SGD's momentum for the first."""
+    """Return a checkpoint as the authors' MoCo v2 saves it: two encoders with heads, the queue, and SGD's momentum."""
     torch.manual_seed(0)
     encoder = build_resnet("resnet50", width=width)
     inside = encoder.fc.in_features
@@ -116,11 +116,11 @@ def _clocked(function: Callable[[Path, Path], Callable[[], Any]], path: Path) ->
 
 
 def _peaks(function: Callable[[Path, Path], Callable[[], Any]], path: Path) -> tuple[float, float]:
-    """Return the peak of the resident and of the private memory in bytes, above what was there; nan outside Linux."""
+    """Return the peak of resident and private memory in bytes, minus that before the work; nan outside Linux."""
     work = function(path, path.with_name("out.pth"))
     if not STATUS.exists():
         return float("nan"), float("nan")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is there
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current value
     before, private, done = memory("VmHWM"), [memory("RssAnon")], threading.Event()
 
     def watch() -> None:
@@ -129,7 +129,7 @@ def _peaks(function: Callable[[Path, Path], Callable[[], Any]], path: Path) -> t
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    kept = work()  # a result is in memory when it is there
+    kept = work()  # the result counts as memory too
     private.append(memory("RssAnon"))
     done.set()
     watcher.join()

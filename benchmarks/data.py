@@ -1,4 +1,4 @@
-"""From image files to batches of views: the authors' loader against this project's backends, one thread."""
+"""Benchmark of loading, from image files to batches of views: the authors' loader and this project's backends."""
 
 from __future__ import annotations
 
@@ -18,20 +18,28 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision import transforms as T
 
-from moco_d2.data import EpochSampler, FileSource, ViewDataset, ViewLoader, build_backend, build_recipe, list_folder
+from moco_d2.data import (
+    EpochSampler,
+    FileSource,
+    ViewDataset,
+    ViewLoader,
+    build_augmentation,
+    build_backend,
+    list_folder,
+)
 from moco_d2.data.augment import Box, Plan
-from moco_d2.data.backends import BACKENDS, CV2_STEPS, PIL_STEPS, to_levels
-from moco_d2.data.batched import DEVICE_STEPS, pack_steps
-from moco_d2.data.decode import Picture
+from moco_d2.data.backends import BACKENDS, finish, pack, to_float
+from moco_d2.data.decode import EncodedImage
 from moco_d2.data.loader import collate
+from moco_d2.data.operations import OPERATIONS
 from moco_d2.io.pictures import read_image
 
-RECIPE = "moco_v2"
+AUGMENTATION = "moco_v2"
 BATCH = 16
 CPU = torch.device("cpu")
 AUTHORS = "the authors' loader"
-# Each step's range in MoCo v2, and how often it is done; solarise, which is not, at its usual threshold.
-STEPS = {
+# Each operation's values in MoCo v2, and its probability; solarise, which MoCo v2 lacks, at its usual threshold.
+RANGES = {
     "brightness": (0.6, 1.4, 0.8), "contrast": (0.6, 1.4, 0.8), "saturation": (0.6, 1.4, 0.8), "hue": (-0.1, 0.1, 0.8),
     "grey": (0.0, 0.0, 0.2), "blur": (0.1, 2.0, 0.5), "flip": (0.0, 0.0, 0.5), "solarise": (128, 128, 0.0),
 }  # fmt: skip
@@ -49,7 +57,7 @@ def authors_transforms(size: int) -> list[Callable[[Any], Any]]:
 
 
 def authors_loader(files: Sequence[str], size: int) -> Callable[[Sequence[int]], object]:
-    """Return what makes a batch as the authors do: PIL decodes, torchvision's PIL transforms make two views."""
+    """Return a function that makes a batch as the authors do: PIL decodes, torchvision's transforms make two views."""
     view = T.Compose(
         [*authors_transforms(size), T.ToTensor(), T.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])]
     )
@@ -65,20 +73,20 @@ def authors_loader(files: Sequence[str], size: int) -> Callable[[Sequence[int]],
     return batch
 
 
-def our_loader(files: Sequence[str], size: int, backend: str, finish: bool) -> Callable[[Sequence[int]], object]:
-    """Return what makes a batch through a backend, as worker and training process do, or as a worker alone."""
-    dataset = ViewDataset(FileSource(files), build_recipe(RECIPE, size), 0, build_backend(backend, CPU))
+def our_loader(files: Sequence[str], size: int, backend: str, complete: bool) -> Callable[[Sequence[int]], object]:
+    """Return a function that does a backend's work for a batch, either all of it or a worker's part."""
+    dataset = ViewDataset(FileSource(files), build_augmentation(AUGMENTATION, size), 0, build_backend(backend, CPU))
     loader = ViewLoader(dataset, EpochSampler(len(files), 1, seed=0), 0, CPU)
 
     def batch(indices: Sequence[int]) -> object:
         made = collate(dataset.__getitems__([(0, index) for index in indices]))
-        return loader.finish(made) if finish else made
+        return loader.finish(made) if complete else made
 
     return batch
 
 
 def loader_rows(files: Sequence[str], size: int, repeats: int) -> list[dict[str, Any]]:
-    """Time every loader on the same files, one after the other in each round; medians."""
+    """Time every loader on the same files, alternating in each round; medians."""
     loaders = {
         AUTHORS: authors_loader(files, size),
         "pil": our_loader(files, size, "pil", True),
@@ -106,11 +114,11 @@ def loader_rows(files: Sequence[str], size: int, repeats: int) -> list[dict[str,
 def part_rows(files: Sequence[str], size: int, repeats: int) -> list[dict[str, Any]]:
     """Time each operation alone: CPU milliseconds of one image's decoding or one view's operation, medians."""
     data = [Path(file).read_bytes() for file in files[:BATCH]]
-    pictures = [Picture(one) for one in data]
+    pictures = [EncodedImage(one) for one in data]
     whole = [read_image(file) for file in files[:BATCH]]
     boxes = [Box(p.height // 8, p.width // 8, p.height * 3 // 4, p.width * 3 // 4) for p in pictures]
     views = [picture.crops([Plan(box, (), size)])[0] for picture, box in zip(pictures, boxes, strict=True)]
-    pil_views, levels = [Image.fromarray(view) for view in views], to_levels(torch.from_numpy(np.stack(views)))
+    pil_views, floats = [Image.fromarray(view) for view in views], to_float(torch.from_numpy(np.stack(views)))
     cropped = list(zip(pictures, whole, boxes, strict=True))
 
     def each(work: Callable[[Any], object], items: Sequence[Any]) -> float:
@@ -122,10 +130,10 @@ def part_rows(files: Sequence[str], size: int, repeats: int) -> list[dict[str, A
 
         return statistics.median(once() for _ in range(repeats))
 
-    def pil_crop(item: tuple[Picture, Image.Image, Box]) -> object:
+    def pil_crop(item: tuple[EncodedImage, Image.Image, Box]) -> object:
         return T.functional.resized_crop(item[1], *item[2], [size, size])
 
-    # JPEGs may be decoded smaller for their crops, so that only what further crops add can be told apart.
+    # Decoding and cropping are one call: the time of a crop is what eight more of them add.
     boxed = list(zip(data, boxes, strict=True))
     one, nine = (each(partial(_crops, size, count), boxed) for count in (1, 9))
     crop = (nine - one) / 8
@@ -134,65 +142,66 @@ def part_rows(files: Sequence[str], size: int, repeats: int) -> list[dict[str, A
          "cv2": one - crop, "device": one - crop},
         {"what": "crop", "times an image": 2.0, "pil": each(pil_crop, cropped), "cv2": crop, "device": crop},
     ]  # fmt: skip
-    for kind, (low, high, probability) in STEPS.items():
+    for name, (low, high, probability) in RANGES.items():
         if not probability:
             continue
         value = low + 0.75 * (high - low)
-        pil, opencv = partial(_second, PIL_STEPS[kind], value), partial(_second, CV2_STEPS[kind], value)
+        known = OPERATIONS[name]
+        pil, opencv = partial(_second, known.pil, value), partial(_second, known.cv2, value)
         values = torch.full((len(views), 1, 1, 1), value, dtype=torch.float64)
         rows.append(
             {
-                "what": kind,
+                "what": name,
                 "times an image": 2 * probability,
                 "pil": each(pil, pil_views),
                 "cv2": each(opencv, views),
-                "device": each(partial(_second, DEVICE_STEPS[kind], values), [levels]) / len(views),
+                "device": each(partial(_second, known.device, values), [floats]) / len(views),
             }
         )
     return rows
 
 
 def _crops(size: int, count: int, item: tuple[bytes, Box]) -> object:
-    return Picture(item[0]).crops([Plan(item[1], (), size)] * count)
+    return EncodedImage(item[0]).crops([Plan(item[1], (), size)] * count)
 
 
-def _second(step: Callable[[Any, Any], object], value: object, view: object) -> object:
-    return step(view, value)
+def _second(executor: Callable[[Any, Any], object], value: object, view: object) -> object:
+    return executor(view, value)
 
 
 def equality_rows(files: Sequence[str], size: int) -> list[dict[str, Any]]:
-    """Compare with PIL on the same pictures, in levels of 255: each step's largest and mean difference."""
-    pictures = [Picture(Path(file).read_bytes()) for file in files[:BATCH]]
+    """Compare with PIL on the same pictures, in pixel values: each operation's largest and mean difference."""
+    pictures = [EncodedImage(Path(file).read_bytes()) for file in files[:BATCH]]
     boxes = [Box(p.height // 8, p.width // 8, p.height * 3 // 4, p.width * 3 // 4) for p in pictures]
     whole = list(zip(map(read_image, files), files, boxes, strict=False))
-    half = min(min(box.height, box.width) for box in boxes) // 2  # views so large are cut from JPEGs of half the size
+    half = min(min(box.height, box.width) for box in boxes) // 2  # at this size of view a JPEG is decoded at a half
     rows = []
     for name, side, reduced in (("crop", size, False), ("crop of a JPEG decoded at a half", half, True)):
         theirs = np.stack([np.asarray(T.functional.resized_crop(image, *box, [side, side])) for image, _, box in whole])
-        again = [Picture(Path(file).read_bytes(), reduced=reduced) for _, file, _ in whole]
+        again = [EncodedImage(Path(file).read_bytes(), reduced=reduced) for _, file, _ in whole]
         ours = np.stack([picture.crops([Plan(box, (), side)])[0] for picture, box in zip(again, boxes, strict=True)])
         rows.append(_differences(name, theirs, ours, ours))
     views = np.stack([np.asarray(T.functional.resized_crop(image, *box, [size, size])) for image, _, box in whole])
-    recipe = build_recipe(RECIPE, size)
-    plans = [recipe.plan(picture.height, picture.width, seed) for seed, picture in enumerate(pictures)]
+    augmentation = build_augmentation(AUGMENTATION, size)
+    plans = [augmentation.plan(picture.height, picture.width, seed) for seed, picture in enumerate(pictures)]
     made = []
     for name in BACKENDS:
         backend = build_backend(name, CPU)
         prepared = [backend.prepare(*both)[0] for both in zip(pictures, plans, strict=True)]
-        steps = pack_steps([first.steps for first, _ in plans])
-        made.append(backend.finish(torch.from_numpy(np.stack(prepared)), steps).permute(0, 2, 3, 1).numpy())
-    steps_alone = [_differences(kind, *_with_step(kind, views)) for kind in STEPS]
-    return [*rows, *steps_alone, _differences("the whole recipe", *made)]
+        ops = pack([first.ops if backend.on_device else () for first, _ in plans])
+        made.append(finish(torch.from_numpy(np.stack(prepared)), ops).permute(0, 2, 3, 1).numpy())
+    alone = [_differences(name, *_executed(name, views)) for name in RANGES]
+    return [*rows, *alone, _differences("the whole augmentation", *made)]
 
 
-def _with_step(kind: str, views: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield views after a step with values over its range, as PIL, OpenCV and torch do it."""
-    low, high, _ = STEPS[kind]
+def _executed(name: str, views: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield views after an operation with values over its range, by PIL, OpenCV and torch."""
+    (low, high, _), known = RANGES[name], OPERATIONS[name]
     values = np.linspace(low, high, 9).tolist() if high > low else [low]
-    levels, count = to_levels(torch.from_numpy(views)), (len(views), 1, 1, 1)
-    yield np.stack([np.asarray(PIL_STEPS[kind](Image.fromarray(view), value)) for value in values for view in views])
-    yield np.stack([CV2_STEPS[kind](view, value) for value in values for view in views])
-    done = [DEVICE_STEPS[kind](levels, torch.full(count, value, dtype=torch.float64)) for value in values]
+    floats, count = to_float(torch.from_numpy(views)), (len(views), 1, 1, 1)
+    yield np.stack([np.asarray(known.pil(Image.fromarray(view), value)) for value in values for view in views])
+    yield np.stack([known.cv2(view, value) for value in values for view in views])
+    done = [known.device(floats, torch.full(count, value, dtype=torch.float64)) for value in values]
     yield torch.cat(done).permute(0, 2, 3, 1).numpy()
 
 
@@ -205,18 +214,18 @@ def _differences(what: str, pil: np.ndarray, opencv: np.ndarray, device: np.ndar
 
 
 def bottleneck(rows: Sequence[dict[str, Any]]) -> str:
-    """Say what takes most of each backend's time."""
-    said = []
+    """Return, in words, the three most expensive parts of each backend."""
+    words = []
     for backend in ("pil", "cv2"):
         spent = {row["what"]: row["times an image"] * row[backend] for row in rows}
         largest = sorted(spent, key=spent.__getitem__, reverse=True)[:3]
         shares = ", ".join(f"{name} {spent[name] / sum(spent.values()):.0%}" for name in largest)
-        said.append(f"{backend}: {shares}")
-    return "; ".join(said) + "; device, a worker's part: decode"
+        words.append(f"{backend}: {shares}")
+    return "; ".join(words) + "; device, a worker's part: decode"
 
 
 def draw_photo(seed: int, width: int = 500, height: int = 375) -> bytes:
-    """Return a JPEG with a photograph's spectrum: shapes of every size, saturated and dull colours, grain."""
+    """Return a JPEG with a photograph's spectrum: shapes of every size, bright and dull colours, grain."""
     rng = np.random.default_rng(seed)
     image = rng.normal(120, 3, (height, width, 3))
     for octave in range(7):
@@ -229,7 +238,7 @@ def draw_photo(seed: int, width: int = 500, height: int = 375) -> bytes:
 
 
 def measure(folder: str, images: int, size: int, repeats: int) -> dict[str, Any]:
-    """Measure on a folder's first images, or on drawn ones (empty)."""
+    """Measure on images of a folder, or on drawn ones if it is empty."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     with tempfile.TemporaryDirectory() as drawn:
@@ -243,5 +252,5 @@ def measure(folder: str, images: int, size: int, repeats: int) -> dict[str, Any]
             "loader": loader_rows(files, size, repeats),
             "parts, ms": parts,
             "bottleneck": bottleneck(parts),
-            "difference to PIL, levels of 255": equality_rows(files, size),
+            "difference to PIL, pixel values": equality_rows(files, size),
         }

@@ -1,4 +1,4 @@
-"""Made-up detections, and the time that evaluating them takes: what ``python -m benchmarks eval`` runs."""
+"""Benchmark of the evaluators on synthetic detections (``python -m benchmarks eval``)."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from moco_d2.detection.metrics.voc import VOCEvaluator
 Array = npt.NDArray[Any]
 
 WIDTH, HEIGHT = 640, 480
-COCO_CLASSES, COCO_OBJECTS = 80, 7  # an image has about 7 objects in COCO
-VOC_CLASSES, VOC_OBJECTS = 20, 3  # and 3 in VOC
-SHARE_FOUND = 0.3  # of the detections: an object, moved a little; the others lie anywhere
+COCO_CLASSES, COCO_OBJECTS = 80, 7  # objects per image, as in COCO
+VOC_CLASSES, VOC_OBJECTS = 20, 3  # objects per image, as in VOC
+SHARE_FOUND = 0.3  # share of the detections that are an object, moved a little; the others are random boxes
 
 
 def coco_rows(images: int, detections: int) -> Iterator[Row]:
@@ -41,7 +41,7 @@ def coco_rows(images: int, detections: int) -> Iterator[Row]:
         path.write_text(json.dumps(labels))
         reference = None
         for backend in reversed([backend for backend in BACKENDS if backend.installed]):
-            backend.classes()  # imports are not what is measured
+            backend.classes()  # so that imports are not measured
             with contextlib.redirect_stdout(io.StringIO()):
                 evaluated, seconds, cpu = timed(partial(evaluate_coco, backend, str(path), found, "bbox"))
             precision = np.asarray(evaluated.eval["precision"])
@@ -51,7 +51,7 @@ def coco_rows(images: int, detections: int) -> Iterator[Row]:
 
 
 def voc_rows(images: int, detections: int) -> Iterator[Row]:
-    """Time both VOC evaluators with both of VOC's metrics; Detectron2's is the reference."""
+    """Time both VOC evaluators on both of VOC's metrics; Detectron2's is the reference."""
     logging.getLogger("detectron2").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         outputs = _voc(Path(folder), images, detections)
@@ -82,7 +82,7 @@ def _evaluate(evaluator: Any, outputs: list[tuple[str, Instances]]) -> dict[str,
 
 
 def _boxes(random: np.random.Generator, count: int) -> Array:
-    """Return boxes (count, 4) x0, y0, x1, y1 in whole pixels, of all sizes."""
+    """Return boxes (count, 4) x0, y0, x1, y1 of all sizes, rounded to whole pixels."""
     sides = np.exp(random.uniform(np.log(8), np.log(HEIGHT), (count, 2)))
     corner = random.uniform(0, 1, (count, 2)) * (np.array([WIDTH, HEIGHT]) - sides)
     return np.column_stack([corner, corner + sides]).round()
@@ -91,8 +91,8 @@ def _boxes(random: np.random.Generator, count: int) -> Array:
 def _scene(
     random: np.random.Generator, classes: int, mean_objects: int, detections: int
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-    """Return an image's objects (boxes, classes), and detections (boxes, classes, scores) as a detector would give."""
-    # The first class is more frequent than all others, as persons are.
+    """Return an image's objects (boxes, classes), and detections (boxes, classes, scores) like a detector's."""
+    # The first class is the most frequent, as persons are in COCO.
     draw = np.where(random.random((2, detections + 50)) < 0.3, 0, random.integers(0, classes, (2, detections + 50)))
     count = min(50, random.poisson(mean_objects))
     objects, kinds = _boxes(random, count), draw[0, :count]
@@ -107,7 +107,7 @@ def _scene(
 
 
 def _coco(images: int, detections: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return COCO labels, crowds among them, and detections in COCO's form."""
+    """Return COCO labels, including crowds, and detections in COCO's format."""
     random = np.random.default_rng(0)
     labels: list[dict[str, Any]] = []
     results = []
@@ -130,7 +130,7 @@ def _to_xywh(boxes: Array) -> list[list[float]]:
 
 
 def _voc(folder: Path, images: int, detections: int) -> list[tuple[str, Instances]]:
-    """Write a VOC data set's labels, difficult objects among them, and return detections by image."""
+    """Write a VOC data set's labels, including difficult objects, and return detections by image."""
     random = np.random.default_rng(0)
     outputs = []
     (folder / "Annotations").mkdir()

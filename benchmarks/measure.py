@@ -1,4 +1,4 @@
-"""What the benchmarks share: the clock, and the table of measurements."""
+"""Parts that the benchmarks share: the clock, memory figures, and the table of measurements."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moco_d2.__main__ import COMMANDS
+
 Result = TypeVar("Result")
 STATUS = Path("/proc/self/status")
 
@@ -27,12 +29,12 @@ class Row:
     """One measurement.
 
     Attributes:
-        problem: what was done.
+        problem: the work.
         by: the library that did it.
-        seconds: by the clock.
-        cpu_seconds: over all cores: other programs hardly change them.
-        ratio: CPU seconds of the problem's reference over these.
-        difference: the largest from the reference's numbers.
+        seconds: wall-clock time.
+        cpu_seconds: over all cores; other programs hardly change them.
+        ratio: CPU seconds of the problem's reference divided by these.
+        difference: the largest difference from the reference's numbers.
     """
 
     problem: str
@@ -44,7 +46,7 @@ class Row:
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
-    """Return the CPU seconds that work takes in this process, over all cores: other programs hardly change them."""
+    """Return the CPU seconds of the work in this process, over all cores; other programs hardly change them."""
     start = time.process_time()
     work()
     return time.process_time() - start
@@ -56,12 +58,12 @@ def alternate(
     warm_up: int,
     seconds: Callable[[Callable[[], object]], float] = cpu_seconds,
 ) -> dict[str, list[float]]:
-    """Time each work ``repeats`` times, in turns, so that a machine that slows down slows all.
+    """Time each work ``repeats`` times, in turns, so that a machine that slows down slows all of them.
 
     Args:
-        works: what is timed, by name.
+        works: the functions to time, by name.
         repeats: turns that count.
-        warm_up: turns before them, which do not.
+        warm_up: turns before these, which do not count.
         seconds: the clock.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -74,7 +76,7 @@ def alternate(
 
 
 def compare(times: Mapping[str, list[float]]) -> list[dict[str, Any]]:
-    """Return name, median, quartiles and the ratio to the first, the reference: the median of the turns' ratios."""
+    """Return name, median, quartiles and ratio of each; the ratio to the first is the median over the turns."""
     made, reference = [], next(iter(times.values()))
     for name, taken in times.items():
         low, middle, high = statistics.quantiles(taken, n=4, method="inclusive")
@@ -84,9 +86,9 @@ def compare(times: Mapping[str, list[float]]) -> list[dict[str, Any]]:
 
 
 def in_new_process(preload: Sequence[str], work: Callable[..., Result], *arguments: Any) -> Result:
-    """Return ``work(*arguments)`` of a new process, where no earlier work has left memory.
+    """Return ``work(*arguments)``, run in a new process, in which no earlier work has left memory.
 
-    A server keeps the imports of the modules ``preload`` for all such processes.
+    The modules ``preload`` are imported once, by the server from which all such processes are forked.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*preload])
@@ -108,7 +110,7 @@ def timed(work: Callable[[], Result]) -> tuple[Result, float, float]:
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Return the most memory that ``work()`` holds on the CPU at a time, beyond what was held before."""
+    """Return the peak memory of ``work()`` on the CPU, beyond what was held before."""
     import torch
 
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -120,7 +122,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def largest_difference(values: Any, reference: Any) -> float:
-    """Return the largest difference between two arrays; where both are nan there is none."""
+    """Return the largest difference between two arrays; two nan count as equal."""
     import numpy as np
 
     values, reference = np.asarray(values, float), np.asarray(reference, float)
@@ -128,10 +130,10 @@ def largest_difference(values: Any, reference: Any) -> float:
     return float(np.abs(values - reference)[~equal].max(initial=0))
 
 
-def tools_help(repeats: int) -> list[dict[str, Any]]:
+def help_times(repeats: int) -> list[dict[str, Any]]:
     """Return CPU seconds of each command's ``--help``, medians, and their ratio to ``python -c "import torch"``."""
-    commands = {"import torch": ["-c", "import torch"]}
-    commands |= {path.name: [str(path), "--help"] for path in sorted(Path(__file__).parent.glob("*.py")) if _runs(path)}
+    commands = {"import torch": ["-c", "import torch"], "import moco_d2": ["-c", "import moco_d2"]}
+    commands |= {f"moco-d2 {name}": ["-m", "moco_d2", name, "--help"] for name in COMMANDS}
     times: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(repeats):
         for name, words in commands.items():
@@ -143,13 +145,8 @@ def tools_help(repeats: int) -> list[dict[str, Any]]:
     return [{"what": n, "seconds": m, "ratio": m / medians["import torch"]} for n, m in medians.items()]
 
 
-def _runs(path: Path) -> bool:
-    """Whether a file is a command, not a part of one."""
-    return "\nif __name__" in path.read_text()
-
-
 def machine(device: str) -> str:
-    """Return the kind of processor or GPU that measured, without its owner's name."""
+    """Return the name of the processor or GPU that measured, without the host's name."""
     if device != "cpu":
         import torch
 
@@ -165,13 +162,13 @@ def tables(
     output: Path | None,
     floatfmt: str | Sequence[str] = ".3f",
 ) -> None:
-    """Print each list of rows as a table and each sentence as a line, and write all with what they depend on.
+    """Print each list of rows as a table and each sentence as a line; write them to JSON with settings and commit.
 
     Args:
         found: rows, each ``{column: value}``, or a sentence, by title.
-        settings: what the benchmark was asked to do.
+        settings: the benchmark's arguments.
         output: JSON file, if any.
-        floatfmt: of all columns, or of each.
+        floatfmt: number format of all columns, or of each.
     """
     from tabulate import tabulate
 

@@ -1,4 +1,4 @@
-"""What sets of millions of images cost before and beside their pixels: what ``python -m benchmarks scale`` runs."""
+"""Benchmark of sets of millions of images: listing, opening, sampling, packing and reading."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import alternate, compare, cpu_seconds, in_new_process, memory
-from moco_d2.data import EpochSampler, ShardCache, Source, list_folder, open_source
-from moco_d2.data.listing import EXTENSIONS, Listing, cache_folder
+from moco_d2.data import EpochSampler, ImageSource, ShardCache, list_folder, open_source
+from moco_d2.data.listing import EXTENSIONS, Listing
 from moco_d2.data.packing import pack
 from moco_d2.data.shard_cache import Shard
 from moco_d2.data.shards import MANIFEST, open_shards, write_manifest
+from moco_d2.io.paths import cache_folder
 
-# MoCo's largest published run: 64 processes, each with a lane of its own, and docs/scale.md's windows.
-BATCH, RANKS, LANES, WINDOW = 1024, 64, 64, 2
+# MoCo's largest published run: 64 processes, each with a stream of its own, and docs/scale.md's windows.
+BATCH, RANKS, STREAMS, WINDOW = 1024, 64, 64, 2
 FAR, COMPARED = 1_000_003, range(500_000, 500_005)  # steps
 IMAGE = 110_000  # bytes, as ImageNet's
-PACKED = 1000  # images in a shard, as tools/make_shards.py has it
+PACKED = 1000  # images in a shard, the default of moco-d2 shards
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Sizes:
     Attributes:
         files: images listed in folders.
         folders: of them.
-        shards: of the stream.
+        shards: of the remote set.
         samples: images in each of those.
         images: packed, and read from files and from shards.
     """
@@ -57,33 +58,33 @@ class Sizes:
 
 
 def measure(sizes: Sizes, repeats: int) -> dict[str, Any]:
-    """Measure everything, in a temporary folder ($TMPDIR says where)."""
+    """Measure everything, in a temporary folder below $TMPDIR."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["MOCO_D2_CACHE"] = f"{folder}/cache"
         found = listing(folder / "tree", sizes, repeats)
-        with served(folder / "stream", sizes) as url:
+        with served(folder / "remote", sizes) as url:
             found |= opening(url, folder / "fetched", repeats)
-            spans = open_shards(url, ShardCache(folder / "fetched", float("inf"))).spans
-        found |= sampling(spans, repeats)
+            lengths = open_shards(url, ShardCache(folder / "fetched", float("inf"))).lengths
+        found |= sampling(lengths, repeats)
         found |= packing(folder / "images", folder / "packed", sizes.images, repeats)
         return found | reading(folder / "images", folder / "packed", repeats)
 
 
 def rows(works: Mapping[str, Callable[[], object]], repeats: int, unit: str, per: int = 1) -> list[dict[str, Any]]:
-    """Time works in turns, in s, ms or us of CPU time, a ``per``-th of each; the first one is the reference."""
+    """Time works in turns, in s, ms or us of CPU time, divided by ``per``; the first one is the reference."""
     factor = {"s": 1, "ms": 1e3, "us": 1e6}[unit] / per
     times = {name: [factor * one for one in taken] for name, taken in alternate(works, repeats, warm_up=1).items()}
     return as_cpu(compare(times), unit)
 
 
 def as_cpu(compared: list[dict[str, Any]], unit: str) -> list[dict[str, Any]]:
-    """Say in the column's name that times are CPU times, and their unit."""
+    """Rename the column of times to CPU times with their unit."""
     return [{f"CPU {unit}" if key == "seconds" else key: value for key, value in row.items()} for row in compared]
 
 
 def listing(root: Path, sizes: Sizes, repeats: int) -> dict[str, Any]:
-    """Walk folders of (empty) files, list them for the first time, and as they are remembered."""
+    """Walk folders of (empty) files, list them for the first time, and from the cached listing."""
     for number in range(sizes.folders):
         (root / f"n{number:06d}").mkdir(parents=True)
     for number in range(sizes.files):
@@ -95,15 +96,15 @@ def listing(root: Path, sizes: Sizes, repeats: int) -> dict[str, Any]:
         shutil.rmtree(cache_folder() / "listings", ignore_errors=True)
         assert Listing(root).files == expected
 
-    def remembered() -> None:
+    def cached() -> None:
         assert Listing(root).files == expected
 
     expected = walk(root)
     works = {
         "os.walk, sorted": lambda: walk(root),
         "first listing": anew,
-        "remembered listing": remembered,
-        "the whole source, from the remembered listing": lambda: open_source([str(root)]),
+        "cached listing": cached,
+        "the whole source, from the cached listing": lambda: open_source([str(root)]),
     }
     held = len(pickle.dumps(open_source([str(root)]))) / 2**20
     return {
@@ -113,7 +114,7 @@ def listing(root: Path, sizes: Sizes, repeats: int) -> dict[str, Any]:
 
 
 def walk(root: Path) -> list[str]:
-    """Return the images below a folder as a plain program finds them."""
+    """Return the images below a folder, found by ``os.walk``."""
     found = []
     for parent, folders, names in os.walk(root):
         folders.sort()
@@ -122,15 +123,15 @@ def walk(root: Path) -> list[str]:
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """Serves a folder and keeps silent."""
+    """Serves a folder without a log."""
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @contextlib.contextmanager
 def served(folder: Path, sizes: Sizes) -> Iterator[str]:
-    """Write the ``shards.json`` of a set of which there is nothing else, and yield its address while it is served."""
+    """Write a ``shards.json`` without its shards, and yield its address while it is served."""
     shards = [Shard(f"{n:06d}.tar", sizes.samples * IMAGE, sizes.samples) for n in range(sizes.shards)]
     write_manifest(folder, shards, "made up")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as http:
@@ -144,7 +145,7 @@ def served(folder: Path, sizes: Sizes) -> Iterator[str]:
 
 
 def opening(url: str, fetched: Path, repeats: int) -> dict[str, Any]:
-    """Open a stream, each time in a new process; parsing its ``shards.json`` is the reference."""
+    """Open the remote set, each time in a new process; parsing its ``shards.json`` is the reference."""
     open_shards(url, ShardCache(fetched, float("inf")))
     (manifest,) = fetched.glob(f"*-{MANIFEST}")
     works = {
@@ -159,7 +160,7 @@ def opening(url: str, fetched: Path, repeats: int) -> dict[str, Any]:
             times[name].append(cpu)
             held[name].append(size / 2**20)
     found = [{**row, "MiB it holds": statistics.median(held[row["what"]])} for row in as_cpu(compare(times), "s")]
-    return {f"a stream, its shards.json of {manifest.stat().st_size / 1e6:.1f} MB": found}
+    return {f"a remote set, its shards.json of {manifest.stat().st_size / 1e6:.1f} MB": found}
 
 
 def _parse(manifest: Path) -> tuple[float, float]:
@@ -171,27 +172,29 @@ def _open(url: str, fetched: Path) -> tuple[float, float]:
 
 
 def _costs(work: Callable[[], object]) -> tuple[float, float]:
-    """Return the CPU seconds of work, and the resident memory in bytes that it leaves with its result."""
+    """Return the CPU seconds of work, and the resident memory in bytes that its result takes."""
     before, kept = memory("VmRSS"), []
     seconds = cpu_seconds(lambda: kept.append(work()))
     return seconds, memory("VmRSS") - before
 
 
-def sampling(spans: Any, repeats: int) -> dict[str, Any]:
-    """Time a rank's first batch near and far, and see which shards ranks read and whether their number matters."""
+def sampling(lengths: Any, repeats: int) -> dict[str, Any]:
+    """Time a rank's first batch at step 0 and far on, and count the shards that ranks read."""
 
     def first(start: int) -> None:
-        next(iter(sampler(spans, RANKS - 1, RANKS, start)))
+        next(iter(sampler(lengths, RANKS - 1, RANKS, start)))
 
     def batches(world: int) -> list[list[tuple[int, int]]]:
-        streams = [iter(sampler(spans, rank, world, COMPARED.start)) for rank in range(world)]
-        return [[*itertools.chain.from_iterable(map(next, streams))] for _ in COMPARED]
+        ranks = [iter(sampler(lengths, rank, world, COMPARED.start)) for rank in range(world)]
+        return [[*itertools.chain.from_iterable(map(next, ranks))] for _ in COMPARED]
 
-    lanes = [sampler(spans).plan(0, lane) for lane in range(LANES)]
-    read = [{span for window in plan for span, *_ in window} for plan in lanes]
+    plans = [sampler(lengths).plan(0, stream) for stream in range(STREAMS)]
+    read = [{shard for window in plan for shard, *_ in window} for plan in plans]
     alone, found = batches(1), []
     for world in (1, 8, 32, RANKS):
-        theirs = [set[int]().union(*read[rank * LANES // world : (rank + 1) * LANES // world]) for rank in range(world)]
+        theirs = [
+            set[int]().union(*read[rank * STREAMS // world : (rank + 1) * STREAMS // world]) for rank in range(world)
+        ]
         readers = Counter(itertools.chain.from_iterable(theirs))
         found.append(
             {
@@ -199,25 +202,25 @@ def sampling(spans: Any, repeats: int) -> dict[str, Any]:
                 "each reads at least": min(map(len, theirs)),
                 "at most": max(map(len, theirs)),
                 "read by several": sum(count > 1 for count in readers.values()),
-                "read by none": len(spans) - len(readers),
+                "read by none": len(lengths) - len(readers),
                 "batches as of one process": batches(world) == alone,
             }
         )
     works = {f"at step {start}": partial(first, start) for start in (0, FAR)}
-    shape = f"{len(spans)} shards, {spans.sum()} images; batch {BATCH}, {LANES} lanes, windows of {WINDOW}"
+    shape = f"{len(lengths)} shards, {lengths.sum()} images; batch {BATCH}, {STREAMS} streams, windows of {WINDOW}"
     return {
         f"a rank's first batch ({shape})": rows(works, repeats, "ms"),
         f"shards of an epoch, and batches {COMPARED.start} to {COMPARED.stop - 1}": found,
     }
 
 
-def sampler(spans: Any, rank: int = 0, world: int = 1, start: int = 0) -> EpochSampler:
+def sampler(lengths: Any, rank: int = 0, world: int = 1, start: int = 0) -> EpochSampler:
     """Return the order of the large set in a process."""
-    return EpochSampler(spans, BATCH, 0, rank, world, start, WINDOW, LANES)
+    return EpochSampler(lengths, BATCH, 0, rank, world, start, WINDOW, STREAMS)
 
 
 def packing(images: Path, packed: Path, count: int, repeats: int) -> dict[str, Any]:
-    """Make shards of files; Python's tarfile alone is the reference."""
+    """Pack files into shards; Python's tarfile alone is the reference."""
     images.mkdir()
     for number in range(count):
         (images / f"{number:06d}.jpg").write_bytes(os.urandom(IMAGE))
@@ -237,12 +240,12 @@ def packing(images: Path, packed: Path, count: int, repeats: int) -> dict[str, A
 
 
 def reading(images: Path, packed: Path, repeats: int) -> dict[str, Any]:
-    """Read images from files and from shards, and the first ones of shards."""
+    """Read images from files and from shards, and the first images of unopened shards."""
     files, shards = open_source([str(images)]), open_source([str(packed)])
     order = np.random.default_rng(0).permutation(len(files)).tolist()
-    unopened, firsts = pickle.dumps(shards), (np.cumsum(shards.spans) - shards.spans).tolist()
+    unopened, firsts = pickle.dumps(shards), (np.cumsum(shards.lengths) - shards.lengths).tolist()
 
-    def read(source: Source, chosen: list[int]) -> list[bytes]:
+    def read(source: ImageSource, chosen: list[int]) -> list[bytes]:
         return [source.read(index) for index in chosen]
 
     def read_firsts() -> None:
@@ -257,5 +260,5 @@ def reading(images: Path, packed: Path, repeats: int) -> dict[str, Any]:
     first_ones = {"opened in an earlier run": read_firsts, "never opened": read_firsts_anew}
     return {
         "reading an image": rows(all_of_them, repeats, "us", len(order)),
-        f"reading the first image of a shard of {shards.spans[0]}": rows(first_ones, repeats, "ms", len(firsts)),
+        f"reading the first image of a shard of {shards.lengths[0]}": rows(first_ones, repeats, "ms", len(firsts)),
     }

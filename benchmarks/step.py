@@ -1,4 +1,4 @@
-"""Steps of MoCo, ours and the authors', and what they cost beyond their convolutions: ``python -m benchmarks step``."""
+"""Cost of a MoCo step, ours and the authors', beyond that of its encoders: ``python -m benchmarks step``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WARM_UP = 2  # steps that are not timed: buffers, algorithms, compilation
 
 
 class Ours:
-    """The step that ``tools/pretrain_net.py`` takes, on views that are there already."""
+    """The step of ``moco-d2 pretrain``, on views that exist already."""
 
     name = "ours"
 
@@ -47,7 +47,7 @@ class Ours:
         self.step.iter = 0
 
     def wrapped(self) -> torch.nn.Module:
-        """Return what is called with the views and returns losses, in DDP where there are several processes."""
+        """Return the module that maps views to losses, in DDP if there are several processes."""
         return wrap_ddp(self.method)
 
     def run(self) -> None:
@@ -57,14 +57,14 @@ class Ours:
 
 
 class Networks(torch.nn.Module):
-    """A method's encoders, with its norm layers and its features, and nothing between them and a sum."""
+    """A method's two encoders with their norm layers; the sum of the queries stands for the loss."""
 
     def __init__(self, method: MoCo) -> None:
         super().__init__()
         self.encoder_q, self.key_encoder = method.encoder_q, [method.encoder_k]
 
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
-        """Encode both views; the sum of the queries stands for a loss."""
+        """Encode both views."""
         with torch.no_grad():
             self.key_encoder[0](views.images[1])
         return {"sum": self.encoder_q(views.images[0]).float().sum()}
@@ -73,7 +73,7 @@ class Networks(torch.nn.Module):
 
 
 class Encoders(Ours):
-    """The same encoders alone: forward and backward of the one, forward of the other; no optimizer."""
+    """The encoders alone: forward and backward of the query encoder, forward of the key encoder, no optimizer."""
 
     name = "its encoders alone"
 
@@ -92,15 +92,15 @@ class PlainDDP(Ours):
     name = "encoders, plain DDP"
 
     def wrapped(self) -> torch.nn.Module:
-        """Return the encoders, the query encoder's gradients being averaged."""
+        """Return the encoders in DDP, which averages the gradients of the query encoder."""
         return DistributedDataParallel(Networks(self.method), broadcast_buffers=False)
 
 
 class Authors:
-    """The paper's Algorithm 1 written as plainly as it reads, in float32 and the usual memory order, as published.
+    """The paper's Algorithm 1 written literally, in float32 and the default memory format.
 
-    The average is taken parameter by parameter, the logits are concatenated and divided, the queue is copied for the
-    backward pass, SGD is a loop, loss and accuracies are read in every step. Encoders and norm layers are ours.
+    The average runs over one parameter at a time, the logits are concatenated and divided, the queue is copied for the
+    backward pass, SGD is a loop, and loss and accuracies are read in every step. Encoders and norm layers are ours.
     """
 
     name = "the authors' form"
@@ -142,7 +142,7 @@ class Authors:
 def textbook(
     q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return InfoNCE and its (N, 1 + K) logits, from keys (C, K), as the paper's pseudo-code has them."""
+    """Return InfoNCE and its (N, 1 + K) logits, from a queue (C, K), as in the paper's pseudo-code."""
     positive = torch.einsum("nc,nc->n", q, k).unsqueeze(1)
     logits = torch.cat([positive, torch.einsum("nc,ck->nk", q, queue)], dim=1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device)), logits
@@ -179,7 +179,7 @@ def step_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:
 
 
 def part_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:
-    """Time what a step does beside its encoders, each part by itself."""
+    """Time each part of a step other than its encoders, alone."""
     ours = Ours(cfg, made_up_views(cfg))
     method, optimizer = ours.method, ours.step.optimizer
     for parameter in method.encoder_q.parameters():
@@ -199,7 +199,7 @@ def part_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:
 
 
 def memory_rows(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Return the most memory held by loss and gradient, in copies of the N x (1 + K) logits in float32."""
+    """Return the peak memory of loss and gradient, in copies of the N x (1 + K) logits in float32."""
     batch, device = cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE
     size, dim, temperature = cfg.SSL.ARGS.queue_size, cfg.SSL.ARGS.dim, cfg.SSL.ARGS.temperature
     q, k, keys = (F.normalize(torch.randn(n, dim), dim=1).to(device) for n in (batch, batch, size))

@@ -1,8 +1,13 @@
 #!/usr/bin/env python3
-"""Draw a small $DETECTRON2_DATASETS root for every shipped config: ``datasets/make_sample_data.py OUT``."""
+"""Draw a small $DETECTRON2_DATASETS root for every shipped config; the same as ``moco-d2 samples``.
 
-from moco_d2.exits import guard
-from moco_d2.samples.make import main
+datasets/make_sample_data.py OUT
+
+``--help`` says more.
+"""
+
+from moco_d2.commands import cli
+from moco_d2.commands.samples import main
 
 if __name__ == "__main__":
-    guard(main)
+    cli.guard(main)

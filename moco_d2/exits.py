@@ -1,10 +1,9 @@
-"""How a command ends: a user's mistake in one line and exit code 2, a fault of ours in its traceback and exit code 1.
+"""Exit codes: a user's mistake ends a command with one line and code 2, a fault of ours with a traceback and code 1.
 
-:func:`ending` sorts an exception. Every command of the project ends by it, and so does a process of several, which
-tells its launcher (:mod:`moco_d2.running.launch`). The codes are explained in docs/reliability.md.
+:func:`ending` classifies an exception. Every command of the project ends by it, and so does each of several processes,
+which reports to its launcher (:mod:`moco_d2.running.launch`). docs/reliability.md explains the codes.
 
-The module imports the standard library only, and not the rest of the package either: an installation in which torch or
-Detectron2 is broken can still say so.
+The module imports the standard library only, so that it works in an installation whose torch or Detectron2 is broken.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from typing import NoReturn
 FAULT = 1
 MISTAKE = 2
 DISK_FULL = os.EX_IOERR
-INTERRUPTED = 130  # as shells say it: 128 and the number of SIGINT
-PIPE_CLOSED = 141  # 128 and the number of SIGPIPE
+INTERRUPTED = 130  # as in shells: 128 plus the number of SIGINT
+PIPE_CLOSED = 141  # 128 plus the number of SIGPIPE
 
-# What the system says of a path that cannot be what the user wants it to be.
+# Errors of the system about a path that the user chose.
 _OF_PATHS = (
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTEMPTY, errno.EROFS,
     errno.ENAMETOOLONG, errno.ELOOP, errno.ENODEV, errno.ENXIO,
 )  # fmt: skip
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Where libraries look up a name that a config gave, and raise KeyError where there is none.
+# Library files that look up a name from a config, and raise KeyError if it is not registered.
 _LOOK_UP = (os.path.join("fvcore", "common", "registry.py"), os.path.join("detectron2", "data", "catalog.py"))
 _PACKAGE = Path(__file__).parent
 _OURS = (_PACKAGE, _PACKAGE.parent / "tools", _PACKAGE.parent / "benchmarks")
-# What torch makes of an exception in a loader's worker: its class (if that takes one string) with this text.
+# The text of an exception from a loader's worker; torch keeps its class if that takes a single string.
 _IN_WORKER = re.compile(r"\ACaught (\w+) in .*?\nOriginal Traceback .*\n(?:[\w.]+\.)?\1: (.*)\Z", re.DOTALL)
 
 
@@ -47,10 +46,9 @@ class Ending:
 
     Attributes:
         code: the exit code.
-        line: what is said of the error (one line for each problem); empty for a fault of ours, which keeps its
-            traceback.
-        place: file and line where our code called a library that raised the error; empty where our code raised it
-            itself, and so chose the words.
+        line: the message, a line for each problem; empty for a fault of ours, which keeps its traceback.
+        place: file and line where our code called the library that raised the error; empty if our code raised it and
+            chose the words.
     """
 
     code: int
@@ -59,11 +57,11 @@ class Ending:
 
 
 def ending(error: BaseException) -> Ending:
-    """Return how a command ends that an exception has left.
+    """Return how a command ends after an exception.
 
-    An exception may say it itself, by ``exit_code`` (and ``line``, where that is not its message). Otherwise
-    ``ValueError`` and its subclasses, errors of the system that are about a path, and names that are not registered are
-    the user's mistakes. An exception that comes from a loader's worker is sorted as what it was there.
+    An exception may decide it by ``exit_code`` (and by ``line``, if that is not its message). Otherwise ``ValueError``
+    and its subclasses, errors of the system about a path, and names that are not registered are the user's mistakes. An
+    exception from a loader's worker is classified as the exception in the worker.
     """
     if (code := getattr(error, "exit_code", None)) is not None:
         return Ending(code, getattr(error, "line", "") or str(error))
@@ -80,9 +78,9 @@ def ending(error: BaseException) -> Ending:
 
 
 def _original(error: BaseException) -> tuple[type[BaseException], str, list[tuple[str, int]]]:
-    """Return an exception's class, its message, and the files and lines it passed, the innermost last.
+    """Return an exception's class, its message, and the files and lines of its traceback, innermost last.
 
-    For an exception of a loader's worker these are the ones in the worker.
+    For an exception from a loader's worker they are those in the worker.
     """
     kind, text = type(error), str(error)
     frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
@@ -90,7 +88,7 @@ def _original(error: BaseException) -> tuple[type[BaseException], str, list[tupl
         name, text = found[1], found[2].rstrip("\n")
         passed = re.findall(r'^  File "(.+)", line (\d+)', found[0], re.MULTILINE)
         frames += [(file, int(line)) for file, line in passed]
-        # Those that take more than one string come as RuntimeError: JSONDecodeError, UnicodeDecodeError.
+        # Exceptions that take more arguments (JSONDecodeError, UnicodeDecodeError) arrive as RuntimeError.
         kind = next((child for child in _below(ValueError) if child.__name__ == name), kind)
     return kind, text or kind.__name__, frames
 
@@ -102,7 +100,7 @@ def _below(kind: type[BaseException]) -> Iterator[type[BaseException]]:
 
 
 def _of_system(error: BaseException, text: str, place: str) -> Ending:
-    """Sort an OSError. Those without a number were raised with a text, by us or by a library that reads files."""
+    """Classify an OSError. One without a number has a text of ours, or of a library that reads files."""
     stated = re.fullmatch(r"\[Errno (\d+)\] ([^:]+)(?:: '(.*)')?", text)
     number = getattr(error, "errno", None) or (int(stated[1]) if stated else None)
     line = f"{stated[3]}: {stated[2]}" if stated and stated[3] else text
@@ -122,9 +120,9 @@ def _place(files: list[tuple[str, int]]) -> str:
 
 
 def conclude(error: BaseException) -> Ending:
-    """Return :func:`ending` with a line that also says where to look when the words of the error are not ours.
+    """Return :func:`ending`; if the message is a library's, the line also names the place in our code.
 
-    The traceback goes into the run's log in any case, if there is a log by now.
+    The traceback is written into the run's log, if there is one by now.
     """
     end, log = ending(error), record(error)
     if not end.place:
@@ -134,7 +132,7 @@ def conclude(error: BaseException) -> Ending:
 
 
 def record(error: BaseException) -> str:
-    """Write an exception's traceback into the run's log, not on the screen; return the log's path, if there is one."""
+    """Write an exception's traceback into the run's log, not to the screen; return the log's path, if there is one."""
     for handler in logging.getLogger("moco_d2").handlers:
         path = getattr(getattr(handler, "stream", None), "name", None)
         if isinstance(path, str) and not path.startswith("<"):  # <stdout>, <stderr>
@@ -149,7 +147,7 @@ def leave(error: BaseException) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         _fail("interrupted", INTERRUPTED)
     if isinstance(error, BrokenPipeError) and _nobody_reads():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise flushing at exit fails
         sys.exit(PIPE_CLOSED)
     end = conclude(error)
     if not end.line:
@@ -159,7 +157,7 @@ def leave(error: BaseException) -> NoReturn:
 
 
 def attempt(work: Callable[[], int | None]) -> int:
-    """Do a command's work and return the exit code; a user's mistake is said in its line, a fault of ours goes on."""
+    """Do a command's work and return the exit code; print a user's mistake, and re-raise a fault of ours."""
     try:
         return work() or 0
     except Exception as error:
@@ -171,7 +169,7 @@ def attempt(work: Callable[[], int | None]) -> int:
 
 
 def guard(work: Callable[[], int | None]) -> NoReturn:
-    """Do a command's work, which may return an exit code, and end as :func:`ending` says."""
+    """Do a command's work, which may return an exit code, and end the process as :func:`ending` says."""
     try:
         code = work() or 0
         sys.stdout.flush()
@@ -181,12 +179,12 @@ def guard(work: Callable[[], int | None]) -> NoReturn:
 
 
 def _nobody_reads() -> bool:
-    """Tell whether standard output is a pipe that was closed at its other end, as by ``| head``."""
+    """Tell whether standard output is a pipe whose reader has ended, as with ``| head``."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         return any(event & select.POLLERR for _, event in poll.poll(0))
-    except (OSError, ValueError):  # no file at all
+    except (OSError, ValueError):  # not a file
         return False
 
 

@@ -1,11 +1,11 @@
-"""What a weight file says about itself, so that nobody has to guess how to feed it.
+"""The facts of a backbone: what a weight file says about itself, so that nobody has to guess how to feed it.
 
-Every file this project writes carries a :class:`BackboneFacts` as a plain dictionary under the key ``facts``. The same
-record answers three questions: which Detectron2 keys build and feed the network (:meth:`BackboneFacts.config`), which
-torchvision network it was (``depth``, ``groups``, channel counts), and whether a config contradicts the weights
+Every file that this project writes holds a :class:`BackboneFacts` as a plain dictionary under the key ``facts``. It
+tells which network the weights belong to (``depth``, ``groups``, channel counts), which Detectron2 keys build and feed
+that network (:meth:`BackboneFacts.config`), and where a config contradicts the weights
 (:meth:`BackboneFacts.contradictions`).
 
-This module is the floor of the package: standard library only.
+The module needs the standard library only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
+
+KINDS = ("resnet",)
+NORMS = ("BN", "GN")
 
 
 class Config(Protocol):
@@ -25,12 +28,12 @@ class Config(Protocol):
 
 @dataclass(frozen=True)
 class Pixels:
-    """How pixels must be prepared, in Detectron2's units.
+    """The input of a network, in Detectron2's units.
 
     Attributes:
         order: channel order, ``RGB`` or ``BGR``.
-        mean: per-channel mean in that order, 0..255 (``MODEL.PIXEL_MEAN``).
-        std: per-channel divisor in that order, 0..255 (``MODEL.PIXEL_STD``; Caffe-lineage weights use 1).
+        mean: mean of each channel in that order, 0..255 (``MODEL.PIXEL_MEAN``).
+        std: divisor of each channel in that order, 0..255 (``MODEL.PIXEL_STD``; 1 for weights from Caffe).
     """
 
     order: str = "RGB"
@@ -56,35 +59,43 @@ CAFFE_BGR = Pixels("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
 
 @dataclass(frozen=True)
 class BackboneFacts:
-    """One ResNet backbone: its shape, where its strides sit, how to feed it and where it comes from.
+    """The facts of one backbone: its shape, its strides, its input and its origin.
 
     Attributes:
+        kind: family of networks, one of ``KINDS``. Files of earlier versions do not state it: they hold a ResNet.
         depth: 18, 34, 50, 101 or 152.
         stem_channels: output channels of ``conv1`` (64 at width 1).
         res2_channels: output channels of the first residual stage (256, or 64 for depth 18 and 34, at width 1).
         groups: groups of the 3x3 convolutions (32 for ResNeXt-50 32x4d).
         width_per_group: bottleneck channels of the first stage per group (64 at width 1).
         stride_in_1x1: whether a bottleneck strides in its first 1x1 convolution (Caffe) or in its 3x3 (torchvision).
-        pixels: the input the weights were trained with.
+        norm: ``BN``, batch norm of any kind, or ``GN``, group norm.
+        pixels: the input that the weights were trained with.
         origin: where the weights come from, in words.
-        protocol: the pretraining recipe's name (``moco_v2_R50_200ep``), empty when unknown.
-        parts: what of a detector is pretrained beside the backbone: ``fpn``, ``box_head``, ... Fine-tuning from such
+        recipe: name of the pretraining recipe (``moco_v2_R50_200ep``), empty if unknown.
+        parts: the other parts of a detector that are pretrained: ``fpn``, ``box_head``, ... Fine-tuning from such
             weights is another protocol.
     """
 
+    kind: str = "resnet"
     depth: int = 50
     stem_channels: int = 64
     res2_channels: int = 256
     groups: int = 1
     width_per_group: int = 64
     stride_in_1x1: bool = False
+    norm: str = "BN"
     pixels: Pixels = field(default_factory=Pixels)
     origin: str = "unknown"
-    protocol: str = ""
+    recipe: str = ""
     parts: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise ValueError(f"the norm is {self.norm!r}; it must be {' or '.join(NORMS)}")
+
     def as_dict(self) -> dict[str, Any]:
-        """Return plain numbers, strings and lists, fit for any file format."""
+        """Return the facts as numbers, strings, lists and dictionaries, which every file format can hold."""
         facts = asdict(self)
         facts["pixels"] = {k: list(v) if isinstance(v, tuple) else v for k, v in facts["pixels"].items()}
         facts["parts"] = list(self.parts)
@@ -92,23 +103,32 @@ class BackboneFacts:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> BackboneFacts:
-        """Rebuild facts from :meth:`as_dict`'s form.
+        """Return the facts that :meth:`as_dict` wrote, in this version or an earlier one.
 
         Raises:
-            ValueError: a field is unknown or has an impossible value.
+            ValueError: the kind of network or a field is unknown, or a field has an impossible value.
         """
-        known = cls.__dataclass_fields__
-        unknown = sorted(set(facts) - set(known))
-        if unknown:
-            raise ValueError(f"unknown backbone facts {unknown}; known are {sorted(known)}")
         values = dict(facts) | {"parts": tuple(facts.get("parts", ()))}
+        if values.get("kind", "resnet") not in KINDS:
+            raise ValueError(
+                f"the backbone is of kind {values['kind']!r}, and this version of moco_d2 knows {', '.join(KINDS)} "
+                "only: install a newer version"
+            )
+        if "protocol" in values:  # the name of `recipe` in earlier versions
+            values["recipe"] = values.pop("protocol")
+        known = cls.__dataclass_fields__
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown backbone facts {unknown}; the known ones are {sorted(known)}")
         if "pixels" in values:
             pixels = values["pixels"]
             values["pixels"] = Pixels(pixels["order"], tuple(pixels["mean"]), tuple(pixels["std"]))
         return cls(**values)
 
     def config(self) -> dict[str, Any]:
-        """Return the Detectron2 keys, with values, under which these weights mean what they meant in pretraining."""
+        """Return the Detectron2 keys and values that build the pretrained network and feed it as in pretraining."""
+        # Which batch norm a detector has (frozen, synchronised, ...) is the protocol's choice.
+        norm = {"MODEL.RESNETS.NORM": self.norm} if self.norm != "BN" else {}
         return {
             "MODEL.RESNETS.DEPTH": self.depth,
             "MODEL.RESNETS.STEM_OUT_CHANNELS": self.stem_channels,
@@ -119,14 +139,15 @@ class BackboneFacts:
             "MODEL.PIXEL_MEAN": list(self.pixels.mean),
             "MODEL.PIXEL_STD": list(self.pixels.std),
             "INPUT.FORMAT": self.pixels.order,
+            **norm,
         }
 
     def contradictions(self, cfg: Config, tolerance: float = 0.01) -> list[str]:
-        """List the keys of ``cfg`` that disagree with these facts, one readable line each (empty: all agree).
+        """Return a message for each key of ``cfg`` that contradicts these facts.
 
         Args:
             cfg: a Detectron2 config.
-            tolerance: largest accepted difference of a mean or std, in 0..255 units (files round differently).
+            tolerance: largest accepted difference of a mean or std, in 0..255 (files round differently).
         """
         lines = []
         for key, wanted in self.config().items():

@@ -1,7 +1,7 @@
-"""Detectron2, which this package extends. Importing the module makes sure that it is there and finds the user's data.
+"""Check that Detectron2, which this package extends, is installed; and the path of its data sets.
 
 Every package that needs Detectron2 imports this module first. ``moco_d2.layers``, ``moco_d2.methods`` and
-``moco_d2.convert`` do without.
+``moco_d2.convert`` do not need it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from moco_d2.install_detectron2 import COMMAND
 from moco_d2.io.paths import expand_datasets_root
 
 _spec = importlib.util.find_spec("detectron2")
-# A folder that merely has the name (a git clone in the working directory) is a namespace package: it has no origin.
+# A mere folder of this name (a git clone in the working directory) is a namespace package, which has no origin.
 if _spec is None or _spec.origin is None:
     raise ImportError(
         f"moco_d2 needs detectron2, which is not installed. Install it with\n    {COMMAND}\n"
@@ -20,4 +20,4 @@ if _spec is None or _spec.origin is None:
         name="detectron2",
     )
 
-expand_datasets_root()  # Detectron2 reads the variable once, when its data sets are imported.
+expand_datasets_root()  # Detectron2 reads the variable once, when its data sets are imported

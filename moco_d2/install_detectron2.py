@@ -2,11 +2,11 @@
 
 In this order:
 
-1. A Detectron2 that Python can already import is left alone.
-2. If the environment variable ``DETECTRON2`` is set, it is what pip installs, for example
+1. If Python can already import a Detectron2, nothing is installed.
+2. If the environment variable ``DETECTRON2`` is set, pip installs its value, for example
    ``git+https://github.com/facebookresearch/detectron2.git`` (compiles for some minutes, needs a C++ compiler).
-3. Otherwise PyPI's ``sal-detectron2`` 0.7.2: upstream's tree of August 2024, repackaged. It ships one wheel, tagged for
-   CPython 3.10, whose Python part runs on any later Python; this script checks its hash and unpacks that part.
+3. Otherwise: PyPI's ``sal-detectron2`` 0.7.2, upstream's tree of August 2024, repackaged. It has a single wheel, tagged
+   for CPython 3.10, whose Python part runs on any later Python; this script checks its hash and unpacks that part.
 
 Standard library only, so that it runs before anything else is installed.
 """
@@ -34,11 +34,11 @@ REQUIREMENT = "sal-detectron2==0.7.2"
 SHA256 = "491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 OFFICIAL = "git+https://github.com/facebookresearch/detectron2.git"
 
-# pip offers a wheel tagged cp310 to another Python only when told that this is Python 3.10.
+# pip downloads a wheel tagged cp310 on another Python only if it is told that this is Python 3.10.
 _DOWNLOAD = ("download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:", "--python-version", "3.10")
 
-# numpy<2: the code runs with numpy 2 and 2.4 is what we test. black: only formats LazyConfig dumps, imported when used.
-# Both would make `pip check` report a conflict that is none.
+# Requirements without need, about which `pip check` would complain: the code runs with numpy 2 (tested with 2.4), and
+# black only formats dumps of LazyConfig, where it is imported on use.
 _RELAXED = {"Requires-Dist: numpy<2": "Requires-Dist: numpy", "Requires-Dist: black": None}
 _NOTE = (
     "Unpacked by moco_d2.install_detectron2: the compiled extension (built for CPython 3.10 and an old torch) and the "
@@ -49,12 +49,12 @@ _NOTE = (
 def find() -> Path | None:
     """Return the folder of the Detectron2 that ``import detectron2`` would take, without importing it."""
     spec = importlib.util.find_spec("detectron2")
-    # A folder that merely has the name (a git clone in the working directory) is a namespace package: no origin.
+    # A mere folder of this name (a git clone in the working directory) is a namespace package, which has no origin.
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
 def distribution(folder: Path) -> str:
-    """Return the name and version of the installed distribution that holds a Detectron2 folder."""
+    """Return the name and version of the installed distribution that contains a Detectron2 folder."""
     names = metadata.packages_distributions().get("detectron2", [])
     return ", ".join(f"{name} {metadata.version(name)}" for name in sorted(set(names))) or f"a checkout at {folder}"
 
@@ -71,20 +71,20 @@ def check_hash(wheel: Path, sha256: str = SHA256) -> None:
 
 
 def unpack(wheel: Path, site_packages: Path) -> list[str]:
-    """Unpack the Python part of a ``sal-detectron2`` wheel: ``detectron2/`` and its metadata, all or nothing.
+    """Unpack the Python part of a ``sal-detectron2`` wheel, ``detectron2/`` and its metadata, or nothing on failure.
 
     Args:
         wheel: the wheel file, already checked.
-        site_packages: the folder that receives it.
+        site_packages: the target folder.
 
     Returns:
         The wheel's files that were left out.
 
     Raises:
-        ValueError: the wheel holds no ``detectron2`` package or no metadata, or a folder is in the way.
+        ValueError: the wheel has no ``detectron2`` package or no metadata, or the folder exists already.
     """
     site_packages.mkdir(parents=True, exist_ok=True)
-    # On the same file system as its destination, so that the last step is a rename: a failure before it leaves nothing.
+    # On the same file system as the target, so that the last step is a rename: an earlier failure leaves nothing.
     with tempfile.TemporaryDirectory(dir=site_packages, prefix=".detectron2-") as temporary:
         stage = Path(temporary)
         with zipfile.ZipFile(wheel) as archive:
@@ -92,7 +92,7 @@ def unpack(wheel: Path, site_packages: Path) -> list[str]:
             kept = [name for name in names if _wanted(name)]
             info = next((name.split("/")[0] for name in kept if name.endswith(".dist-info/METADATA")), None)
             if info is None or "detectron2/__init__.py" not in kept:
-                raise ValueError(f"{wheel.name} holds no detectron2 package or no metadata; nothing was installed")
+                raise ValueError(f"{wheel.name} has no detectron2 package or no metadata; nothing was installed")
             archive.extractall(stage, kept)
         _rewrite_metadata(stage / info)
         _write_record(stage, info)
@@ -103,8 +103,8 @@ def unpack(wheel: Path, site_packages: Path) -> list[str]:
 def _wanted(name: str) -> bool:
     path = PurePosixPath(name)
     if path.parts[0].endswith(".dist-info"):
-        return path.name != "RECORD"  # written anew for the files that are kept
-    # The extension links against an old torch's C++ interface: it loads nowhere we support, Python 3.10 included.
+        return path.name != "RECORD"  # written again for the files that are kept
+    # The extension is built for the C++ interface of an old torch: no supported version loads it, even on Python 3.10.
     return path.parts[0] == "detectron2" and path.suffix != ".so" and ".." not in path.parts
 
 
@@ -119,7 +119,7 @@ def _rewrite_metadata(info: Path) -> None:
 
 
 def _write_record(stage: Path, info: str) -> None:
-    """List every file with its hash, so that ``pip uninstall`` removes all of them and no others."""
+    """List every file with its hash, so that ``pip uninstall`` removes exactly these files."""
     rows = []
     for path in sorted(p for p in stage.rglob("*") if p.is_file()):
         data = path.read_bytes()
@@ -132,8 +132,8 @@ def _write_record(stage: Path, info: str) -> None:
 def _move_in(stage: Path, site_packages: Path, info: str) -> None:
     package = site_packages / "detectron2"
     if package.exists():
-        raise ValueError(f"{package} is in the way although it cannot be imported; remove it and try again")
-    # The package comes last: whatever happens before, nothing is importable, and the next run replaces the record.
+        raise ValueError(f"{package} exists although it cannot be imported; remove it and try again")
+    # The package comes last: after an earlier failure nothing can be imported, and the next run replaces the record.
     shutil.rmtree(site_packages / info, ignore_errors=True)
     (stage / info).rename(site_packages / info)
     try:
@@ -148,8 +148,8 @@ def _pip(*arguments: str) -> None:
 
 
 def _install_spec(spec: str) -> None:
-    # --no-build-isolation: setup.py of Detectron2 imports the torch that it is built for.
-    # --no-deps: its requirements are in our setup.py already, and its pins (iopath<0.1.10) would undo tested versions.
+    # --no-build-isolation: Detectron2's setup.py imports the torch that it is built for.
+    # --no-deps: our setup.py has its requirements, and its pins (iopath<0.1.10) would replace tested versions.
     _pip("install", "--no-build-isolation", "--no-deps", spec)
 
 
@@ -164,13 +164,13 @@ def _install_sal() -> list[str]:
 
 
 def main() -> int:
-    """Install Detectron2 unless there is one, and say in a few lines what was done."""
+    """Install Detectron2 unless it is installed already, and print what was done."""
     present = find()
     spec = os.environ.get("DETECTRON2", "").strip()
     if present is not None:
-        print(f"detectron2 is installed already, nothing to do: {distribution(present)}, in {present}")
+        print(f"detectron2 is installed already: {distribution(present)}, in {present}")
         if spec:
-            print(f"  DETECTRON2={spec} is not used; to have it, pip uninstall this one first")
+            print(f"  DETECTRON2={spec} is not used: to install that one, pip uninstall this one first")
         return 0
     try:
         if spec:
@@ -181,7 +181,7 @@ def main() -> int:
     except (subprocess.CalledProcessError, OSError, ValueError, zipfile.BadZipFile) as error:
         print(f"detectron2 could not be installed: {error}", file=sys.stderr)
         command = f"DETECTRON2={OFFICIAL} {sys.executable} -m moco_d2.install_detectron2"
-        print(f"where GitHub can be reached, this is another way:\n    {command}", file=sys.stderr)
+        print(f"another way, if GitHub can be reached:\n    {command}", file=sys.stderr)
         return 1
     importlib.invalidate_caches()
     present = find()

@@ -1,7 +1,7 @@
-"""The transfer protocols by name: config, paper row, what is confirmed, and the published figures.
+"""Downstream protocols by name: config, paper row, evidence, and published figures.
 
 ``python -m moco_d2.model_zoo`` prints them as the Markdown tables of ``docs/configs.md``. The data are in
-``model_zoo.yaml`` beside this file, the one place where published detection figures stand.
+``model_zoo.yaml``, the only place for published detection figures.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Published:
 
     Attributes:
         init: ``random``, ``supervised``, or the name of a pretraining recipe, as in the facts of converted weights.
-        label: the same in words.
+        label: the init in words.
         metrics: ``{"bbox/AP": 55.9, ...}`` in percent.
-        std: published standard deviation over trials of some of them, in points.
-        trials: number of trials behind the figures.
-        source: where they were published.
+        std: published standard deviation over trials of some metrics, in points.
+        trials: number of trials that the figures are a mean of.
+        source: of the figures.
     """
 
     init: str
@@ -53,13 +53,13 @@ class Published:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A named downstream recipe: detector, data and schedule. The initial weights are no part of it.
+    """A downstream evaluation: detector, data and schedule. The initial weights are not part of it.
 
     Attributes:
-        name: the name that every result carries.
+        name: recorded in every result.
         config: the shipped config.
-        paper: the published row it reproduces, or ``none``.
-        evidence: what its values rest on.
+        paper: the published row that it reproduces, or ``none``.
+        evidence: the source of its values.
         published: the row's figures.
     """
 
@@ -71,7 +71,7 @@ class Protocol:
 
 
 def list_protocols() -> list[str]:
-    """Return the names of the published protocols and, behind them, of the quick schedules."""
+    """Return the names of the published protocols, followed by those of the quick schedules."""
     return list(_protocols())
 
 
@@ -79,7 +79,7 @@ def get_protocol(name: str) -> Protocol:
     """Return a protocol by name.
 
     Raises:
-        ValueError: there is none; the message lists the nearest.
+        ValueError: it does not exist; the message lists the nearest names.
     """
     protocols = _protocols()
     if name not in protocols:
@@ -93,7 +93,7 @@ def get_config(name: str, init: str = "moco", opts: Sequence[str] = ()) -> CfgNo
 
     Args:
         name: of the protocol.
-        init: how the weights are fed: ``moco`` (torchvision's conventions; ``MODEL.WEIGHTS`` must still be given),
+        init: the initialisation: ``moco`` (torchvision's input conventions; set ``MODEL.WEIGHTS`` in addition),
             ``supervised`` or ``random``.
         opts: ``KEY VALUE KEY VALUE ...``.
 
@@ -106,10 +106,10 @@ def get_config(name: str, init: str = "moco", opts: Sequence[str] = ()) -> CfgNo
 
 
 def config_changes(cfg: CfgNode) -> list[str] | None:
-    """List, as ``KEY=value``, where a config departs from the shipped one of its protocol (empty: it is the protocol).
+    """Return, as ``KEY=value``, where a config departs from the shipped config of its protocol.
 
-    Runs of one protocol may differ in their weights, machine and bookkeeping (:mod:`moco_d2.config.roles`). None where
-    the config names no shipped protocol.
+    The keys of a protocol are those with this role in :mod:`moco_d2.config.roles`. None if the config names no shipped
+    protocol.
     """
     if cfg.PROTOCOL not in _protocols():
         return None
@@ -117,9 +117,9 @@ def config_changes(cfg: CfgNode) -> list[str] | None:
 
 
 def pretraining_changes(cfg: CfgNode) -> list[str] | None:
-    """List, as ``KEY=value``, where pretraining departs from the shipped recipe whose name it bears.
+    """Return, as ``KEY=value``, where a config departs from the shipped recipe of its name.
 
-    None where the config names no shipped recipe.
+    None if the config names no shipped recipe.
     """
     if cfg.PROTOCOL not in _recipes():
         return None
@@ -170,13 +170,13 @@ def _protocol(name: str, entry: Mapping[str, Any], sources: Mapping[str, str]) -
 
 
 def protocol_table() -> str:
-    """Return a Markdown table of the protocols: config, paper row, and what its values rest on."""
+    """Return a Markdown table of the protocols: config, paper row, and evidence."""
     rows = [f"| `{p.name}` | `{p.config}` | {p.paper} | {p.evidence} |" for p in _published()]
-    return "\n".join(["| protocol | config | paper row | rests on |", "|---|---|---|---|", *rows]) + "\n"
+    return "\n".join(["| protocol | config | paper row | evidence |", "|---|---|---|---|", *rows]) + "\n"
 
 
 def published_tables() -> str:
-    """Return a Markdown table of published figures for each protocol that has any."""
+    """Return a Markdown table of published figures for each protocol that has them."""
     return "\n".join(_figures(p) for p in _published() if p.published)
 
 

@@ -1,4 +1,4 @@
-"""How commands end: exit codes and the one line, wherever an exception was raised: a loader's worker, another rank."""
+"""Exit codes and the one line of an error, wherever it was raised: a loader's worker, another rank."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from moco_d2 import exits
 from moco_d2.commands import cli
-from moco_d2.config import get_cfg, use_device_there_is
+from moco_d2.config import get_cfg, use_available_device
 from moco_d2.io import files
 from moco_d2.io.checkpoints import CheckpointError
 from moco_d2.running import launch
 from moco_d2.running.checkpoints import NotWrittenError
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ROOT / "tools"
 
 
 def raises(error: BaseException) -> Callable[[], None]:
@@ -141,7 +140,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
 def test_every_traceback_is_in_the_log_and_words_that_are_not_ours_say_so(
     log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.preemption, "listen", lambda: None)
+    monkeypatch.setattr(launch.preemption, "handle_signals", lambda: None)
     with pytest.raises(ValueError) as ours:
         launch.launch(print, 0)
     line = "--num-gpus is 0; it must be at least 1 (without a GPU: processes on the CPU)"
@@ -166,16 +165,16 @@ def test_a_mistake_found_in_a_rank_is_a_mistake_of_the_command() -> None:
 @pytest.mark.parametrize(("how", "said"), [
     ({"num_gpus": 0}, "--num-gpus is 0; it must be at least 1"),
     ({"num_gpus": -2}, "--num-gpus is -2"),
-    ({"num_machines": 0}, "--num-machines 0 --machine-rank 0: there is at least one machine"),
-    ({"num_machines": 2, "machine_rank": 2, "dist_url": "tcp://localhost:1"}, "--machine-rank 2"),
-    ({"num_machines": 2, "machine_rank": -1, "dist_url": "tcp://localhost:1"}, "--machine-rank -1"),
-    ({"num_machines": 2}, "several machines need --dist-url"),
+    ({"num_machines": 0}, "--num-machines is 0 and --machine-rank is 0: there must be at least one machine"),
+    ({"num_machines": 2, "machine_rank": 2, "dist_url": "tcp://localhost:1"}, "--machine-rank is 2"),
+    ({"num_machines": 2, "machine_rank": -1, "dist_url": "tcp://localhost:1"}, "--machine-rank is -1"),
+    ({"num_machines": 2}, "--dist-url is missing: with several machines"),
     ({"dist_url": "localhost:1234"}, "--dist-url is 'localhost:1234'; it must be tcp://HOST:PORT"),
     ({"dist_url": "tcp://localhost"}, "--dist-url"),
     ({"dist_url": "tcp://localhost:70000"}, "--dist-url"),
     ({"dist_url": "http://localhost:80"}, "--dist-url"),
-    ({"dist_url": f"tcp://{'x' * 70}:80"}, "but that host is not known here"),
-    ({"timeout": 0.0}, "--timeout is 0; it must be a number of seconds"),
+    ({"dist_url": f"tcp://{'x' * 70}:80"}, "but this machine cannot resolve that host"),
+    ({"timeout": 0.0}, "--timeout is 0; it must be from 1 to 100,000,000 seconds"),
     ({"timeout": float("nan")}, "--timeout is nan"),
     ({"timeout": float("inf")}, "--timeout is inf"),
 ])  # fmt: skip
@@ -202,15 +201,15 @@ def test_devices(asked: str, with_gpus: str | None, without: str | None, monkeyp
         cfg.MODEL.DEVICE = asked
         if expected is None:
             with pytest.raises(ValueError, match=rf"^MODEL\.DEVICE is {asked!r}[,;].*cuda"):
-                use_device_there_is(cfg)
+                use_available_device(cfg)
         else:
-            use_device_there_is(cfg)
+            use_available_device(cfg)
             assert expected == cfg.MODEL.DEVICE
 
 
 def test_one_gpu_by_its_number_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[str] = []
-    monkeypatch.setattr(launch.preemption, "listen", lambda: None)
+    monkeypatch.setattr(launch.preemption, "handle_signals", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: GPUS)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -256,11 +255,10 @@ def test_the_documented_codes_are_these() -> None:
 
 
 def test_every_command_ends_by_the_guard() -> None:
-    scripts = [path for folder in ("tools", "datasets", "moco_d2") for path in (ROOT / folder).rglob("*.py")]
-    commands = {
-        str(path.relative_to(ROOT)): path.read_text().partition('\nif __name__ == "__main__":')[2] for path in scripts
-    }
-    commands = {name: text for name, text in commands.items() if text}
-    assert {"tools/report.py", "moco_d2/commands/doctor.py", "datasets/make_sample_data.py"} <= commands.keys()
-    for name, text in commands.items():
-        assert "guard(" in text or "cli.run(" in text, name
+    folders = ("tools", "datasets", "benchmarks", "examples", "moco_d2")
+    texts = {path: path.read_text() for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    scripts = {path: text for path, text in texts.items() if '\nif __name__ == "__main__":' in text}
+    names = {str(path.relative_to(ROOT)) for path in scripts}
+    assert {"tools/report.py", "moco_d2/__main__.py", "datasets/make_sample_data.py", "benchmarks/__main__.py"} <= names
+    for path, text in scripts.items():
+        assert "guard(" in text, path

@@ -108,7 +108,7 @@ def test_another_file_is_refused_by_its_hash(wheel: Path) -> None:
 def test_a_wheel_of_something_else_leaves_nothing(tmp_path: Path) -> None:
     files = {name: text for name, text in WHEEL_FILES.items() if name != "detectron2/__init__.py"}
     site = tmp_path / "site"
-    with pytest.raises(ValueError, match="holds no detectron2 package"):
+    with pytest.raises(ValueError, match="has no detectron2 package"):
         installer.unpack(make_wheel(tmp_path, files), site)
     assert list(site.iterdir()) == []
 
@@ -131,7 +131,7 @@ def test_a_folder_in_the_way_is_named_and_kept(wheel: Path, tmp_path: Path) -> N
     mine = tmp_path / "site" / "detectron2" / "mine.txt"
     mine.parent.mkdir(parents=True)
     mine.touch()
-    with pytest.raises(ValueError, match="is in the way"):
+    with pytest.raises(ValueError, match="exists although it cannot be imported"):
         installer.unpack(wheel, tmp_path / "site")
     assert mine.exists()
 

@@ -31,9 +31,8 @@ ALLOWED = {
 
 def calls(root: Path = ROOT) -> Iterator[tuple[str, str, ast.AST]]:
     """Yield (file, dotted name, node) of every name that is used, imported names by their full ones."""
-    for path in sorted(
-        path for folder in ("moco_d2", "tools", "benchmarks", "datasets") for path in (root / folder).rglob("*.py")
-    ):
+    folders = ("moco_d2", "tools", "benchmarks", "datasets", "examples")
+    for path in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
         name, tree = str(path.relative_to(root)), ast.parse(path.read_text())
         full: dict[str, str] = {}
         for node in ast.walk(tree):

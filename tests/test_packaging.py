@@ -1,17 +1,16 @@
-"""What a stranger meets first: the wheel, the pins, the import errors, and the commands that the documents give."""
+"""The first things that a stranger meets: the wheel, the pins, import errors, and the commands of the documents."""
 
 import argparse
 import ast
+import functools
 import itertools
 import os
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -20,32 +19,12 @@ from hidden_modules import ROOT, run_without
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from moco_d2.config import flat, get_cfg, list_configs, load_cfg
+import moco_d2.__main__
+from moco_d2.config import flat, get_cfg, load_cfg
 from moco_d2.methods import default_args
 
 # torch asks for exactly these itself.
 PINNED_BY_TORCH = ("nvidia-", "triton")
-
-
-@pytest.fixture(scope="module")
-def unpacked_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of the working tree, unpacked as pip would."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
-    for name in ("moco_d2", "configs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet"]
-    done = subprocess.run(
-        [*pip, "--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", str(source / "dist"), str(source)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = (source / "dist").glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(target)
-    return target
 
 
 def pins(constraints: Path) -> dict[str, str]:
@@ -64,23 +43,25 @@ def requirements_of(unpacked_wheel: Path) -> list[Requirement]:
     return [Requirement(line) for line in distribution.requires or []]
 
 
-def test_an_installed_wheel_finds_its_configs(unpacked_wheel: Path) -> None:
-    code = "import moco_d2.config as c; print(c.__file__, *c.list_configs()); c.load_cfg(c.list_configs()[0])"
-    environment = {**os.environ, "PYTHONPATH": str(unpacked_wheel)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=unpacked_wheel, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    module, *names = done.stdout.split()
-    assert Path(module).is_relative_to(unpacked_wheel)
-    assert names == list_configs()
-
-
-def test_the_wheel_holds_the_package_and_nothing_else(unpacked_wheel: Path) -> None:
+def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(unpacked_wheel: Path) -> None:
     assert {path.name for path in unpacked_wheel.iterdir() if not path.name.endswith(".dist-info")} == {"moco_d2"}
+    shipped = files_below(ROOT / "moco_d2") | {f"configs/{name}" for name in files_below(ROOT / "configs")}
+    assert files_below(unpacked_wheel / "moco_d2") == shipped - {"configs/README.md"}
     (distribution,) = metadata.distributions(path=[str(unpacked_wheel)])
     assert f'__version__ = "{distribution.version}"' in (ROOT / "moco_d2" / "__init__.py").read_text()
     assert distribution.metadata["Requires-Python"] == ">=3.10"
+    assert f"\nversion: {distribution.version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def files_below(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.parent.name != "__pycache__"}
+
+
+def test_the_wheel_installs_the_command(unpacked_wheel: Path) -> None:
+    (distribution,) = metadata.distributions(path=[str(unpacked_wheel)])
+    (script,) = distribution.entry_points
+    assert (script.group, script.name) == ("console_scripts", "moco-d2")
+    assert script.load() is moco_d2.__main__.main
 
 
 def test_constraints_pin_every_requirement_within_its_range(unpacked_wheel: Path) -> None:
@@ -145,7 +126,8 @@ def test_the_torch_only_parts_import_without_detectron2(statement: str, tmp_path
 
 
 def _documents() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    folders = (ROOT, ROOT / "docs", ROOT / "configs", ROOT / "datasets", ROOT / "examples")
+    return [path for folder in folders for path in sorted(folder.glob("*.md")) if path.name != "CHANGELOG.md"]
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -166,68 +148,72 @@ def test_commands_are_found_in_code_blocks() -> None:
 
 
 class Stop(BaseException):
-    """Leaves a script where its command line has been read. No Exception: the scripts catch those."""
+    """Leaves a command where its command line has been read. No Exception: the commands catch those."""
 
 
 @pytest.fixture
-def parser_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., argparse.ArgumentParser]:
-    """Run a script as far as its parser, which reads the words where some are given."""
-    read = argparse.ArgumentParser.parse_args
+def read(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[str]], None]:
+    """Run a command line, ``moco-d2 ...`` or a script of ours, until its parser has read it."""
+    parse_args = argparse.ArgumentParser.parse_args
 
-    def run(script: Path, words: list[str] | None = None) -> argparse.ArgumentParser:
-        found: list[argparse.ArgumentParser] = []
+    def stop(self: argparse.ArgumentParser, args: Sequence[str] | None = None, *_: object) -> None:
+        parse_args(self, args)
+        raise Stop
 
-        def stop(self: argparse.ArgumentParser, args: list[str] | None = None, *_: object) -> None:
-            found.append(self)
-            if words is not None:
-                read(self, args)
-            raise Stop
-
+    def run(command: Sequence[str]) -> None:
         monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        monkeypatch.setattr(sys, "argv", [str(script), *(words or [])])
-        monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+        monkeypatch.setattr(sys, "argv", list(command))
+        ours = functools.partial(moco_d2.__main__.run, command[1:])
+        script = functools.partial(runpy.run_path, command[0], run_name="__main__")
         with pytest.raises(Stop):
-            runpy.run_path(str(script), run_name="__main__")
-        return found[0]
+            (ours if command[0] == "moco-d2" else script)()
 
     return run
 
 
-def _script(word: str) -> Path | None:
-    """Return the script of ours that a word names."""
-    found = re.fullmatch(r"(?:\./)?((?:tools|datasets)/)?(\w+\.py)", word)
-    folders = [found[1]] if found and found[1] else ["tools", "datasets"]
-    return next((ROOT / f / found[2] for f in folders if (ROOT / f / found[2]).exists()), None) if found else None
+def _command(words: list[str]) -> list[str]:
+    """Return the part of a command line from ``moco-d2`` or a script with arguments on; empty if there is none."""
+    for index, word in enumerate(words):
+        if word == "moco-d2" and words[index + 1 : index + 2] != ["--help"]:
+            return words[index:]
+        if words[index : index + 2] in (["-m", "moco_d2"], ["-m", "benchmarks"]):
+            script = ["moco-d2"] if words[index + 1] == "moco_d2" else [str(ROOT / "benchmarks/__main__.py")]
+            return [*script, *words[index + 2 :]]
+        if re.fullmatch(r"(\./)?(tools|datasets|examples)/\w+\.py", word) and words[index + 1 :]:
+            return [str(ROOT / word), *words[index + 1 :]]
+    return []
 
 
-def _command_lines() -> Iterator[tuple[str, Path, list[str]]]:
-    """Yield where it stands, script and words of every command line in documents and in the scripts' own help."""
-    texts = {path.name: path.read_text() for path in _documents()}
-    for path in (*(ROOT / "tools").glob("*.py"), *(ROOT / "datasets").glob("*.py")):
-        texts[path.name] = f"```\n{ast.get_docstring(ast.parse(path.read_text()))}\n```\n"
+def _command_lines() -> Iterator[tuple[str, list[str]]]:
+    """Yield the place and the words of every command line in documents, and in the help of commands and scripts."""
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in _documents()}
+    for folder in ("tools", "datasets", "moco_d2/commands", "benchmarks", "examples"):
+        for path in (ROOT / folder).glob("*.py"):
+            lines = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+            examples = "\n".join(line for line in lines if line.startswith("    "))
+            texts[f"{folder}/{path.name}"] = f"```\n{examples}\n```\n"
     for name, text in texts.items():
         for words in commands(text):
-            for index, word in enumerate(words):
-                if script := _script(word):
-                    yield f"{name}: {shlex.join(words)}", script, words[index + 1 :]
-                    break
+            if command := _command(words):
+                yield f"{name}: {shlex.join(words)}", command
 
 
 def test_every_documented_command_line_is_read_and_its_config_and_keys_exist(
-    parser_of: Callable[..., argparse.ArgumentParser], capsys: pytest.CaptureFixture[str]
+    read: Callable[[Sequence[str]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen, problems = set(), []
-    for where, script, words in _command_lines():
-        seen.add(script.stem)
+    for where, command in _command_lines():
+        seen.add(command[1] if command[0] == "moco-d2" else Path(command[0]).name)
         try:
-            parser_of(script, words)
-            load_cfg(*_config_and_pairs(words))
+            read(command)
+            if "benchmarks" not in command[0]:
+                load_cfg(*_config_and_pairs(command))
         except SystemExit:
             problems.append(f"{where}: {capsys.readouterr().err.splitlines()[-1]}")
         except ValueError as error:
             problems.append(f"{where}: {error}")
     assert not problems
-    assert {"pretrain_net", "train_net", "convert_checkpoint", "run_trials", "report", "visualize", "demo"} <= seen
+    assert seen >= set(moco_d2.__main__.COMMANDS)
 
 
 def _config_and_pairs(words: list[str]) -> tuple[str, list[str]]:
@@ -258,9 +244,19 @@ def test_every_config_key_in_the_documents_exists() -> None:
 def test_scripts_documented_without_python_in_front_can_be_run_so() -> None:
     for document in _documents():
         for words in commands(document.read_text()):
-            if re.fullmatch(r"(\./)?(tools|datasets)/\w+\.py", words[0]):
+            if re.fullmatch(r"(\./)?(tools|datasets|examples)/\w+\.py", words[0]):
                 assert os.access(ROOT / words[0], os.X_OK), f"{words[0]} is not executable: git update-index --chmod=+x"
                 assert (ROOT / words[0]).read_text().startswith("#!/usr/bin/env python3\n")
+
+
+def test_links_between_documents_lead_somewhere_and_the_index_has_every_page() -> None:
+    broken = []
+    for document in _documents():
+        for link in re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text()):
+            broken += [f"{document.name}: {link}"] * (not (document.parent / link).exists())
+    assert not broken
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages <= set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "README.md").read_text()))
 
 
 def test_documented_make_targets_exist() -> None:

@@ -1,10 +1,11 @@
-"""The demo, with three iterations a training: every stage's real command, from drawn pictures to the table."""
+"""The demo of an installed wheel, with three iterations a training: every stage's command, from pictures to a table."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,22 +14,29 @@ from PIL import Image
 from moco_d2.convert import read_facts
 from moco_d2.io.provenance import sha256
 
-DEMO = Path(__file__).parents[1] / "tools" / "demo.py"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def output(unpacked_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the demo leaves, run where there is no checkout: in an empty folder, with the wheel on the path."""
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, str(DEMO), "--output", str(folder), "--steps", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = run(["-m", "moco_d2", "demo", "--steps", "3"], unpacked_wheel, cwd=folder)
     (folder / "screen.txt").write_text(done.stdout)
-    return folder
+    return folder / "output" / "demo"
+
+
+def run(command: list[str], package: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    words = [sys.executable, *command]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=1800, check=False, **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
 
 
 def test_the_table_compares_both_inits_on_both_tasks(output: Path) -> None:
     table = (output / "table.md").read_text()
-    assert table.strip() in (output / "screen.txt").read_text()
+    assert table.strip() in (output.parents[1] / "screen.txt").read_text()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     assert [(row[0], row[2]) for row in cells] == [
         ("MoCo", "voc_2007_test"), ("random", "voc_2007_test"), ("MoCo", "coco_2017_val"), ("random", "coco_2017_val"),
@@ -42,7 +50,7 @@ def test_the_detectors_started_from_what_was_pretrained(output: Path) -> None:
     assert len(converted) == 265
     assert torch.equal(converted["res5.2.conv3.weight"], backbone["layer4.2.conv3.weight"])
     facts = read_facts(output / "moco.pth")
-    assert facts is not None and (facts.protocol, facts.stem_channels) == ("quick_moco_v2_R50 (modified)", 16)
+    assert facts is not None and (facts.recipe, facts.stem_channels) == ("quick_moco_v2_R50 (modified)", 16)
     for name in ("VOC_R50-C4", "COCO_R50-FPN"):
         results = {
             init: json.loads((output / f"{name}_{init}" / "results.json").read_text()) for init in ("MoCo", "random")
@@ -54,18 +62,33 @@ def test_the_detectors_started_from_what_was_pretrained(output: Path) -> None:
     assert "res5" in (output / "logs" / "convert_and_prove.log").read_text(), "the proof was made"
 
 
-def test_a_detector_is_evaluated_again_in_its_runs_folder_and_the_run_stays_as_it_was(output: Path) -> None:
-    run = output / "VOC_R50-C4_random"
-    config = (run / "config.yaml").read_bytes()
-    command = [sys.executable, str(DEMO.with_name("train_net.py")), "--config-file", str(run / "config.yaml")]
-    subprocess.run(
-        [*command, "--eval-only", "MODEL.WEIGHTS", str(run / "model_final.pth")],
-        env={**os.environ, "DETECTRON2_DATASETS": str(output / "datasets")}, check=True, capture_output=True,
-    )  # fmt: skip
-    trained, evaluated = (json.loads((run / f"{name}.json").read_text()) for name in ("results", "results_eval_only"))
+def test_a_detector_is_evaluated_again_in_its_runs_folder_and_the_run_stays_as_it_was(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = output / "VOC_R50-C4_random"
+    config = (folder / "config.yaml").read_bytes()
+    weights = str(folder / "model_final.pth")
+    command = [
+        "tools/train_net.py",
+        "--config-file",
+        str(folder / "config.yaml"),
+        "--eval-only",
+        "MODEL.WEIGHTS",
+        weights,
+    ]
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(output / "datasets"))
+    run(command, ROOT, cwd=ROOT)
+    trained, evaluated = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("results", "results_eval_only")
+    )
     assert evaluated["metrics"] == trained["metrics"]
-    assert (run / "config.yaml").read_bytes() == config
-    assert str(run / "model_final.pth") in (run / "eval_only" / "config.yaml").read_text()
+    assert (folder / "config.yaml").read_bytes() == config
+    assert weights in (folder / "eval_only" / "config.yaml").read_text()
+
+
+def test_the_wheel_holds_what_a_report_is_made_of(output: Path, unpacked_wheel: Path, tmp_path: Path) -> None:
+    run(["-m", "moco_d2", "report", str(output), "-o", "report"], unpacked_wheel, cwd=tmp_path)
+    assert "quick_voc0712_faster_rcnn_R_50_C4" in (tmp_path / "report" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["pretraining", "views", "detections_VOC", "detections_COCO"])

@@ -1,4 +1,7 @@
-"""A method that uses everything the contract offers, for tests: two view sizes, index, memory, own group, EMA."""
+"""A method that uses everything the contract offers, for tests: two view sizes, index, memory, own group, EMA.
+
+Only fixtures and scripts of the tests register it, because other tests walk the registries.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco_d2.data.augment import Crop, Flip, Grey, Recipe, View
-from moco_d2.facts import IMAGENET_RGB
+from moco_d2.data.augment import AUGMENTATIONS, Apply, Augmentation, Crop, View
 from moco_d2.layers.distributed import gather
 from moco_d2.layers.ema import cosine_momentum, ema_update_
 from moco_d2.layers.encode import by_resolution
 from moco_d2.layers.heads import without_head
 from moco_d2.layers.memory_bank import MemoryBank
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod
+from moco_d2.methods.base import METHODS, Diagnostic, SSLMethod
 
 
 class Toy(SSLMethod):
@@ -95,8 +97,18 @@ class Toy(SSLMethod):
         return without_head(self.target)
 
 
-def toy_recipe(size: int) -> Recipe:
+def toy_augmentation(size: int) -> Augmentation:
     """Two large views and two small ones."""
-    large = View(Crop(size, (0.4, 1.0), bicubic=True), (Grey(0.2), Flip()))
-    small = View(Crop(size // 2, (0.1, 0.4)), (Flip(),))
-    return Recipe((large, large, small, small), IMAGENET_RGB)
+    large = View(Crop(size, (0.4, 1.0), bicubic=True), (Apply("grey", 0.2), Apply("flip", 0.5)))
+    small = View(Crop(size // 2, (0.1, 0.4)), (Apply("flip", 0.5),))
+    return Augmentation((large, large, small, small))
+
+
+def register() -> None:
+    """Make the method and its augmentation known."""
+    METHODS["Toy"], AUGMENTATIONS["toy"] = Toy, toy_augmentation
+
+
+def unregister() -> None:
+    """Undo :func:`register`."""
+    del METHODS["Toy"], AUGMENTATIONS["toy"]

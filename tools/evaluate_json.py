@@ -1,67 +1,13 @@
 #!/usr/bin/env python3
-r"""Evaluate detections in a file: those that an evaluation saved, or anyone's in COCO's form.
+"""Evaluate detections that lie in a file; the same as ``moco-d2 evaluate``.
 
-    tools/evaluate_json.py --predictions output/run/inference/voc_2007_test/voc_instances_results.json \
-        --config-file output/run/config.yaml
     tools/evaluate_json.py --predictions detections.json --dataset coco_2017_val
-    tools/evaluate_json.py --predictions detections.json --dataset coco_2017_val TEST.COCO_BACKEND pycocotools
 
-The numbers are those of the evaluation that saved the file. COCO and LVIS sets take coco_instances_results.json and
-lvis_instances_results.json, a list of objects with image_id, category_id, score, bbox and, for masks and keypoints,
-segmentation and keypoints; VOC sets take voc_instances_results.json. A record that is none of these, or of an image or
-category that the data set does not have, ends in a message that names it. A config is needed for data sets of your own
-(DATASETS.CUSTOM) and for TEST.KEYPOINT_OKS_SIGMAS.
+``--help`` says more.
 """
 
-from __future__ import annotations
-
-import argparse
-import logging
-
 from moco_d2.commands import cli
-
-
-def main(args: argparse.Namespace) -> None:
-    """Evaluate, print a table, and write the numbers where asked to."""
-    from detectron2.data import DatasetCatalog
-    from tabulate import tabulate
-
-    from moco_d2.config import load_cfg
-    from moco_d2.detection.datasets import register_custom
-    from moco_d2.detection.metrics.evaluators import describe_backend, evaluate_file
-    from moco_d2.detection.trainer import to_json
-    from moco_d2.io.files import check_named_file, has_keys, named_file
-    from moco_d2.io.provenance import provenance
-
-    ours = has_keys("dataset", "metrics", "evaluated_with", "command")
-    if args.output:
-        check_named_file(args.output, ours)
-    cfg = load_cfg(args.config_file, args.opts)
-    if args.dataset:
-        cfg.DATASETS.TEST = (args.dataset,)
-    if len(cfg.DATASETS.TEST) != 1:
-        raise ValueError(f"the config has {len(cfg.DATASETS.TEST)} test sets: name one with --dataset")
-    register_custom(cfg, train=False)
-    (name,) = cfg.DATASETS.TEST
-    if name not in DatasetCatalog:
-        raise ValueError(f"no data set {name!r} is registered")
-    metrics = evaluate_file(cfg, name, args.predictions)
-    for task, scores in metrics.items():
-        print(f"{name}, {task}, by {describe_backend(cfg)[name]}")
-        print(tabulate([scores.values()], scores.keys(), tablefmt="pipe", floatfmt=".3f"))
-    if args.output:
-        content = {"dataset": name, "metrics": metrics, "evaluated_with": describe_backend(cfg), **provenance()}
-        with named_file(args.output, ours) as file:
-            file.write(to_json(content))
-
+from moco_d2.commands.evaluate import main
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--predictions", required=True, type=cli.path, metavar="FILE", help="detections")
-    parser.add_argument("--dataset", metavar="NAME", help="a registered data set (default: the config's test set)")
-    parser.add_argument("--config-file", default="", metavar="FILE", help="path or shipped name of a config")
-    parser.add_argument("--output", type=cli.path, metavar="FILE", help="write the numbers as JSON")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    cli.guard(lambda: main(arguments))
+    cli.guard(main)

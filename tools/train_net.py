@@ -1,52 +1,13 @@
 #!/usr/bin/env python3
-r"""Fine-tune a detector from converted weights, and evaluate it.
+"""Fine-tune or evaluate a detector; the same as ``moco-d2 train``.
 
-    tools/train_net.py --config-file PascalVOC-Detection/faster_rcnn_R_50_C4_24k --num-gpus 8 \
-        MODEL.WEIGHTS moco_v2.pth OUTPUT_DIR output/voc_moco_v2
-    tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/voc_moco_v2/model_final.pth
-    tools/train_net.py --config-file ... --dry-run MODEL.WEIGHTS moco_v2.pth    # two minutes before two days
-    torchrun --standalone --nproc-per-node 8 tools/train_net.py --config-file ... MODEL.WEIGHTS moco_v2.pth
+    tools/train_net.py --config-file PascalVOC-Detection/faster_rcnn_R_50_C4_24k MODEL.WEIGHTS moco_v2.pth
 
-Configs that end in _supervised and _random need no MODEL.WEIGHTS.
+``--help`` says more.
 """
 
-import argparse
-from typing import Any
-
 from moco_d2.commands import cli
-
-
-def main(args: argparse.Namespace) -> None:
-    """Train, or with ``--eval-only`` evaluate, in this process."""
-    from moco_d2.detection.datasets import check_copies, register_custom
-    from moco_d2.detection.dry_run import rehearse
-    from moco_d2.detection.preflight import check_resume, check_weights
-    from moco_d2.detection.trainer import TransferTrainer, evaluate
-
-    def check(cfg: Any) -> None:
-        check_copies(cfg)
-        if args.resume:
-            check_resume(cfg)
-
-    if args.dry_run:
-        cli.dry_run(args, rehearse, check)
-        return
-    cfg = cli.setup(args, check_copies)
-    register_custom(cfg, train=not args.eval_only)
-    if args.eval_only:
-        evaluate(cfg)
-        return
-    check_weights(cfg, args.resume)
-    trainer = TransferTrainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
-
+from moco_d2.commands.train import main
 
 if __name__ == "__main__":
-    parser = cli.launch_parser(__doc__)
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, a trained detector")
-    instead.add_argument(
-        "--dry-run", action="store_true", help="rehearse the run: data, weights, 2 steps, evaluation, ETA"
-    )
-    cli.run(main, parser.parse_args(), stage="fine-tuning")
+    cli.guard(main)

@@ -1,1 +1,1 @@
-"""The commands: what `moco-d2 NAME` and the scripts in tools/ run."""
+"""The commands: what ``moco-d2 NAME`` and the scripts in tools/ run."""

@@ -1,6 +1,6 @@
-"""What the command-line tools share: Detectron2's arguments, set-up, and errors a user can read.
+"""Parts that the commands share: Detectron2's arguments, the set-up of a run, its launch, and exit codes.
 
-Nothing heavy is imported at the top, so that ``--help`` is quick.
+The commands and this module import nothing heavy at the top, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -16,21 +16,28 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What of a training's log is worth a line on the screen: progress, and the files it leaves.
+# The parts of a training's log that are shown on the screen: progress, and the files that it leaves.
 PROGRESS = re.compile(r"\beta:? \d.*?(?=  time:|$)|wrote \S+(?:results\.json|backbone\.pth)|error: .*")
 
 
-def launch_parser(description: str | None) -> argparse.ArgumentParser:
+def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of the command ``moco-d2 NAME``; its module's docstring is the description."""
+    return argparse.ArgumentParser(
+        prog=f"moco-d2 {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def launch_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the arguments that Detectron2's users know; options go before the KEY VALUE pairs."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(name, description)
     parser.add_argument("--config-file", required=True, metavar="FILE", help="path or shipped name of a config")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine (without GPUs: on the CPU)")
-    parser.add_argument("--num-machines", type=int, default=1, help="total number of machines")
+    parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of the first machine")
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS",
-        help="wait no longer for another process, or for a batch (docs/reliability.md has the default)",
+        help="longest wait for another process or for a batch (default: see docs/reliability.md)",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR, if there is one")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
@@ -38,7 +45,7 @@ def launch_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def expanded(text: str) -> str:
-    """Return a path or address from the command line with ``~`` and ``$VARIABLES`` expanded: the shell may not have."""
+    """Return a path or address with ``~`` and ``$VARIABLES`` expanded, which the shell leaves alone inside quotes."""
     if not text.startswith("~") and "$" not in text:
         return text
     from moco_d2.io.paths import expand
@@ -50,20 +57,25 @@ def expanded(text: str) -> str:
 
 
 def path(text: str) -> Path:
-    """Return :func:`expanded` as a path; a ``type`` of arguments."""
+    """Return an :func:`expanded` path; a ``type`` of arguments."""
     return Path(expanded(text))
 
 
 def setup(args: argparse.Namespace, check: Callable[[Any], None] = lambda cfg: None) -> Any:
-    """Read the config, take the run's folder, choose device and seed, start the log; return the frozen config.
+    """Prepare a run in this process: its folder, device, seed and log.
 
-    ``check`` gets the config, and raises ValueError for what must not even begin to write.
+    Args:
+        args: the command line.
+        check: gets the config before anything is written, and raises ValueError if the run must not begin.
+
+    Returns:
+        The frozen config.
     """
     from detectron2.engine import default_setup
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
-    from moco_d2.config import config_files, load_cfg, use_device_there_is
+    from moco_d2.config import config_files, load_cfg, use_available_device
     from moco_d2.exits import ending
     from moco_d2.running import folder
     from moco_d2.running.checkpoints import recorded_seed
@@ -72,21 +84,21 @@ def setup(args: argparse.Namespace, check: Callable[[Any], None] = lambda cfg: N
     evaluates = getattr(args, "eval_only", False)
     check(cfg)
     folder.claim(cfg.OUTPUT_DIR, args.resume, evaluates)
-    # An evaluation may have its run's folder, where config.yaml says how the run was trained.
+    # An evaluation may use its run's folder, and must not overwrite the config.yaml with which the run was trained.
     notes = os.path.join(cfg.OUTPUT_DIR, "eval_only") if evaluates else cfg.OUTPUT_DIR
     log = setup_logger(notes, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
-    use_device_there_is(cfg)
-    if cfg.SEED < 0:  # Drawn here, so that the run's config.yaml records it.
+    use_available_device(cfg)
+    if cfg.SEED < 0:  # drawn here, so that the run's config.yaml records it
         drawn = recorded_seed(cfg.OUTPUT_DIR) if args.resume else None
         cfg.SEED = comm.shared_random_seed() % 2**31 if drawn is None else drawn
     configs = config_files(args.config_file) if args.config_file else []
-    args.config_file = str(configs[0]) if configs else ""  # which default_setup writes into the log
+    args.config_file = str(configs[0]) if configs else ""  # default_setup copies this file into the log
     noted = cfg.clone()
     noted.OUTPUT_DIR = notes
     default_setup(noted, args)
-    for path in configs[1:]:  # the init that a suffix of the name stands for
+    for path in configs[1:]:  # the init that the suffix of the name selects
         log.info("Contents of %s, merged after it:\n%s", path, path.read_text())
-    # Detectron2's loop prints the traceback of whatever leaves it. A user's mistake has it in the log alone.
+    # Detectron2's loop prints the traceback of every exception. That of a user's mistake belongs in the log only.
     logging.getLogger("detectron2.engine.train_loop").addFilter(
         lambda record: not (record.exc_info and record.exc_info[1] and ending(record.exc_info[1]).line)
     )
@@ -99,12 +111,12 @@ def dry_run(
     rehearse: Callable[[Any], Iterator[tuple[str, str]]],
     check: Callable[[Any], None] = lambda cfg: None,
 ) -> None:
-    """Rehearse a run in a folder of its own and print what was found, ``(subject, finding)`` a line.
+    """Rehearse a run in a temporary folder and print the findings, one a line.
 
     Args:
         args: the command line.
-        rehearse: gets the config with that folder as ``OUTPUT_DIR``.
-        check: gets the config as it is, and raises ValueError for what the run itself would be refused for.
+        rehearse: gets the config with the temporary folder as ``OUTPUT_DIR``; yields ``(subject, finding)``.
+        check: gets the config as the user wrote it, and raises ValueError if the run itself would be refused.
     """
     import tempfile
 
@@ -117,7 +129,7 @@ def dry_run(
     folder.check(cfg.OUTPUT_DIR, args.resume)
     check(cfg)
     with tempfile.TemporaryDirectory() as own:
-        scratch = comm.all_gather(own)[0]  # one for all processes: what the first one writes, the others read
+        scratch = comm.all_gather(own)[0]  # one for all processes, because they read what the first one writes
         for subject, finding in rehearse(load_cfg(args.config_file, [*args.opts, "OUTPUT_DIR", scratch])):
             if comm.is_main_process():
                 print(f"{subject:<11} {finding}", flush=True)
@@ -132,19 +144,25 @@ def run(
     check: Callable[[Any], Iterable[str]] | None = None,
     stage: str = "",
 ) -> NoReturn:
-    """Launch ``main(args)`` in every process, and end with the exit codes of docs/reliability.md.
+    """Launch ``main(args)`` in every process, and end with one of the exit codes of docs/reliability.md.
 
-    Device, folder and processes are checked before. ``check`` and ``stage``: see :func:`load_cfg`.
+    The config, device, folder and number of processes are checked first.
+
+    Args:
+        main: the function; new processes import it by its name.
+        args: the command line.
+        check: see :func:`moco_d2.config.load_cfg`.
+        stage: see :func:`moco_d2.config.load_cfg`.
     """
 
     def work() -> None:
-        from moco_d2.config import load_cfg, use_device_there_is
+        from moco_d2.config import load_cfg, use_available_device
         from moco_d2.io import timeouts
         from moco_d2.io.files import check_folder
         from moco_d2.running.launch import launch
 
         cfg = load_cfg(args.config_file, args.opts, check, stage)
-        use_device_there_is(cfg)
+        use_available_device(cfg)
         check_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         timeout = timeouts.DEFAULT if args.timeout is None else args.timeout
         machines = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
@@ -154,11 +172,14 @@ def run(
 
 
 def guard(work: Callable[[], int | None]) -> NoReturn:
-    """Do a command's work, which may return an exit code, and end as :func:`moco_d2.exits.ending` says."""
+    """Do a command's work and end the process with the exit code that it returns, or with that of its error.
+
+    :func:`moco_d2.exits.ending` says which code an error has.
+    """
     try:
         code = work() or 0
         sys.stdout.flush()
-    except KeyboardInterrupt:  # not left to moco_d2.exits: it may be an import that was interrupted
+    except KeyboardInterrupt:  # not left to moco_d2.exits, whose import may be what was interrupted
         fail("interrupted", 130)
     except Exception as error:
         from moco_d2.exits import leave
@@ -168,13 +189,13 @@ def guard(work: Callable[[], int | None]) -> NoReturn:
 
 
 def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options: Any) -> int:
-    """Run a Python script in its own process and return its exit code.
+    """Run Python in a process of its own and return its exit code.
 
-    Its output goes straight into a file, so that the script outlives us if it must; what ``shown`` finds in a line is
-    printed as well. When we are interrupted the script is ended too.
+    The output goes straight into a file, so that the process can outlive this one; parts of it are printed as well.
+    When this process is interrupted it ends the other one and waits for it.
 
     Args:
-        command: the script and its arguments.
+        command: Python's arguments: a script, or ``-m`` and a module, with the words for it.
         log: the file, appended to.
         shown: the part of a line to print.
         options: of :class:`subprocess.Popen`.
@@ -201,6 +222,6 @@ def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options:
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Print an error and exit."""
+    """Print an error and end the process."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

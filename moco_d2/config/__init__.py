@@ -1,17 +1,10 @@
-"""The configuration: Detectron2's keys beside ours, the shipped files by name, and what each key is for."""
+"""The configuration: this project's keys beside Detectron2's, the shipped files by name, and the roles of keys."""
 
 from moco_d2 import host  # noqa: F401  (first: Detectron2 must be there)
 from moco_d2.config.keys import add_config, get_cfg
-from moco_d2.config.load import (
-    INITS,
-    config_files,
-    flat,
-    list_configs,
-    load_cfg,
-    mistyped_keys,
-    unread_keys,
-    use_device_there_is,
-)
+from moco_d2.config.load import flat, load_cfg, mistyped_keys, settings, unread_keys
+from moco_d2.config.machine import use_available_device
+from moco_d2.config.shipped import INITS, config_files, list_configs
 
 __all__ = [
     "INITS",
@@ -22,6 +15,7 @@ __all__ = [
     "list_configs",
     "load_cfg",
     "mistyped_keys",
+    "settings",
     "unread_keys",
-    "use_device_there_is",
+    "use_available_device",
 ]

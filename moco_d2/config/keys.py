@@ -1,4 +1,4 @@
-"""This project's config keys, each with its default and meaning, and the config that holds Detectron2's beside them.
+"""This project's config keys, each with its default and meaning, added to Detectron2's.
 
 One tree serves both stages; :mod:`moco_d2.config.roles` says which keys each of them reads.
 """
@@ -12,11 +12,15 @@ from detectron2.config import get_cfg as detectron2_get_cfg
 
 from moco_d2.io.pictures import MAX_PIXELS
 
-# Importing them registers the names that configs use: data sets, methods, and parts of detectors.
+# Importing these modules registers the names that configs use: data sets, methods, and components of detectors.
 _REGISTERING = ("moco_d2.data", "moco_d2.methods", "moco_d2.detection")
 
 # Keys that had another name in earlier versions: files and command lines may still have that one.
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "DATA.RECIPE": "DATA.AUGMENTATION",
+    "SSL.ENCODER.WIDTH": "SSL.ENCODER.ARGS.width",
+    "SSL.ENCODER.STEM": "SSL.ENCODER.ARGS.stem",
+}
 
 
 def get_cfg() -> CN:
@@ -27,16 +31,16 @@ def get_cfg() -> CN:
 
 
 def add_config(cfg: CN) -> None:
-    """Add this project's keys, with their defaults, to a config of Detectron2's; keys that it has already stay.
+    """Add this project's keys, with their defaults, to a config of Detectron2's; keys that exist keep their values.
 
-    Such a config reads the shipped files and a run's ``config.yaml``, and the names in them are registered.
+    The config can then read the shipped files and a run's ``config.yaml``, and the names in them are registered.
     """
     for module in _REGISTERING:
         importlib.import_module(module)
     ours = CN({group: CN() for group in ("SOLVER", "DATASETS", "INPUT", "TEST")})
 
-    # Name of the recipe (pretraining) or protocol (detector + data + schedule). It travels with the weights and into
-    # every result; it says nothing about the initial weights.
+    # Name of the recipe (pretraining) or protocol (detector + data + schedule), which weights and results record. The
+    # initial weights are no part of it.
     ours.PROTOCOL = ""
 
     _add_method(ours)
@@ -58,54 +62,53 @@ def _add_method(cfg: CN) -> None:
     cfg.SSL = CN()
     # Name of the method, a key of moco_d2.methods.METHODS.
     cfg.SSL.METHOD = "MoCo"
-    # Keyword arguments of the method's constructor. Its signature is the one place for names, defaults and meaning;
-    # load_cfg() writes the defaults in, so that a dumped config states the whole recipe.
+    # Keyword arguments of the method's constructor, which defines their names, defaults and meaning. load_cfg() adds
+    # the defaults, so that a dumped config states the whole recipe.
     cfg.SSL.ARGS = CN(new_allowed=True)
     cfg.SSL.ENCODER = CN()
-    # A key of moco_d2.layers.resnet.ARCHITECTURES (torchvision's names).
+    # Name of the encoder, a key of moco_d2.layers.encoders.ENCODERS (torchvision's names).
     cfg.SSL.ENCODER.NAME = "resnet50"
-    # Multiplier of every channel count: 1 is the paper's, 2 and 4 its wide networks, 0.25 is for quick runs.
-    cfg.SSL.ENCODER.WIDTH = 1.0
-    # "imagenet": 7x7 stride 2 and max-pool; "cifar": 3x3 stride 1, no pool (cannot be converted for detection).
-    cfg.SSL.ENCODER.STEM = "imagenet"
+    # Keyword arguments of the encoder's builder, as SSL.ARGS are of the method's constructor. ResNets (build_resnet in
+    # moco_d2/layers/resnet.py): width, stem, norm, zero_init_residual.
+    cfg.SSL.ENCODER.ARGS = CN(new_allowed=True)
 
 
 def _add_data(cfg: CN) -> None:
     cfg.DATA = CN()
-    # Augmentation recipe, a key of moco_d2.data.RECIPES. It also fixes the pixel mean and std.
-    cfg.DATA.RECIPE = "moco_v2"
-    # Side of a view in pixels.
+    # Name of the augmentation, a key of moco_d2.data.AUGMENTATIONS. It also fixes the pixel mean and std.
+    cfg.DATA.AUGMENTATION = "moco_v2"
+    # Side of a (large) view in pixels; an augmentation sets the sizes of smaller views itself.
     cfg.DATA.CROP_SIZE = 224
-    # What executes the recipe; the views are the same up to rounding (docs/data_path.md). "pil": the authors'
+    # What executes the augmentation; the views are the same up to rounding (docs/data_path.md). "pil": the authors'
     # operations; "cv2": the same through OpenCV, the fastest without a GPU; "device": workers decode and crop,
     # MODEL.DEVICE does the rest a batch at a time; "auto": "device" on a GPU, else "cv2".
     cfg.DATA.BACKEND = "auto"
-    # Part of the images seen by a process that may be unreadable, in [0, 1]; above it the run stops. Each is replaced
-    # by one near it and named in OUTPUT_DIR/skipped.jsonl.
+    # Fraction of a process's images that may be unreadable, in [0, 1]; above it the run stops. Each is replaced by one
+    # near it and listed in OUTPUT_DIR/skipped.jsonl.
     cfg.DATA.MAX_SKIPPED = 0.05
-    # Pixels (width times height, from the header) above which an image is refused before it is decoded, in both stages:
-    # pretraining leaves it out, fine-tuning and evaluation end with its name. It takes the place of PIL's own limit.
+    # Pixels (width times height, from the header) above which an image is not decoded, in both stages: pretraining
+    # skips it, fine-tuning and evaluation end with its name. It replaces PIL's own limit.
     cfg.DATA.MAX_PIXELS = MAX_PIXELS
-    # Pretraining: decode a JPEG at 1/2, 1/4 or 1/8 of its size where the views are small enough for it. Faster for
-    # pictures of many pixels, but the views differ a little (docs/data_path.md), and the run is told as modified.
+    # Pretraining: decode a JPEG at 1/2, 1/4 or 1/8 of its size if the views are small enough for it. Faster for large
+    # images, but the views differ a little (docs/data_path.md), and the weights are marked "modified".
     cfg.DATA.REDUCED_DECODING = False
-    # --dry-run, in both stages: so many pictures of each data set are decoded, evenly spaced; 0: all of them.
+    # --dry-run, in both stages: the number of images of each data set that are decoded, evenly spaced; 0: all.
     cfg.DATA.DRY_RUN_PICTURES = 0
-    # Shards (docs/scale.md): the images of so many are shuffled together, after the order of all shards is; 0: of all.
+    # Shards (docs/scale.md): their order is shuffled, then the images of this many shards together; 0: of all.
     cfg.DATA.SHUFFLE_SHARDS = 16
-    # Parts of an epoch that run side by side, each batch taking its share of all. The order of the images depends on
-    # it, and not on the number of processes. A process fetches the shards of its own parts only. 0: the number of
-    # processes for streamed shards, else 1.
+    # Streams: parts of an epoch that run side by side; each batch takes its share of every one. The order of the images
+    # depends on their number, not on that of the processes. A process fetches the shards of its own streams only. 0:
+    # the number of processes for remote shards, else 1.
     cfg.DATA.LANES = 0
-    # Folder for streamed shards, on a disk of each machine; "": shards/ in $MOCO_D2_CACHE or ~/.cache/moco_d2.
+    # Folder for remote shards, on a disk of each machine; "": shards/ in $MOCO_D2_CACHE or ~/.cache/moco_d2.
     cfg.DATA.CACHE_FOLDER = ""
-    # Its size in GB (1e9 bytes), for all processes of a machine.
+    # Maximum size of that folder in GB (1e9 bytes), for all processes of a machine together.
     cfg.DATA.CACHE_GB = 100.0
 
 
 def _add_training(cfg: CN) -> None:
-    # Pretraining length in epochs; 0 means SOLVER.MAX_ITER iterations. With epochs, SOLVER.STEPS counts epochs too and
-    # the lr changes once an epoch, as the MoCo authors do; with iterations both count iterations.
+    # Pretraining length in epochs; 0: SOLVER.MAX_ITER iterations. If EPOCHS is set, SOLVER.STEPS is in epochs and the
+    # lr is updated once per epoch (SOLVER.LR_EVERY), as in MoCo's code. Otherwise both are in iterations.
     cfg.SOLVER.EPOCHS = 0
     # Pretraining's optimizer: "sgd", "adamw", "lars" (MoCo v3, BYOL, Barlow Twins, VICReg, DINO), "lars_classic"
     # (SimCLR), "larc" (SwAV); moco_d2/layers/lars.py has the equations. SOLVER.CLIP_GRADIENTS applies to all.
@@ -122,31 +125,31 @@ def _add_training(cfg: CN) -> None:
     cfg.SOLVER.END_FACTOR = 0.0
     # With SOLVER.EPOCHS: how often the lr changes, once per "epoch" (MoCo's code) or per "iteration" (later papers').
     cfg.SOLVER.LR_EVERY = "epoch"
-    # Number of the first epoch in the cosine formula: 0 in MoCo's ImageNet code, 1 in the authors' CIFAR demo.
+    # Number of the first epoch in the cosine formula: 0 in MoCo's ImageNet code, 1 in its CIFAR demo.
     cfg.SOLVER.FIRST_EPOCH = 0
-    # Epochs (without SOLVER.EPOCHS: iterations) in which the lr rises linearly from WARMUP_FROM times the peak to the
-    # peak, at every iteration. Detectron2's WARMUP_ITERS is detection's.
+    # Length of the warm-up in epochs (without SOLVER.EPOCHS: in iterations). The lr rises linearly from WARMUP_FROM
+    # times the peak to the peak, at every iteration. Detectron2's WARMUP_ITERS is for detection.
     cfg.SOLVER.WARMUP = 0.0
     cfg.SOLVER.WARMUP_FROM = 0.0
-    # Weight decay at the end of pretraining, reached along a cosine from WEIGHT_DECAY (DINO); negative: it is constant.
+    # Weight decay at the end of pretraining, along a cosine from WEIGHT_DECAY (DINO); negative: it is constant.
     cfg.SOLVER.WEIGHT_DECAY_END = -1.0
-    # Batch at which SOLVER.BASE_LR is meant. When SOLVER.IMS_PER_BATCH differs, pretraining multiplies BASE_LR by
-    # IMS_PER_BATCH / REFERENCE_BATCH (LR_RULE "linear") or by its square root ("sqrt"), and says so; 0 turns this off.
+    # Batch that SOLVER.BASE_LR belongs to. If SOLVER.IMS_PER_BATCH differs, pretraining multiplies BASE_LR by
+    # IMS_PER_BATCH / REFERENCE_BATCH (LR_RULE "linear") or by its square root ("sqrt"), and logs it; 0: never.
     cfg.SOLVER.REFERENCE_BATCH = 256
     cfg.SOLVER.LR_RULE = "linear"
 
-    # This many periodic checkpoints are kept, the newest; 0 keeps all (330 MB each for MoCo's ResNet-50). With 1 there
-    # is none to fall back on should the last one be damaged.
+    # Number of periodic checkpoints to keep, the newest; 0: all (330 MB each for MoCo's ResNet-50). With 1, no other
+    # checkpoint is left if the last one is damaged.
     cfg.SOLVER.CHECKPOINT_KEEP = 5
-    # Besides, those after every so many iterations, a multiple of SOLVER.CHECKPOINT_PERIOD; 0 for none.
+    # Checkpoints at multiples of this number are kept as well; a multiple of SOLVER.CHECKPOINT_PERIOD; 0: none.
     cfg.SOLVER.CHECKPOINT_KEEP_EVERY = 0
 
-    # Switches that make training faster and leave a recipe's or protocol's mathematics alone, up to rounding
-    # (docs/performance.md); results and weights record them.
+    # Performance options: they make training faster and leave the mathematics of a recipe or protocol alone, up to
+    # rounding (docs/performance.md). Results and weights record them.
     cfg.ENGINE = CN()
-    # "" or "bfloat16": the networks of training under autocast (evaluation, and MoCo's loss, stay in float32).
-    # Pretraining also takes "float16", with loss scaling, and "auto": bfloat16, on GPUs that lack it float16, on the
-    # CPU none. For detectors float16 is Detectron2's SOLVER.AMP.ENABLED.
+    # "" or "bfloat16": training's forward pass under autocast (evaluation, and MoCo's loss, stay in float32).
+    # Pretraining also takes "float16", with loss scaling, and "auto": bfloat16, or float16 on GPUs without bfloat16, or
+    # "" on the CPU. For detectors, float16 is Detectron2's SOLVER.AMP.ENABLED.
     cfg.ENGINE.AUTOCAST = ""
     # Keep the networks' tensors (detectors: the backbone's) in channels_last order.
     cfg.ENGINE.CHANNELS_LAST = False
@@ -157,9 +160,9 @@ def _add_training(cfg: CN) -> None:
 
 
 def _add_detection(cfg: CN) -> None:
-    # Percentage of the training images that a detector is fine-tuned on; a smaller one is a subset of a larger one.
+    # Percentage of the training images that a detector is fine-tuned on; a smaller part is a subset of a larger one.
     cfg.DATASETS.FRACTION = 100.0
-    # Which images those are: the same for every init and seed of training.
+    # Seed of that choice, which does not depend on the init or the seed of training.
     cfg.DATASETS.FRACTION_SEED = 0
 
     # Data sets of your own, a list of mappings with these keys; docs/custom_data.md explains.
@@ -176,8 +179,8 @@ def _add_detection(cfg: CN) -> None:
     #              and right are recognised in the names)
     cfg.DATASETS.CUSTOM = []
 
-    # Detection: one optimizer step takes this many batches, each of IMS_PER_BATCH / ACCUMULATE images. They count as so
-    # many processes for SOLVER.REFERENCE_WORLD_SIZE: 1 GPU with ACCUMULATE 8 keeps an 8-GPU recipe's lr and schedule.
+    # Detection: number of batches per optimizer step, each of IMS_PER_BATCH / ACCUMULATE images. They count as
+    # processes for SOLVER.REFERENCE_WORLD_SIZE: 1 GPU with ACCUMULATE 8 keeps the lr and schedule of an 8-GPU protocol.
     # BN sees the small batches.
     cfg.SOLVER.ACCUMULATE = 1
 
@@ -185,6 +188,6 @@ def _add_detection(cfg: CN) -> None:
     # Detectron2's resizing to INPUT.MIN_SIZE_TRAIN.
     cfg.INPUT.RANDOM_SCALE = ()
 
-    # What computes COCO's and LVIS's metrics: "hotcoco", "faster" (faster-coco-eval), "detectron2" (its compiled code)
-    # or "pycocotools"; "auto" takes the fastest that is installed. The numbers are the same (docs/evaluation.md).
+    # Library that computes COCO's and LVIS's metrics: "hotcoco", "faster" (faster-coco-eval), "detectron2" (compiled),
+    # "pycocotools"; "auto": the fastest that is installed. The numbers are the same (docs/evaluation.md).
     cfg.TEST.COCO_BACKEND = "auto"

@@ -1,72 +1,85 @@
-"""What each config key is for: which stage reads it, in what role, and beside which other key it does nothing.
+"""The table of config keys: which stage reads a key, in what role, and which other key turns it off.
 
-This is the one table of that kind. What a stage refuses as unread, what makes a run depart from its protocol or recipe,
-whose types are checked, and which keys are paths are all answers of it. A test holds it against what the stages read.
+Everything else about keys is a query of it: what a stage refuses as unread, what makes a run depart from its protocol
+or recipe, what may differ between two attempts at a trial, whose types are checked. Tests compare it with the keys that
+the stages read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 PRETRAINING, DETECTION = "pretraining", "fine-tuning"
-_COMMANDS = {PRETRAINING: "tools/pretrain_net.py", DETECTION: "tools/train_net.py"}
+_COMMANDS = {PRETRAINING: "moco-d2 pretrain", DETECTION: "moco-d2 train"}
 
-# Roles. Of the first two a result consists: change one, and it is another recipe or another protocol.
+# Roles. If a key of the first two changes, it is another recipe or another protocol.
 RECIPE, PROTOCOL = "recipe", "protocol"
-START = "start"  # the weights that a detector starts from, and how they must be fed
-MACHINE = "machine"  # where and how fast a run computes; limits
+START = "start"  # the weights that a detector starts from, and the input that they expect
+PERFORMANCE = "performance"  # how fast a run computes: the same mathematics up to rounding; results record it
+MACHINE = "machine"  # where a run computes and writes, and limits: no result depends on it
 BOOKKEEPING = "bookkeeping"  # names, seeds, what is written and when
 UNREAD = ""
+
+
+# Where a resumed fine-tuning takes a key's value from: the optimizer's state in the checkpoint, or the config.
+CHECKPOINT, CONFIG = "checkpoint", "config"
 
 
 class _Roles(NamedTuple):
     pretraining: str
     detection: str
+    resumed: str = ""  # CHECKPOINT or CONFIG for the keys of detection that resuming compares
+    option: str = ""  # the option of moco-d2 trials that sets the key
 
 
-# Of a key or a group of keys. The longest entry that fits a key holds.
+# By key or group of keys. The longest entry that matches a key applies.
 ROLES = {
     "VERSION": _Roles(BOOKKEEPING, BOOKKEEPING),
-    "PROTOCOL": _Roles(BOOKKEEPING, BOOKKEEPING),
-    "OUTPUT_DIR": _Roles(BOOKKEEPING, BOOKKEEPING),
-    "SEED": _Roles(BOOKKEEPING, BOOKKEEPING),
-    "CUDNN_BENCHMARK": _Roles(MACHINE, MACHINE),
+    "PROTOCOL": _Roles(BOOKKEEPING, BOOKKEEPING, option="--protocol"),
+    "OUTPUT_DIR": _Roles(MACHINE, MACHINE, option="--output"),
+    "SEED": _Roles(BOOKKEEPING, BOOKKEEPING, option="--seeds"),
+    "CUDNN_BENCHMARK": _Roles(PERFORMANCE, PERFORMANCE),
     "VIS_PERIOD": _Roles(UNREAD, BOOKKEEPING),
     "GLOBAL": _Roles(UNREAD, UNREAD),
     "SSL": _Roles(RECIPE, UNREAD),
     "DATA": _Roles(RECIPE, UNREAD),
-    "DATA.BACKEND": _Roles(MACHINE, UNREAD),
+    "DATA.BACKEND": _Roles(PERFORMANCE, UNREAD),
     "DATA.MAX_SKIPPED": _Roles(MACHINE, UNREAD),
     "DATA.MAX_PIXELS": _Roles(MACHINE, MACHINE),
     "DATA.DRY_RUN_PICTURES": _Roles(MACHINE, MACHINE),
-    "DATA.SHUFFLE_SHARDS": _Roles(MACHINE, UNREAD),
-    "DATA.LANES": _Roles(MACHINE, UNREAD),
+    "DATA.SHUFFLE_SHARDS": _Roles(PERFORMANCE, UNREAD),
+    "DATA.LANES": _Roles(PERFORMANCE, UNREAD),
     "DATA.CACHE_FOLDER": _Roles(MACHINE, UNREAD),
     "DATA.CACHE_GB": _Roles(MACHINE, UNREAD),
     "DATASETS": _Roles(UNREAD, PROTOCOL),
     "DATASETS.TRAIN": _Roles(RECIPE, PROTOCOL),
     "DATASETS.CUSTOM": _Roles(BOOKKEEPING, PROTOCOL),
+    "DATASETS.FRACTION": _Roles(UNREAD, PROTOCOL, option="--fractions"),
     "DATALOADER": _Roles(UNREAD, PROTOCOL),
     "DATALOADER.NUM_WORKERS": _Roles(MACHINE, MACHINE),
     "INPUT": _Roles(UNREAD, PROTOCOL),
     "INPUT.FORMAT": _Roles(UNREAD, START),
     "MODEL": _Roles(UNREAD, PROTOCOL),
     "MODEL.DEVICE": _Roles(MACHINE, MACHINE),
-    "MODEL.WEIGHTS": _Roles(RECIPE, START),
+    "MODEL.WEIGHTS": _Roles(RECIPE, START, option="--weights"),
     "MODEL.PIXEL_MEAN": _Roles(UNREAD, START),
     "MODEL.PIXEL_STD": _Roles(UNREAD, START),
     "MODEL.RESNETS.STRIDE_IN_1X1": _Roles(UNREAD, START),
-    "SOLVER": _Roles(UNREAD, PROTOCOL),
+    "SOLVER": _Roles(UNREAD, PROTOCOL, CONFIG),
     "SOLVER.IMS_PER_BATCH": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.MAX_ITER": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.BASE_LR": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.MOMENTUM": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.NESTEROV": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.WEIGHT_DECAY": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.GAMMA": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.STEPS": _Roles(RECIPE, PROTOCOL),
-    "SOLVER.CLIP_GRADIENTS": _Roles(RECIPE, PROTOCOL),
+    "SOLVER.REFERENCE_WORLD_SIZE": _Roles(UNREAD, PROTOCOL),
+    "SOLVER.MAX_ITER": _Roles(RECIPE, PROTOCOL, CONFIG),
+    "SOLVER.BASE_LR": _Roles(RECIPE, PROTOCOL, CHECKPOINT),
+    "SOLVER.BIAS_LR_FACTOR": _Roles(UNREAD, PROTOCOL, CHECKPOINT),
+    "SOLVER.MOMENTUM": _Roles(RECIPE, PROTOCOL, CHECKPOINT),
+    "SOLVER.NESTEROV": _Roles(RECIPE, PROTOCOL, CHECKPOINT),
+    "SOLVER.WEIGHT_DECAY": _Roles(RECIPE, PROTOCOL, CHECKPOINT),
+    "SOLVER.WEIGHT_DECAY_NORM": _Roles(UNREAD, PROTOCOL, CHECKPOINT),
+    "SOLVER.WEIGHT_DECAY_BIAS": _Roles(UNREAD, PROTOCOL, CHECKPOINT),
+    "SOLVER.GAMMA": _Roles(RECIPE, PROTOCOL, CONFIG),
+    "SOLVER.STEPS": _Roles(RECIPE, PROTOCOL, CONFIG),
+    "SOLVER.CLIP_GRADIENTS": _Roles(RECIPE, PROTOCOL, CONFIG),
     "SOLVER.EPOCHS": _Roles(RECIPE, UNREAD),
     "SOLVER.OPTIMIZER": _Roles(RECIPE, UNREAD),
     "SOLVER.TRUST": _Roles(RECIPE, UNREAD),
@@ -81,41 +94,41 @@ ROLES = {
     "SOLVER.WEIGHT_DECAY_END": _Roles(RECIPE, UNREAD),
     "SOLVER.REFERENCE_BATCH": _Roles(RECIPE, UNREAD),
     "SOLVER.LR_RULE": _Roles(RECIPE, UNREAD),
-    "SOLVER.ACCUMULATE": _Roles(UNREAD, MACHINE),  # stands in for processes; results tell it as they tell their number
+    "SOLVER.ACCUMULATE": _Roles(UNREAD, PERFORMANCE),  # it replaces processes
     "SOLVER.CHECKPOINT_PERIOD": _Roles(BOOKKEEPING, BOOKKEEPING),
     "SOLVER.CHECKPOINT_KEEP": _Roles(BOOKKEEPING, BOOKKEEPING),
     "SOLVER.CHECKPOINT_KEEP_EVERY": _Roles(BOOKKEEPING, BOOKKEEPING),
-    "ENGINE": _Roles(MACHINE, MACHINE),
-    "ENGINE.FUSED_SGD": _Roles(MACHINE, UNREAD),
+    "ENGINE": _Roles(PERFORMANCE, PERFORMANCE),
+    "ENGINE.FUSED_SGD": _Roles(PERFORMANCE, UNREAD),
     "TEST": _Roles(UNREAD, PROTOCOL),
     "TEST.EVAL_PERIOD": _Roles(UNREAD, BOOKKEEPING),
     "TEST.COCO_BACKEND": _Roles(UNREAD, MACHINE),
     "TEST.EXPECTED_RESULTS": _Roles(UNREAD, BOOKKEEPING),
 }
 
-# Keys whose values are paths, or hold some.
+# Keys whose values are paths, or contain paths.
 PATHS = (
     "OUTPUT_DIR", "MODEL.WEIGHTS", "DATA.CACHE_FOLDER", "DATASETS.TRAIN", "DATASETS.TEST", "DATASETS.CUSTOM",
     "DATASETS.PROPOSAL_FILES_TRAIN", "DATASETS.PROPOSAL_FILES_TEST",
 )  # fmt: skip
 
-# What a stage has instead of a key, or group of keys, that it does not read.
+# Remedies: what a stage uses instead of a key, or group of keys, that it does not read.
 _INSTEAD = {
     PRETRAINING: {
-        "SOLVER.AMP": "pretraining says it as ENGINE.AUTOCAST float16 (with loss scaling)",
-        "SOLVER.LR_SCHEDULER_NAME": "pretraining says it as SOLVER.SCHEDULE",
+        "SOLVER.AMP": "set ENGINE.AUTOCAST float16 instead (with loss scaling)",
+        "SOLVER.LR_SCHEDULER_NAME": "set SOLVER.SCHEDULE instead",
         "SOLVER.REFERENCE_WORLD_SIZE": "pretraining scales the lr by SOLVER.REFERENCE_BATCH",
         "MODEL.BACKBONE": "pretraining says it as SSL.ENCODER.NAME",
-        "MODEL.RESNETS": "pretraining says it as SSL.ENCODER.NAME, WIDTH and STEM",
-        "MODEL.PIXEL_MEAN": "DATA.RECIPE fixes it",
-        "MODEL.PIXEL_STD": "DATA.RECIPE fixes it",
-        "INPUT": "pretraining has DATA.RECIPE and DATA.CROP_SIZE; its views are RGB",
+        "MODEL.RESNETS": "pretraining says it as SSL.ENCODER.NAME and SSL.ENCODER.ARGS",
+        "MODEL.PIXEL_MEAN": "DATA.AUGMENTATION fixes it",
+        "MODEL.PIXEL_STD": "DATA.AUGMENTATION fixes it",
+        "INPUT": "pretraining has DATA.AUGMENTATION and DATA.CROP_SIZE; its views are RGB",
     },
     DETECTION: {
         "SSL.ENCODER": "fine-tuning says it as MODEL.RESNETS",
         "DATA.CROP_SIZE": "fine-tuning has INPUT.MIN_SIZE_TRAIN and INPUT.CROP",
         "SOLVER.EPOCHS": "fine-tuning counts iterations, SOLVER.MAX_ITER",
-        "SOLVER.SCHEDULE": "fine-tuning says it as SOLVER.LR_SCHEDULER_NAME",
+        "SOLVER.SCHEDULE": "set SOLVER.LR_SCHEDULER_NAME instead",
         "SOLVER.REFERENCE_BATCH": "fine-tuning scales batch and lr by SOLVER.REFERENCE_WORLD_SIZE",
     },
 }
@@ -136,8 +149,8 @@ def _group(name: str, *keys: str) -> tuple[str, ...]:
     return tuple(f"{name}.{key}" for key in keys)
 
 
-# Keys and groups that do nothing where another key, the switch, has one of these values (None: another than its
-# default). Only names that are known stand here: what a user's own architecture or head reads, we cannot say.
+# Keys and groups that have no effect if another key, the switch, has one of these values (None: any but its default).
+# Only known names stand here: a user's own architecture or head may read anything.
 _OFF = {
     PRETRAINING: (
         _Off(("SOLVER.STEPS", "SOLVER.GAMMA"), "SOLVER.SCHEDULE", ("cosine", "constant")),
@@ -231,10 +244,10 @@ _OFF = {
 
 
 def role(key: str, stage: str) -> str:
-    """Return the role of a key in a stage: ``UNREAD`` where nothing of the stage reads it.
+    """Return the role of a key in a stage, ``UNREAD`` if nothing in the stage reads it.
 
     Raises:
-        KeyError: neither the key nor a group that holds it has an entry.
+        KeyError: neither the key nor a group that contains it has an entry.
     """
     for name in _and_groups(key):
         if name in ROLES:
@@ -242,8 +255,14 @@ def role(key: str, stage: str) -> str:
     raise KeyError(f"{key} has no entry in moco_d2.config.roles.ROLES")
 
 
+def resumed(keys: Iterable[str], *sources: str) -> list[str]:
+    """Return the keys whose value a resumed fine-tuning takes from these sources (``CHECKPOINT``, ``CONFIG``)."""
+    entries = ((key, next((ROLES[name] for name in _and_groups(key) if name in ROLES), None)) for key in keys)
+    return [key for key, entry in entries if entry and entry.resumed in sources]
+
+
 def turned_off(key: str, stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """Return the switch beside which a key does nothing, as ``KEY VALUE``; empty where there is none.
+    """Return the switch that turns a key off, as ``KEY VALUE``; empty if none does.
 
     Args:
         key: a key that the stage reads.
@@ -260,20 +279,35 @@ def turned_off(key: str, stage: str, values: Mapping[str, Any], defaults: Mappin
     return ""
 
 
+def trial_option(key: str) -> str:
+    """Return the option of ``run_trials`` that sets a key, as in ``--seeds`` for ``SEED``; empty if there is none."""
+    return ROLES[key].option if key in ROLES else ""
+
+
+def identifies_trial(key: str) -> bool:
+    """Tell whether a trial with another value of a key is another trial.
+
+    ``MODEL.WEIGHTS`` does not count: the file may be moved, and its content is compared instead.
+    """
+    known = any(name in ROLES for name in _and_groups(key))  # others come from a user's program or another version
+    return key != "MODEL.WEIGHTS" and not (known and role(key, DETECTION) in (UNREAD, MACHINE))
+
+
 def unread(
     stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any], asked: Container[str] = ()
 ) -> Iterator[str]:
-    """Yield a complaint about each key that differs from its default and that does nothing.
+    """Yield a complaint about each key that differs from its default and has no effect.
 
     Args:
         stage: pretraining or fine-tuning.
         values: of all keys.
         defaults: of all keys.
-        asked: keys that the user wrote next to this run. They must not be turned off by another key either; a key that
-            came from a base file may, because a base serves configs that turn parts of it off.
+        asked: keys that the user set for this run. They may not be turned off by another key either; a key from a base
+            file may, because a base file serves several configs.
     """
     for key, value in values.items():
-        own = key not in defaults and not key.startswith("SSL.ARGS.")  # a key of the user's own program
+        argument = key.startswith(("SSL.ARGS.", "SSL.ENCODER.ARGS."))
+        own = key not in defaults and not argument  # a key of the user's own program
         if own or (key in defaults and plain(value) == plain(defaults[key])):
             continue
         if role(key, stage) == UNREAD:
@@ -289,22 +323,22 @@ def _remedy(key: str, stage: str) -> str:
         if name in _INSTEAD[stage]:
             return _INSTEAD[stage][name]
     other = DETECTION if stage == PRETRAINING else PRETRAINING
-    return f"it is a key of {other} ({_COMMANDS[other]})" if role(key, other) else "nothing does; leave it out"
+    return f"it is a key of {other} ({_COMMANDS[other]})" if role(key, other) else "nothing does: leave it out"
 
 
 def _namesake(key: str, stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """Return the key of the same name (``NUM_CLASSES``) that the head of this architecture has, if it has one."""
+    """Return the key of the same name (``NUM_CLASSES``) of this architecture's head, empty if there is none."""
     heads = (f"MODEL.{group}.{key.rpartition('.')[2]}" for group in ("ROI_HEADS", "RETINANET", "SEM_SEG_HEAD"))
     return next((k for k in heads if k in values and not turned_off(k, stage, values, defaults)), "")
 
 
 def _and_groups(key: str) -> Iterator[str]:
-    """Yield a key and the groups that hold it, from the innermost."""
+    """Yield a key and the groups that contain it, innermost first."""
     while key:
         yield key
         key = key.rpartition(".")[0]
 
 
 def plain(value: Any) -> Any:
-    """Return a value to compare: a tuple and a list of the same items are the same."""
+    """Return a value for comparisons: tuples become lists."""
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Values of settings: of the type that their key has, and finite. Both stages check theirs before they start."""
+"""Checks of the values of config keys: they have the type of their default, and are finite."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from moco_d2.config import roles
 
 
 def mistyped(stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield, with a complaint, keys that a stage reads whose value is of another type than the default, or not finite.
+    """Yield (key, complaint) for each key that a stage reads with a value of a wrong type, or not finite.
 
     Args:
         stage: pretraining or fine-tuning.
         values: of all keys.
-        defaults: of all keys but ``SSL.ARGS``, which the method's constructor defines.
+        defaults: of all keys except ``SSL.ARGS``, which the method's constructor defines.
     """
     for key, value in values.items():
         like = defaults.get(key)
@@ -30,25 +30,25 @@ def mistyped(stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any])
 
 
 def wrong_type(key: str, value: Any, like: Any) -> str:
-    """Return the complaint about a value of another type than the key's present one."""
+    """Return the complaint about a value whose type is not that of the key's present value."""
     if isinstance(like, Mapping):
-        return f"{key} is a group of keys, not one that can be set to {value!r}; it has {', '.join(like)}"
+        return f"{key} is a group of keys and cannot be set to {value!r}; it has {', '.join(like)}"
     kind = "list or tuple" if isinstance(like, list | tuple) else type(like).__name__
     return f"{key} is {value!r}; it must be {'an' if kind[0] in 'aeiou' else 'a'} {kind}, as {like!r} is"
 
 
 def fits(value: Any, wanted: Any) -> bool:
-    """Tell whether a value is of a type; a whole number is a float, a bool is none."""
+    """Tell whether a value has a type. A whole number counts as a float; a bool counts as nothing else."""
     if isinstance(value, bool):
         return wanted is bool
     return isinstance(value, {float: (int, float), list: (list, tuple), tuple: (list, tuple)}.get(wanted, wanted))
 
 
 def _parts_fit(value: Any, like: Any) -> bool:
-    """Tell whether the items of a list or tuple are of the type that its default's are, if that has any."""
+    """Tell whether the items of a list or tuple have the type of the default's items, if there are any."""
     if not isinstance(like, (list, tuple)) or not like or not isinstance(value, (list, tuple)):
         return True
-    # Detectron2's tuples are exact; its lists of numbers (sizes of anchors, of crops) take either kind.
+    # In Detectron2's tuples int and float differ; its lists of numbers (sizes of anchors, of crops) take either.
     numbers = isinstance(like, list) and isinstance(like[0], (int, float)) and not isinstance(like[0], bool)
     wanted = float if numbers else type(like[0])
     return all(fits(part, wanted) and _parts_fit(part, like[0]) for part in value)

@@ -1,24 +1,25 @@
-"""Anyone's ResNet checkpoint -> a file that Detectron2 loads whole, with facts and a proof (which needs Detectron2).
+"""Conversion of any ResNet checkpoint to a file that Detectron2 loads completely, with facts and a proof.
 
-``convert_checkpoint`` does it all; ``read_checkpoint`` and ``read_facts`` are for every stage that opens a weight file.
+:func:`convert_checkpoint` does all of it; the proof needs Detectron2. :func:`read_checkpoint` and :func:`read_facts`
+read any file of weights.
 """
 
 from moco_d2.convert.choice import Choice
 from moco_d2.convert.conversion import Conversion, write
 from moco_d2.convert.convert import convert_checkpoint, convert_state
 from moco_d2.convert.prove import ProofError, can_prove, prove
-from moco_d2.convert.sources import LOOKALIKES, SOURCES, CheckpointSource, Lookalike
+from moco_d2.convert.sources import SOURCES, UNSUPPORTED, CheckpointSource, Unsupported
 from moco_d2.io.checkpoints import CheckpointError, read_checkpoint, read_facts
 
 __all__ = [
-    "LOOKALIKES",
     "SOURCES",
+    "UNSUPPORTED",
     "CheckpointError",
     "CheckpointSource",
     "Choice",
     "Conversion",
-    "Lookalike",
     "ProofError",
+    "Unsupported",
     "can_prove",
     "convert_checkpoint",
     "convert_state",

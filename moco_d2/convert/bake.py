@@ -1,7 +1,7 @@
-"""Weights for another input: channel order and divisor move into the first convolution.
+"""Baking: weights for another input, with channel order and divisor folded into the first convolution.
 
-A network that was trained on RGB divided by a standard deviation computes the same from BGR divided by 1, once its
-``conv1`` is reordered and divided instead. The mean cannot move: behind it lies the zero padding, which stands for the
+A network that was trained on RGB divided by a standard deviation computes the same from BGR divided by 1 if its
+``conv1`` is reordered and divided instead. The mean cannot be folded: the zero padding that follows it stands for the
 mean colour, so both inputs must have the same mean.
 """
 
@@ -20,23 +20,23 @@ from moco_d2.io.checkpoints import CheckpointError
 
 DETECTRON2_INPUT = CAFFE_BGR  # what Detectron2's default config feeds
 
-_SAME_MEAN = 1e-4  # of 0..255: the rounding of a float32, not another convention
+_SAME_MEAN = 1e-4  # in 0..255; a float32 rounds by less
 _STEMS = (f"{DETECTRON2.stem}.weight", f"{TORCHVISION.stem}.weight")
 
 
 def check_bakeable(facts: BackboneFacts, pixels: Pixels = DETECTRON2_INPUT) -> None:
-    """Check that weights can be made to take another input exactly.
+    """Check that weights can be folded for another input exactly.
 
     Raises:
-        ValueError: the means differ; the message says what to do instead.
+        ValueError: the means differ.
     """
     own = _in_order(facts.pixels.mean, facts.pixels.order, pixels.order)
     if max(abs(a - b) for a, b in zip(own, pixels.mean, strict=True)) > _SAME_MEAN:
         what = "no mean (pixels from 0 to 1)" if not any(own) else f"the mean {list(own)} (as {pixels.order})"
         raise ValueError(
-            f"it cannot be baked exactly: the weights were trained with {what}, and the wanted input subtracts "
-            f"{list(pixels.mean)}. Convolutions pad with zeros, which then would be another colour, and every feature "
-            "near a border would change; convert without --bake and take the config lines that are printed"
+            f"it cannot be baked exactly: the weights were trained with {what}, but the wanted input subtracts "
+            f"{list(pixels.mean)}. Convolutions pad with zeros, which would then be another colour, so every feature "
+            "near a border would change; convert without --bake and use the config lines that are printed"
         )
 
 
@@ -45,12 +45,12 @@ def bake(
 ) -> tuple[dict[str, torch.Tensor], BackboneFacts]:
     """Fold the difference between two inputs into the first convolution.
 
-    Where strides sit is not a matter of weights: ``stride_in_1x1`` stays, and its config key has to be set as before.
+    Weights do not decide where bottlenecks stride: ``stride_in_1x1`` stays, and its config key must be set as before.
 
     Args:
         tensors: a ResNet under Detectron2's or torchvision's names.
-        facts: what it is; ``facts.pixels`` is the input it wants now.
-        pixels: the input it shall want.
+        facts: what it is; ``facts.pixels`` is its input now.
+        pixels: the input to fold for.
 
     Returns:
         The tensors, ``conv1`` replaced, and the facts with the new input.
@@ -69,9 +69,9 @@ def bake(
 
 
 def baked(conversion: Conversion, path: str | os.PathLike[str]) -> Conversion:
-    """Return a conversion with the weights baked for Detectron2's input; ``path`` is for messages.
+    """Return a conversion with its weights baked for Detectron2's input; ``path`` is for messages.
 
-    The tensors of the source stay what they were: the proof compares both networks on the same pictures.
+    The source's tensors are unchanged: the proof compares both networks on the same pictures.
 
     Raises:
         CheckpointError: it cannot be exact.
@@ -83,7 +83,7 @@ def baked(conversion: Conversion, path: str | os.PathLike[str]) -> Conversion:
         raise CheckpointError(f"{path}: {error}") from error
     notes = [f"baked: conv1 takes Detectron2's default input; it was {pixels}"]
     if not facts.stride_in_1x1:
-        notes.append("baked: MODEL.RESNETS.STRIDE_IN_1X1 False must still be set; strides are not a matter of weights")
+        notes.append("baked: MODEL.RESNETS.STRIDE_IN_1X1 False must still be set; weights do not decide the strides")
     return replace(conversion, tensors=tensors, facts=facts, source_pixels=pixels, notes=(*conversion.notes, *notes))
 
 

@@ -1,10 +1,11 @@
-"""Whether tensors are those of a sound ResNet that Detectron2 can build: its stem, its shapes, its values."""
+"""Checks that tensors are a sound ResNet that Detectron2 can build: kinds, stem, shapes and values."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,19 +19,19 @@ _VARIANCES = ("_var", "_riv", "_variance", "var_ema|average")
 
 
 def check_kinds(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Refuse tensors that are no plain arrays of floating-point numbers.
+    """Refuse tensors that are not plain arrays of floating-point numbers.
 
     Raises:
-        CheckpointError: of ``path``, as in all of these.
+        CheckpointError: names ``path``, as in all checks here.
     """
     for what, remedy, wrong in (
         ("are quantised", "convert the float checkpoint that they were made from", lambda t: t.is_quantized),
         ("have no values (meta device)", "save the network after its weights are loaded", lambda t: t.is_meta),
         ("are sparse", "save them with to_dense()", lambda t: t.layout != torch.strided),
-        ("are empty", "a part of a sharded checkpoint (DeepSpeed ZeRO-3, FSDP); gather it first, for example with "
-         "DeepSpeed's zero_to_fp32.py", lambda t: t.numel() == 0),
-        ("are not floating point", "the network was quantised, or the file is damaged: convert the float checkpoint "
-         "that it was made from", lambda t: not t.is_floating_point()),
+        ("are empty", "the file is one part of a sharded checkpoint (DeepSpeed ZeRO-3, FSDP); join its parts first, "
+         "for example with DeepSpeed's zero_to_fp32.py", lambda t: t.numel() == 0),
+        ("are not floating point", "the network is quantised, or the file damaged; convert the float checkpoint that "
+         "it was made from", lambda t: not t.is_floating_point()),
     ):  # fmt: skip
         keys = [key for key, tensor in tensors.items() if wrong(tensor)]
         if keys:
@@ -46,8 +47,8 @@ def check_stem(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]
         )
     if shape[2:] == (3, 3):
         raise CheckpointError(
-            f"{path}: a CIFAR stem (conv1.weight has shape {shape}, a 3x3 convolution without pooling); Detectron2's "
-            "ResNet has a 7x7 convolution and a pooling there; pretrain with the imagenet stem"
+            f"{path}: a CIFAR stem (conv1.weight has shape {shape}: a 3x3 convolution, no pooling), but Detectron2's "
+            "ResNet begins with a 7x7 convolution and a pooling; pretrain with the imagenet stem"
         )
 
 
@@ -55,13 +56,14 @@ def shapes_of(facts: BackboneFacts, path: str | os.PathLike[str]) -> dict[str, t
     """Return the shapes of the network that facts describe, under torchvision's names, in its order."""
     try:
         with torch.device("meta"), _NoFilling():
-            return {name: tuple(tensor.shape) for name, tensor in network_for(facts).state_dict().items()}
+            network = network_for(replace(facts, norm="BN"))  # has the tensors of group norm, and statistics
+            return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: there is no such ResNet ({error}): {facts}") from error
+        raise CheckpointError(f"{path}: its facts describe no ResNet that can be built ({error}): {facts}") from error
 
 
 class _NoFilling(TorchFunctionMode):
-    """Skips the initialisation of parameters, which on the meta device takes longer than all else."""
+    """Skips the initialisation of parameters, which takes longer than everything else on the meta device."""
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         if function in (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.fill_, torch.Tensor.zero_):
@@ -70,11 +72,11 @@ class _NoFilling(TorchFunctionMode):
 
 
 def check_shapes(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
-    """Compare with the network that the facts describe; its tensors, no more and no less, are expected."""
+    """Check that tensors are exactly those of the network that the facts describe."""
     group_norm = "bn1.running_mean" not in tensors
     unwanted = ("num_batches_tracked", *(("running_mean", "running_var") if group_norm else ()))
     shapes = {name: shape for name, shape in shapes_of(facts, path).items() if not name.endswith(unwanted)}
-    if set(shapes) != set(tensors):  # the names come from the same depth's table
+    if set(shapes) != set(tensors):  # impossible if the tensors were named by this depth
         raise CheckpointError(f"{path}: names differ from a ResNet-{facts.depth}'s: {some(set(shapes) ^ set(tensors))}")
     wrong = [
         f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
@@ -90,7 +92,7 @@ def check_shapes(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], path
 def check_values(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
     """Refuse tensors that cannot come from a sound run or download.
 
-    A normalisation's weight, bias and mean may be all zero: they are, before the first step.
+    A normalisation's weight, bias and mean may be all zero, as they are before the first step.
     """
     # One pass over the weights: a NaN shows in both ends of the range.
     ranges = {key: [end.item() for end in tensor.float().aminmax()] for key, tensor in tensors.items()}
@@ -102,5 +104,5 @@ def check_values(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[st
     ):
         if wrong:
             raise CheckpointError(
-                f"{path}: {len(wrong)} tensors {what}: {some(wrong)}; the run diverged, or the file is damaged"
+                f"{path}: {len(wrong)} tensors {what}: {some(wrong)}; the run has diverged, or the file is damaged"
             )

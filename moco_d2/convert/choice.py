@@ -1,7 +1,7 @@
-"""The user's word where a checkpoint leaves something open, and the questions that ask for it.
+"""Choices of the user for what a checkpoint does not show, and the questions that ask for them.
 
 A :class:`Question` lists answers. :meth:`Question.tried` converts the file with each of them before the user reads it,
-so that a message never advises what the converter then refuses.
+so that no message advises an option that the converter then refuses.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from moco_d2.messages import unknown_name
 
 _NORMS = ("", "GN")
 _TRIED = 8  # answers of one question; a file may hold a hundred networks
-_JOINED = 4  # answers to one question after the other: a prefix, a norm, a source, keys to drop
+_JOINED = 4  # answers to successive questions: a prefix, a norm, a source, keys to drop
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the user says where the file does not.
+    """What the user says that the file does not show.
 
     Attributes:
         source: the key of a record of ``SOURCES``.
         prefix: what the keys of the wanted network start with, with or without the place of its state dict in front;
-            None: whatever the source says.
+            None: the prefix of the source.
         norm: ``GN`` for a network with GroupNorm.
-        parts: of a detector, ``fpn`` or ``box_head``, to convert too, where the source pretrains them.
-        drop: regular expressions; a key in which one is found is left out. They never reach the backbone.
+        parts: of a detector (``fpn``, ``box_head``), to convert too if the source pretrains them.
+        drop: regular expressions; a key that one matches anywhere is left out. The backbone's keys cannot be dropped.
     """
 
     source: str = ""
@@ -55,19 +55,19 @@ class Choice:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(
-                    f"--drop {pattern!r} is not a regular expression ({error}); put a backslash before a character "
-                    "that is meant literally"
+                    f"--drop {pattern!r} is not a regular expression ({error}); put a backslash before a "
+                    "character that is meant literally"
                 ) from error
 
     def options(self) -> str:
-        """Return the options of ``tools/convert_checkpoint.py`` that say the same, as typed into a shell."""
-        said: list[str] = []
-        said += ["--source", self.source] if self.source else []
-        said += ["--prefix", self.prefix] if self.prefix is not None else []
-        said += ["--norm", self.norm] if self.norm else []
-        said += ["--with", ",".join(self.parts)] if self.parts else []
-        said += [word for pattern in dict.fromkeys(self.drop) for word in ("--drop", pattern)]
-        return " ".join(map(shlex.quote, said))
+        """Return the same as options of ``moco-d2 convert``, as typed into a shell."""
+        typed: list[str] = []
+        typed += ["--source", self.source] if self.source else []
+        typed += ["--prefix", self.prefix] if self.prefix is not None else []
+        typed += ["--norm", self.norm] if self.norm else []
+        typed += ["--with", ",".join(self.parts)] if self.parts else []
+        typed += [word for pattern in dict.fromkeys(self.drop) for word in ("--drop", pattern)]
+        return " ".join(map(shlex.quote, typed))
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Answer:
     """One way to answer a question.
 
     Attributes:
-        words: what it means.
-        choices: ways to say it, each with what was said before; the first that leads to a conversion is shown.
-        where: place and prefix of the network that it means; None: whichever the choices lead to.
+        words: what it does, or means.
+        choices: ways to give it, each with the earlier choices; the first that leads to a conversion is shown.
+        where: place and prefix of the network that it means; None: whichever network the choices lead to.
     """
 
     words: str
@@ -86,21 +86,21 @@ class Answer:
 
     def shown(self, before: Choice) -> str:
         """Return the options to type, and which of those ``before`` to leave out."""
-        said = self.choices[0]
+        now = self.choices[0]
         gone = Choice(
-            source="" if said.source else before.source,
-            prefix=None if said.prefix is not None else before.prefix,
-            norm="" if said.norm else before.norm,
-            parts=() if said.parts else before.parts,
-            drop=tuple(pattern for pattern in before.drop if pattern not in said.drop),
+            source="" if now.source else before.source,
+            prefix=None if now.prefix is not None else before.prefix,
+            norm="" if now.norm else before.norm,
+            parts=() if now.parts else before.parts,
+            drop=tuple(pattern for pattern in before.drop if pattern not in now.drop),
         ).options()
-        stays = said.options()
+        stays = now.options()
         ways = [f"with {stays}" if stays else "", f"without {gone}" if gone else ""]
         return f"{' and '.join(filter(None, ways))} ({self.words})"
 
 
 class Question(CheckpointError):
-    """A file can be converted once the user has said something."""
+    """A file can be converted once the user has answered a question."""
 
     def __init__(
         self,
@@ -114,19 +114,19 @@ class Question(CheckpointError):
 
         Args:
             path: the file, for the message.
-            found: what is open, and the rule.
+            found: what was found, and what it leaves open.
             choice: what the user has said so far.
             answers: the likeliest first.
-            otherwise: the refusal if no answer leads to a conversion; None: that of the likeliest.
+            otherwise: the refusal if no answer leads to a conversion; None: the refusal of the likeliest answer.
         """
         ways = " or ".join(answer.shown(choice) for answer in answers)
         super().__init__(f"{path}: {found}; convert it {ways}")
         self.path, self.found, self.choice, self.answers, self.otherwise = path, found, choice, answers, otherwise
 
     def tried(self, convert: Callable[[Choice], str]) -> CheckpointError:
-        """Return the question with those answers that lead to a conversion, or the refusal if none does.
+        """Return the question with the answers that lead to a conversion, or the refusal if none does.
 
-        Where an answer leads to another question, the answers to both are joined.
+        If an answer leads to another question, the answers to both are joined.
 
         Args:
             convert: converts the file with a choice and returns the place and prefix of the network that it took.
@@ -141,7 +141,7 @@ class Question(CheckpointError):
     def _working(
         self, outcome: _Outcome, before: tuple[Choice, ...], refusals: list[CheckpointError]
     ) -> Iterator[Answer]:
-        """Yield the answers that lead to a conversion, each with one choice; ``before`` are those that led here."""
+        """Yield the answers that lead to a conversion, each with one choice; ``before``: the choices that led here."""
         for answer in self.answers[:_TRIED]:
             for choice in answer.choices:
                 if choice in before or len(before) > _JOINED:
@@ -171,7 +171,7 @@ def _outcome(convert: Callable[[Choice], str]) -> _Outcome:
 def _finals(
     answer: Answer, choice: Choice, outcome: _Outcome, before: tuple[Choice, ...], refusals: list[CheckpointError]
 ) -> Iterator[Answer]:
-    """Yield the answer that says a choice, or its joins with the answers to the question that it leads to."""
+    """Yield the answer that gives a choice, or its joins with the answers to the question that it leads to."""
     got = outcome(choice)
     if isinstance(got, str):
         yield Answer(answer.words, (choice,), got)

@@ -1,4 +1,4 @@
-"""The outcome of a conversion, and the files that it becomes: weights and a config."""
+"""Outcome of a conversion, and the files that it is written to: weights and a config."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import numpy as np
 import torch
 import yaml
 
-from moco_d2.convert.parts import Carried, needs
+from moco_d2.convert.find import as_tensor
+from moco_d2.convert.names import Row
+from moco_d2.convert.parts import Component, needs
 from moco_d2.convert.prove import prove, prove_parts
 from moco_d2.convert.sources import CheckpointSource
-from moco_d2.convert.trunk import as_tensor
 from moco_d2.facts import BackboneFacts, Pixels
 from moco_d2.io.checkpoints import CheckpointError, read_checkpoint
 from moco_d2.io.files import check_named_file, make_folder, move, named_file, one_line
@@ -34,25 +35,25 @@ class Conversion:
     Attributes:
         source: the record that recognised the checkpoint.
         facts: what the weights are.
-        tensors: Detectron2 name -> float32 tensor, the whole trunk.
+        tensors: Detectron2's name -> float32 tensor, for the backbone.
         source_tensors: the same tensors under torchvision's names.
-        mapped: key in the file -> Detectron2 name.
+        rows: the names of every tensor that is written; the tensors were moved by them.
         dropped: key in the file -> reason it was left out.
-        foreign: keys in the file that belong to something else than the wanted network.
+        foreign: keys in the file that belong to something other than the wanted network.
         place: dotted path of the state dict in the file.
-        elsewhere: first parts of the names of what the file holds beside that state dict, with counts of tensors.
+        elsewhere: what the file holds outside that state dict: top-level key -> count of tensors.
         norm: ``BN``, or ``GN`` for GroupNorm.
         also: other sources whose files look the same.
         notes: what the weights do not show, and what was assumed or done about it.
-        parts: what of a detector was converted beside the trunk.
-        source_pixels: the input of ``source_tensors``, where ``tensors`` were baked for another.
+        parts: what of a detector was converted with the backbone.
+        source_pixels: the input of ``source_tensors``, if ``tensors`` were baked for another.
     """
 
     source: CheckpointSource
     facts: BackboneFacts
     tensors: dict[str, torch.Tensor]
     source_tensors: dict[str, torch.Tensor]
-    mapped: dict[str, str]
+    rows: tuple[Row, ...]
     dropped: dict[str, str]
     foreign: list[str]
     place: str = ""
@@ -60,32 +61,37 @@ class Conversion:
     norm: str = "BN"
     also: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    parts: tuple[Carried, ...] = ()
+    parts: tuple[Component, ...] = ()
     source_pixels: Pixels | None = None
 
+    @property
+    def mapped(self) -> dict[str, str]:
+        """Key in the file -> Detectron2's name."""
+        return {row.key: row.detectron2 for row in self.rows if row.key}
+
     def config(self) -> dict[str, Any]:
-        """Return the Detectron2 keys, with values, under which the weights mean what they meant at their source."""
+        """Return the config keys, with values, under which Detectron2 computes what the source computes."""
         norm = {"MODEL.RESNETS.NORM": self.norm} if self.norm != "BN" else {}
         wanted = needs({name: tuple(tensor.shape) for name, tensor in self.content().items()})
-        # No norm is Detectron2's default, and not what detectors are fine-tuned with: left to the protocol.
+        # A norm "" is left to the protocol: it is Detectron2's default, and detectors are fine-tuned with another.
         return self.facts.config() | norm | {key: value for key, value in wanted.items() if value != ""}
 
     def content(self) -> dict[str, torch.Tensor]:
-        """Return everything that is written: the trunk and the parts."""
+        """Return every tensor that is written: the backbone's and the parts'."""
         return {**self.tensors, **{name: tensor for part in self.parts for name, tensor in part.tensors.items()}}
 
     @property
     def arxiv(self) -> str:
         """Number of the paper, or of several."""
-        told = (number for _, origin, number in self.source.variants if origin == self.facts.origin)
-        return next(told, self.source.arxiv)
+        of_variant = (number for _, origin, number in self.source.variants if origin == self.facts.origin)
+        return next(of_variant, self.source.arxiv)
 
 
 def check_output(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
     """Refuse an output that is the input, has an unknown suffix, or would overwrite what the converter did not write.
 
     Raises:
-        ValueError: it is one of these, or cannot be written.
+        ValueError: it is one of these, or is not writable.
     """
     output = Path(output)
     _check_suffix(output)
@@ -126,7 +132,7 @@ def write(
     proof: bool = True,
     picture: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Write a conversion; the file appears under its name only when it is complete and what it holds is proven.
+    """Write a conversion; the file appears under its name only when it is complete and proven.
 
     Args:
         conversion: what to write.
@@ -153,10 +159,10 @@ def write(
 
 def _prove_written(conversion: Conversion, path: Path, picture: torch.Tensor | None) -> dict[str, float]:
     written = {name: as_tensor(tensor) for name, tensor in read_checkpoint(path)["model"].items()}
-    trunk = {name: tensor for name, tensor in written.items() if name in conversion.tensors}
+    backbone = {name: tensor for name, tensor in written.items() if name in conversion.tensors}
     read = conversion.facts, conversion.source_tensors
     norm, pixels = conversion.norm, conversion.source_pixels
-    differences = prove(*read, trunk, norm, picture, pixels)
+    differences = prove(*read, backbone, norm, picture, pixels)
     return differences | prove_parts(*read, conversion.parts, written, norm, pixels)
 
 
@@ -186,7 +192,7 @@ def save(conversion: Conversion, output: str | os.PathLike[str]) -> None:
 
 
 class _ArrayPickler(pickle.Pickler):
-    """Writes arrays by numpy's public constructor: its own pickles name modules that numpy 2 renamed."""
+    """Writes arrays by numpy's public constructor, because numpy's own pickles name modules that numpy 2 renamed."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, np.ndarray):
@@ -195,12 +201,12 @@ class _ArrayPickler(pickle.Pickler):
 
 
 def config_path(output: str | os.PathLike[str]) -> Path:
-    """Return where the config of a converted file is."""
+    """Return the path of a converted file's config."""
     return Path(output).with_suffix(".yaml")
 
 
 def is_config_of(output: str | os.PathLike[str]) -> Callable[[Path], bool]:
-    """Return a test whether a file is the config that was written beside a converted file, and not edited since."""
+    """Return a function that tests whether a file is the unedited config of a converted file."""
     starts = tuple(f"# What {Path(output).stem}{suffix} needs: ".encode() for suffix in OUTPUT_SUFFIXES)
 
     def test(path: Path) -> bool:
@@ -212,16 +218,16 @@ def is_config_of(output: str | os.PathLike[str]) -> Callable[[Path], bool]:
 
 
 def _stamp(body: bytes) -> bytes:
-    """Return the comment by which a config is known to be as it was written."""
+    """Return the comment that shows that a config is unedited."""
     digest = hashlib.sha256(body).hexdigest()[:16]
     return f"# Once edited, this file is not overwritten (SHA-256 of what follows: {digest}).".encode()
 
 
 def write_config(conversion: Conversion, output: str | os.PathLike[str]) -> None:
-    """Write, beside a converted file, a config for ``_BASE_``: the weights and what they need.
+    """Write, beside a converted file, a config for ``_BASE_``: the weights and the keys that they need.
 
     Raises:
-        ValueError: the file there is the user's, or was edited.
+        ValueError: there is a file of the user's, or an edited config.
     """
     tree: dict[str, Any] = {"MODEL": {"WEIGHTS": str(Path(output).absolute())}}
     for key, value in conversion.config().items():

@@ -1,8 +1,8 @@
-"""Turning a checkpoint into a file that Detectron2 loads whole, or an error that says why not.
+"""Conversion of a checkpoint to a file that Detectron2 loads completely, or an error that says why not.
 
-Detectron2 skips what does not match and trains on; so nothing is skipped here. Every key of the state dict is mapped,
-dropped for a stated reason, or foreign to the wanted network, and the mapped ones must be exactly the tensors of the
-ResNet that the facts describe.
+Detectron2 skips tensors that do not match and trains on, so nothing is skipped here. Every key of the state dict is
+mapped, dropped for a stated reason, or foreign to the wanted network. The mapped keys must be exactly the tensors of
+the ResNet that the facts describe.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from moco_d2.convert.account import Account, account
 from moco_d2.convert.bake import baked
 from moco_d2.convert.checks import check_kinds, check_shapes, check_stem, check_values
 from moco_d2.convert.choice import Answer, Choice, Question
 from moco_d2.convert.conversion import Conversion, check_output, write, write_config
-from moco_d2.convert.hub import told_beside
-from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
-from moco_d2.convert.parts import Carried, Part, check_part, choose
+from moco_d2.convert.find import Backbone, as_tensor, is_tensor
+from moco_d2.convert.fingerprints import input_scale
+from moco_d2.convert.keys import Unmapped, sort_keys
+from moco_d2.convert.names import TORCHVISION
+from moco_d2.convert.parts import Component, Part, check_component, choose
 from moco_d2.convert.recognise import Match, recognise
-from moco_d2.convert.sources import DETECTOR_HEADS, SOURCES, UNSEEN
-from moco_d2.convert.traits import input_scale
-from moco_d2.convert.trunk import Trunk, as_tensor, is_tensor, unwrap
+from moco_d2.convert.sources import DETECTOR_HEADS, INVISIBLE, SOURCES, unwrap
 from moco_d2.facts import BackboneFacts
 from moco_d2.io.checkpoints import CheckpointError, facts_in, read_checkpoint
 from moco_d2.layers.resnet import facts_from_shapes
 
-# Raised when the same file would be converted otherwise: the catalogue then makes what it keeps anew.
+# To be raised if the same file would be converted differently: the catalogue then converts its files anew.
 CONVERTER = 1
 
 _EPSILON = 1e-5  # of every norm here
@@ -48,15 +47,15 @@ def convert_checkpoint(
 ) -> tuple[Conversion, dict[str, float]]:
     """Convert a checkpoint to Detectron2's names, prove it, and write it and its config.
 
-    The output appears under its name only when it is complete and proven. Beside it, with the suffix ``.yaml``, lies a
-    config that feeds it rightly, for ``_BASE_``.
+    The output appears under its name only when it is complete and proven. A config for ``_BASE_``, which feeds it
+    correctly, is written beside it with the suffix ``.yaml``.
 
     Args:
         source: the checkpoint.
         output: the file to write; ``.pth``, or ``.pkl`` with numpy arrays.
         proof: whether to compare the features of both networks (needs Detectron2).
-        choice: what the user says where the file does not.
-        picture: what the features are compared on, beside noise (:func:`moco_d2.convert.prove.read_picture`).
+        choice: what the user says that the file does not show.
+        picture: what the features are compared on, besides noise (:func:`moco_d2.convert.prove.read_picture`).
         bake: whether to make the weights take Detectron2's default input (:mod:`moco_d2.convert.bake`).
 
     Returns:
@@ -92,49 +91,75 @@ def convert_state(
 
 def _where(conversion: Conversion) -> str:
     place, prefix = conversion.place, conversion.source.prefix
-    return f"{place}.{prefix}" if place else prefix  # as Trunk.where
+    return f"{place}.{prefix}" if place else prefix  # as Backbone.where
 
 
 def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice: Choice) -> Conversion:
-    """Convert with what the user says; a question is asked as it comes."""
+    """Convert with what the user says; the first question that comes up is raised."""
     stated = facts_in(checkpoint, path)
+    if stated and stated.norm == "GN":
+        choice = replace(choice, norm="GN")
     match = recognise(checkpoint, path, choice, stated)
-    trunk = match.trunk
+    backbone = match.backbone
     parts = [_part(match, name, choice, path) for name in choice.parts]
-    keys = account(match, parts, choice, path)
-    tensors, notes = _tensors(trunk, path)
-    check_stem(tensors, path)
-    told, unseen = (stated, []) if stated else _told(match, path)
-    facts = _facts(tensors, told, path)
+    keys = sort_keys(match, parts, choice, path)
+    declared, assumed = (stated, []) if stated else _declared(match, path)
+    tensors, facts, notes = read_backbone(match, declared, path)
     if stated:
-        _check_stated(stated, facts, path)
-    check_shapes(facts, tensors, path)
-    read, written = (naming.with_statistics(not trunk.group_norm) for naming in (TORCHVISION, DETECTRON2))
-    to_detectron2 = rename_table(read, written, trunk.depth)
-    key_of = {name: key for key, name in keys.mapped.items()}
-    check_values({key_of.get(to_detectron2[name], name): tensor for name, tensor in tensors.items()}, path)
-    tensors = {name: t.to(torch.float32).contiguous() for name, t in tensors.items()}
+        check_stated(stated, facts, path)
+    components = tuple(_component(part, match, facts, choice, path) for part in parts)
     offers = {name: _offer(match, name, facts, path) for name in set(keys.parts.values())}
     return Conversion(
         source=match.source,
         facts=replace(facts, parts=choice.parts),
-        tensors={to_detectron2[name]: tensor for name, tensor in tensors.items()},
+        tensors={row.detectron2: tensors[row.torchvision] for row in backbone.rows},
         source_tensors=tensors,
-        mapped=keys.mapped,
+        rows=(*backbone.rows, *(row for part in parts for row in backbone.rows_of(part))),
         dropped={key: why + offers.get(keys.parts.get(key, ""), "") for key, why in keys.dropped.items()},
         foreign=keys.foreign,
-        place=trunk.place,
-        elsewhere=_elsewhere(checkpoint, trunk.state),
-        norm="GN" if trunk.group_norm else "BN",
+        place=backbone.place,
+        elsewhere=_elsewhere(checkpoint, backbone.state),
+        norm="GN" if backbone.group_norm else "BN",
         also=match.also,
-        notes=(*notes, *_beside(match, keys), *(part.note for part in parts if part.note), *unseen),
-        parts=tuple(_carried(part, match, facts, choice, path) for part in parts),
+        notes=(
+            *notes,
+            *_contents(match, keys),
+            *(part.note for part in parts if part.note),
+            *assumed,
+        ),
+        parts=components,
     )
+
+
+def read_backbone(
+    match: Match, declared: BackboneFacts, path: str | os.PathLike[str]
+) -> tuple[dict[str, torch.Tensor], BackboneFacts, list[str]]:
+    """Take the recognised network out of its file and check it.
+
+    Args:
+        match: the network.
+        declared: facts that shapes do not show: input, strides, origin.
+        path: for messages.
+
+    Returns:
+        float32 tensors under torchvision's names, as their source computes with them; the facts; and notes on what was
+        done to the tensors.
+
+    Raises:
+        CheckpointError: the tensors are unusable.
+    """
+    backbone = match.backbone
+    tensors, notes = _tensors(backbone, path, declared)
+    check_stem(tensors, path)
+    facts = _facts(tensors, declared, path)
+    check_shapes(facts, tensors, path)
+    check_values({row.key or row.torchvision: tensors[row.torchvision] for row in backbone.rows}, path)
+    return {name: t.to(torch.float32).contiguous() for name, t in tensors.items()}, facts, notes
 
 
 def _part(match: Match, name: str, choice: Choice, path: str | os.PathLike[str]) -> Part:
     try:
-        return choose(match.source.parts, name, match.trunk.keys)
+        return choose(match.source.parts, name, match.backbone.keys)
     except ValueError as error:
         known = "; ".join(f"{s.name}: {', '.join(dict.fromkeys(p.name for p in s.parts))}" for s in SOURCES if s.parts)
         found = f"recognised as {match.source.name}; {error} (sources with parts: {known})"
@@ -147,67 +172,70 @@ def _without_part(name: str, choice: Choice) -> Answer:
 
 
 def _offer(match: Match, name: str, facts: BackboneFacts, path: str | os.PathLike[str]) -> str:
-    """Return the words that offer a part, if the whole of it is there."""
+    """Return the words that offer a part, if the file has all of it."""
     asked = Choice(parts=(name,))
     try:
-        _carried(_part(match, name, asked, path), match, facts, asked, path)
+        _component(_part(match, name, asked, path), match, facts, asked, path)
     except CheckpointError:
         return ""
     return f" (--with {name} keeps it)"
 
 
-def _carried(part: Part, match: Match, facts: BackboneFacts, choice: Choice, path: str | os.PathLike[str]) -> Carried:
-    """Take a part's tensors out of the file, in the order of its table."""
-    trunk = match.trunk
-    held = {trunk.keys[key]: as_tensor(trunk.state[trunk.keys[key]]) for key in part.table()}
+def _component(
+    part: Part, match: Match, facts: BackboneFacts, choice: Choice, path: str | os.PathLike[str]
+) -> Component:
+    """Take a part's tensors out of the file."""
+    rows = match.backbone.rows_of(part)
+    held = {row.key: as_tensor(match.backbone.state[row.key]) for row in rows}
     check_values(held, path)
-    tensors = [tensor.to(torch.float32).contiguous() for tensor in held.values()]
-    carried = Carried(part, dict(zip(part.table().values(), tensors, strict=True)))
+    component = Component(part, {row.detectron2: held[row.key].to(torch.float32).contiguous() for row in rows})
     try:
-        check_part(carried, facts)
+        check_component(component, facts)
     except ValueError as error:
         raise Question(path, str(error), choice, [_without_part(part.name, choice)]) from error
-    return carried
+    return component
 
 
-def _beside(match: Match, keys: Account) -> list[str]:
-    """Return notes on what the file holds beside the backbone that is of use, or of consequence."""
+def _contents(match: Match, keys: Unmapped) -> list[str]:
+    """Return notes on what else the file holds that is useful or has consequences."""
     notes = [f"--source {match.average} converts the moving average, which the file holds too"] if match.average else []
-    left = [key for key in (*keys.dropped, *keys.foreign) if key in match.trunk.state]
+    left = [key for key in (*keys.dropped, *keys.foreign) if key in match.backbone.state]
     if any(re.search(DETECTOR_HEADS, unwrap(key)) for key in left):
         notes.append(
-            "the file holds a detector, of which the backbone alone was converted; the whole of a Detectron2 detector "
-            "is loaded by MODEL.WEIGHTS without a conversion"
+            "the file holds a detector, of which the backbone alone was converted; a complete Detectron2 detector is "
+            "loaded by MODEL.WEIGHTS without a conversion"
         )
     for key in left:
-        value = match.trunk.state[key]
+        value = match.backbone.state[key]
         if re.search(r"(^|[._])(mean|std)$", key) and is_tensor(value) and as_tensor(value).numel() == 3:
             shown = [round(number, 4) for number in as_tensor(value).flatten().tolist()]
             notes.append(f"`{key}` holds {shown}: the network prepares pixels itself; compare them with the input")
     return notes
 
 
-def _tensors(trunk: Trunk, path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Return the trunk's tensors under torchvision's names as its source computes with them, and what was done."""
-    tensors = {name: as_tensor(value) for name, value in trunk.tensors().items()}
-    key_of = {name: trunk.keys[key] for key, name in trunk.names().items()}
-    check_kinds({key_of[name]: tensor for name, tensor in tensors.items()}, path)
+def _tensors(
+    backbone: Backbone, path: str | os.PathLike[str], declared: BackboneFacts
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the tensors under torchvision's names as their source computes with them, and what was done to them."""
+    tensors = backbone.tensors()
+    check_kinds({row.key: tensors[row.torchvision] for row in backbone.rows if row.key}, path)
     notes = []
-    if trunk.naming.height_first:
+    if backbone.naming.height_first:
         tensors = _channels_first(tensors)
-    if trunk.naming.statistics:
+    if backbone.naming.statistics:
         groups = _join_split_norms(tensors)
         if groups:
             notes.append(
                 f"split norms: the running statistics of {groups} groups were averaged, as their evaluation does"
             )
-    elif trunk.group_norm:
-        notes.append("that the norms are GroupNorm is your word: a BatchNorm saved without statistics looks the same")
+    elif backbone.group_norm:
+        if declared.norm != "GN":
+            notes.append("GroupNorm is your word: a BatchNorm that was saved without its statistics looks the same")
     else:
-        tensors = _with_statistics(tensors, trunk.depth)
-    bias = trunk.keys.get(f"{trunk.prefix}conv1.bias")
-    if bias is not None and trunk.naming == TORCHVISION:
-        tensors["bn1.running_mean"] = tensors["bn1.running_mean"] - as_tensor(trunk.state[bias])
+        tensors = _with_statistics(tensors, backbone.depth)
+    bias = backbone.keys.get(f"{backbone.prefix}conv1.bias")
+    if bias is not None and backbone.naming == TORCHVISION:
+        tensors["bn1.running_mean"] = tensors["bn1.running_mean"] - as_tensor(backbone.state[bias])
         notes.append(
             "conv1.bias was subtracted from bn1's mean, which is the same computation; mmdetection leaves it out"
         )
@@ -244,8 +272,8 @@ def _join_split_norms(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def _elsewhere(checkpoint: Mapping[str, Any], state: Mapping[Any, Any]) -> dict[str, int]:
-    """Count the tensors of a file outside of the state dict, by top-level key."""
-    seen = {id(state)}  # a small file may hold a list of a million times the same million
+    """Count the tensors of a file outside the state dict, by top-level key."""
+    seen = {id(state)}  # a small file may hold a list that repeats the same large list a million times
 
     def count(value: Any, depth: int) -> int:
         if isinstance(value, torch.Tensor | np.ndarray):
@@ -263,25 +291,31 @@ def _elsewhere(checkpoint: Mapping[str, Any], state: Mapping[Any, Any]) -> dict[
     }
 
 
-def _told(match: Match, path: str | os.PathLike[str]) -> tuple[BackboneFacts, list[str]]:
-    """Return what is known of a file that does not say it itself, and what nobody can see in it."""
-    source, keys = match.source, match.trunk.keys
-    fed, notes = told_beside(source, path)
+def _declared(match: Match, path: str | os.PathLike[str]) -> tuple[BackboneFacts, list[str]]:
+    """Return the facts that weights do not show, by sidecar files or the source's record, and notes on assumptions."""
+    source, keys, sidecars = match.source, match.backbone.keys, match.source.sidecars(path)
     variant = (words for pattern, words, _ in source.variants if any(re.search(pattern, key) for key in keys))
-    scale = input_scale(match.trunk)
-    seen = [f"pixels: by conv1 and bn1, the inputs varied by about {scale:.2g}"] if scale else []
-    return BackboneFacts(**fed, origin=next(variant, source.origin)), [*source.notes, UNSEEN, *notes, *seen]
+    stride = source.stride_in_1x1 if sidecars.stride_in_1x1 is None else sidecars.stride_in_1x1
+    facts = BackboneFacts(
+        pixels=sidecars.pixels or source.pixels, stride_in_1x1=stride, origin=next(variant, source.origin)
+    )
+    notes = [*source.notes, INVISIBLE, *sidecars.notes]
+    if facts.pixels != source.pixels:
+        notes.append(f"mean and std of the pixels are those of the {sidecars.file} in the folder of the weights")
+    if scale := input_scale(match.backbone):
+        notes.append(f"pixels: by conv1 and bn1, the inputs varied by about {scale:.2g}")
+    return facts, notes
 
 
-def _facts(tensors: Mapping[str, torch.Tensor], told: BackboneFacts, path: str | os.PathLike[str]) -> BackboneFacts:
-    """Read the facts off the shapes, beside what shapes cannot tell."""
+def _facts(tensors: Mapping[str, torch.Tensor], declared: BackboneFacts, path: str | os.PathLike[str]) -> BackboneFacts:
+    """Read the facts off the shapes, and add those that are declared."""
     try:
         facts = facts_from_shapes(
             {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-            told.pixels,
-            origin=told.origin,
-            protocol=told.protocol,
-            stride_in_1x1=told.stride_in_1x1,
+            declared.pixels,
+            origin=declared.origin,
+            recipe=declared.recipe,
+            stride_in_1x1=declared.stride_in_1x1,
         )
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: its shapes are not a ResNet's ({error})") from error
@@ -293,9 +327,10 @@ def _facts(tensors: Mapping[str, torch.Tensor], told: BackboneFacts, path: str |
     return facts
 
 
-def _check_stated(stated: BackboneFacts, facts: BackboneFacts, path: str | os.PathLike[str]) -> None:
+def check_stated(stated: BackboneFacts, facts: BackboneFacts, path: str | os.PathLike[str]) -> None:
     """Refuse facts of another network."""
-    seen, said = facts.as_dict(), replace(stated, parts=()).as_dict()  # parts are taken on request only
+    # Parts are taken on request only, and earlier versions did not state the norm.
+    seen, said = facts.as_dict(), replace(stated, parts=(), norm=facts.norm).as_dict()
     wrong = [f"{k} is {seen[k]} by the tensors, {said[k]} by the facts" for k in seen if seen[k] != said[k]]
     if wrong:
         raise CheckpointError(

@@ -1,7 +1,7 @@
-"""Who calls which tensor what: one :class:`Naming` per family, and the rename tables between two of them.
+"""Names of a ResNet's tensors: one :class:`Naming` per family of code.
 
-A ResNet's tensors are enumerated in one fixed order from its depth, and a naming spells that list. Two spellings zip
-into a table, so every renaming can be inverted exactly, and the list itself says when a network is complete.
+A ResNet's tensors are enumerated in one fixed order from its depth, and a naming spells that list. The lists of two
+namings zip into a rename table, which can be inverted exactly. The list also tells whether a network is complete.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torchvision.models.resnet import Bottleneck
 
@@ -21,10 +22,10 @@ NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 class Naming:
     """How one family of code spells the tensors of a ResNet.
 
-    The templates may use ``s`` (stage 1..4), ``s0`` (from 0), ``s3`` (4..7, a position in ``nn.Sequential``), ``r``
-    (2..5), ``b`` (block from 0), ``c`` (convolution 1..3), ``c0`` (from 0), ``even`` and ``odd`` (positions among
-    convolutions and their norms), ``conv3`` and ``norm3`` (positions with an activation behind each), ``letter``
-    (Caffe's a, b, c), ``n`` (TensorFlow's counter) and ``home`` (the part of a C4 detector).
+    The templates may use ``s`` (stage 1..4), ``s0`` (stage from 0), ``s3`` (stage as a position in ``nn.Sequential``,
+    4..7), ``r`` (stage 2..5), ``b`` (block from 0), ``c`` (convolution 1..3), ``c0`` (convolution from 0), ``even`` and
+    ``odd`` (positions among convolutions and their norms), ``conv3`` and ``norm3`` (positions if an activation follows
+    each norm), ``letter`` (Caffe's a, b, c), ``n`` (TensorFlow's counter) and ``part`` (the part of a C4 detector).
 
     Attributes:
         stem: the first convolution.
@@ -33,9 +34,9 @@ class Naming:
         norm: the normalisation after that convolution.
         shortcut: the convolution in the shortcut of a stage's first block.
         shortcut_norm: its normalisation.
-        last_norm: the normalisation after a block's last convolution, where it is spelled otherwise.
+        last_norm: the normalisation after a block's last convolution, if it is spelled otherwise.
         kernel: what follows a convolution's name.
-        norm_tensors: what follows a normalisation's name: weight, bias and, if there, mean and variance.
+        norm_tensors: what follows a normalisation's name: weight, bias and, if it has them, mean and variance.
         height_first: kernels are (height, width, in, out) and vectors may have axes of length 1, as in JAX and
             TensorFlow.
     """
@@ -56,22 +57,22 @@ class Naming:
         """Whether normalisations have a running mean and variance."""
         return len(self.norm_tensors) == len(NORM_TENSORS)
 
-    def with_statistics(self, there: bool) -> Naming:
-        """Return the naming, or that of a network whose normalisations have no statistics: GroupNorm."""
-        return self if there else replace(self, norm_tensors=self.norm_tensors[:2])
+    def with_statistics(self, has: bool) -> Naming:
+        """Return this naming, or that of a network whose normalisations have no statistics (GroupNorm)."""
+        return self if has else replace(self, norm_tensors=self.norm_tensors[:2])
 
     def names(self, depth: int) -> list[str]:
         """Spell every tensor of a ResNet, in the order that all namings share (265 for depth 50)."""
         return list(_names(self, depth))
 
     def depth_of(self, names: Collection[str]) -> int | None:
-        """Return the depth of the deepest ResNet that ``names`` complete, or None (more names may be there)."""
+        """Return the depth of the deepest ResNet whose names are all among ``names``, or None."""
         present = names if isinstance(names, (set, frozenset)) else set(names)
         # The shallow ones are subsets of the deep ones: 34 of 50 by name, 50 of 101, 101 of 152.
         return next((d for d in sorted(DEPTHS, reverse=True) if present.issuperset(_names(self, d))), None)
 
     def nearest(self, names: Collection[str]) -> tuple[int, list[str]]:
-        """Return the depth that misses least of ``names``, and what it misses; of equals, the deepest."""
+        """Return the depth of which least is missing in ``names``, and what is missing; of equals, the deepest."""
         present = set(names)
         missing = {d: [n for n in _names(self, d) if n not in present] for d in DEPTHS}
         depth = min(missing, key=lambda d: (len(missing[d]) / len(_names(self, d)), -d))
@@ -84,7 +85,7 @@ def _names(naming: Naming, depth: int) -> tuple[str, ...]:
     convolutions = list(_convolutions(depth))
     # TensorFlow counts in the order of creation, in which a block's shortcut comes first.
     created = {place: n for n, place in enumerate(sorted(convolutions), start=1)}
-    spelled = [(naming.stem.format(n="", home="backbone."), naming.stem_norm.format(n="", home="backbone."))]
+    spelled = [(naming.stem.format(n="", part="backbone."), naming.stem_norm.format(n="", part="backbone."))]
     for stage, block, conv in convolutions:
         letters = {
             "s": stage,
@@ -100,7 +101,7 @@ def _names(naming: Naming, depth: int) -> tuple[str, ...]:
             "norm3": 3 * conv - 2,
             "letter": "_abc"[conv],
             "n": f"_{created[stage, block, conv]}",
-            "home": "roi_heads." if stage == 4 else "backbone.",
+            "part": "roi_heads." if stage == 4 else "backbone.",
         }
         norm = naming.last_norm if naming.last_norm and conv == last else naming.norm
         module, norm = (naming.conv, norm) if conv else (naming.shortcut, naming.shortcut_norm)
@@ -122,12 +123,26 @@ def _convolutions(depth: int) -> Iterator[tuple[int, int, int]]:
 
 
 def rename_table(source: Naming, target: Naming, depth: int) -> dict[str, str]:
-    """Return source name -> target name for every tensor of a ResNet; swapping the namings inverts the table.
+    """Return source name -> target name for every tensor of a ResNet; swapped namings give the inverse.
 
     Raises:
         KeyError: an unknown depth.
     """
     return dict(zip(source.names(depth), target.names(depth), strict=True))
+
+
+class Row(NamedTuple):
+    """The names of one tensor: the conversion moves it by this row, and the report shows the row.
+
+    Attributes:
+        key: its key in the file; empty: the converter adds it (statistics of affine layers).
+        torchvision: its name in torchvision's network, with which the converter computes.
+        detectron2: its name in Detectron2's network, under which it is written.
+    """
+
+    key: str
+    torchvision: str
+    detectron2: str
 
 
 TORCHVISION = Naming(
@@ -160,12 +175,12 @@ DETECTRON2 = Naming(
 
 # A detector whose last stage is its box head.
 DETECTRON2_C4 = Naming(
-    stem="{home}stem.conv1",
-    stem_norm="{home}stem.conv1.norm",
-    conv="{home}res{r}.{b}.conv{c}",
-    norm="{home}res{r}.{b}.conv{c}.norm",
-    shortcut="{home}res{r}.{b}.shortcut",
-    shortcut_norm="{home}res{r}.{b}.shortcut.norm",
+    stem="{part}stem.conv1",
+    stem_norm="{part}stem.conv1.norm",
+    conv="{part}res{r}.{b}.conv{c}",
+    norm="{part}res{r}.{b}.conv{c}.norm",
+    shortcut="{part}res{r}.{b}.shortcut",
+    shortcut_norm="{part}res{r}.{b}.shortcut.norm",
 )
 
 CAFFE2 = Naming(
@@ -209,7 +224,7 @@ CLASSY_VISION = Naming(
     shortcut_norm="blocks.{s0}.block{s0}-{b}.downsample.1",
 )
 
-# DeepMind's BYOL: a module's tensors are spelled `module|tensor`, see moco_d2.convert.variables.
+# DeepMind's BYOL: a module's tensors are spelled `module|tensor`, see moco_d2.convert.sources.byol.
 HAIKU = Naming(
     stem="initial_conv",
     stem_norm="initial_batchnorm",
@@ -233,19 +248,4 @@ TENSORFLOW = Naming(
     kernel="/kernel",
     norm_tensors=("/gamma", "/beta", "/moving_mean", "/moving_variance"),
     height_first=True,
-)
-
-NAMINGS = (
-    TORCHVISION,
-    SEQUENTIAL,
-    DETECTRON2,
-    DETECTRON2_C4,
-    CAFFE2,
-    CAFFE2_SHORT,
-    CAFFE2_AFFINE,
-    HUGGING_FACE,
-    SEPARIUS,
-    CLASSY_VISION,
-    HAIKU,
-    TENSORFLOW,
 )

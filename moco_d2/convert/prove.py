@@ -1,8 +1,8 @@
-"""The proof of a conversion: two pictures, two networks, the same features.
+"""Proof of a conversion: two networks compute the same features of two pictures.
 
-A wrong name, a wrong stride or a wrong shape of block gives other features, whatever the key counts say. The source
-network is torchvision's with the tensors that were read; the other is Detectron2's own, built from the facts, with
-the tensors that were written.
+A wrong name, a wrong stride or a wrong block gives other features, even if every key was mapped. The source network is
+torchvision's with the tensors that were read. The other network is Detectron2's, built from the facts, with the tensors
+that were written.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from moco_d2.convert.parts import HOMES, LEVELS, Carried, as_torchvision, needs, part_of, rebuild
+from moco_d2.convert.parts import LEVELS, PART_PREFIXES, Component, needs, part_of, rebuild
 from moco_d2.facts import BackboneFacts, Pixels
 from moco_d2.io.pictures import describe, open_picture, upright_rgb
 from moco_d2.layers.resnet import network_for
 
 STAGES = ("res2", "res3", "res4", "res5")
-# Both networks compute in float64: in float32 the last bits of two ways to prepare a picture can grow beyond this in a
-# network whose norms have small variances, as early in training. Any mistake differs by percents.
+# Both networks compute in float64: in float32, rounding in the preparation of a picture can grow beyond this limit if
+# norms have small variances, as early in training. Any mistake gives differences of percents.
 TOLERANCE = 1e-5
 _SIDE, _SMALLEST = 512, 32  # pixels of a user's picture
 _NOISE = (3, 64, 96)  # not square, so that a swap of height and width shows
 
 
 class ProofError(ValueError):
-    """The converted network does not compute what its source computes, or the proof cannot be made."""
+    """The converted network computes other features than its source, or the proof cannot be made."""
 
 
 def can_prove() -> bool:
-    """Return whether Detectron2, which the proof needs, is installed."""
+    """Return whether Detectron2 is installed, which the proof needs."""
     return importlib.util.find_spec("detectron2") is not None
 
 
@@ -47,25 +47,25 @@ def prove(
 ) -> dict[str, float]:
     """Compare the source network with Detectron2's, stage by stage, in eval mode, on noise and on a picture.
 
-    Both go through both preparations: RGB in 0..1 with mean and std for the source, the config's ``INPUT.FORMAT``,
-    ``PIXEL_MEAN`` and ``PIXEL_STD`` for Detectron2.
+    Each network gets the pictures as its own pipeline prepares them: 0..1 with mean and std for the source; the
+    config's ``INPUT.FORMAT``, ``PIXEL_MEAN`` and ``PIXEL_STD`` for Detectron2.
 
     Args:
         facts: what both networks are built from.
         source: the tensors that were read, under torchvision's names.
         written: the tensors that were written, under Detectron2's names.
         norm: ``BN``, or ``GN`` for networks with GroupNorm.
-        picture: (3, H, W), RGB, 0..255; without one, a scene is drawn.
-        source_pixels: the input of ``source``, where what was written takes another (:mod:`moco_d2.convert.bake`).
+        picture: (3, H, W), RGB, 0..255; None: a drawn scene.
+        source_pixels: the input of ``source``, if ``written`` takes another (:mod:`moco_d2.convert.bake`).
 
     Returns:
-        Stage name -> max|a - b| / max|a| over all features of the stage, the larger of both images.
+        Stage name -> max|a - b| / max|a| over all features of the stage, the larger of the two pictures.
 
     Raises:
         ProofError: a difference reaches ``TOLERANCE``, a network cannot hold its tensors, or Detectron2 is missing.
     """
     if not can_prove():
-        raise ProofError("the proof was not made: detectron2 is not installed")
+        raise ProofError("the proof cannot be made: detectron2 is not installed")
     differences = dict.fromkeys(STAGES, 0.0)
     with torch.no_grad():
         original = _source_network(facts, source, norm)
@@ -74,7 +74,7 @@ def prove(
         for image in (drawn_scene() if picture is None else picture, _noise()):
             wanted = _stages(original, _as_the_source_prepares(image, source_pixels or facts.pixels))
             for stage, difference in _relative(wanted, copy(_as_detectron2_prepares(image, config))).items():
-                # Written so that a NaN stays.
+                # In this form a NaN stays.
                 differences[stage] = differences[stage] if differences[stage] > difference else difference
     _check(differences)
     return differences
@@ -83,25 +83,25 @@ def prove(
 def prove_parts(
     facts: BackboneFacts,
     source: Mapping[str, torch.Tensor],
-    parts: Sequence[Carried],
+    parts: Sequence[Component],
     written: Mapping[str, torch.Tensor],
     norm: str = "BN",
     source_pixels: Pixels | None = None,
 ) -> dict[str, float]:
-    """Compare a pyramid and a box head, rebuilt by torchvision, with Detectron2's, in eval mode, on noise.
+    """Compare torchvision's pyramid and box head with Detectron2's, in eval mode, on noise.
 
-    The pyramid stands on its own ResNet on both sides, so that a swap of levels shows.
+    Each pyramid gets the features of its own ResNet, so that swapped levels show.
 
     Args:
         facts: what both networks are built from.
-        source: the trunk that was read, under torchvision's names.
+        source: the backbone that was read, under torchvision's names.
         parts: those that were read.
         written: everything that was written, under Detectron2's names.
-        norm: of the trunk, as in :func:`prove`.
+        norm: of the backbone, as in :func:`prove`.
         source_pixels: as in :func:`prove`.
 
     Returns:
-        Level (``p2``, ..., as far as the source trains what it is made of) or ``box_head`` -> largest relative
+        Level (``p2``, ..., if the source trains all layers that it is made of) or ``box_head`` -> largest relative
         difference, as in :func:`prove`.
 
     Raises:
@@ -109,85 +109,86 @@ def prove_parts(
     """
     differences: dict[str, float] = {}
     with torch.no_grad():
-        for carried in parts:
-            if carried.part.name == "fpn":
+        for component in parts:
+            if component.part.name == "fpn":
                 image = _as_the_source_prepares(_noise(), source_pixels or facts.pixels)
-                trunk = _stages(_source_network(facts, source, norm), image)
-                differences |= _relative(*_pyramids(carried, facts, trunk, written, norm))
+                features = _stages(_source_network(facts, source, norm), image)
+                differences |= _relative(*_pyramids(component, facts, features, written, norm))
             else:
-                differences |= _relative(*_box_heads(carried, facts, written))
+                differences |= _relative(*_box_heads(component, facts, written))
     _check(differences)
     return differences
 
 
 def _pyramids(
-    carried: Carried,
+    component: Component,
     facts: BackboneFacts,
-    trunk: dict[str, torch.Tensor],
+    features: dict[str, torch.Tensor],
     written: Mapping[str, torch.Tensor],
     norm: str,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return both pyramids' levels; ``trunk``: what the source's one stands on."""
+    """Return the levels of both pyramids; ``features``: of the source's ResNet."""
     from detectron2.layers import ShapeSpec
     from detectron2.modeling import build_backbone
 
-    original = _source_part(carried, facts)
-    wanted = {f"p{stage[-1]}": feature for stage, feature in original(trunk).items()}
+    original = _source_part(component, facts)
+    wanted = {f"p{stage[-1]}": feature for stage, feature in original(features).items()}
     config = _detectron2_config(facts, norm)
     config.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     config.MODEL.FPN.IN_FEATURES = list(STAGES)
-    _set_needs(config, carried)
+    _set_needs(config, component)
     copy = build_backbone(config, ShapeSpec(channels=3)).eval()
     tensors = {
         name.removeprefix("backbone.") if part_of(name) == "fpn" else f"bottom_up.{name}": tensor
         for name, tensor in written.items()
         if part_of(name) != "box_head"
     }
-    roles = [layer.role for layer in carried.part.layers]
+    roles = [layer.role for layer in component.part.layers]
     fresh = [
         f"fpn_{kind}{level}." for kind in ("lateral", "output") for level in LEVELS if f"{kind}{level}" not in roles
     ]
     _load(copy, tensors, "Detectron2's pyramid", fresh)
     got = copy.double()(_as_detectron2_prepares(_noise(), config))
-    # A level is made of its own output and of the laterals from the top down to it.
+    # A level is made of its own output layer and of all laterals from the top down to it.
     whole = [f"p{n}" for n in LEVELS if {f"output{n}", *(f"lateral{m}" for m in LEVELS if m >= n)} <= set(roles)]
     return {level: wanted[level] for level in whole}, {level: got[level] for level in whole}
 
 
 def _box_heads(
-    carried: Carried, facts: BackboneFacts, written: Mapping[str, torch.Tensor]
+    component: Component, facts: BackboneFacts, written: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     from detectron2.config import get_cfg
     from detectron2.layers import ShapeSpec
     from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 
     config: Any = get_cfg()
-    _set_needs(config, carried)
+    _set_needs(config, component)
     channels, side = config.MODEL.ROI_BOX_HEAD.CONV_DIM, config.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
     regions = torch.randn(4, channels, side, side, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     copy = FastRCNNConvFCHead(config, ShapeSpec(channels=channels, height=side, width=side)).eval()
-    home = HOMES["box_head"]
-    _load(copy, {n.removeprefix(home): t for n, t in written.items() if n.startswith(home)}, "Detectron2's box head")
-    return {"box_head": _source_part(carried, facts)(regions)}, {"box_head": copy.double()(regions)}
+    prefix = PART_PREFIXES["box_head"]
+    own = {name.removeprefix(prefix): tensor for name, tensor in written.items() if name.startswith(prefix)}
+    _load(copy, own, "Detectron2's box head")
+    return {"box_head": _source_part(component, facts)(regions)}, {"box_head": copy.double()(regions)}
 
 
-def _source_part(carried: Carried, facts: BackboneFacts) -> Any:
-    network, tensors = rebuild(carried, facts), as_torchvision(carried)
+def _source_part(component: Component, facts: BackboneFacts) -> Any:
+    network, tensors = rebuild(component, facts), component.as_torchvision()
     held = {name.rpartition(".")[0] for name in tensors}
     fresh = [name for name in network.state_dict() if name.rpartition(".")[0] not in held]
     _load(network, tensors, "the source's part", fresh)
     return network.eval().double()
 
 
-def _set_needs(config: Any, carried: Carried) -> None:
-    wanted = needs({name: tuple(tensor.shape) for name, tensor in carried.tensors.items()})
-    # In one process SyncBN is BN, which also runs where there is no GPU.
+def _set_needs(config: Any, component: Component) -> None:
+    wanted = needs({name: tuple(tensor.shape) for name, tensor in component.tensors.items()})
+    # In one process SyncBN computes what BN does, which also runs without a GPU.
     wanted = {key: "BN" if value == "SyncBN" else value for key, value in wanted.items()}
     config.merge_from_list([item for pair in wanted.items() for item in pair])
 
 
 def _check(differences: Mapping[str, float]) -> None:
-    # Written as "not <" so that a NaN fails.
+    # "not <", so that a NaN fails.
     if wrong := {stage: d for stage, d in differences.items() if not d < TOLERANCE}:
         shown = ", ".join(f"{stage} by {d:.1e}" for stage, d in wrong.items())
         raise ProofError(f"the proof failed: features differ at {shown} (limit {TOLERANCE:.0e})")
@@ -196,7 +197,7 @@ def _check(differences: Mapping[str, float]) -> None:
 def other_padding(
     facts: BackboneFacts, source: Mapping[str, torch.Tensor], padding: str, source_pixels: Pixels | None = None
 ) -> dict[str, float]:
-    """Measure how far torchvision's padding, which Detectron2 shares, is from the source's own, on a picture.
+    """Measure how much torchvision's padding, which is Detectron2's too, changes the features of a picture.
 
     Args:
         facts: what the network is built from.
@@ -220,7 +221,7 @@ def other_padding(
 
 
 def _pad_as_same(module: Any) -> None:
-    """Make a strided layer pad as TensorFlow's SAME does for even sizes: the odd row and column right and below."""
+    """Make a strided layer pad as TensorFlow's SAME does for even sizes: the extra row and column below and right."""
     kernel = module.kernel_size if isinstance(module.kernel_size, int) else module.kernel_size[0]
     before, after = (kernel - 2) // 2, (kernel - 1) // 2
     fill = float("-inf") if isinstance(module, torch.nn.MaxPool2d) else 0.0
@@ -234,21 +235,23 @@ def read_picture(path: str | os.PathLike[str]) -> torch.Tensor:
     """Read a picture for :func:`prove`: (3, H, W), RGB, 0..255, shrunk to at most 512 pixels a side.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: the file is missing, too small, or not a readable picture.
     """
     try:
         with open(path, "rb") as file:
             picture = upright_rgb(open_picture(file))
     except Exception as error:  # damaged files make decoders raise anything
-        raise ValueError(f"{path}: cannot be read as a picture ({describe(error)}); name a JPEG or PNG file") from error
+        raise ValueError(f"{path}: cannot be read as a picture ({describe(error)}); give a JPEG or PNG file") from error
     picture.thumbnail((_SIDE, _SIDE))
     if min(picture.size) < _SMALLEST:
-        raise ValueError(f"{path}: {picture.width}x{picture.height} pixels; a proof needs at least {_SMALLEST} a side")
+        raise ValueError(
+            f"{path}: {picture.width}x{picture.height} pixels; a proof needs at least {_SMALLEST} on each side"
+        )
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
 
 
 def drawn_scene(height: int = 128, width: int = 160) -> torch.Tensor:
-    """Draw a picture with smooth shades, edges, texture and every colour channel different: (3, H, W), RGB, 0..255."""
+    """Draw a picture with shades, edges and texture, different in every channel: (3, H, W), RGB, 0..255."""
     y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
     sky = torch.stack([120 + 60 * y, 150 + 50 * y, 230 - 40 * y])
     ground = torch.stack([90 + 40 * torch.sin(40 * x), 110 + 25 * torch.sin(55 * y), 50 + 20 * x])
@@ -262,7 +265,7 @@ def drawn_scene(height: int = 128, width: int = 160) -> torch.Tensor:
 
 
 def _noise() -> torch.Tensor:
-    """Return (3, H, W) about as bright and varied as pictures, RGB."""
+    """Return noise of the brightness and contrast of pictures: (3, H, W), RGB."""
     noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return 118 + 58 * noise
 
@@ -318,7 +321,7 @@ def _stages(network: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _detectron2_config(facts: BackboneFacts, norm: str) -> Any:
-    # Here and not above: conversion itself works without Detectron2.
+    # Imported here, because conversion itself works without Detectron2.
     from detectron2.config import get_cfg
 
     cfg: Any = get_cfg()
@@ -342,7 +345,7 @@ def _detectron2_network(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any
 
 
 def _load(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], which: str, fresh: Sequence[str] = ()) -> None:
-    """Load strictly, but for the batch counters, which were dropped on purpose, and what starts as ``fresh`` says."""
+    """Load strictly, except for batch counters, which were dropped on purpose, and names with a start in ``fresh``."""
     try:
         keys = network.load_state_dict(dict(tensors), strict=False)
     except RuntimeError as error:  # a shape
@@ -352,4 +355,4 @@ def _load(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], which: 
     missing = [key for key in keys.missing_keys if not key.endswith("num_batches_tracked")]
     missing = [key for key in missing if not key.startswith(tuple(fresh))]
     if missing or keys.unexpected_keys:
-        raise ProofError(f"the proof failed: {which} misses {missing} and does not know {keys.unexpected_keys}")
+        raise ProofError(f"the proof failed: {which} lacks {missing} and has no place for {keys.unexpected_keys}")

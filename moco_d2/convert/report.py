@@ -1,4 +1,4 @@
-"""The account of a conversion: for people as lines, for programs as JSON."""
+"""Report of a conversion: lines for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from moco_d2.convert.account import dropped_by
 from moco_d2.convert.choice import Choice
 from moco_d2.convert.conversion import Conversion, config_path
 from moco_d2.convert.convert import convert_checkpoint
+from moco_d2.convert.keys import dropped_by
 from moco_d2.convert.parts import part_of
 from moco_d2.convert.prove import TOLERANCE, other_padding, read_picture
-from moco_d2.convert.trunk import unwrap
+from moco_d2.convert.sources import unwrap
 from moco_d2.io.checkpoints import checkpoint_sha256
 from moco_d2.io.files import check_named_file, has_keys, named_file
 from moco_d2.io.provenance import provenance, sha256
@@ -31,7 +31,7 @@ def convert_and_report(
     picture: str | os.PathLike[str] | None = None,
     bake: bool = False,
 ) -> dict[str, Any]:
-    """Convert a checkpoint and return the account; see :func:`convert_checkpoint` and :func:`report`."""
+    """Convert a checkpoint and return the report; see :func:`convert_checkpoint` and :func:`report`."""
     image = None if picture is None else read_picture(picture)
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(checkpoint_sha256, source)  # on another core: hashlib lets other threads run
@@ -51,14 +51,14 @@ def report(
     output: str | os.PathLike[str],
     digest: str = "",
 ) -> dict[str, Any]:
-    """Return everything that is known of a conversion, as plain values.
+    """Return everything about a conversion, as plain values.
 
     Args:
         conversion: what was converted.
         differences: largest relative difference per stage, empty without a proof.
         source: the checkpoint.
         output: the file that was written.
-        digest: SHA-256 of the checkpoint, if it is known.
+        digest: SHA-256 of the checkpoint, if it is already known.
     """
     record = conversion.source
     return {
@@ -96,22 +96,24 @@ is_report = has_keys("source", "mapped", "facts", "proof", "command")
 
 
 def check_report(path: str | os.PathLike[str], source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-    """Refuse, before a conversion, a report that cannot be written after it.
+    """Check, before a conversion, that its report can be written after it.
 
     Raises:
-        ValueError: the name is that of the weights, of their config, or of a file that is no report.
+        ValueError: the name is that of the weights, of their config, or of a file that is not a report.
     """
     for other in (source, output, config_path(output)):
         if os.path.realpath(path) == os.path.realpath(other):
-            raise ValueError(f"{path}: another file of this conversion has this name; choose one for the report")
+            raise ValueError(
+                f"{path}: another file of this conversion has this name; choose another one for the report"
+            )
     check_named_file(path, is_report)
 
 
 def write_report(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a report as JSON, over an earlier report at most.
+    """Write a report as JSON; only an earlier report is overwritten.
 
     Raises:
-        ValueError: another file has the name, or it cannot be written.
+        ValueError: a file of another kind has the name, or it is not writable.
     """
     with named_file(path, is_report) as file:
         file.write(json.dumps(content, indent=2).encode())
@@ -121,8 +123,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     """Return a report's main points as lines."""
     facts, source, proof = content["facts"], content["source"], content["proof"]["differences"]
     paper = f", arXiv {source['arxiv']}" if source["arxiv"] else ""
-    protocol = f" ({facts['protocol']})" if facts["protocol"] else ""
-    lines = [f"source   {source['name']}: {facts['origin']}{protocol}{paper}"]
+    recipe = f" ({facts['recipe']})" if facts["recipe"] else ""
+    lines = [f"source   {source['name']}: {facts['origin']}{recipe}{paper}"]
     lines += [f"         its files look like those of {', '.join(source['also'])}"] if source["also"] else []
     where = " in ".join(
         f"`{part}`" for part in (source["prefix"] + "*" if source["prefix"] else "", source["place"]) if part
@@ -134,8 +136,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     )
     if facts["parts"]:
         counts = Counter(part_of(name) for name in content["mapped"].values())
-        carried = ", ".join(f"{part} ({counts[part]} tensors)" for part in facts["parts"])
-        lines.append(f"parts    {carried}; fine-tuning from them is another protocol than from a backbone alone")
+        converted = ", ".join(f"{part} ({counts[part]} tensors)" for part in facts["parts"])
+        lines.append(f"parts    {converted}; fine-tuning from them is another protocol than from a backbone alone")
     groups = f", {facts['groups']} groups of {facts['width_per_group']}" if facts["groups"] > 1 else ""
     lines.append(
         f"network  ResNet-{facts['depth']}, {facts['stem_channels']} channels in the stem, {facts['res2_channels']} in "
@@ -146,8 +148,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     foreign = Counter(unwrap(key).partition(".")[0] for key in content["foreign"]).most_common()
     lines += [f"         foreign {n}: {group}" for group, n in foreign[:_GROUPS]]
     lines += [f"         and {len(foreign) - _GROUPS} more groups of foreign keys"] if len(foreign) > _GROUPS else []
-    beside = ", ".join(f"{key} ({n} tensors)" if n else key for key, n in content["elsewhere"].items())
-    lines += [f"beside   {beside}"] if beside else []
+    elsewhere = ", ".join(f"{key} ({n} tensors)" if n else key for key, n in content["elsewhere"].items())
+    lines += [f"besides  {elsewhere}"] if elsewhere else []
     lines += [f"note     {note}" for note in content["notes"]]
     if content["source_padding"]:
         lines.append(f"padding  mean relative difference to the source's own: {_stages(content['source_padding'])}")

@@ -1,8 +1,8 @@
-"""Augmentation recipes as data, op for op as published, and the drawing of a view's random parameters.
+"""Augmentations as data, op for op as published, and the drawing of a view's random parameters.
 
-Drawing is apart from executing (:mod:`moco_d2.data.backends`): every backend takes the same :class:`Plan`, so that a
-seed gives the same views, up to rounding, whoever makes them. The distributions are those of torchvision's transforms
-with which the authors' code is written.
+Drawing is apart from executing (:mod:`moco_d2.data.backends`): every backend takes the same :class:`Plan`, so a seed
+gives the same views, up to rounding, on each of them. The distributions are those of torchvision's transforms, which
+the authors' code uses. An augmentation is a function ``size -> Augmentation`` under :func:`register_augmentation`.
 """
 
 from __future__ import annotations
@@ -14,26 +14,11 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
+from moco_d2.data.operations import SKIP, Op, check_values
 from moco_d2.facts import IMAGENET_RGB, Pixels
 from moco_d2.messages import unknown_name
 
-LARGEST_BLUR = 2.4  # radius; batched.REACH holds the box of no larger one
 CIFAR_RGB = Pixels("RGB", (125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255))
-
-
-class Step(NamedTuple):
-    """One thing to do to a view: a kind and its value; ``skip`` where chance left an op out.
-
-    The values: ``brightness``, ``contrast``, ``saturation`` a factor; ``hue`` a part of the colour circle; ``blur``
-    PIL's radius (a standard deviation); ``solarise`` the level from which a sample is inverted; ``grey`` and ``flip``
-    none.
-    """
-
-    kind: str
-    value: float = 0.0
-
-
-SKIP = Step("skip")
 
 
 class Box(NamedTuple):
@@ -47,33 +32,35 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A view's drawn parameters. Each view of a recipe has its own fixed number of steps, skipped ones included.
+    """A view's drawn parameters.
 
     Attributes:
         box: the crop.
-        steps: what is done to the view.
+        ops: the operations in their order; a view of an augmentation always has the same number, skipped ones included.
         size: side of the view in pixels.
         bicubic: whether the crop is resized by bicubic interpolation, else bilinear.
     """
 
     box: Box
-    steps: tuple[Step, ...]
+    ops: tuple[Op, ...]
     size: int
     bicubic: bool = False
 
     @property
     def flipped(self) -> bool:
         """Whether the view is mirrored."""
-        return sum(step.kind == "flip" for step in self.steps) % 2 == 1
+        return sum(op.name == "flip" for op in self.ops) % 2 == 1
 
 
-class Op(Protocol):
-    """A record of a recipe: it turns ``draws`` numbers from [0, 1) into steps."""
+class RandomOp(Protocol):
+    """A record of an augmentation: it turns ``draws`` numbers from [0, 1) into operations."""
 
-    draws: ClassVar[int]
+    @property
+    def draws(self) -> int:
+        """How many numbers it takes."""
 
-    def steps(self, draw: Iterator[float]) -> list[Step]:
-        """Return the steps, always the same number of them."""
+    def drawn(self, numbers: Iterator[float]) -> list[Op]:
+        """Return the operations, always the same number of them."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,7 @@ class Crop:
         size: side of the view in pixels.
         scale: least and largest area, as a part of the image's.
         ratio: least and largest width / height.
-        bicubic: interpolation of the resizing; bilinear otherwise.
+        bicubic: resize by bicubic interpolation, else bilinear.
     """
 
     size: int
@@ -94,11 +81,11 @@ class Crop:
     tries: ClassVar[int] = 10
     draws: ClassVar[int] = 4 * tries
 
-    def box(self, drawn: Sequence[float], height: int, width: int) -> Box:
+    def box(self, numbers: Sequence[float], height: int, width: int) -> Box:
         """Return the first try that fits into the image, else torchvision's central crop."""
         low, high = map(math.log, self.ratio)
         for first in range(0, self.draws, 4):
-            area, aspect, y, x = drawn[first : first + 4]
+            area, aspect, y, x = numbers[first : first + 4]
             pixels = height * width * _between(self.scale, area)
             aspect = math.exp(_between((low, high), aspect))
             w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
@@ -110,8 +97,37 @@ class Crop:
 
 
 @dataclass(frozen=True)
+class Apply:
+    """One operation with probability ``p``: torchvision's RandomApply, RandomGrayscale, RandomHorizontalFlip, ...
+
+    Attributes:
+        name: a key of :data:`~moco_d2.data.operations.OPERATIONS`, which says what its values mean.
+        p: probability.
+        value: a fixed value, or the range of a uniform one.
+    """
+
+    name: str
+    p: float
+    value: float | tuple[float, float] = 0.0
+
+    def __post_init__(self) -> None:
+        check_values(self.name, *(self.value if isinstance(self.value, tuple) else (self.value, self.value)))
+
+    @property
+    def draws(self) -> int:
+        """One for the chance, one more for a value from a range."""
+        return 1 + isinstance(self.value, tuple)
+
+    def drawn(self, numbers: Iterator[float]) -> list[Op]:
+        """Return one operation."""
+        applied = next(numbers) < self.p
+        value = _between(self.value, next(numbers)) if isinstance(self.value, tuple) else self.value
+        return [Op(self.name, value) if applied else SKIP]
+
+
+@dataclass(frozen=True)
 class Jitter:
-    """ColorJitter with probability p: four factors, applied in an order drawn anew for each view."""
+    """ColorJitter with probability p: four operations, in an order drawn anew for each view."""
 
     brightness: float
     contrast: float
@@ -120,81 +136,33 @@ class Jitter:
     p: float = 1.0
     draws: ClassVar[int] = 9
 
-    def steps(self, draw: Iterator[float]) -> list[Step]:
-        """Return the four in their order."""
-        applied = next(draw) < self.p
-        steps = []
-        for kind, centre in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.0)):
-            strength, drawn = getattr(self, kind), next(draw)
-            low = -strength if kind == "hue" else max(0.0, centre - strength)
-            value = _between((low, centre + strength), drawn)
-            steps.append(Step(kind, value) if applied and strength else SKIP)
-        keys = [next(draw) for _ in steps]
-        return [steps[i] for i in sorted(range(len(steps)), key=keys.__getitem__)]
-
-
-@dataclass(frozen=True)
-class Grey:
-    """RandomGrayscale: three equal channels, PIL's luminance."""
-
-    p: float
-    draws: ClassVar[int] = 1
-
-    def steps(self, draw: Iterator[float]) -> list[Step]:
-        """Return one."""
-        return [Step("grey") if next(draw) < self.p else SKIP]
-
-
-@dataclass(frozen=True)
-class Blur:
-    """PIL's GaussianBlur with a radius from U(low, high) and probability p, as MoCo v2 uses it."""
-
-    low: float
-    high: float
-    p: float
-    draws: ClassVar[int] = 2
-
     def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.high <= LARGEST_BLUR:
-            raise ValueError(f"Blur's radii are {self.low} to {self.high}; they must rise, within [0, {LARGEST_BLUR}]")
+        for name, values in self._ranges().items():
+            check_values(name, *values)
 
-    def steps(self, draw: Iterator[float]) -> list[Step]:
-        """Return one."""
-        applied, radius = next(draw) < self.p, _between((self.low, self.high), next(draw))
-        return [Step("blur", radius) if applied else SKIP]
+    def _ranges(self) -> dict[str, tuple[float, float]]:
+        """Return the range of each value; factors are about 1 and not negative."""
+        factors = {name: getattr(self, name) for name in ("brightness", "contrast", "saturation")}
+        ranges = {name: (max(0.0, 1.0 - strength), 1.0 + strength) for name, strength in factors.items()}
+        return {**ranges, "hue": (-self.hue, self.hue)}
 
-
-@dataclass(frozen=True)
-class Flip:
-    """RandomHorizontalFlip."""
-
-    p: float = 0.5
-    draws: ClassVar[int] = 1
-
-    def steps(self, draw: Iterator[float]) -> list[Step]:
-        """Return one."""
-        return [Step("flip") if next(draw) < self.p else SKIP]
-
-
-@dataclass(frozen=True)
-class Solarise:
-    """RandomSolarize: samples from ``threshold`` (0..255) on are inverted."""
-
-    threshold: int
-    p: float
-    draws: ClassVar[int] = 1
-
-    def steps(self, draw: Iterator[float]) -> list[Step]:
-        """Return one."""
-        return [Step("solarise", self.threshold) if next(draw) < self.p else SKIP]
+    def drawn(self, numbers: Iterator[float]) -> list[Op]:
+        """Return the four in their order."""
+        applied = next(numbers) < self.p
+        ops = []
+        for name, values in self._ranges().items():
+            value = _between(values, next(numbers))
+            ops.append(Op(name, value) if applied and getattr(self, name) else SKIP)
+        keys = [next(numbers) for _ in ops]
+        return [ops[i] for i in sorted(range(len(ops)), key=keys.__getitem__)]
 
 
 @dataclass(frozen=True)
 class View:
-    """How one view is made: a crop, then ops in their published order."""
+    """How one view is made: a crop, then operations in their published order."""
 
     crop: Crop
-    ops: tuple[Op, ...]
+    ops: tuple[RandomOp, ...]
 
     def plan(self, height: int, width: int, generator: torch.Generator) -> Plan:
         """Draw a view's parameters for an upright image of this size.
@@ -202,14 +170,14 @@ class View:
         The number of draws does not depend on the size, nor on chance.
         """
         count = self.crop.draws + sum(op.draws for op in self.ops)
-        drawn = torch.rand(count, dtype=torch.float64, generator=generator).tolist()
-        rest = iter(drawn[self.crop.draws :])
-        steps = tuple(step for op in self.ops for step in op.steps(rest))
-        return Plan(self.crop.box(drawn, height, width), steps, self.crop.size, self.crop.bicubic)
+        numbers = torch.rand(count, dtype=torch.float64, generator=generator).tolist()
+        rest = iter(numbers[self.crop.draws :])
+        ops = tuple(drawn for op in self.ops for drawn in op.drawn(rest))
+        return Plan(self.crop.box(numbers, height, width), ops, self.crop.size, self.crop.bicubic)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Augmentation:
     """How an image becomes views.
 
     Attributes:
@@ -218,7 +186,7 @@ class Recipe:
     """
 
     views: tuple[View, ...]
-    pixels: Pixels
+    pixels: Pixels = IMAGENET_RGB
 
     def plan(self, height: int, width: int, seed: int) -> list[Plan]:
         """Draw every view's parameters from a seed."""
@@ -226,40 +194,52 @@ class Recipe:
         return [view.plan(height, width, generator) for view in self.views]
 
 
-def _between(ends: tuple[float, float], drawn: float) -> float:
-    return ends[0] + (ends[1] - ends[0]) * drawn
+def _between(ends: tuple[float, float], number: float) -> float:
+    return ends[0] + (ends[1] - ends[0]) * number
 
 
-def moco_v1(size: int) -> Recipe:
-    """MoCo v1: crop, grayscale, colour jitter, flip, in this order (that of the authors' code, which is InstDisc's)."""
-    view = View(Crop(size, scale=(0.2, 1.0)), (Grey(0.2), Jitter(0.4, 0.4, 0.4, 0.4), Flip()))
-    return Recipe((view, view), IMAGENET_RGB)
+AUGMENTATIONS: dict[str, Callable[[int], Augmentation]] = {}
 
 
-def moco_v2(size: int) -> Recipe:
-    """MoCo v2's "aug+": crop, jitter (p .8, hue .1), grayscale, blur (p .5), flip, in this order."""
-    ops = (Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grey(0.2), Blur(0.1, 2.0, p=0.5), Flip())
-    view = View(Crop(size, scale=(0.2, 1.0)), ops)
-    return Recipe((view, view), IMAGENET_RGB)
+def register_augmentation(build: Callable[[int], Augmentation]) -> Callable[[int], Augmentation]:
+    """Function decorator: make an augmentation available as ``DATA.AUGMENTATION``, under the function's name.
+
+    The function takes ``DATA.CROP_SIZE``, the side of the large views; it sets the sizes of smaller ones itself.
+    """
+    AUGMENTATIONS[build.__name__] = build
+    return build
 
 
-def moco_cifar(size: int) -> Recipe:
-    """The authors' CIFAR-10 demo: crop (torchvision's default scale), flip, jitter, grayscale; no blur."""
-    view = View(Crop(size), (Flip(), Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grey(0.2)))
-    return Recipe((view, view), CIFAR_RGB)
-
-
-RECIPES: dict[str, Callable[[int], Recipe]] = {"moco_v1": moco_v1, "moco_v2": moco_v2, "moco_cifar": moco_cifar}
-
-
-def build_recipe(name: str, size: int) -> Recipe:
-    """Return a recipe by name for views of ``size`` pixels.
+def build_augmentation(name: str, size: int) -> Augmentation:
+    """Return an augmentation by name, with large views of ``size`` pixels.
 
     Raises:
         ValueError: unknown name, or a size below 1.
     """
-    if name not in RECIPES:
-        raise ValueError(unknown_name("DATA.RECIPE", name, RECIPES))
+    if name not in AUGMENTATIONS:
+        raise ValueError(unknown_name("DATA.AUGMENTATION", name, AUGMENTATIONS))
     if size < 1:
         raise ValueError(f"DATA.CROP_SIZE is {size}; a view needs at least one pixel")
-    return RECIPES[name](size)
+    return AUGMENTATIONS[name](size)
+
+
+@register_augmentation
+def moco_v1(size: int) -> Augmentation:
+    """MoCo v1: crop, grayscale, colour jitter, flip, in this order (that of the authors' code, which is InstDisc's)."""
+    view = View(Crop(size, scale=(0.2, 1.0)), (Apply("grey", 0.2), Jitter(0.4, 0.4, 0.4, 0.4), Apply("flip", 0.5)))
+    return Augmentation((view, view))
+
+
+@register_augmentation
+def moco_v2(size: int) -> Augmentation:
+    """MoCo v2's "aug+": crop, jitter (p .8, hue .1), grayscale, blur (p .5), flip, in this order."""
+    ops = (Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Apply("grey", 0.2), Apply("blur", 0.5, (0.1, 2.0)), Apply("flip", 0.5))
+    view = View(Crop(size, scale=(0.2, 1.0)), ops)
+    return Augmentation((view, view))
+
+
+@register_augmentation
+def moco_cifar(size: int) -> Augmentation:
+    """The authors' CIFAR-10 demo: crop (torchvision's default scale), flip, jitter, grayscale; no blur."""
+    view = View(Crop(size), (Apply("flip", 0.5), Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Apply("grey", 0.2)))
+    return Augmentation((view, view), CIFAR_RGB)

@@ -1,88 +1,84 @@
-"""What executes a recipe's plans: PIL as the authors do, OpenCV, or a batch at a time on the training device.
+"""Backends: they execute plans with PIL as the authors do, with OpenCV, or a batch at a time on the training device.
 
-A worker process calls :meth:`Backend.prepare` for each image and sends 8-bit views; the training process calls
-:meth:`Backend.finish` once a batch.
+A worker process calls :meth:`Backend.prepare` for each image and sends 8-bit views. The training process calls
+:func:`finish` once a batch, which executes the operations that the backend has left to the device.
+
+Letters: N views of a batch, S operations a view, (H, W) size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torchvision.transforms import functional as F
 
 from moco_d2.data.augment import Plan
-from moco_d2.data.batched import REACH, TIES_DOWN, box_weights, run_steps
-from moco_d2.data.decode import Picture
+from moco_d2.data.decode import EncodedImage
+from moco_d2.data.operations import OPERATIONS, SKIP, Op, View8
 from moco_d2.messages import unknown_name
-
-Pixels8 = np.ndarray  # (H, W, 3) uint8
 
 
 class Backend(Protocol):
-    """One way to make views."""
+    """One way to make views.
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[Pixels8]:
-        """Return an image's views so far, each (plan.size, plan.size, 3) uint8; one CPU thread.
+    Attributes:
+        on_device: whether the operations are left to the training device.
+    """
+
+    on_device: ClassVar[bool]
+
+    def prepare(self, image: EncodedImage, plans: Sequence[Plan]) -> list[View8]:
+        """Return an image's views, each (plan.size, plan.size, 3) uint8; one CPU thread.
 
         Raises:
             OSError: the file is damaged.
         """
 
-    def finish(self, views: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Return a batch of prepared views (N, H, W, 3), with their plans' steps, as levels 0..255 (N, 3, H, W)."""
-
 
 class PilBackend:
-    """The authors' operations: decoding apart, what their loader computes, to the bit."""
+    """The authors' operations: apart from decoding, what their loader computes, to the bit."""
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[Pixels8]:
-        """Crop, then do every step, with PIL."""
-        whole = Image.fromarray(picture.decode().permute(1, 2, 0).numpy())
+    on_device: ClassVar[bool] = False
+
+    def prepare(self, image: EncodedImage, plans: Sequence[Plan]) -> list[View8]:
+        """Crop, then execute every operation, with PIL."""
+        whole = Image.fromarray(image.decode().permute(1, 2, 0).numpy())
         views = []
         for plan in plans:
             mode = F.InterpolationMode.BICUBIC if plan.bicubic else F.InterpolationMode.BILINEAR
             view = F.resized_crop(whole, *plan.box, [plan.size, plan.size], mode)
-            for kind, value in plan.steps:
-                view = PIL_STEPS[kind](view, value)
+            for name, value in _applied(plan):
+                view = OPERATIONS[name].pil(view, value)
             views.append(np.array(view))
         return views
-
-    def finish(self, views: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Convert to float."""
-        return to_levels(views)
 
 
 class Cv2Backend:
     """torchvision's decoding and resizing, then OpenCV and tables, 8 bits throughout."""
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[Pixels8]:
-        """Crop, then do every step."""
-        views = picture.crops(plans)
-        for number, plan in enumerate(plans):
-            for kind, value in plan.steps:
-                views[number] = CV2_STEPS[kind](views[number], value)
-        return views
+    on_device: ClassVar[bool] = False
 
-    def finish(self, views: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Convert to float."""
-        return to_levels(views)
+    def prepare(self, image: EncodedImage, plans: Sequence[Plan]) -> list[View8]:
+        """Crop, then execute every operation."""
+        views = image.crops(plans)
+        for number, plan in enumerate(plans):
+            for name, value in _applied(plan):
+                views[number] = OPERATIONS[name].cv2(views[number], value)
+        return views
 
 
 class DeviceBackend:
-    """The workers decode and crop; the steps are done on the training device, a batch at a time."""
+    """The workers decode and crop; the training device executes the operations, a batch at a time."""
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[Pixels8]:
+    on_device: ClassVar[bool] = True
+
+    def prepare(self, image: EncodedImage, plans: Sequence[Plan]) -> list[View8]:
         """Crop."""
-        return picture.crops(plans)
-
-    def finish(self, views: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """Do every step."""
-        return run_steps(to_levels(views), steps)
+        return image.crops(plans)
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {"pil": PilBackend, "cv2": Cv2Backend, "device": DeviceBackend}
@@ -101,77 +97,49 @@ def build_backend(name: str, device: torch.device) -> Backend:
     return BACKENDS[name]()
 
 
-def to_levels(views: torch.Tensor) -> torch.Tensor:
+def _applied(plan: Plan) -> list[Op]:
+    return [op for op in plan.ops if op != SKIP]
+
+
+def to_float(views: torch.Tensor) -> torch.Tensor:
     """Convert (N, H, W, 3) uint8 to (N, 3, H, W) float32."""
     return views.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
-PIL_STEPS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
-    "skip": lambda view, _: view,
-    "brightness": F.adjust_brightness,
-    "contrast": F.adjust_contrast,
-    "saturation": F.adjust_saturation,
-    "hue": F.adjust_hue,
-    "grey": lambda view, _: F.rgb_to_grayscale(view, num_output_channels=3),
-    "blur": lambda view, radius: view.filter(ImageFilter.GaussianBlur(radius)),
-    "flip": lambda view, _: F.hflip(view),
-    "solarise": F.solarize,
-}
-
-# PIL truncates to a level where OpenCV rounds; the small part keeps whole numbers, inexact in floats, where they are.
-EXACT = 1e-4
-TRUNCATE = EXACT - 0.5
-# OpenCV's float HSV (degrees, 0..1, level) in PIL's 8-bit units, before truncation.
-TO_PIL_HSV = np.array([[255 / 360, 0, 0, 1e-3], [0, 255, 0, 1e-3], [0, 0, 1, 0]], np.float32)
+def finish(views: torch.Tensor, ops: torch.Tensor) -> torch.Tensor:
+    """Return prepared views (N, H, W, 3) as floats 0..255 (N, 3, H, W), with packed operations executed."""
+    return run(to_float(views), ops)
 
 
-def _brightness(view: Pixels8, factor: float) -> Pixels8:
-    return np.asarray(cv2.addWeighted(view, factor, view, 0, TRUNCATE))
+def pack(ops: Sequence[Sequence[Op]]) -> torch.Tensor:
+    """Encode views' operations: (N, S, 2) float64, the place in ``OPERATIONS`` (-1: skipped) and the value."""
+    number = {name: i for i, name in enumerate(OPERATIONS)} | {SKIP.name: -1}
+    table = [[(number[op.name], op.value) for op in view] for view in ops]
+    return torch.tensor(table, dtype=torch.float64).reshape(len(table), len(table[0]), 2)
 
 
-def _contrast(view: Pixels8, factor: float) -> Pixels8:
-    mean = int(cv2.mean(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY))[0] + 0.5)
-    return np.asarray(cv2.addWeighted(view, factor, view, 0, (1 - factor) * mean + TRUNCATE))
+def run(views: torch.Tensor, ops: torch.Tensor) -> torch.Tensor:
+    """Execute each view's own operations in its own order, on a batch at once.
 
+    Everything that depends on chance is known on the host, so nothing waits for the device; the number of kernels does
+    not grow with the batch.
 
-def _saturation(view: Pixels8, factor: float) -> Pixels8:
-    return np.asarray(cv2.addWeighted(view, factor, _grey(view), 1 - factor, TRUNCATE))
-
-
-def _grey(view: Pixels8, _: float = 0.0) -> Pixels8:
-    return np.asarray(cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))
-
-
-def _hue(view: Pixels8, shift: float) -> Pixels8:
-    hsv = cv2.transform(cv2.cvtColor(view.astype(np.float32), cv2.COLOR_RGB2HSV), TO_PIL_HSV).astype(np.uint8)
-    hsv[..., 0] += np.uint8(int(shift * 255) % 256)
-    return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL))
-
-
-def _blur(view: Pixels8, radius: float) -> Pixels8:
-    """PIL's three box blurs along rows, then three along columns, each rounded to 8 bits."""
-    weights = box_weights(np.array([[radius]]), np.arange(-REACH, REACH + 1)).astype(np.float32)
-    if weights[0, 0] == 0:
-        weights = weights[:, 1:-1]
-    for kernel in (weights, weights.T):
-        for _ in range(3):
-            view = cv2.filter2D(view, -1, kernel, delta=-TIES_DOWN, borderType=cv2.BORDER_REPLICATE)
-    return view
-
-
-def _solarise(view: Pixels8, threshold: float) -> Pixels8:
-    levels = np.arange(256, dtype=np.uint8)
-    return np.asarray(cv2.LUT(view, np.where(levels < threshold, levels, 255 - levels)))
-
-
-CV2_STEPS: dict[str, Callable[[Pixels8, float], Pixels8]] = {
-    "skip": lambda view, _: view,
-    "brightness": _brightness,
-    "contrast": _contrast,
-    "saturation": _saturation,
-    "hue": _hue,
-    "grey": _grey,
-    "blur": _blur,
-    "flip": lambda view, _: np.asarray(cv2.flip(view, 1)),
-    "solarise": _solarise,
-}
+    Args:
+        views: (N, 3, H, W) float32, whole numbers 0..255; changed in place.
+        ops: of :func:`pack`, on the host.
+    """
+    kinds, values = ops[..., 0].T, ops[..., 1].T  # each (S, N)
+    groups = [(slot, number) for slot, here in enumerate(kinds.tolist()) for number in sorted({*here} - {-1.0})]
+    if not groups:
+        return views
+    rows = [(kinds[slot] == number).nonzero()[:, 0] for slot, number in groups]
+    chosen = [values[slot][row] for (slot, _), row in zip(groups, rows, strict=True)]
+    counts = [len(row) for row in rows]
+    # Two copies to the device for everything, so small that they are staged and neither waits.
+    rows_there = torch.cat(rows).to(views.device, non_blocking=True).split(counts)
+    values_there = torch.cat(chosen).to(views.device, non_blocking=True).split(counts)
+    operations = list(OPERATIONS.values())
+    for (_, number), row, value in zip(groups, rows_there, values_there, strict=True):
+        done = operations[int(number)].device(views.index_select(0, row), value.view(-1, 1, 1, 1))
+        views.index_copy_(0, row, done)
+    return views

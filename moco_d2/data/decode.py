@@ -1,11 +1,10 @@
-"""From the bytes of an image file to pixels. Every way of decoding is behind :class:`Picture`."""
+"""Decoding of image files: header first, pixels when they are wanted."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,29 +13,17 @@ from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from moco_d2.data.augment import Plan
-from moco_d2.io.pictures import MAX_PIXELS, open_picture, orientation, read_image, upright_rgb
+from moco_d2.io.pictures import MAX_PIXELS, open_picture, turn, upright_rgb, upright_size
 
-__all__ = ["Picture", "read_image"]
-
-# How an image is turned upright: whether rows and columns change places, then the axes that are reversed.
-TURNS: dict[Any, tuple[bool, tuple[int, ...]]] = {
-    2: (False, (1,)),
-    3: (False, (0, 1)),
-    4: (False, (0,)),
-    5: (True, ()),
-    6: (True, (1,)),
-    7: (True, (0, 1)),
-    8: (True, (0,)),
-}
-REDUCTIONS = (8, 4, 2)  # what a JPEG decoder leaves out for less than it costs: 1/8, 1/4, 1/2 of the size
+_REDUCTIONS = (8, 4, 2)  # a JPEG decoder makes 1/8, 1/4 and 1/2 of the size in less time than the whole
 
 
-class Picture:
-    """An image file whose size is known and whose pixels are not decoded yet.
+class EncodedImage:
+    """An image file whose header is read and whose pixels are not decoded yet.
 
     Attributes:
-        height, width: of the upright image (EXIF orientation applied). They come from the header, so that a caller can
-            refuse an image before memory is spent on it.
+        height: of the upright image (EXIF orientation applied), in pixels.
+        width: of the upright image.
     """
 
     def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS, reduced: bool = False) -> None:
@@ -44,45 +31,38 @@ class Picture:
 
         Args:
             data: the file.
-            max_pixels: a larger image is refused.
-            reduced: whether :meth:`crops` may decode at a part of the size.
+            max_pixels: a larger image is refused, before memory is spent on it.
+            reduced: whether :meth:`crops` may decode at a reduced size.
 
         Raises:
-            OSError: it is no image, too large, or of a kind that cannot be read.
+            OSError: it is not an image, too large, or of a kind that is not supported.
         """
         self._data, self._reduced = data, reduced
         self._opened = open_picture(io.BytesIO(data), max_pixels)
-        # Whatever PIL takes for it: from EXIF or XMP, and no number at all in some files.
-        self._swapped, self._reversed = TURNS.get(orientation(self._opened), (False, ()))
-        size = self._opened.size
-        self.width, self.height = reversed(size) if self._swapped else size
+        self._turn = turn(self._opened)
+        self.width, self.height = upright_size(self._opened)
 
     def decode(self) -> torch.Tensor:
         """Return the upright image, (3, H, W) uint8 RGB, equal to :func:`moco_d2.io.pictures.read_image` to the bit.
 
-        The memory is that of rows of pixels (channels last), as decoders give it.
+        The memory order is channels last, as decoders give it.
 
         Raises:
             OSError: the file is damaged.
         """
         if self._is_plain_jpeg():
             encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
-            with contextlib.suppress(RuntimeError):  # PIL has the last word on what is damaged.
-                return self._turned(decode_jpeg(encoded, ImageReadMode.RGB))
+            with contextlib.suppress(RuntimeError):  # PIL decides whether the file is damaged.
+                image = decode_jpeg(encoded, ImageReadMode.RGB)
+                # Not turned by the decoder, which finds the orientation in fewer places than PIL.
+                return image if self._turn is None else _turned(image, self._turn)
         return torch.from_numpy(np.array(upright_rgb(self._opened))).permute(2, 0, 1)
-
-    def _turned(self, image: torch.Tensor) -> torch.Tensor:
-        """Turn (3, H, W) upright; not the decoder, which reads the orientation from fewer places than PIL."""
-        pixels = image.permute(1, 2, 0)
-        pixels = pixels.transpose(0, 1) if self._swapped else pixels
-        return pixels.flip(self._reversed).contiguous().permute(2, 0, 1) if self._swapped or self._reversed else image
 
     def crops(self, plans: Sequence[Plan]) -> list[np.ndarray]:
         """Decode once and return each plan's box resized with antialiasing, (plan.size, plan.size, 3) uint8.
 
-        If the picture may be reduced, a JPEG of which every box stays at least as large as its view is decoded at 1/2,
-        1/4 or 1/8 of its size, the smallest such; then a crop is that of the reduced image, near to but not that of the
-        whole.
+        With ``reduced``, a JPEG is decoded at the smallest of 1/2, 1/4 and 1/8 of its size at which every box is at
+        least as large as its view. Such crops are close to those of the whole image, but not equal.
 
         Raises:
             OSError: the file is damaged.
@@ -94,15 +74,15 @@ class Picture:
         return [_resize(image[:, b.top : b.top + b.height, b.left : b.left + b.width], plan) for plan, b in parts]
 
     def _is_plain_jpeg(self) -> bool:
-        # MPO is a JPEG with more pictures behind the first. CMYK needs PIL's colours.
+        # MPO is a JPEG with more images behind the first. CMYK needs PIL's colour conversion.
         return self._opened.format in ("JPEG", "MPO") and self._opened.mode in ("L", "RGB")
 
     def _reduction(self, plans: Sequence[Plan]) -> int:
-        """Return the largest reduction at which no box gets smaller than its view; 0 for none."""
+        """Return the largest reduction at which no box is smaller than its view; 0 if there is none."""
         if not self._reduced or not self._is_plain_jpeg():
             return 0
         sides = [(min(plan.box.height, plan.box.width), plan.size) for plan in plans]
-        return next((r for r in REDUCTIONS if all(side // r >= size for side, size in sides)), 0)
+        return next((r for r in _REDUCTIONS if all(side // r >= size for side, size in sides)), 0)
 
     def _reduced_crops(self, plans: Sequence[Plan], reduction: int) -> list[np.ndarray]:
         width, height = self._opened.size
@@ -118,9 +98,14 @@ class Picture:
         return crops
 
 
+def _turned(image: torch.Tensor, how: Image.Transpose) -> torch.Tensor:
+    upright = Image.fromarray(image.permute(1, 2, 0).numpy()).transpose(how)
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+
+
 def _resize(part: torch.Tensor, plan: Plan) -> np.ndarray:
     """Resize (3, H, W) uint8 as PIL's filters do: (plan.size, plan.size, 3)."""
-    part = part[None].contiguous(memory_format=torch.channels_last)  # the resizing is fastest on whole pixels
+    part = part[None].contiguous(memory_format=torch.channels_last)  # resizing is fastest in this order
     mode = "bicubic" if plan.bicubic else "bilinear"
     part = interpolate(part, (plan.size, plan.size), mode=mode, antialias=True)
     return np.ascontiguousarray(part[0].permute(1, 2, 0).numpy())

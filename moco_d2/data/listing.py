@@ -1,4 +1,4 @@
-"""Listing folders of images, remembered so that a set of millions starts in seconds the second time."""
+"""Listings of folders of images, cached so that a set of millions starts in seconds the second time."""
 
 from __future__ import annotations
 
@@ -15,74 +15,64 @@ from typing import Any
 import numpy as np
 
 from moco_d2.io.files import atomic_write
-from moco_d2.io.paths import expand_variable
+from moco_d2.io.paths import cache_folder
 
 logger = logging.getLogger(__name__)
 
-# What every Pillow reads; Chrome and Windows save JPEGs as .jfif. What is left out is counted and said.
+# The formats that every Pillow reads; Chrome and Windows save JPEGs as .jfif. Other files are counted and logged.
 EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".jpe", ".jif", ".jfi",
     ".apng", ".dib", ".jp2", ".j2k", ".jpf", ".jpx", ".pbm", ".pnm",
 )  # fmt: skip
-# What systems put beside pictures: often copies or thumbnails of them under a picture's name. In lower case.
-_SYSTEMS_OWN = frozenset({
+# Files and folders that systems put beside pictures, often copies or thumbnails under a picture's name; lower case.
+_SYSTEM_NAMES = frozenset({
     "__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "system volume information", "lost+found",
     "thumbs.db", "desktop.ini",
 })  # fmt: skip
 
-# Below so many images a walk takes no time and nothing is kept.
-REMEMBERED_FROM = 1000
-# A folder that changed within so many seconds before it was read may change again under the same time stamp: on the
-# coarsest file systems (FAT) stamps have steps of two seconds.
+# Listings of fewer images are not cached: a walk takes no time.
+CACHED_FROM = 1000
+# Seconds. A folder that changed so recently may change again without getting another time stamp: on the coarsest file
+# systems (FAT) stamps have steps of two seconds.
 _TICK = 2.0
 
-# What is known of a folder: [inode, mtime, ctime, images, subfolders, {kind: number of other files}].
+# A folder's entry in the cache: [inode, mtime, ctime, images, subfolders, {kind: number of other files}].
 Record = list[Any]
-_FORMAT = 2  # of the remembered listings: another rule of what is an image has another number
+_FORMAT = 2  # of cached listings; it changes with the rule of what is an image
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether a file or folder is hidden or a system's own, so that no picture is looked for there.
+    """Tell whether a file or folder is hidden or a system's own, and so is not searched for pictures.
 
-    Such are ``.ipynb_checkpoints``, macOS's ``._a.jpg`` and ``__MACOSX``, and what a NAS or Windows keeps. A folder
-    that a user names is searched whatever its name.
+    Examples are ``.ipynb_checkpoints``, macOS's ``._a.jpg`` and ``__MACOSX``, and those of a NAS or Windows. A folder
+    that a user names is searched whatever its name is.
     """
-    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _SYSTEMS_OWN
+    return (name.startswith(".") and name not in (".", "..")) or name.lower() in _SYSTEM_NAMES
 
 
 def kind_of(name: str) -> str:
-    """Return what a file that is no image is counted as: its extension, or that it has none."""
+    """Return the kind under which a file that is not an image is counted: its extension, or that it has none."""
     return os.path.splitext(name)[1].lower() or "without extension"
 
 
 def counted(kinds: Mapping[str, int], most: int = 6) -> str:
     """Return numbers of files in words, the largest first: ``10 .heic, 3 .txt, 2 hidden``."""
     order = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
-    said = [f"{kinds[kind]} {kind}" for kind in order[:most]]
+    words = [f"{kinds[kind]} {kind}" for kind in order[:most]]
     rest = sum(kinds[kind] for kind in order[most:])
-    return ", ".join([*said, f"{rest} of other kinds"] if rest else said)
-
-
-def cache_folder() -> Path:
-    """Return where listings and fetched shards are kept: ``MOCO_D2_CACHE``, else ``moco_d2`` in the user's cache."""
-    if os.environ.get("MOCO_D2_CACHE"):
-        return Path(expand_variable("MOCO_D2_CACHE", ""))
-    try:
-        return Path(expand_variable("XDG_CACHE_HOME", "~/.cache"), "moco_d2")
-    except ValueError:  # a user without a home; nothing can be kept there, and who tries says so
-        return Path(os.devnull, "moco_d2")
+    return ", ".join([*words, f"{rest} of other kinds"] if rest else words)
 
 
 class Listing:
-    """The images below a folder, sorted, a folder's own before those of its subfolders.
+    """The images below a folder, sorted; a folder's own images come before those of its subfolders.
 
-    Hidden files and folders (:func:`is_hidden`) are left out. Links are followed, a link to a folder above itself is
-    not. Every folder's entries are kept under its inode, mtime and ctime, and asked of the disk again when one of the
-    three differs: adding, removing or renaming an entry changes them, and no program can set the ctime back.
+    Hidden files and folders (:func:`is_hidden`) are left out. Links are followed, except to a folder above themselves.
+    Every folder's entries are cached under its inode, mtime and ctime, and read from the disk again if one of the three
+    differs: adding, removing or renaming an entry changes them, and no program can set the ctime back.
 
     Attributes:
         files: paths of the images.
-        others: number of files that were left out, by their kind; hidden ones, folders too, are one kind.
+        others: number of files that were left out, by kind; hidden files and folders are one kind.
         unreadable: (folder, error) of those that could not be read.
     """
 
@@ -94,11 +84,11 @@ class Listing:
         self._known, self._records = _load(self._cache), dict[str, Record]()
         self._read = 0
         self._walk(os.fspath(folder), "", ())
-        if self._read and len(self.files) >= REMEMBERED_FROM:
+        if self._read and len(self.files) >= CACHED_FROM:
             self._save()
 
     def _walk(self, folder: str, relative: str, above: tuple[tuple[int, int], ...]) -> None:
-        """Take up a folder and those below it; ``above`` are (device, inode) of its parents."""
+        """Add a folder and its subfolders; ``above`` holds (device, inode) of its parents."""
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in above:
@@ -140,14 +130,14 @@ class Listing:
                 content = {"format": _FORMAT, "extensions": EXTENSIONS, "folders": self._records}
                 file.write(json.dumps(content).encode())
         except OSError as error:
-            logger.warning("the listing cannot be kept in %s (%s); MOCO_D2_CACHE names another folder",
+            logger.warning("cannot write the listing to %s (%s); set MOCO_D2_CACHE to another folder",
                            self._cache.parent, error)  # fmt: skip
 
 
 def _is_dir(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link whose target cannot be looked at: reading it will say so
+    except OSError:  # a link whose target is not accessible: reading it will give the error
         return False
 
 
@@ -159,7 +149,7 @@ def _load(path: Path) -> dict[str, Record]:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s is damaged and is made anew (%s)", path, error)
+        logger.warning("%s is damaged (%s); it is written again", path, error)
     return {}
 
 
@@ -168,15 +158,15 @@ def _digest(*parts: object) -> str:
 
 
 def fingerprint(names: bytes) -> int:
-    """Return 48 bits that tell sets of images apart."""
+    """Return a hash of 48 bits that identifies a set of images."""
     return int.from_bytes(hashlib.sha256(names).digest()[:6], "big")
 
 
 class Paths:
-    """Strings in one buffer: worker processes share it without copying, and a million are stored in no time.
+    """Strings in one buffer, which worker processes share without copying.
 
     Attributes:
-        fingerprint: of the paths in their order, without the folder that all lie in: a set may move.
+        fingerprint: of the paths in their order, without the folder that all are in: a set may be moved.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:

@@ -1,4 +1,4 @@
-"""From a source of image files to batches of views: the dataset and the loader."""
+"""Dataset and loader: from a source of image files to batches of views on the training device."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from moco_d2.data.augment import Plan, Recipe
-from moco_d2.data.backends import Backend
-from moco_d2.data.batched import pack_steps
-from moco_d2.data.decode import Picture
-from moco_d2.data.sampler import EpochSampler, stream_seed
+from moco_d2.data.augment import Augmentation, Plan
+from moco_d2.data.backends import Backend, finish, pack
+from moco_d2.data.decode import EncodedImage
+from moco_d2.data.operations import Op, View8
+from moco_d2.data.sampler import EpochSampler
 from moco_d2.data.skipped import Skip, SkipLog
-from moco_d2.data.sources import Source
+from moco_d2.data.sources import ImageSource
 from moco_d2.io import timeouts
 from moco_d2.io.pictures import MAX_PIXELS, describe
 from moco_d2.layers.views import Views
+from moco_d2.seeding import stream_seed
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image's views as a backend prepared them, and the unreadable images it stands for.
-
-    Without views, if there was nothing to stand for them.
+    """One image's views as a backend prepared them; without views if no replacement for an unreadable image was found.
 
     Attributes:
         views: V arrays (H_v, W_v, 3) uint8.
-        plans: their drawn parameters.
-        skipped: what could not be read.
+        ops: V sequences of operations that are left to the device.
+        skipped: the unreadable images that this one replaces.
         position: number of the image that is shown.
         boxes: (V, 4), see :class:`~moco_d2.layers.views.Views`.
     """
 
-    views: list[np.ndarray]
-    plans: list[Plan]
+    views: list[View8]
+    ops: list[tuple[Op, ...]]
     skipped: tuple[Skip, ...]
     position: int = -1
     boxes: np.ndarray = field(default_factory=lambda: np.empty((0, 4), np.float32))
@@ -49,16 +48,16 @@ class Batch:
     """A batch as workers send it.
 
     Attributes:
-        views: V tensors (N, H, W, 3) uint8: a quarter of what floats would take between processes and to the device.
-        steps: V tensors (N, S, 2), the drawn parameters; they stay on the host.
+        views: V tensors (N, H, W, 3) uint8: a quarter of the bytes that floats would take on the way to the device.
+        ops: V tensors (N, S, 2), the operations that are left to the device; they stay on the host.
         index: (N,) int64, numbers of the images that are shown.
         boxes: (V, N, 4) float32, see :class:`~moco_d2.layers.views.Views`.
-        skipped: what could not be read.
-        replaced: number of images that stand for one that could not be read.
+        skipped: the unreadable images.
+        replaced: number of images that replace an unreadable one.
     """
 
     views: list[torch.Tensor]
-    steps: list[torch.Tensor]
+    ops: list[torch.Tensor]
     index: torch.Tensor
     boxes: torch.Tensor
     skipped: tuple[Skip, ...]
@@ -73,20 +72,20 @@ class Batch:
 class ViewDataset(Dataset[Sample]):
     """Images as views. An item's randomness depends on (seed, epoch, index) only.
 
-    So the views are the same with any number of workers, and a resumed run sees what an uninterrupted one would have.
+    So the views are the same with any number of workers, and a resumed run sees the views of an uninterrupted one.
     """
 
     def __init__(
         self,
-        source: Source,
-        recipe: Recipe,
+        source: ImageSource,
+        augmentation: Augmentation,
         seed: int,
         backend: Backend,
         max_pixels: int = MAX_PIXELS,
         reduced: bool = False,
     ) -> None:
-        """Set up; ``max_pixels`` and ``reduced`` are :class:`~moco_d2.data.decode.Picture`'s."""
-        self.source, self.recipe, self.seed, self.backend = source, recipe, seed, backend
+        """Set up; ``max_pixels`` and ``reduced`` are those of :class:`~moco_d2.data.decode.EncodedImage`."""
+        self.source, self.augmentation, self.seed, self.backend = source, augmentation, seed, backend
         self.max_pixels, self.reduced = max_pixels, reduced
 
     def __len__(self) -> int:
@@ -107,66 +106,67 @@ class ViewDataset(Dataset[Sample]):
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
         """Return a batch's samples: first every file's header and plans, then the pixels.
 
-        What alternates with decoding finds the processor's caches cold each time: two passes save a tenth of the time.
+        Interpreter code that alternates with decoding finds the processor's caches cold each time; two passes save a
+        tenth of the time.
         """
-        planned: list[tuple[Picture, list[Plan]] | None] = []
+        planned: list[tuple[EncodedImage, list[Plan]] | None] = []
         for key in keys:
             try:
                 planned.append(self._plan(key[1], key))
             except Exception:
                 planned.append(None)
-        planned.reverse()  # An image that PIL decoded stays in its Picture: each is dropped before the next.
+        planned.reverse()  # PIL keeps the pixels that it decoded in the image: each is dropped before the next.
         return [self._decoded(key[1], planned.pop()) or self[key] for key in keys]
 
-    def _decoded(self, position: int, planned: tuple[Picture, list[Plan]] | None) -> Sample | None:
-        """Return a sample, None where :meth:`__getitem__` has to find out why there is none."""
+    def _decoded(self, position: int, planned: tuple[EncodedImage, list[Plan]] | None) -> Sample | None:
+        """Return a sample, or None on any error: then :meth:`__getitem__` finds the reason and a replacement."""
         try:
             return self._sample(position, *planned) if planned else None
         except Exception:
             return None
 
-    def _plan(self, position: int, key: tuple[int, int]) -> tuple[Picture, list[Plan]]:
-        picture = Picture(self.source.read(position), self.max_pixels, self.reduced)
-        return picture, self.recipe.plan(picture.height, picture.width, stream_seed(self.seed, *key))
+    def _plan(self, position: int, key: tuple[int, int]) -> tuple[EncodedImage, list[Plan]]:
+        image = EncodedImage(self.source.read(position), self.max_pixels, self.reduced)
+        return image, self.augmentation.plan(image.height, image.width, stream_seed(self.seed, *key))
 
-    def _sample(self, position: int, picture: Picture, plans: list[Plan], skipped: tuple[Skip, ...] = ()) -> Sample:
-        boxes = np.array([_corners(plan, picture) for plan in plans], np.float32)
-        return Sample(self.backend.prepare(picture, plans), plans, skipped, position, boxes)
+    def _sample(self, position: int, image: EncodedImage, plans: list[Plan], skipped: tuple[Skip, ...] = ()) -> Sample:
+        boxes = np.array([_corners(plan, image) for plan in plans], np.float32)
+        ops = [plan.ops if self.backend.on_device else () for plan in plans]
+        return Sample(self.backend.prepare(image, plans), ops, skipped, position, boxes)
 
 
-def _corners(plan: Plan, picture: Picture) -> tuple[float, float, float, float]:
-    """Return x0, y0, x1, y1 of a view's crop in parts of the image, x0 and x1 exchanged where it is mirrored."""
+def _corners(plan: Plan, image: EncodedImage) -> tuple[float, float, float, float]:
+    """Return x0, y0, x1, y1 of a view's crop in parts of the image; x0 and x1 are swapped in a mirrored view."""
     box = plan.box
-    x0, x1 = box.left / picture.width, (box.left + box.width) / picture.width
+    x0, x1 = box.left / image.width, (box.left + box.width) / image.width
     if plan.flipped:
         x0, x1 = x1, x0
-    return x0, box.top / picture.height, x1, (box.top + box.height) / picture.height
+    return x0, box.top / image.height, x1, (box.top + box.height) / image.height
 
 
 def replacements(index: int, size: int) -> Iterator[int]:
-    """Yield an image and those that may stand for it: 1, 3, 7, 15, ... further, then its next neighbours.
+    """Yield an image's number, then those of its replacements: 1, 3, 7, 15, ... further, then the next neighbours.
 
-    Doubled steps leave a run of a thousand lost images, such as the end of a shard, in ten attempts, and stay in the
-    shard if it has any image to give.
+    Doubled steps leave a run of a thousand lost images, such as the end of a shard, in ten attempts, and find an image
+    of the same shard if it has a readable one near.
     """
     steps = [2**attempt - 1 for attempt in range(size.bit_length())]
     yield from dict.fromkeys((index + step) % size for step in [*steps, *range(min(size, 100))])
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack samples view by view; no views if one of them has none."""
-    whole = samples if all(sample.views for sample in samples) else []
-    views = [default_collate(list(view)) for view in zip(*(sample.views for sample in whole), strict=True)]
-    plans = zip(*(sample.plans for sample in whole), strict=True)
-    steps = [pack_steps([plan.steps for plan in view]) for view in plans]
-    index = torch.tensor([sample.position for sample in whole])
-    boxes = torch.from_numpy(np.stack([sample.boxes for sample in whole], 1)) if whole else torch.empty(0)
+    """Stack samples view by view; the batch has no views if one of its samples has none."""
+    complete = samples if all(sample.views for sample in samples) else []
+    views = [default_collate(list(view)) for view in zip(*(sample.views for sample in complete), strict=True)]
+    ops = [pack(view) for view in zip(*(sample.ops for sample in complete), strict=True)]
+    index = torch.tensor([sample.position for sample in complete])
+    boxes = torch.from_numpy(np.stack([sample.boxes for sample in complete], 1)) if complete else torch.empty(0)
     skipped = tuple(skip for sample in samples for skip in sample.skipped)
-    return Batch(views, steps, index, boxes, skipped, sum(bool(sample.skipped) for sample in samples))
+    return Batch(views, ops, index, boxes, skipped, sum(bool(sample.skipped) for sample in samples))
 
 
 class ViewLoader:
-    """Batches on the training device; unreadable images are written down, and end the run where they are too many.
+    """Batches on the training device. Unreadable images are logged; too many of them end the run.
 
     Attributes:
         skips: what this process could not read so far.
@@ -182,12 +182,12 @@ class ViewLoader:
     ) -> None:
         self.dataset, self.sampler, self.workers, self.device = dataset, sampler, workers, device
         self.skips = skips or SkipLog()
-        pixels = dataset.recipe.pixels
+        pixels = dataset.augmentation.pixels
         self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (pixels.mean, pixels.std))
 
     def __iter__(self) -> Iterator[Views]:
         options: dict[str, Any] = {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
-        # Its own generator: a DataLoader draws a seed when it starts, which would shift a resumed step's randomness.
+        # A generator of its own: a DataLoader draws a seed when it starts, which would shift a resumed step's draws.
         options["generator"] = torch.Generator()
         options["worker_init_fn"] = _one_thread
         if self.workers:
@@ -201,16 +201,16 @@ class ViewLoader:
             yield self.finish(batch)
 
     def finish(self, batch: Batch) -> Views:
-        """Return a batch on the device, its steps done and normalised."""
-        images = [self._finish(view, steps) for view, steps in zip(batch.views, batch.steps, strict=True)]
+        """Return a batch on the device, its operations executed and its pixels normalised."""
+        images = [self._finish(view, ops) for view, ops in zip(batch.views, batch.ops, strict=True)]
         index, boxes = (x.to(self.device, non_blocking=True) for x in (batch.index, batch.boxes))
         return Views(images, index, boxes)
 
-    def _finish(self, views: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        levels = self.dataset.backend.finish(views.to(self.device, non_blocking=True), steps)
-        return levels.sub_(self._mean).div_(self._std)
+    def _finish(self, views: torch.Tensor, ops: torch.Tensor) -> torch.Tensor:
+        pixels = finish(views.to(self.device, non_blocking=True), ops)
+        return pixels.sub_(self._mean).div_(self._std)
 
 
 def _one_thread(_: int) -> None:
-    """Keep OpenCV from starting threads in every worker; torch sees to its own."""
+    """Keep OpenCV from starting threads in every worker; torch limits its own."""
     cv2.setNumThreads(0)

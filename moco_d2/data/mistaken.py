@@ -1,4 +1,4 @@
-"""What else people name in DATASETS.TRAIN, by its extension, and what to do with it."""
+"""Advice on names in DATASETS.TRAIN that are not data sets, recognised by their extension."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _TABLE = (
 _ADVICE = (
     (
         _COMPRESSED_TAR,
-        "a compressed tar, out of whose middle no picture can be read: unpack it (tar -xf {base} -C FOLDER) and name "
-        "FOLDER, or make it a plain .tar (gunzip, bunzip2, unxz or unzstd) and name that",
+        "a compressed tar, from which single pictures cannot be read: unpack it (tar -xf {base} -C FOLDER) and name "
+        "FOLDER, or decompress it to a plain .tar (gunzip, bunzip2, unxz or unzstd) and name that",
     ),
     (_ARCHIVE, "an archive: unpack it and name the folder"),
     (_VIDEO, "a video: write its frames as pictures (ffmpeg -i {base} FOLDER/%06d.png) and name FOLDER"),
@@ -29,7 +29,7 @@ _ADVICE = (
 
 
 def mistaken(name: str) -> str:
-    """Return what a path or address means by its extension that is no data set, with the remedy; else nothing."""
+    """Return what a path or address is, if by its extension it cannot be a data set, with the remedy; else nothing."""
     path = name.partition("?")[0].partition("#")[0] if "://" in name else name
     base = os.path.basename(path)
-    return next((said.format(base=base) for ends, said in _ADVICE if base.lower().endswith(ends)), "")
+    return next((advice.format(base=base) for ends, advice in _ADVICE if base.lower().endswith(ends)), "")

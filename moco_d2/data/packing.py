@@ -1,4 +1,4 @@
-"""Writing tar shards from files: the same files always give the same bytes, and what is done is not done again."""
+"""Writing of tar shards from files: resumable, and the same files always give the same bytes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from moco_d2.data.shard_cache import Shard
-from moco_d2.data.shard_index import members, read_index, say_left_out
-from moco_d2.data.shards import MANIFEST, PLAN, refuse_half_made, write_manifest
+from moco_d2.data.shard_index import log_left_out, members, read_index
+from moco_d2.data.shards import MANIFEST, UNFINISHED, refuse_unfinished, write_manifest
 from moco_d2.data.sources import FileSource
 from moco_d2.io import files as disk
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Packed:
-    """A shard that is finished: it, how many files could not be read, and whether it was there already."""
+    """A finished shard, the number of its files that could not be read, and whether it existed already."""
 
     shard: Shard
     unreadable: int
@@ -34,25 +34,25 @@ class Packed:
 
 
 def pack(files: Sequence[str], root: str | os.PathLike[str], out: Path, size: int, seed: int) -> Iterator[Packed]:
-    """Write files into ``out/000000.tar``, ... and at the end ``shards.json``; yield each shard when it is whole.
+    """Write files into ``out/000000.tar``, ... and at the end ``shards.json``; yield each shard when it is complete.
 
-    Interrupted, it goes on where it was. Files are shuffled, because folders are sorted by what they show and training
-    shuffles within some shards only. A member is named by the file's path below ``root``, with dots only before the
-    extension (WebDataset takes a key to end at its first dot).
+    After an interruption it continues with the next shard. Files are shuffled, because folders are often sorted by
+    class and training shuffles within a few shards only. A member is named by the file's path below ``root``, whose
+    dots, other than the extension's, become underscores (in WebDataset a key ends at its first dot).
 
     Args:
         files: image files.
-        root: folder that names start at.
+        root: folder that members' names are relative to.
         out: folder to write into.
         size: images in a shard.
-        seed: of the shuffle; below 0: none.
+        seed: of the shuffle; if negative, files are not shuffled.
 
     Raises:
-        ValueError: ``out`` holds something else.
+        ValueError: ``out`` holds other files.
     """
     digest = hashlib.sha256("\0".join([os.path.realpath(root), str(size), str(seed), *files]).encode(errors="replace"))
-    mark = digest.hexdigest()
-    _claim(out, mark)
+    origin = digest.hexdigest()
+    _claim(out, origin)
     order = np.arange(len(files)) if seed < 0 else np.random.default_rng(seed).permutation(len(files))
     source, names = FileSource(files), _names([os.path.relpath(file, root) for file in files])
     shards = []
@@ -65,29 +65,29 @@ def pack(files: Sequence[str], root: str | os.PathLike[str], out: Path, size: in
         samples = sum(1 for _ in members(path))
         shards.append(Shard(path.name, path.stat().st_size, samples))
         yield Packed(shards[-1], len(chosen) - samples, kept)
-    write_manifest(out, shards, mark)
-    disk.remove(out / PLAN)
+    write_manifest(out, shards, origin)
+    disk.remove(out / UNFINISHED)
     disk.remove_leftovers(out)
 
 
-def _claim(out: Path, mark: str) -> None:
-    """Make sure that nothing in the folder is of another set."""
+def _claim(out: Path, origin: str) -> None:
+    """Check that the folder is empty or holds this set, and mark it as unfinished."""
     disk.make_folder(out, "OUT")
-    for name in (MANIFEST, PLAN):
+    for name in (MANIFEST, UNFINISHED):
         if (out / name).exists():
-            if origin_of(out / name) != mark:
+            if origin_of(out / name) != origin:
                 raise ValueError(
-                    f"{out} holds shards of other files, another --shard-size or --seed; name another folder"
+                    f"{out} holds shards of other files, or of another --shard-size or --seed; name another folder"
                 )
             return
     if there := sorted(path.name for path in out.iterdir()):
-        raise ValueError(f"{out} holds {there[0]} and is not a folder of shards begun here; name another folder")
-    with disk.one_line(out, "OUT"), disk.atomic_write(out / PLAN) as file:
-        file.write(json.dumps({"origin": mark}).encode())
+        raise ValueError(f"{out} holds {there[0]} and is not an unfinished set of shards; name another folder")
+    with disk.one_line(out, "OUT"), disk.atomic_write(out / UNFINISHED) as file:
+        file.write(json.dumps({"origin": origin}).encode())
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """Return one name a file, its keys unique, without dots in them."""
+    """Return each file's name in the shards; keys are unique and have no dots."""
     used: set[str] = set()
     names = []
     for number, path in enumerate(paths):
@@ -108,13 +108,13 @@ def _write(path: Path, entries: Sequence[tuple[str, int]], source: FileSource) -
             except OSError as error:
                 logger.warning("cannot read %s (%s); it is left out", source.name(number), error)
                 continue
-            member = tarfile.TarInfo(name)  # owner, rights and time are the same for all
+            member = tarfile.TarInfo(name)  # the same owner, mode and time for all
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
 
 
 def origin_of(path: Path) -> str:
-    """Return what the set with this manifest or plan was made of; empty if the file does not say."""
+    """Return the hash of the files that a set was made of, from its manifest or ``UNFINISHED`` file; empty if none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads(path.read_bytes())["origin"])
     return ""
@@ -123,20 +123,20 @@ def origin_of(path: Path) -> str:
 def index(out: Path) -> int:
     """Write ``shards.json`` for a folder of shards that another program made; return the number of images.
 
-    Of a set of ours it stays known what it was made of, so that :func:`pack` takes it for its own.
+    The origin of a set that :func:`pack` made is kept, so that :func:`pack` still recognises it.
 
     Raises:
-        ValueError: no shards, not all of them yet, or a ``shards.json`` that is something else.
+        ValueError: no shards, an unfinished set, or a ``shards.json`` of another program.
         OSError: a shard is damaged.
     """
-    refuse_half_made(out)
+    refuse_unfinished(out)
     paths = sorted(out.glob("*.tar"))
     if not paths:
-        raise ValueError(f"no *.tar in {out}")
+        raise ValueError(f"there is no *.tar in {out}")
     indexes = {path: read_index(path) for path in paths}
     if problems := [index.problem for index in indexes.values() if index.problem]:
         raise OSError("; ".join(problems))
-    say_left_out(str(out), *(sum(getattr(index, kind) for index in indexes.values()) for kind in ("lost", "further")))
+    log_left_out(str(out), *(sum(getattr(index, kind) for index in indexes.values()) for kind in ("lost", "further")))
     shards = [Shard(path.name, path.stat().st_size, len(index.table)) for path, index in indexes.items()]
     disk.check_named_file(out / MANIFEST, disk.has_keys("format", "origin", "shards"))
     write_manifest(out, shards, origin_of(out / MANIFEST) or "indexed")

@@ -1,4 +1,4 @@
-"""The cache of streamed shards: a folder of bounded size that the processes of a machine share."""
+"""Cache of remote shards: a folder of bounded size that the processes of a machine share."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import filelock
 
-from moco_d2.io.download import size_of, transfer
+from moco_d2.io.download import download_file, size_of
 from moco_d2.io.files import atomic_write, move, removable, remove
 
 logger = logging.getLogger(__name__)
 
 _FETCHERS = 4  # shards that a process fetches at a time
-_STALE = 3600.0  # seconds after which nobody is fetching a part any more
-_ASK_AGAIN = 300.0  # seconds until a shard that could not be fetched is tried again
+_STALE = 3600.0  # seconds without a change after which a partial download counts as abandoned
+_RETRY_AFTER = 300.0  # seconds until a shard that could not be fetched is tried again
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Shard:
 
 
 def base_name(location: str) -> str:
-    """Return a shard's file name, of an address without what follows its path."""
-    # urllib's parser would take two thirds of the time in which a stream of 100 000 shards is opened.
+    """Return a shard's file name; of an address without query and fragment."""
+    # urllib's parser would take two thirds of the time in which 100 000 remote shards are opened.
     path = location.partition("#")[0].partition("?")[0] if is_url(location) else location
     return path.rpartition("/")[2]
 
 
-def answer(error: OSError) -> str:
-    """Return an error as a sentence, with the server's status if it gave one."""
+def explain(error: OSError) -> str:
+    """Return an error in words, with the server's status if there is one."""
     status = getattr(error, "status", None)
     return f"the server answers {status}: {error}" if status else str(error)
 
@@ -52,44 +52,44 @@ def is_url(location: str) -> bool:
 
 
 class ShardCache:
-    """A folder of bounded size for streamed shards, shared by the processes of a machine.
+    """A folder of bounded size for remote shards, shared by the processes of a machine.
 
-    The shard that was asked for longest ago makes room. A process dies with no harm: what is whole has its name, and
-    the rest is continued. Beside ``NAME.tar`` lie its index ``NAME.npy``, while it is fetched ``NAME.BYTES.part``, and
-    if that failed ``NAME.lost``.
+    The least recently used shard is evicted. A killed process does no harm: a complete shard has its final name, and a
+    partial download is resumed. Beside ``NAME.tar`` are its index ``NAME.npy``, while it is fetched
+    ``NAME.BYTES.part``, and if that failed ``NAME.lost``.
     """
 
     def __init__(self, folder: Path, limit: float) -> None:
-        """Keep shards in ``folder``, ``limit`` bytes of them at most."""
+        """Keep at most ``limit`` bytes of shards in ``folder``."""
         self.folder, self.limit = folder, limit
         self._begun = time.time()
 
     def path(self, shard: Shard) -> Path:
-        """Return where a shard is or will be; another size is another shard."""
-        mark = hashlib.sha256(f"{shard.location} {shard.bytes}".encode()).hexdigest()[:16]
-        return self.folder / f"{mark}-{base_name(shard.location).removesuffix('.tar')}.tar"
+        """Return the path that a shard has or will have; another size means another shard."""
+        digest = hashlib.sha256(f"{shard.location} {shard.bytes}".encode()).hexdigest()[:16]
+        return self.folder / f"{digest}-{base_name(shard.location).removesuffix('.tar')}.tar"
 
-    def note(self, location: str) -> Path:
-        """Return where it is written down what was found in a shard that no manifest knows."""
+    def sidecar(self, location: str) -> Path:
+        """Return the path of the file with size and number of images of a shard that is in no manifest."""
         return self.folder / f"{hashlib.sha256(location.encode()).hexdigest()[:16]}.json"
 
     def get(self, shard: Shard) -> Path:
-        """Return a shard's file, fetched if it is not there; other processes that want it wait.
+        """Return a shard's file; if it is not in the cache, fetch it while other processes that want it wait.
 
         Raises:
-            OSError: it cannot be fetched or kept; for five minutes nobody tries again.
+            OSError: it cannot be fetched or stored; for five minutes no process of the machine tries again.
         """
         path = self.path(shard)
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            # A bounded number of lock files, never removed: two processes could hold a removed one at the same time.
+            # A bounded number of lock files that are never removed: two processes could both hold a removed one.
             with filelock.FileLock(self.folder / f".lock-{path.name[:2]}"):
                 if not path.exists():
                     self._fetch(shard, path)
         return path
 
     def touch(self, shard: Shard) -> None:
-        """Mark a shard as wanted now, if it is there."""
+        """Mark a shard as just used, if it is in the cache."""
         with contextlib.suppress(OSError):
             os.utime(self.path(shard))
 
@@ -99,43 +99,43 @@ class ShardCache:
         part = path.with_suffix(f".{shard.bytes}.part")
         self._make_room(part)
         try:
-            transfer(shard.location, part, shard.location, checked=bool(shard.bytes), attempts=6)
-        except FileNotFoundError:  # somebody emptied the folder
+            download_file(shard.location, part, shard.location, checked=bool(shard.bytes), attempts=6)
+        except FileNotFoundError:  # the folder was emptied meanwhile
             raise
         except OSError as error:
-            reason = f"cannot fetch {shard.location}: {answer(error)}"
+            reason = f"cannot fetch {shard.location}: {explain(error)}"
             with contextlib.suppress(OSError):
-                os.utime(part, (0, 0))  # nobody is fetching it: it may go, and takes the room that it has
+                os.utime(part, (0, 0))  # abandoned: it may be evicted, and counts with its present size
                 with atomic_write(lost) as file:
                     file.write(f"{time.time()} {reason}".encode())
             raise OSError(reason) from error
         if shard.bytes and size_of(part) != shard.bytes:
-            logger.warning("%s has %d bytes, %d were expected: cut short, or replaced since it was looked into",
+            logger.warning("%s has %d bytes, %d were expected: cut short, or replaced since it was first read",
                            shard.location, size_of(part), shard.bytes)  # fmt: skip
-            remove(self.note(shard.location))
+            remove(self.sidecar(shard.location))
         with self._lock():
-            for old in (lost, index_of(path)):
+            for old in (lost, index_path(path)):
                 remove(old)
             move(part, path)
 
-    def _raise_if_lost(self, mark: Path) -> None:
-        """Raise what another process of this run met a moment ago: its minute of attempts is not spent again."""
+    def _raise_if_lost(self, lost: Path) -> None:
+        """Raise the error that another process of this run got in the last minutes, instead of trying again."""
         try:
-            then, _, reason = mark.read_text().partition(" ")
-            recent = float(then) > max(self._begun, time.time() - _ASK_AGAIN)
+            then, _, reason = lost.read_text().partition(" ")
+            recent = float(then) > max(self._begun, time.time() - _RETRY_AFTER)
         except (OSError, ValueError):
             return
         if recent:
             raise OSError(reason)
 
     def _make_room(self, part: Path) -> None:
-        """Reserve the room of a shard that is about to be fetched: what is being fetched counts as if it were whole."""
+        """Evict shards until one that is about to be fetched fits; partial downloads count with their full size."""
         with self._lock():
             part.touch()
             files = []
-            # Only what was fetched into it makes room: the folder may hold the user's own shards.
+            # Only fetched files are evicted: the folder may hold the user's own shards.
             for entry in filter(removable, (*self.folder.glob("*.part"), *self.folder.glob("*.tar"))):
-                with contextlib.suppress(FileNotFoundError):  # a transfer may begin anew
+                with contextlib.suppress(FileNotFoundError):  # a download may start again
                     status = entry.stat()
                     fetching = entry.suffix == ".part" and time.time() - status.st_mtime < _STALE
                     size = max(status.st_size, int(entry.stem.rpartition(".")[2]) if fetching else 0)
@@ -145,7 +145,7 @@ class ShardCache:
                 if used <= self.limit or fetching:
                     return
                 used -= size
-                remove(index_of(entry))
+                remove(index_path(entry))
                 remove(entry)
 
     def _lock(self) -> filelock.BaseFileLock:
@@ -153,9 +153,9 @@ class ShardCache:
 
 
 def start_fetching(cache: ShardCache) -> queue.SimpleQueue[Shard]:
-    """Start the threads of a process that fetch what is put into the queue."""
+    """Start a process's threads that fetch the shards in the returned queue."""
     wanted: queue.SimpleQueue[Shard] = queue.SimpleQueue()
-    for _ in range(_FETCHERS):  # daemons: a stuck transfer does not keep a finished run from ending
+    for _ in range(_FETCHERS):  # daemons, so that a stuck download does not keep a finished run from ending
         threading.Thread(target=_fetch_all, args=(cache, wanted), daemon=True).start()
     return wanted
 
@@ -165,10 +165,10 @@ def _fetch_all(cache: ShardCache, wanted: queue.SimpleQueue[Shard]) -> None:
         shard = wanted.get()
         try:
             cache.get(shard)
-        except OSError as error:  # whoever reads it will meet the error again and count it
+        except OSError as error:  # reading the shard will give the error again, and count it
             logger.warning("%s", error)
 
 
-def index_of(path: Path) -> Path:
-    """Return where the index of a shard in the cache is, which goes when the shard goes."""
+def index_path(path: Path) -> Path:
+    """Return the path of the index of a shard in the cache; both are evicted together."""
     return path.with_suffix(".npy")

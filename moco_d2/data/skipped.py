@@ -1,4 +1,4 @@
-"""What could not be read: one line each in ``skipped.jsonl``, and a stop when it is too much."""
+"""Log of unreadable images: one line each in ``skipped.jsonl``, and an error when there are too many."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moco_d2.io.pictures import PictureError
 logger = logging.getLogger(__name__)
 
 FILE = "skipped.jsonl"
-# A fraction says nothing of the first few images: so many are taken as seen from the start.
+# The fraction is of at least so many images, because it means little for the first few.
 BENEFIT = 1000
 
 
@@ -29,12 +29,12 @@ class Skip(NamedTuple):
 
 
 class SkipLog:
-    """The unreadable images that this process met: logged once each, counted every time.
+    """The unreadable images that this process met: each is logged once and counted every time.
 
     Attributes:
-        paths: those met so far, by any process of the run before it was resumed, and by this one.
-        seen: images of this process's batches.
-        replaced: how many of them stand for one that could not be read.
+        paths: those met so far by this process, and by any process of the run before it was resumed.
+        seen: images in this process's batches.
+        replaced: how many of them replace an unreadable one.
     """
 
     def __init__(self, folder: str | os.PathLike[str] = "", limit: float = 1.0, rank: int = 0) -> None:
@@ -45,7 +45,7 @@ class SkipLog:
         self.paths = set(self._logged())
 
     def record(self, skips: Iterable[Skip], iteration: int = -1) -> None:
-        """Write down the images that are new; ``iteration`` is the step whose batch they were in."""
+        """Log the images that are new; ``iteration`` is the step of their batch."""
         lines = []
         for skip in skips:
             if skip.path not in self.paths:
@@ -62,24 +62,24 @@ class SkipLog:
         """Count a batch.
 
         Raises:
-            PictureError: too many of the images seen could not be read.
+            PictureError: too many of the images could not be read.
         """
         self.seen, self.replaced = self.seen + seen, self.replaced + replaced
         if self.replaced > self.limit * max(self.seen, BENEFIT):
             raise PictureError(
                 f"{self.replaced} of the {self.seen} images that process {self.rank} saw could not be read, more than "
-                f"DATA.MAX_SKIPPED {self.limit:g} allows; {self._account()}, or raise DATA.MAX_SKIPPED, and --resume"
+                f"DATA.MAX_SKIPPED {self.limit:g} allows; {self._account()}, or raise DATA.MAX_SKIPPED, then --resume"
             )
 
     def stop(self) -> None:
-        """Raise the PictureError for an image without any that could stand for it."""
+        """Raise the PictureError for an unreadable image without a replacement."""
         raise PictureError(
-            f"process {self.rank} met an image that could not be read, and among those near it none that could stand "
-            f"for it; {self._account()}, and --resume"
+            f"process {self.rank} could not read an image, nor any of those near it that could replace it; "
+            f"{self._account()}, then --resume"
         )
 
     def _account(self) -> str:
-        return f"{self.file or 'the log'} has {len(self.paths)} paths with their errors. Repair or remove them"
+        return f"{self.file or 'the log'} has {len(self.paths)} paths with their errors: repair or remove these files"
 
     def _logged(self) -> Iterable[str]:
         if self.file is None or not self.file.exists():
@@ -90,11 +90,11 @@ class SkipLog:
                     yield json.loads(line)["path"]
 
     def _append(self, text: bytes) -> None:
-        """Write in one piece: all processes of a run share the file."""
+        """Append by one write, because all processes of a run share the file."""
         assert self.file is not None
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("ab+") as file:
-            with contextlib.suppress(OSError):  # some file systems have no locks; one write is whole on most
+            with contextlib.suppress(OSError):  # some file systems have no locks; on most, one write is atomic
                 fcntl.lockf(file, fcntl.LOCK_EX)
             size = file.seek(0, os.SEEK_END)
             if size:

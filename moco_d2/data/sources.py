@@ -1,4 +1,4 @@
-"""Where images come from: folders of any shape, names in Detectron2's DatasetCatalog, and tar shards."""
+"""Image sources: folders of any shape, names in Detectron2's DatasetCatalog, and tar shards."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ import numpy as np
 import numpy.typing as npt
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from moco_d2.data.listing import EXTENSIONS, Listing, Paths, cache_folder, counted, fingerprint
+from moco_d2.builtin_sets import DATASETS
+from moco_d2.data.listing import EXTENSIONS, Listing, Paths, counted, fingerprint
 from moco_d2.data.mistaken import mistaken
 from moco_d2.data.shard_cache import ShardCache
-from moco_d2.data.shards import is_shards, neighbours, open_shards
-from moco_d2.io.paths import expand_variable
+from moco_d2.data.shards import is_shards, nearest_paths, open_shards
+from moco_d2.io.paths import cache_folder, expand_variable
 
 logger = logging.getLogger(__name__)
 
-# Part of the number of images from which files that are left out are warned of.
+# If more files than this part of the images are left out of a folder, it is a warning.
 MANY_LEFT_OUT = 0.1
-# Bytes from which a file is taken for something else, rather than read into memory.
+# Larger files (in bytes) are not read into memory: they are not images.
 LARGEST_FILE = 1 << 30
-# Beside shards, files are shuffled as if so many lay in one.
-FILES_IN_A_SPAN = 1000
+# In a set that also has shards, so many files are shuffled as one shard.
+FILES_IN_A_SHARD = 1000
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Encoded image files by number.
 
     Attributes:
-        spans: number of images in each part that lies together (a shard); a set of files is one part.
-        stream_sizes: bytes of each part that comes over a network; empty for what lies on a disk.
-        unreadable: (path, error) of what was found unreadable when the images were listed.
-        fingerprint: of what number means which image, wherever the set lies.
+        lengths: number of images in each shard; a set of files is one shard.
+        remote_sizes: bytes of each shard that comes over the network (0: unknown); empty for a set on a disk.
+        unreadable: (path, error) of the folders and shards that could not be read when the images were listed.
+        fingerprint: of the images' names in their order; it stays when the set is moved.
     """
 
-    spans: npt.NDArray[np.int64]
-    stream_sizes: list[int]
+    lengths: npt.NDArray[np.int64]
+    remote_sizes: list[int]
     unreadable: list[tuple[str, str]]
     fingerprint: int
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of images."""
 
     def name(self, index: int) -> str:
-        """Return what a person calls the image: its path."""
+        """Return the image's path, for messages."""
 
     def read(self, index: int) -> bytes:
         """Return the file's bytes.
@@ -59,7 +60,7 @@ class Source(Protocol):
         """
 
     def prepare(self, now: list[int], ahead: list[int]) -> None:
-        """Hear which spans are read from now on, and which after those."""
+        """Take the numbers of the shards that are read from now on, and of those that come next."""
 
 
 class FileSource:
@@ -67,7 +68,7 @@ class FileSource:
 
     def __init__(self, files: Sequence[str], unreadable: Sequence[tuple[str, str]] = ()) -> None:
         self.files, self.unreadable = Paths(files), list(unreadable)
-        self.spans, self.stream_sizes = np.array([len(files)], np.int64), list[int]()
+        self.lengths, self.remote_sizes = np.array([len(files)], np.int64), list[int]()
         self.fingerprint = self.files.fingerprint
 
     def __len__(self) -> int:
@@ -79,7 +80,7 @@ class FileSource:
 
     def read(self, index: int) -> bytes:
         """Return the file's bytes."""
-        # Opening a pipe that somebody named a.jpg would wait for ever.
+        # Without O_NONBLOCK, opening a pipe that is named a.jpg would wait for ever.
         with open(self.files[index], "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
@@ -87,31 +88,31 @@ class FileSource:
             return file.read()
 
     def prepare(self, now: list[int], ahead: list[int]) -> None:
-        """Do nothing: files are there."""
+        """Do nothing: files need no preparation."""
 
 
 class JoinedSource:
     """Several sources as one, in their order."""
 
-    def __init__(self, parts: Sequence[Source]) -> None:
+    def __init__(self, parts: Sequence[ImageSource]) -> None:
         self.parts = list(parts)
-        spans = [_in_spans(part) if isinstance(part, FileSource) else part.spans for part in parts]
-        self.spans = np.concatenate(spans)
-        self.stream_sizes = [size for part in parts for size in part.stream_sizes]
+        lengths = [_as_shards(part) if isinstance(part, FileSource) else part.lengths for part in parts]
+        self.lengths = np.concatenate(lengths)
+        self.remote_sizes = [size for part in parts for size in part.remote_sizes]
         self.unreadable = [problem for part in parts for problem in part.unreadable]
         self.fingerprint = fingerprint(repr([part.fingerprint for part in parts]).encode())
         self._ends = np.cumsum([len(part) for part in parts])
-        self._span_ends = np.cumsum([len(part) for part in spans])
+        self._shard_ends = np.cumsum([len(part) for part in lengths])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _where(self, index: int) -> tuple[Source, int]:
+    def _where(self, index: int) -> tuple[ImageSource, int]:
         number = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[number], index - int(self._ends[number]) + len(self.parts[number])
 
     def name(self, index: int) -> str:
-        """Return the part's name of the image."""
+        """Return the image's name in its source."""
         part, position = self._where(index)
         return part.name(position)
 
@@ -121,32 +122,32 @@ class JoinedSource:
         return part.read(position)
 
     def prepare(self, now: list[int], ahead: list[int]) -> None:
-        """Tell the streamed parts."""
+        """Pass the numbers on to the sources with remote shards."""
         begin = 0
-        for part, end in zip(self.parts, self._span_ends.tolist(), strict=True):
-            if part.stream_sizes:
-                part.prepare(*([span - begin for span in spans if begin <= span < end] for spans in (now, ahead)))
+        for part, end in zip(self.parts, self._shard_ends.tolist(), strict=True):
+            if part.remote_sizes:
+                part.prepare(*([n - begin for n in numbers if begin <= n < end] for numbers in (now, ahead)))
             begin = end
 
 
-def _in_spans(source: FileSource) -> npt.NDArray[np.int64]:
-    return np.diff(np.append(np.arange(0, len(source), FILES_IN_A_SPAN), len(source)))
+def _as_shards(source: FileSource) -> npt.NDArray[np.int64]:
+    return np.diff(np.append(np.arange(0, len(source), FILES_IN_A_SHARD), len(source)))
 
 
-def open_source(names: Sequence[str], cache: ShardCache | None = None) -> Source:
+def open_source(names: Sequence[str], cache: ShardCache | None = None) -> ImageSource:
     """Open the images of data sets.
 
     Args:
         names: each a folder or a registered name (see :func:`list_images`), or shards (see
             :func:`~moco_d2.data.shards.open_shards`).
-        cache: where streamed shards are kept.
+        cache: for remote shards.
 
     Raises:
-        ValueError: a name that is none of these, or has no images; the message says what was looked for.
+        ValueError: a name that is none of these, or has no images; the message says what was searched for.
     """
     cache = cache or ShardCache(cache_folder() / "shards", float("inf"))
     files = [name for name in names if name in DatasetCatalog or not is_shards(name)]
-    parts: list[Source] = [open_shards(name, cache) for name in dict.fromkeys(names) if name not in files]
+    parts: list[ImageSource] = [open_shards(name, cache) for name in dict.fromkeys(names) if name not in files]
     if files or not parts:
         unreadable: list[tuple[str, str]] = []
         parts.insert(0, FileSource(list_images(files, unreadable), unreadable))
@@ -154,18 +155,19 @@ def open_source(names: Sequence[str], cache: ShardCache | None = None) -> Source
 
 
 def list_images(sources: Sequence[str], unreadable: list[tuple[str, str]] | None = None) -> list[str]:
-    """List the image files of datasets, without duplicates, in a fixed order.
+    """List the image files of data sets, without duplicates, in a fixed order.
 
     Args:
         sources: each a folder (flat, or an ImageFolder tree: subfolders are searched, labels ignored) or a name
             registered in DatasetCatalog (``imagenet_train``, ``coco_2017_train``, ``voc_2007_trainval``, ...).
-        unreadable: takes (folder, error) of subfolders that cannot be read.
+        unreadable: a list to which (folder, error) of unreadable subfolders is added.
 
     Raises:
-        ValueError: no source, a name that is neither, or a source without images; the message says what was looked for.
+        ValueError: no source, a name that is neither, or a source without images; the message says what was searched
+            for.
     """
     if not sources:
-        raise ValueError("DATASETS.TRAIN is empty; name a folder of images or a registered dataset")
+        raise ValueError("DATASETS.TRAIN is empty; name a folder of images or a registered data set")
     files: dict[str, None] = {}
     for source in sources:
         files.update(dict.fromkeys(_list_one(source, unreadable)))
@@ -177,13 +179,13 @@ def _list_one(source: str, unreadable: list[tuple[str, str]] | None) -> list[str
         return _list_registered(source)
     if os.path.isdir(source):
         return list_folder(source, unreadable)
-    what = mistaken(source) or ("a file that is no tar: name a folder of pictures" if os.path.isfile(source) else "")
+    what = mistaken(source) or ("a file that is not a tar: name a folder of pictures" if os.path.isfile(source) else "")
     if what:
-        raise ValueError(f"DATASETS.TRAIN names {source!r}, {what}")
+        raise ValueError(f"DATASETS.TRAIN names {source!r}, which is {what}")
     near = difflib.get_close_matches(source, DatasetCatalog.list(), n=3)
-    hint = f"; nearest names: {', '.join(near)}" if near else neighbours(source)
+    hint = f"; nearest names: {', '.join(near)}" if near else nearest_paths(source)
     raise ValueError(
-        f"DATASETS.TRAIN names {source!r}, which is neither a folder, shards, nor a registered dataset{hint}"
+        f"DATASETS.TRAIN names {source!r}, which is neither a folder, nor shards, nor a registered data set{hint}"
     )
 
 
@@ -197,16 +199,16 @@ def _list_registered(name: str) -> list[str]:
     except (OSError, AssertionError) as error:
         root = os.environ.get("DETECTRON2_DATASETS", "datasets")
         raise ValueError(
-            f"dataset {name!r} is registered but its files are not there: {error}. "
-            f"Datasets are looked for under $DETECTRON2_DATASETS ({root}); datasets/README.md shows the layout"
+            f"the files of the data set {name!r} are missing: {error}. Data sets are expected under "
+            f"$DETECTRON2_DATASETS ({root}); datasets/README.md shows the layout"
         ) from error
     if not records:
-        raise ValueError(f"dataset {name!r} has no images")
+        raise ValueError(f"the data set {name!r} has no images")
     return [record["file_name"] for record in records]
 
 
 def list_folder(folder: str | os.PathLike[str], unreadable: list[tuple[str, str]] | None = None) -> list[str]:
-    """List the images in a folder and its subfolders, sorted, and log what else is there.
+    """List the images in a folder and its subfolders, sorted, and log which other files there are.
 
     Raises:
         ValueError: there are none.
@@ -219,20 +221,20 @@ def list_folder(folder: str | os.PathLike[str], unreadable: list[tuple[str, str]
         refused = "".join(f"; cannot read {path}: {error}" for path, error in listing.unreadable[:1])
         there = f"found {left_out} other file(s) ({counted(listing.others)})" if left_out else "found nothing"
         raise ValueError(
-            f"no images in {os.fspath(folder)} or its subfolders: looked for {' '.join(EXTENSIONS)} and "
-            f"{there}{refused}; tar shards are named as FOLDER/*.tar"
+            f"no images in {os.fspath(folder)} or its subfolders: searched for {' '.join(EXTENSIONS)} and "
+            f"{there}{refused}; if it holds tar shards, name them as FOLDER/*.tar"
         )
     if left_out:
         many = left_out - listing.others["hidden"] > MANY_LEFT_OUT * len(listing.files)
         logger.log(
             logging.WARNING if many else logging.INFO,
-            "left out of %s, as they have no picture's extension or are hidden: %s", folder, counted(listing.others),
+            "left out of %s, because hidden or without an image's extension: %s", folder, counted(listing.others),
         )  # fmt: skip
     return listing.files
 
 
 def _imagenet_train() -> list[dict[str, str]]:
-    root = Path(expand_variable("DETECTRON2_DATASETS", "datasets")) / "imagenet" / "train"
+    root = Path(expand_variable("DETECTRON2_DATASETS", "datasets"), *DATASETS["imagenet_train"].needed)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}")
     return [{"file_name": name} for name in list_folder(root)]

@@ -1,4 +1,4 @@
-"""Stage 5: weights and YAML -> a trained, evaluated detector. Importing it registers every name its YAML may use."""
+"""Stage 5: weights and YAML -> a trained, evaluated detector. Importing it registers all names that configs may use."""
 
 from moco_d2 import host  # noqa: F401  (first: Detectron2 must be there)
 from moco_d2.detection import datasets, published

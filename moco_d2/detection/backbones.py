@@ -15,18 +15,18 @@ _CHANNELS = 512  # MoCo paper, appendix
 class DilatedC5(Backbone):
     """A ResNet whose conv5 is dilated, and a 3x3 convolution with norm on top: "R50-dilated-C5" of the MoCo paper.
 
-    Detectron2's own DilatedC5 file has no convolution on top, and so another box head.
+    Detectron2's DilatedC5 config has no convolution on top, and therefore another box head.
 
     Attributes:
-        bottom_up: the ResNet, under the name that it has in a pyramid, so that the same weights fit.
+        bottom_up: the ResNet, under the name that it has in an FPN, so that the same weights fit.
     """
 
     def __init__(self, bottom_up: Backbone, norm: str) -> None:
-        """Put the convolution on the ResNet's ``res5``.
+        """Add the convolution after the ResNet's ``res5``.
 
         Args:
             bottom_up: a ResNet with ``RES5_DILATION`` 2, whose conv5 keeps conv4's stride of 16.
-            norm: of the convolution (``MODEL.RESNETS.NORM``).
+            norm: norm of the convolution (``MODEL.RESNETS.NORM``).
         """
         super().__init__()
         self.bottom_up = bottom_up
@@ -37,7 +37,7 @@ class DilatedC5(Backbone):
         weight_init.c2_msra_fill(self.top)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Return ``{"c5": (N, 512, H/16, W/16)}`` of images (N, 3, H, W)."""
+        """Map images (N, 3, H, W) to ``{"c5": (N, 512, H/16, W/16)}``."""
         return {"c5": self.top(self.bottom_up(image)["res5"])}
 
     def output_shape(self) -> dict[str, ShapeSpec]:

@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer, which opens no file: it loads what the one reader has read, and writes atomically."""
+"""Detectron2's checkpointer with the project's safe reader and atomic writes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from moco_d2.running.checkpoints import point_to, save_run
 
 
 class TransferCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, reading safely and writing files that are complete or not there.
+    """Detectron2's checkpointer, with safe reading and atomic writing.
 
-    Detectron2's own opens ``.pkl`` files with plain pickle, and others with ``torch.load``: both may run code.
+    Detectron2's own opens ``.pkl`` files with plain pickle and others with ``torch.load``; both may run code.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -39,36 +39,36 @@ class TransferCheckpointer(DetectionCheckpointer):
 def load_content(
     checkpointer: DetectionCheckpointer, content: Mapping[str, Any], path: str, checkpointables: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Load what a file holds as Detectron2 does: with its heuristics for names, and what is registered beside a model.
+    """Load a file's content as Detectron2 does: the model by its heuristics for names, then the checkpointables.
 
     Args:
-        checkpointer: of the model.
-        content: of :func:`~moco_d2.detection.weight_file.read_weight_file`; it stays as it is.
-        path: for messages.
-        checkpointables: names of what is loaded beside the model; ``None`` for everything that is registered.
+        checkpointer: the model's.
+        content: from :func:`~moco_d2.detection.weight_file.read_weight_file`; it is not changed.
+        path: path of the file, for messages.
+        checkpointables: names of what is loaded besides the model; ``None`` for everything that is registered.
 
     Returns:
-        What was not loaded.
+        The content that was not loaded.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: the content does not fit.
     """
     rest = {**content, "model": dict(content["model"])}
     try:
         checkpointer._log_incompatible_keys(checkpointer._load_model(rest))
-    except Exception as error:  # the heuristics assert, index and concatenate what they expect of a name
+    except Exception as error:  # the heuristics raise anything at names that they do not expect
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path}: Detectron2 cannot load it ({reason}){convert_hint(path)}") from error
+        raise ValueError(f"{path}: Detectron2 cannot load it ({reason}).{convert_hint(path)}") from error
     for key in checkpointer.checkpointables if checkpointables is None else checkpointables:
         if key not in rest:
             continue
-        # A copy: optimizers keep what they are given and change it in place, and these tensors are the mapped file.
+        # A copy, because optimizers keep the tensors and change them in place, and these are views of the mapped file.
         state = copy.deepcopy(rest.pop(key))
         try:
             checkpointer.checkpointables[key].load_state_dict(state)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(
-                f"{path}: its `{key}` is not of a run like this one ({type(error).__name__}: {error}); start a new run "
-                f"in another OUTPUT_DIR with MODEL.WEIGHTS {path}"
+                f"{path}: its `{key}` belongs to a run with another config ({type(error).__name__}: {error}). Start a "
+                f"new run in another OUTPUT_DIR with MODEL.WEIGHTS {path}"
             ) from error
     return rest

@@ -1,4 +1,4 @@
-"""The names behind a detector's class numbers, for whoever meets a run without its data sets."""
+"""Names of a detector's classes and keypoints, saved with a run so that it can be used without its data sets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 CLASSES = "classes.json"
-# What Detectron2's Visualizer looks up to draw predictions.
+# Metadata that Detectron2's Visualizer needs to draw predictions.
 _NAMES = ("thing_classes", "stuff_classes", "keypoint_names", "keypoint_flip_map", "keypoint_connection_rules")
 
 
@@ -16,7 +16,8 @@ def class_names(cfg: CfgNode) -> dict[str, Any]:
     """Return the names of a detector's classes and keypoints, as the metadata of its first data set hold them.
 
     Args:
-        cfg: config of the detector; its data sets have been registered, and those of others' code have been read.
+        cfg: config of the detector. Its data sets must be registered. A data set that takes its classes from the
+            labels must have been read before.
     """
     metadata = MetadataCatalog.get((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[0])
     return {name: metadata.get(name) for name in _NAMES if metadata.get(name)}

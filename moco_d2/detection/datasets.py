@@ -1,175 +1,94 @@
-"""Data sets that Detectron2 lacks: VOC's semantic segmentation, and the user's own (``DATASETS.CUSTOM``)."""
+"""Registration of data sets: the built-in ones that Detectron2 lacks, and the user's own (``DATASETS.CUSTOM``)."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from xml.sax.saxutils import escape
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
-from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
+from detectron2.data.datasets import load_coco_json, register_coco_instances, register_pascal_voc
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathHandler, PathManager
-from PIL import Image
+from detectron2.utils.file_io import PathManager
 
+from moco_d2.builtin_sets import DATASETS, Dataset, voc_colors
 from moco_d2.data.listing import EXTENSIONS
-from moco_d2.detection.labels.coco import keypoint_metadata, missing_picture, picture_name, read_coco
+from moco_d2.detection.label_images import LabelIndexHandler, load_sem_seg
+from moco_d2.detection.labels.coco import CocoLabels, keypoint_metadata, missing_picture, picture_name, read_coco
 from moco_d2.detection.labels.fields import text
 from moco_d2.detection.labels.files import JsonFile, shown
 from moco_d2.detection.labels.sets import Entry, Needs, Report, parse_entries
-from moco_d2.detection.labels.voc import VocFolder, read_voc, walk
+from moco_d2.detection.labels.voc import VocFolder, VocLabels, read_voc, walk
 from moco_d2.io import files
 
 logger = logging.getLogger(__name__)
 
-_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))  # read at import, as Detectron2 does
+ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))  # read at import, as Detectron2 does
 
 
-# Semantic segmentation.
+# Built-in data sets.
 
 
-@dataclass(frozen=True)
-class SemSegSet:
-    """A data set of pictures and label images; all paths are under ``$DETECTRON2_DATASETS``.
+def register_builtin(record: Dataset, root: str = ROOT) -> None:
+    """Register a built-in data set of kind ``voc``, ``coco`` or ``sem_seg``, unless Detectron2 has registered it.
 
-    Attributes:
-        name: to register.
-        split: text file with a picture's name a line.
-        images: folder of ``<name>.jpg``.
-        labels: folder of ``<name>.png``, whose pixels are class indices; 255 is void.
-        classes: by index.
+    Args:
+        record: the data set.
+        root: the folder of all data sets.
     """
-
-    name: str
-    split: str
-    images: str
-    labels: str
-    classes: tuple[str, ...]
-
-
-_VOC_SEM_SEG_CLASSES = ("background", *VOC_CLASSES)
-_VOC_LISTS = "VOC2012/ImageSets/Segmentation"
-
-SEM_SEG_SETS = (
-    # VOC's 1,464 training pictures and those of SBD that are not in val: 10,582.
-    SemSegSet(
-        "voc_2012_train_aug_sem_seg", f"{_VOC_LISTS}/train_aug.txt", "VOC2012/JPEGImages",
-        "VOC2012/SegmentationClassAug", _VOC_SEM_SEG_CLASSES,
-    ),
-    SemSegSet(
-        "voc_2012_val_sem_seg", f"{_VOC_LISTS}/val.txt", "VOC2012/JPEGImages", "VOC2012/SegmentationClass",
-        _VOC_SEM_SEG_CLASSES,
-    ),
-)  # fmt: skip
-
-
-class LabelIndexHandler(PathHandler):
-    """``label-index://FILE``: a label image whose palette, if any, is dropped, so that its pixels are class indices.
-
-    VOC's label images have colour palettes. Detectron2's mapper converts label images to grey, which turns the index of
-    a pixel into the brightness of its colour, and trains on that without a word.
-    """
-
-    PREFIX = "label-index://"
-
-    def _get_supported_prefixes(self) -> list[str]:
-        return [self.PREFIX]
-
-    def _get_local_path(self, path: str, force: bool = False, **kwargs: Any) -> str:
-        return path.removeprefix(self.PREFIX)
-
-    def _exists(self, path: str, **kwargs: Any) -> bool:
-        return os.path.exists(path.removeprefix(self.PREFIX))
-
-    def _isfile(self, path: str, **kwargs: Any) -> bool:
-        return os.path.isfile(path.removeprefix(self.PREFIX))
-
-    def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[bytes]:
-        plain, file = path.removeprefix(self.PREFIX), io.BytesIO()
-        with Image.open(plain) as image:
-            if image.mode not in ("P", "L"):
-                raise ValueError(f"{plain} is of mode {image.mode}; a label image has one index a pixel (mode P or L)")
-            # BMP, because nothing is gained by compressing.
-            Image.frombytes("L", image.size, image.tobytes()).save(file, "BMP")
-        file.seek(0)
-        return file
-
-
-def voc_colors(count: int) -> list[list[int]]:
-    """Return VOC's own colours of classes: the bits of the index, dealt to red, green and blue from the top."""
-    return [
-        [sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3)]
-        for index in range(count)
-    ]
-
-
-def load_sem_seg(images: str, labels: str, split: str) -> list[dict[str, Any]]:
-    """Return the pictures that a split lists, in Detectron2's format."""
-    with open(split) as file:
-        # Some editions of train_aug.txt list pairs of files instead of names.
-        names = [Path(line.split()[0]).stem for line in file if line.strip()]
-    return [
-        {
-            "file_name": os.path.join(images, f"{name}.jpg"),
-            "image_id": name,
-            "sem_seg_file_name": LabelIndexHandler.PREFIX + os.path.join(labels, f"{name}.png"),
-        }
-        for name in names
-    ]
-
-
-def _register_sem_seg(record: SemSegSet) -> None:
-    images, labels, split = (os.path.join(_ROOT, part) for part in (record.images, record.labels, record.split))
-    DatasetCatalog.register(record.name, lambda: load_sem_seg(images, labels, split))
-    MetadataCatalog.get(record.name).set(
-        stuff_classes=list(record.classes),
-        stuff_colors=voc_colors(len(record.classes)),
-        image_root=images,
-        sem_seg_root=labels,
-        split_file=split,
-        evaluator_type="sem_seg",
-        ignore_label=255,
-    )
+    if record.name in DatasetCatalog:
+        return
+    file, *folders = (os.path.join(root, path) for path in record.needed)
+    meta = MetadataCatalog.get(record.name)
+    if record.kind == "sem_seg":
+        labels, images = folders
+        DatasetCatalog.register(record.name, lambda: load_sem_seg(images, labels, file))
+        meta.set(stuff_classes=list(record.classes), stuff_colors=voc_colors(len(record.classes)), ignore_label=255)
+        meta.set(image_root=images, sem_seg_root=labels, split_file=file, evaluator_type="sem_seg")
+    elif record.kind == "voc":  # The metric of 2012 is the area under the curve.
+        folder, split = os.path.dirname(folders[0]), Path(file).stem
+        register_pascal_voc(record.name, folder, split, 2012, record.classes)
+        meta.set(evaluator_type="pascal_voc")
+    elif record.kind == "coco":
+        classes = {"thing_classes": list(record.classes)} if record.classes else {}  # or those of the file
+        register_coco_instances(record.name, classes, file, folders[0])
 
 
 PathManager.register_handler(LabelIndexHandler())
-for _record in SEM_SEG_SETS:
-    _register_sem_seg(_record)
+for _record in DATASETS.values():
+    register_builtin(_record)
 
 
 # The user's own data.
 
 
 def register_custom(cfg: CfgNode, *, labels: bool = True, train: bool = True) -> None:
-    """Register the sets of ``DATASETS.CUSTOM``, having checked those that are used. Call it in every process.
+    """Register the entries of ``DATASETS.CUSTOM`` and validate those that are used. Call it in every process.
 
-    What Detectron2 or an evaluator could not read as it stands is written anew to ``OUTPUT_DIR/datasets``; the user's
-    files are never changed, and where a copy would come into their place it is refused.
+    If Detectron2 or an evaluator cannot read labels as they are, a normalised copy is written to
+    ``OUTPUT_DIR/datasets``. The user's files are never changed; a copy that would replace one is refused.
 
     Args:
-        cfg: config; also says whether masks or keypoints are needed.
+        cfg: config; it also tells whether masks or keypoints are needed.
         labels: False for pretraining, which needs the pictures only.
-        train: whether the training sets are used; False for mere evaluation.
+        train: whether the training sets are used; False for an evaluation.
 
     Raises:
-        ValueError: names the first problem: file, line and record.
+        ValueError: names the first problem, with file, line and record.
     """
     _register_all(cfg, _raise, labels=labels, train=train)
 
 
 def custom_problems(cfg: CfgNode) -> list[str]:
-    """Return all problems of the sets of ``DATASETS.CUSTOM`` that are used, and register what can be read.
+    """Return all problems of the entries of ``DATASETS.CUSTOM`` that are used, and register what can be read.
 
-    Call it in every process. More thorough than :func:`register_custom`: every picture is opened and its size compared
-    with its labels'.
+    Call it in every process. In addition to :func:`register_custom`, it opens every picture and compares its size with
+    the labels.
     """
     problems: list[str] = []
     _register_all(cfg, problems.append, sizes=True)
@@ -177,25 +96,24 @@ def custom_problems(cfg: CfgNode) -> list[str]:
 
 
 def check_copies(cfg: CfgNode) -> None:
-    """Refuse an ``OUTPUT_DIR`` where copies of labels would meet what is not ours; nothing is written.
+    """Refuse an ``OUTPUT_DIR`` in which copies of labels would replace foreign files; nothing is written.
 
     Raises:
-        ValueError: they would.
+        ValueError: a copy would replace a file or folder that this project did not write.
     """
 
     def ignore(problem: str) -> None:
-        """Leave other problems to :func:`register_custom`, which tells all."""
+        """Leave other problems to :func:`register_custom`."""
 
     entries = parse_entries(cfg.DATASETS.CUSTOM, ignore)
     for entry in entries:
         place = _copy_of(entry, Path(cfg.OUTPUT_DIR))
         if entry.name not in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             continue
-        if problem := _place_problem(place, entries) or _taken(place):  # The labels are read in this rare case only.
-            needs = Needs.of(cfg, False, entry.name in cfg.DATASETS.TRAIN)
-            coco = read_coco(entry, needs, ignore) if entry.format == "coco" else None
-            voc = read_voc(entry, needs, ignore) if entry.format == "voc" else None
-            if (coco and coco.changed) or (voc and not voc.plain):
+        if problem := _place_problem(place, entries) or _taken(place):  # Only then the labels are read.
+            read: Callable[..., CocoLabels | VocLabels | None] = read_coco if entry.format == "coco" else read_voc
+            labels = read(entry, Needs.of(cfg, False, entry.name in cfg.DATASETS.TRAIN), ignore)
+            if labels and labels.changed:
                 raise ValueError(problem)
 
 
@@ -205,14 +123,12 @@ def _register_all(
     used = {*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if labels else ())}
     points, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     if labels and cfg.DATASETS.CUSTOM and cfg.MODEL.KEYPOINT_ON and sigmas != points != 17:
-        report(
-            f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values; COCO's evaluation needs one for each of {points} keypoints"
-        )
+        report(f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values; COCO's evaluation needs {points}, one per keypoint")
     entries = parse_entries(cfg.DATASETS.CUSTOM, report)
     for entry in entries:
         place = _copy_of(entry, Path(cfg.OUTPUT_DIR))
         if entry.name in DatasetCatalog and not MetadataCatalog.get(entry.name).get("custom"):
-            report(f"DATASETS.CUSTOM: the name {entry.name!r} is taken by another data set; choose a new one")
+            report(f"DATASETS.CUSTOM: the name {entry.name!r} is taken by a registered data set; choose a new one")
             continue
         for catalog in (DatasetCatalog, MetadataCatalog):
             if entry.name in catalog.list():
@@ -224,7 +140,7 @@ def _register_all(
         needs = Needs.of(cfg, sizes, train and entry.name in cfg.DATASETS.TRAIN)
         register = _register_coco if entry.format == "coco" else _register_voc
         register(entry, needs, report, place, _place_problem(place, entries))
-    comm.synchronize()  # no process reads what the first one writes before it is there
+    comm.synchronize()  # The other processes read the copies that the first one writes.
 
 
 def _register_coco(entry: Entry, needs: Needs, report: Report, place: Path, problem: str) -> None:
@@ -242,7 +158,7 @@ def _register_coco(entry: Entry, needs: Needs, report: Report, place: Path, prob
     DatasetCatalog.register(entry.name, load)
     MetadataCatalog.get(entry.name).set(json_file=path, image_root=images, evaluator_type="coco")
     if labels:
-        _tell(entry, labels.notes)
+        _log_notes(entry, labels.notes)
         categories = labels.content["categories"]
         MetadataCatalog.get(entry.name).set(
             thing_classes=labels.classes,
@@ -257,8 +173,8 @@ def _without(record: dict[str, Any], field: str) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != field}
 
 
-def _tell(entry: Entry, notes: Sequence[str]) -> None:
-    """Write into the log what was done with a data set's labels."""
+def _log_notes(entry: Entry, notes: Sequence[str]) -> None:
+    """Log the notes on a data set's labels."""
     if comm.is_main_process():
         for note in notes:
             logger.info("data set %s: %s", entry.name, note)
@@ -267,7 +183,7 @@ def _tell(entry: Entry, notes: Sequence[str]) -> None:
 def _register_voc(entry: Entry, needs: Needs, report: Report, place: Path, problem: str) -> None:
     labels = read_voc(entry, needs, report)
     folder, split = entry.root, entry.split
-    if labels and not labels.plain:
+    if labels and labels.changed:
         folder, split = place, "all"
         _write_copy(lambda: _write_voc(place, labels.records, labels.classes), entry, place, problem, report)
 
@@ -279,7 +195,7 @@ def _register_voc(entry: Entry, needs: Needs, report: Report, place: Path, probl
     # The metric of 2012 is the area under the curve, that of 2007 its mean at eleven points.
     MetadataCatalog.get(entry.name).set(dirname=str(folder), split=split, year=2012, evaluator_type="pascal_voc")
     if labels:
-        _tell(entry, labels.notes)
+        _log_notes(entry, labels.notes)
         MetadataCatalog.get(entry.name).set(thing_classes=labels.classes, labelled=labels.labelled)
 
 
@@ -289,7 +205,7 @@ def _copy_of(entry: Entry, output_dir: Path) -> Path:
 
 
 def _place_problem(place: Path, entries: Sequence[Entry]) -> str:
-    """Say why a copy of labels cannot come to a place: it would meet the files of a data set; empty if it can."""
+    """Return why a copy of labels cannot be written to a place: data set files are there; empty if it can."""
     there = Path(os.path.realpath(place))
     for entry in entries:
         folder = VocFolder(entry)
@@ -300,19 +216,19 @@ def _place_problem(place: Path, entries: Sequence[Entry]) -> str:
                 continue
             own, where = Path(os.path.realpath(path)), ""
             if there == own or there in own.parents:
-                where = "in the place of"
-            elif path in labels and own in there.parents:  # They would be taken for further annotations.
-                where = "among the annotations in"
+                where = "it would replace"
+            elif path in labels and own in there.parents:  # It would be read as further annotations.
+                where = "it would be among the annotations in"
             if where:
                 return (
-                    f"labels would be written anew to {place}, {where} {own} of data set {entry.name!r}: choose "
-                    "another OUTPUT_DIR"
+                    f"the normalised copy of the labels cannot be written to {place}: {where} {own} of data set "
+                    f"{entry.name!r}; choose another OUTPUT_DIR"
                 )
     return ""
 
 
 def _taken(place: Path) -> str:
-    """Say why a copy of labels cannot replace what is at a place, as writing it would; empty if it can."""
+    """Return why a copy of labels must not replace the file or folder at a place; empty if it may."""
     try:
         if place.suffix == ".json":
             files.check_claim(place.parent, [files.exactly(place.name)], "OUTPUT_DIR")
@@ -324,7 +240,7 @@ def _taken(place: Path) -> str:
 
 
 def _write_copy(write: Callable[[], None], entry: Entry, place: Path, problem: str, report: Report) -> None:
-    """Write a data set's labels in the main process, unless that would meet the user's files."""
+    """Write the copy of a data set's labels in the main process, unless there is a problem with its place."""
     if problem:
         report(problem)
     elif comm.is_main_process():
@@ -334,18 +250,18 @@ def _write_copy(write: Callable[[], None], entry: Entry, place: Path, problem: s
             report(str(error))
         else:
             source = entry.json or entry.root
-            logger.info("data set %s: the labels of %s are normalised in the copy %s", entry.name, source, place)
+            logger.info("data set %s: a normalised copy of the labels %s is in %s", entry.name, source, place)
 
 
 def _write_coco(path: Path, content: dict[str, Any]) -> None:
-    """Write labels as COCO has them, in place of what we wrote there before."""
+    """Write labels as a COCO file; it may replace only an earlier copy."""
     files.claim(path.parent, [files.exactly(path.name)], "OUTPUT_DIR")
     with files.one_line(path), files.atomic_write(path) as file:
         file.write(json.dumps(content).encode())
 
 
 def _write_voc(folder: Path, records: Sequence[dict[str, Any]], classes: Sequence[str]) -> None:
-    """Write annotations and list in VOC's own layout, in place of what we wrote there before."""
+    """Write annotations and their list in VOC's layout; they may replace only an earlier copy."""
     with files.replaced_folder(folder, "OUTPUT_DIR") as new:
         files.write_text(new, "ImageSets/Main/all.txt", "".join(f"{record['image_id']}\n" for record in records))
         for record in records:
@@ -366,10 +282,10 @@ def _voc_xml(record: dict[str, Any], classes: Sequence[str]) -> str:
 
 
 def list_pictures(entry: Entry) -> list[str]:
-    """Return the pictures of a data set; labels are not read, and need not be there.
+    """Return the pictures of a data set; labels are not needed.
 
     Raises:
-        ValueError: nothing to list, or a picture is missing.
+        ValueError: there is no list of pictures, or a picture is missing.
     """
     if entry.format == "coco":
         assert entry.images is not None
@@ -379,7 +295,7 @@ def list_pictures(entry: Entry) -> list[str]:
     folder = VocFolder(entry)
     _folder(entry, folder.pictures)
     if folder.split_file is not None and not folder.split_file.is_file():
-        raise ValueError(f"data set {entry.name!r}: {folder.split_file} is not there")
+        raise ValueError(f"data set {entry.name!r}: {folder.split_file} does not exist")
     pictures = []
     for where, name in folder.unlabelled():
         try:
@@ -393,13 +309,13 @@ def _coco_pictures(file: JsonFile, folder: Path) -> list[str]:
     pictures = []
     for index, record in file.records("images"):
         try:
-            said = text(record.get("file_name"))
+            stated = text(record.get("file_name"))
         except ValueError:
             file.problem("images", index, f"has file_name {shown(record.get('file_name'))}; it must be text")
             continue
-        name = picture_name(folder, said)
+        name = picture_name(folder, stated)
         if name is None:
-            file.problem("images", index, missing_picture(folder, said))
+            file.problem("images", index, missing_picture(folder, stated))
         pictures.append(str(folder / str(name)))
     return pictures
 
@@ -410,7 +326,7 @@ def _is_picture(path: Path) -> bool:
 
 def _folder(entry: Entry, path: Path) -> Path:
     if not path.is_dir():
-        raise ValueError(f"data set {entry.name!r}: {path} is no folder; it must be the folder of its pictures")
+        raise ValueError(f"data set {entry.name!r}: {path} is not a folder; it must be the folder of the pictures")
     return path
 
 

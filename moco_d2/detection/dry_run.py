@@ -1,4 +1,4 @@
-"""A rehearsal of a whole fine-tuning run in a minute or two: what can go wrong after a night goes wrong now."""
+"""A dry run of fine-tuning: in a minute or two, every stage of the run once, so that faults show before training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from detectron2.utils.file_io import PathManager
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.datasets import custom_problems
 from moco_d2.detection.mapper import PictureMapper
-from moco_d2.detection.metrics.evaluators import describe_backend
+from moco_d2.detection.metrics.evaluators import library
 from moco_d2.detection.missing import is_voc_list, missing_files, unreadable
 from moco_d2.detection.preflight import check_weights, fit_to_machine, run_problems, scale_to_processes
 from moco_d2.detection.proposals import with_proposals
@@ -37,16 +37,16 @@ from moco_d2.running.dry_run import duration, one_list, parameters, peak_memory,
 from moco_d2.running.picture_check import check_each, evenly
 
 STEPS = 2
-IMAGES = 4  # evaluated, of each test set
-_REGIONS = 100  # a picture, in evaluation on the CPU
+IMAGES = 4  # evaluated in each test set
+_REGIONS = 100  # evaluated in each picture on the CPU
 
 
 class Rehearsal(TransferTrainer):
-    """A trainer of a few steps that evaluates a few pictures and notes the time of either.
+    """A trainer that evaluates a few pictures only and times steps and evaluation.
 
     Attributes:
         step_seconds: duration of each step.
-        evaluation_seconds: duration of the evaluation, all test sets.
+        evaluation_seconds: duration of the evaluation of all test sets.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -55,61 +55,59 @@ class Rehearsal(TransferTrainer):
         self.evaluation_seconds = 0.0
 
     def run_step(self) -> None:
-        """Take a step, and its time."""
+        """Take a step and time it."""
         start = time.perf_counter()
         super().run_step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.step_seconds.append(time.perf_counter() - start)
 
-    def test(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Evaluate, and take the time."""
+    def _evaluate(self) -> dict[str, Any]:
         start = time.perf_counter()
-        result: dict[str, Any] = super().test(*args, **kwargs)
+        result = super()._evaluate()
         self.evaluation_seconds = time.perf_counter() - start
         return result
 
-    def test_augmented(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Evaluate with test-time augmentation, and add the time."""
+    def _evaluate_augmented(self) -> dict[str, Any]:
         start = time.perf_counter()
-        result = super().test_augmented(*args, **kwargs)
+        result = super()._evaluate_augmented()
         self.evaluation_seconds += time.perf_counter() - start
         return result
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """Load the first pictures of a test set."""
+        """Build the loader of a test set's first pictures."""
         records = with_proposals(cfg, dataset_name, DatasetCatalog.get(dataset_name))[:IMAGES]
         return build_detection_test_loader(records, mapper=PictureMapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Build the evaluator; those of Cityscapes know no part of a test set and only take the predictions."""
+        """Build the evaluator. Cityscapes' need the whole test set, so here they only take the predictions."""
         evaluator = super().build_evaluator(cfg, dataset_name)
-        whole = MetadataCatalog.get(dataset_name).evaluator_type.startswith("cityscapes")
-        return _Unfinished(evaluator) if whole else evaluator
+        needs_all = MetadataCatalog.get(dataset_name).evaluator_type.startswith("cityscapes")
+        return _WithoutMetrics(evaluator) if needs_all else evaluator
 
 
-class _Unfinished(DatasetEvaluator):
-    """An evaluator that takes predictions and computes nothing."""
+class _WithoutMetrics(DatasetEvaluator):
+    """An evaluator that takes predictions and computes no metrics."""
 
     def __init__(self, evaluator: DatasetEvaluator) -> None:
         self.reset, self.process = evaluator.reset, evaluator.process
 
 
 def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
-    """Check everything that a run needs, then run a little of it; yield what was found as ``(subject, finding)``.
+    """Check everything that a run needs, then run a little of it; yield findings as ``(subject, finding)``.
 
-    Checked without training: data sets, evaluators, weights; every picture is decoded, and the labels that belong to it
-    are turned into what the detector learns (``DATA.DRY_RUN_PICTURES``). Then, in ``OUTPUT_DIR``: 2 steps, precise-BN,
-    an evaluation of 4 pictures, a checkpoint that is read back. On the CPU, where a full step takes minutes, each
-    process trains on one picture at a time.
+    First data sets, evaluators and weights are checked, and pictures are decoded and mapped with their labels
+    (``DATA.DRY_RUN_PICTURES``). Then follow, in ``OUTPUT_DIR``: 2 steps, precise-BN, an evaluation of 4 pictures of
+    each test set, and a checkpoint that is read back. On the CPU, where a full step takes minutes, each process trains
+    on one picture at a time.
 
     Args:
-        cfg: config of the run, with an ``OUTPUT_DIR`` that nobody needs.
+        cfg: config of the run, with an ``OUTPUT_DIR`` that may be thrown away.
 
     Raises:
-        ValueError: names every problem found, a line each.
+        ValueError: lists every problem found, one a line.
     """
     world_size = comm.get_world_size()
     full = scale_to_processes(fit_to_machine(cfg, world_size), world_size)
@@ -118,8 +116,8 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     counts = yield from _check_all(cfg, full)
     for name, count in counts.items():
         yield "data", f"{name}: {count} pictures"
-    for name, library in describe_backend(full).items():
-        yield "evaluator", f"{name}: {MetadataCatalog.get(name).evaluator_type}, {library}"
+    for name in full.DATASETS.TEST:
+        yield "evaluator", f"{name}: {MetadataCatalog.get(name).evaluator_type}, {library(full, name)}"
     small = _shorten(full, world_size)
     with quiet():
         trainer = Rehearsal(small)
@@ -140,10 +138,10 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
 
 
 def _check_all(cfg: CfgNode, full: CfgNode) -> Generator[tuple[str, str], None, dict[str, int]]:
-    """Check all that needs no training; yield how far it is, and return the number of pictures of each data set.
+    """Check everything that needs no training; yield progress, and return the number of pictures of each data set.
 
     Raises:
-        ValueError: names every problem.
+        ValueError: lists every problem.
     """
     problems = [*custom_problems(cfg), *run_problems(full, comm.get_world_size())]
     with quiet():
@@ -154,8 +152,8 @@ def _check_all(cfg: CfgNode, full: CfgNode) -> Generator[tuple[str, str], None, 
     with quiet():
         pictures = _Pictures(full, problems)
     found = yield from check_each(pictures.problem, range(len(pictures)), full.DATALOADER.NUM_WORKERS)
-    told = "\n".join(problems)
-    problems += [problem for problem in found if problem.partition(": ")[0] not in told]
+    known = "\n".join(problems)
+    problems += [problem for problem in found if problem.partition(": ")[0] not in known]
     if problems:
         raise ValueError(one_list(problems))
     yield "pictures", f"{len(pictures)} decoded, with their labels"
@@ -164,9 +162,9 @@ def _check_all(cfg: CfgNode, full: CfgNode) -> Generator[tuple[str, str], None, 
 
 
 class _Pictures:
-    """The pictures of a run that are on the disk, each with the mapper that reads it; those that are not are problems.
+    """The pictures of a run that exist, each with the mapper that reads it; missing ones are added to the problems.
 
-    A picture that is trained on is read with its labels, as in training but for the augmentations.
+    A training picture is read with its labels, as in training, but without augmentations.
     """
 
     def __init__(self, cfg: CfgNode, problems: list[str]) -> None:
@@ -181,7 +179,7 @@ class _Pictures:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def problem(self, number: int) -> str:
-        """Return what is wrong with a picture; empty for nothing."""
+        """Return what is wrong with a picture, or an empty string."""
         part = int(np.searchsorted(self._ends, number, side="right"))
         mapper, records = self._parts[part]
         record = records[number - int(self._ends[part]) + len(records)]
@@ -189,7 +187,7 @@ class _Pictures:
             mapper(record)
         except PictureError as error:
             return str(error)
-        except Exception as error:  # what Detectron2 makes of labels that it cannot read
+        except Exception as error:  # Detectron2 raises anything at labels that it cannot read
             return f"{record['file_name']}: {describe(error)}"
         return ""
 
@@ -197,22 +195,22 @@ class _Pictures:
         cfg, trained = self._cfg, name in self._cfg.DATASETS.TRAIN
         try:
             records = training_records(cfg, [name]) if trained else DatasetCatalog.get(name)
-        except Exception as error:  # loaders raise anything; often what is wrong has been told already
+        except Exception as error:  # loaders raise anything; often the problem is in the list already
             if not any(name in problem for problem in self._problems):
                 self._problems.append(str(error) if trained else unreadable(name, error))
             return
         mapper = PictureMapper(cfg, is_train=trained, augmentations=[])
         paths = [record["file_name"] for record in records]
-        told = name in cfg.DATASETS.TEST or is_voc_list(name) or MetadataCatalog.get(name).get("custom")
-        if not told and (missing := missing_files(name, paths)):
+        checked = name in cfg.DATASETS.TEST or is_voc_list(name) or MetadataCatalog.get(name).get("custom")
+        if not checked and (missing := missing_files(name, paths)):
             self._problems.append(missing)
-        there = [record for record in records if PathManager.isfile(record["file_name"])]
-        chosen = [there[number] for number in evenly(len(there), cfg.DATA.DRY_RUN_PICTURES)]
+        existing = [record for record in records if PathManager.isfile(record["file_name"])]
+        chosen = [existing[number] for number in evenly(len(existing), cfg.DATA.DRY_RUN_PICTURES)]
         self._parts.append((mapper, DatasetFromList(chosen, copy=False)))
 
 
 def _shorten(full: CfgNode, world_size: int) -> CfgNode:
-    """Return the config of the rehearsal: as it stands (already scaled), but for a few steps."""
+    """Return the config of the dry run: that of the run, already scaled, with a few steps."""
     cfg = full.clone()
     cfg.defrost()
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
@@ -225,7 +223,7 @@ def _shorten(full: CfgNode, world_size: int) -> CfgNode:
         if cfg.TEST.AUG.ENABLED:
             sizes = sorted(cfg.TEST.AUG.MIN_SIZES)
             cfg.TEST.AUG.MIN_SIZES = (sizes[len(sizes) // 2],)
-    # Batches of a step are unscaled here, so this is one batch of precise-BN, or as many as a step has.
+    # One iteration of precise-BN.
     cfg.TEST.PRECISE_BN.NUM_ITER = 1
     cfg.freeze()
     return cfg
@@ -236,10 +234,10 @@ def _schedule(full: CfgNode, cfg: CfgNode) -> str:
     batches = f" in {solver.ACCUMULATE} batches" if solver.ACCUMULATE > 1 else ""
     text = f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images{batches}, lr {solver.BASE_LR:g}"
     text += f", steps {solver.STEPS}"
-    asked = cfg.SOLVER
-    if solver.MAX_ITER != asked.MAX_ITER:
-        given = f"{asked.MAX_ITER} of {asked.IMS_PER_BATCH}, lr {asked.BASE_LR:g}"
-        text += f" (written for {asked.REFERENCE_WORLD_SIZE} processes: {given})"
+    written = cfg.SOLVER
+    if solver.MAX_ITER != written.MAX_ITER:
+        original = f"{written.MAX_ITER} of {written.IMS_PER_BATCH}, lr {written.BASE_LR:g}"
+        text += f" (written for {written.REFERENCE_WORLD_SIZE} processes: {original})"
     return text
 
 
@@ -252,7 +250,7 @@ def _weights(trainer: TransferTrainer) -> str:
 def _training(trainer: Rehearsal, step: float, fraction: float) -> str:
     loss, _ = trainer.storage.latest().get("total_loss", (math.nan, 0))  # recorded in the main process only
     text = f"{STEPS} steps, loss {loss:.3f}, {step:.2f} s a step"
-    return text if fraction == 1 else f"{text} (reckoned from {fraction:.0%} of a batch)"
+    return text if fraction == 1 else f"{text} (extrapolated from {fraction:.0%} of a batch)"
 
 
 def _shortened_evaluation(small: CfgNode, full: CfgNode) -> str:
@@ -267,7 +265,7 @@ def _reload(trainer: TransferTrainer) -> str:
     """Read the last checkpoint into a new detector and compare every tensor.
 
     Raises:
-        ValueError: it differs.
+        ValueError: a tensor differs.
     """
     path = Path(trainer.cfg.OUTPUT_DIR) / "model_final.pth"
     comm.synchronize()
@@ -277,10 +275,10 @@ def _reload(trainer: TransferTrainer) -> str:
         fresh = trainer.build_model(trainer.cfg)
         load_weights(TransferCheckpointer(fresh), trainer.cfg, str(path), all_names)
     model = trainer.checkpointer.model
-    held, read = model.state_dict(), fresh.state_dict()
-    different = [name for name in held if not torch.equal(held[name], read[name])]
+    saved, read = model.state_dict(), fresh.state_dict()
+    different = [name for name in saved if not torch.equal(saved[name], read[name])]
     if different:
-        raise ValueError(f"the checkpoint does not hold what was saved: {', '.join(different[:3])}")
+        raise ValueError(f"the checkpoint that was read back differs from the detector: {', '.join(different[:3])}")
     return f"{path.stat().st_size / 2**20:.0f} MiB, saved and read back bit for bit"
 
 

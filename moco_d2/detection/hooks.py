@@ -1,4 +1,4 @@
-"""Detectron2's hooks, as a run needs them that resumes exactly and may fail at any step."""
+"""Detectron2's hooks, changed for exact resuming and for runs that fail."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from detectron2.engine import hooks
 
 
 class RepeatablePreciseBN(hooks.PreciseBN):
-    """Detectron2's precise-BN, from the same pictures each time: a resumed run does not know how many were used."""
+    """Detectron2's precise-BN on the same pictures each time: a resumed run cannot know how many were used."""
 
     def update_stats(self) -> None:
         """Update the statistics."""
@@ -15,14 +15,14 @@ class RepeatablePreciseBN(hooks.PreciseBN):
 
 
 class EvaluateIfDone(hooks.EvalHook):
-    """Detectron2's hook, but for the end of a run whose last step has failed: that one would be evaluated, too.
+    """Detectron2's hook, which does not evaluate after a failed last step.
 
-    Its figures would be those of a detector that is not trained to the end, and the error would show hours later, or
-    never where the evaluation, too, fails.
+    Detectron2's would: the metrics would be those of an unfinished detector, and the error would show hours later, or
+    never if the evaluation fails, too.
     """
 
     def after_train(self) -> None:
-        """Evaluate, if all steps were taken."""
+        """Evaluate if all steps were taken."""
         if self.trainer.iter < self.trainer.max_iter:  # the last step's number is max_iter - 1
             self._eval_after_train = False
         super().after_train()

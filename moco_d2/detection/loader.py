@@ -1,8 +1,8 @@
-"""Batches of training pictures that depend on the seed and the place in the run alone: a run resumes at any batch.
+"""Training batches that depend only on the seed and the place in the run, so that a run resumes at any batch.
 
-Detectron2's own loader shuffles and augments with generators that nobody saves, shares pictures out to workers by their
-number, and keeps half-filled batches in memory. Here the main process draws the pictures' numbers from Detectron2's
-samplers and groups them by what their records say; workers only read and augment, each picture under a seed of its own.
+Detectron2's own loader cannot resume: it does not save the state of its random generators or its half-filled batches,
+and the pictures of a batch depend on the number of workers. Here the main process draws indices from Detectron2's
+samplers and groups them by shape. Workers only read and augment, each picture with a seed of its own.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from moco_d2.data import stream_seed
 from moco_d2.detection.mapper import PictureMapper
 from moco_d2.detection.missing import missing_files
 from moco_d2.detection.subsets import training_records
 from moco_d2.io import timeouts
 from moco_d2.io.pictures import naming, picture_size
 from moco_d2.running.seeds import seeded
+from moco_d2.seeding import stream_seed
 
 Record = dict[str, Any]
 
 
 class SeededPictures(Dataset[Record]):
-    """Pictures as the model takes them; one's augmentation depends on (seed, number of the draw) only."""
+    """Pictures as the model takes them. A picture's augmentation depends only on (seed, number of the draw)."""
 
     def __init__(self, records: Sequence[Record], mapper: Callable[[Record], Record], seed: int) -> None:
         self.records = DatasetFromList(records, copy=False)
@@ -48,14 +48,13 @@ class SeededPictures(Dataset[Record]):
 
 
 class BatchStream(Sampler[list[tuple[int, int]]]):
-    """This process's endless batches of keys (number of the draw, index), each of one group of pictures.
+    """Endless batches of keys (number of the draw, index) for one process; all pictures of a batch are of one group.
 
-    Batches are filled as Detectron2's ``AspectRatioGroupedDataset`` does: a picture joins those of its group that wait,
-    and they become a batch once there are enough. To begin later the stream is run through, which takes a second for a
-    million pictures.
+    Batches are filled as in Detectron2's ``AspectRatioGroupedDataset``: each group collects pictures until they fill a
+    batch. To start later, earlier batches are drawn and dropped, which takes a second for a million pictures.
 
     Attributes:
-        start: number of the batch to begin with.
+        start: number of the first batch.
     """
 
     def __init__(
@@ -64,9 +63,9 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
         """Set up.
 
         Args:
-            draws: this process's indices, every ``world_size``-th of a common stream; begins anew when iterated.
-            batch: pictures a batch.
-            groups: each picture's group.
+            draws: this process's indices, every ``world_size``-th of a common stream; each iteration starts again.
+            batch: number of pictures in a batch.
+            groups: the group of each picture.
             rank: number of this process.
             world_size: number of processes.
         """
@@ -91,15 +90,15 @@ def build_loader(cfg: CfgNode, seed: int, records: Sequence[Record] | None = Non
 
     Args:
         cfg: config of the detector.
-        seed: order and augmentation follow from it.
-        records: the pictures, where they are not all of ``DATASETS.TRAIN``.
-        mapper: :class:`PictureMapper` by default.
+        seed: seed of order and augmentation.
+        records: the pictures; default: all of ``DATASETS.TRAIN``.
+        mapper: reads and augments a record; default: :class:`PictureMapper`.
 
     Returns:
         A loader whose ``batch_sampler`` is a :class:`BatchStream`.
 
     Raises:
-        ValueError: pictures are not there, or none has an object.
+        ValueError: pictures are missing, or none has an object.
     """
     records = training_records(cfg, cfg.DATASETS.TRAIN) if records is None else records
     with seeded(seed):  # Samplers draw their seeds from numpy's generator.
@@ -118,7 +117,7 @@ def build_loader(cfg: CfgNode, seed: int, records: Sequence[Record] | None = Non
         num_workers=parts["num_workers"],
         timeout=timeouts.limit() if parts["num_workers"] else 0,
         collate_fn=list,
-        # Its own generator: a loader draws a seed when it starts, which would shift a resumed step's randomness.
+        # Its own generator: a loader draws a seed when it starts, which would change the random numbers of the step.
         generator=torch.Generator(),
     )
 
@@ -126,6 +125,6 @@ def build_loader(cfg: CfgNode, seed: int, records: Sequence[Record] | None = Non
 def _is_wide(record: Record) -> bool:
     if {"width", "height"} <= set(record):
         return bool(record["width"] > record["height"])
-    with naming(record["file_name"]):  # Records of some segmentation sets leave the size to the picture.
+    with naming(record["file_name"]):  # Records of some segmentation sets do not give the size.
         width, height = picture_size(record["file_name"])
     return width > height

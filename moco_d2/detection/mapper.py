@@ -1,7 +1,7 @@
-"""From a data set's record to what a detector takes: Detectron2's mapper with this project's reader of pictures.
+"""Mapper from a data set's record to a detector's input: Detectron2's mapper with this project's picture reader.
 
-Whatever is wrong with a picture or its labels ends in a :class:`~moco_d2.io.pictures.PictureError`, which names the
-picture and, of its annotations, the first that cannot be used.
+Any fault of a picture or its labels raises a :class:`~moco_d2.io.pictures.PictureError` that names the picture and
+its first annotation that cannot be used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moco_d2.io.pictures import MAX_PIXELS, PictureError, describe, naming, open
 
 
 def read_pixels(path: str, image_format: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return a picture's pixels in a format of Detectron2's (``RGB``, ``BGR``, ``L``, ...), (H, W, C).
+    """Return a picture's pixels, (H, W, C), in one of Detectron2's formats (``RGB``, ``BGR``, ``L``, ...).
 
     Raises:
         PictureError: see :func:`moco_d2.io.pictures.read_image`.
@@ -32,7 +32,7 @@ def read_pixels(path: str, image_format: str, max_pixels: int = MAX_PIXELS) -> n
 
 
 def read_label_image(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return the classes of pixels, (H, W), as Detectron2 reads them: a grey image's levels.
+    """Return the class of each pixel, (H, W): the pixel values of the grey image, as Detectron2 reads them.
 
     Raises:
         PictureError: the file cannot be read.
@@ -42,11 +42,11 @@ def read_label_image(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 class PictureMapper(DatasetMapper):
-    """Detectron2's ``DatasetMapper``, but for who reads pictures and what is said of those that cannot be used."""
+    """Detectron2's ``DatasetMapper`` with another picture reader, and errors that name what cannot be used."""
 
     @configurable
     def __init__(self, is_train: bool, *, max_pixels: int, **kwargs: Any) -> None:
-        """Set up: ``max_pixels`` is ``DATA.MAX_PIXELS``, all else is Detectron2's."""
+        """Set up; ``max_pixels`` is ``DATA.MAX_PIXELS``, the other arguments are Detectron2's."""
         super().__init__(is_train, **kwargs)
         self.max_pixels = max_pixels
 
@@ -69,7 +69,7 @@ class PictureMapper(DatasetMapper):
         image = read_pixels(path, self.image_format, self.max_pixels)
         if problem := size_mismatch(record, image.shape[1], image.shape[0]):
             raise PictureError(f"{path}: {problem}")
-        utils.check_image_size(record, image)  # fills in a size that the labels do not say
+        utils.check_image_size(record, image)  # adds the size if the labels do not give it
         labels = record.pop("sem_seg_file_name", None)
         given = T.AugInput(image, sem_seg=self._label_image(labels, image) if labels else None)
         transforms = self.augmentations(given)
@@ -89,7 +89,7 @@ class PictureMapper(DatasetMapper):
         labels = read_label_image(path, self.max_pixels)
         if labels.shape != image.shape[:2]:
             sizes = f"{labels.shape[1]} x {labels.shape[0]} pixels, its picture {image.shape[1]} x {image.shape[0]}"
-            raise PictureError(f"{path}: the label image has {sizes}; they must be the same")
+            raise PictureError(f"{path}: the label image has {sizes}; the sizes must be equal")
         return labels
 
     def _label(self, record: dict[str, Any], transforms: Any, shape: tuple[int, int]) -> None:
@@ -97,13 +97,13 @@ class PictureMapper(DatasetMapper):
         annotations = copy.deepcopy(record["annotations"])
         try:
             self._transform_annotations(record, transforms, shape)
-        except Exception as error:  # of numpy, pycocotools or Detectron2, of any class
+        except Exception as error:  # numpy, pycocotools and Detectron2 raise many classes
             which = self._first_bad(annotations, transforms, shape)
             problem = f"{which} cannot be used: {describe(error)}; correct it in the labels"
             raise PictureError(f"{record['file_name']}: {problem}") from error
 
     def _first_bad(self, annotations: Sequence[Mapping[str, Any]], transforms: Any, shape: tuple[int, int]) -> str:
-        """Name the first annotation that makes trouble by itself."""
+        """Name the first annotation that fails on its own."""
         for number, annotation in enumerate(annotations):
             try:
                 self._transform_annotations({"annotations": [copy.deepcopy(annotation)]}, transforms, shape)
@@ -114,11 +114,11 @@ class PictureMapper(DatasetMapper):
 
 
 def size_mismatch(record: Mapping[str, Any], width: int, height: int) -> str:
-    """Return how an upright picture differs from the size that its labels say; empty if it does not."""
-    said = record.get("width", width), record.get("height", height)
-    if said == (width, height):
+    """Return how an upright picture's size differs from that in its labels; empty if it does not."""
+    labelled = record.get("width", width), record.get("height", height)
+    if labelled == (width, height):
         return ""
     return (
-        f"the labels say {said[0]} x {said[1]} pixels, but the picture has {width} x {height} (EXIF rotation applied): "
-        "correct the labels, or save the picture upright"
+        f"the labels give the size {labelled[0]} x {labelled[1]}, but the picture has {width} x {height} pixels (EXIF "
+        "rotation applied): correct the labels, or save the picture upright"
     )

@@ -1,4 +1,4 @@
-"""Precomputed proposals: Detectron2 opens their files with plain pickle, which runs code; here the one reader does."""
+"""Precomputed proposals, read without running code: Detectron2 would open their files with plain pickle."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from moco_d2.running.weights import local_path
 logger = logging.getLogger(__name__)
 
 _PRECOMPUTED = "PrecomputedProposals"
-_KEYS = {"indexes": "ids", "scores": "objectness_logits"}  # names of Detectron's files -> Detectron2's
+_KEYS = {"indexes": "ids", "scores": "objectness_logits"}  # Detectron's keys -> Detectron2's
 _BOX_MODE = "detectron2.structures.boxes.BoxMode"
 
 
 def proposal_problems(cfg: CfgNode, train: bool = True) -> Iterator[str]:
-    """Yield what is wrong with the settings and files of precomputed proposals; each file is read.
+    """Yield the problems of the settings and files of precomputed proposals. Each file is read.
 
     Args:
         cfg: config of a detector.
@@ -34,7 +34,8 @@ def proposal_problems(cfg: CfgNode, train: bool = True) -> Iterator[str]:
     if taken != precomputed and cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":
         yield (
             f"MODEL.LOAD_PROPOSALS is {taken} and MODEL.PROPOSAL_GENERATOR.NAME is "
-            f"{cfg.MODEL.PROPOSAL_GENERATOR.NAME}: True and {_PRECOMPUTED} go together, for proposals from files"
+            f"{cfg.MODEL.PROPOSAL_GENERATOR.NAME}; to read proposals from files set them to True and {_PRECOMPUTED}, "
+            "otherwise set neither"
         )
     used: list[str] = []
     for kind in ("TRAIN", "TEST") if taken else ():
@@ -42,7 +43,7 @@ def proposal_problems(cfg: CfgNode, train: bool = True) -> Iterator[str]:
         if kind == "TRAIN" and not train:
             continue
         if len(names) != len(paths):
-            yield f"DATASETS.PROPOSAL_FILES_{kind} names {len(paths)} files; it must name {len(names)}, one a data set"
+            yield f"DATASETS.PROPOSAL_FILES_{kind} names {len(paths)} files; it must name one per data set"
             continue
         used += paths
     for path in dict.fromkeys(used):
@@ -53,10 +54,10 @@ def proposal_problems(cfg: CfgNode, train: bool = True) -> Iterator[str]:
 
 
 def read_proposals(path: str) -> dict[str, Any]:
-    """Read a file of proposals: ``ids``, ``boxes``, ``objectness_logits``, and perhaps ``bbox_mode``.
+    """Read a file of proposals: ``ids``, ``boxes``, ``objectness_logits`` and ``bbox_mode`` (default ``XYXY_ABS``).
 
     Raises:
-        ValueError: there is no such file, it would run code, or it holds something else.
+        ValueError: the file does not exist, would run code, or holds something else.
     """
     checkpoint = open_checkpoint(local_path(path, "the file of proposals"))
     content = {_KEYS.get(key, key): value for key, value in checkpoint.content.items()}
@@ -64,32 +65,32 @@ def read_proposals(path: str) -> dict[str, Any]:
     foreign = [name for name in checkpoint.stubbed if name != _BOX_MODE]
     lists: list[Any] = [content.get(key) for key in ("ids", "boxes", "objectness_logits")]
     if foreign or not all(isinstance(items, list | np.ndarray) for items in lists):
-        what = f"names code that is not in it ({some(foreign, 3)})" if foreign else "is no file of proposals"
+        what = f"refers to code ({some(foreign, 3)})" if foreign else "is not a file of proposals"
         raise CheckpointError(
-            f"{path} {what}; it must be a pickle of `ids`, `boxes` and `objectness_logits` (lists, of arrays the last "
-            "two), as Detectron2 writes them"
+            f"{path} {what}; it must be a pickle of the lists `ids`, `boxes` and `objectness_logits` (the last two of "
+            "arrays), as Detectron2 writes it"
         )
     if len({len(items) for items in lists}) > 1:
-        raise CheckpointError(f"{path}: `ids`, `boxes` and `objectness_logits` are not of one length; write it anew")
+        raise CheckpointError(f"{path}: `ids`, `boxes` and `objectness_logits` differ in length; write the file again")
     try:
         content["bbox_mode"] = BoxMode(mode.arguments[0] if isinstance(mode, Stub) else mode)
     except (ValueError, IndexError) as error:
-        raise CheckpointError(f"{path}: its `bbox_mode` is none of Detectron2's box modes; write it anew") from error
+        raise CheckpointError(f"{path}: `bbox_mode` is not a BoxMode of Detectron2; write the file again") from error
     return content
 
 
 def load_proposals(records: list[dict[str, Any]], path: str) -> list[dict[str, Any]]:
-    """Add proposals to a data set's records, as Detectron2's function of this purpose does.
+    """Add proposals to a data set's records, in place of Detectron2's ``load_proposals_into_dataset``.
 
     Args:
-        records: of the data set.
-        path: file of the proposals.
+        records: the data set's records; they are changed.
+        path: the file of proposals.
 
     Returns:
         The records.
 
     Raises:
-        ValueError: the file cannot be read, or lacks a picture.
+        ValueError: the file cannot be read, or has no proposals for a picture.
     """
     logger.info("loading proposals from %s", path)
     content = read_proposals(path)
@@ -97,7 +98,7 @@ def load_proposals(records: list[dict[str, Any]], path: str) -> list[dict[str, A
     if missing := [str(record["image_id"]) for record in records if str(record["image_id"]) not in place]:
         raise ValueError(
             f"{path} has no proposals for {len(missing)} of {len(records)} pictures (image_id {some(missing, 3)}); "
-            "give the file that was made for this data set"
+            "name the file that was made for this data set"
         )
     for record in records:
         record |= _of_picture(content, place[str(record["image_id"])])
@@ -115,11 +116,11 @@ def _of_picture(content: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def with_proposals(cfg: CfgNode, name: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a test set's records with their proposals, where the detector takes them from files."""
+    """Return a test set's records, with their proposals if the detector reads them from files."""
     if not cfg.MODEL.LOAD_PROPOSALS:
         return records
     return load_proposals(records, cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(name)])
 
 
-# Everything of Detectron2's that reads data sets, its own training script too, calls it by this name.
+# Detectron2 calls it by this name wherever it reads data sets, also in its own training script.
 build.load_proposals_into_dataset = load_proposals

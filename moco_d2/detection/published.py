@@ -1,4 +1,4 @@
-"""``moco-d2://NAME`` wherever Detectron2 takes a path: published weights, fetched and converted on first use."""
+"""Addresses ``moco-d2://NAME`` for Detectron2's paths: published weights, downloaded and converted on first use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moco_d2.convert.catalog import PREFIX, fetch
 
 
 class PublishedWeightsHandler(PathHandler):
-    """Resolves the names of :mod:`moco_d2.convert.catalog` to converted files in the cache."""
+    """Maps the names of :mod:`moco_d2.convert.catalog` to converted files in the cache."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [PREFIX]
@@ -22,7 +22,7 @@ class PublishedWeightsHandler(PathHandler):
     def _open(self, path: str, mode: str = "r", buffering: int = -1, **kwargs: Any) -> IO[Any]:
         self._check_kwargs(kwargs)
         if mode not in ("r", "rb"):
-            raise ValueError(f"{path} cannot be opened with mode {mode!r}: published weights are only read")
+            raise ValueError(f"{path} cannot be opened with mode {mode!r}; published weights are read-only")
         return open(fetch(path), mode, buffering)
 
 

@@ -13,8 +13,8 @@ from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 class Res5ROIHeadsExtraNorm(Res5ROIHeads):
     """The R50-C4 box head of the MoCo paper (He et al. 2020, section 4.2): conv5 followed by one more norm layer.
 
-    The norm is new, so pretrained weights do not fill it. Its parameters are ``roi_heads.res5.norm.*``, as in the
-    authors' ``detection/train_net.py``, so detectors trained with theirs load here.
+    Pretrained weights do not fill the norm. Its parameters are ``roi_heads.res5.norm.*``, as in the authors'
+    ``detection/train_net.py``, so detectors trained with their code load here.
     """
 
     @configurable
@@ -22,15 +22,18 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeads):
         """Build Detectron2's heads, then add the norm.
 
         Args:
-            extra_norm: Detectron2's name of the norm after conv5 (``MODEL.RESNETS.NORM``), not empty.
+            extra_norm: Detectron2's name of the norm after conv5 (``MODEL.RESNETS.NORM``); not empty.
             **kwargs: see :class:`detectron2.modeling.roi_heads.Res5ROIHeads`.
 
         Raises:
-            ValueError: ``extra_norm`` is empty: the head would silently be Detectron2's own.
+            ValueError: ``extra_norm`` is empty, so the head would be Detectron2's own.
         """
         super().__init__(**kwargs)
         if not extra_norm:
-            raise ValueError("Res5ROIHeadsExtraNorm needs MODEL.RESNETS.NORM; without a norm use Res5ROIHeads")
+            raise ValueError(
+                "MODEL.RESNETS.NORM is empty, but Res5ROIHeadsExtraNorm needs a norm: set one, or pass "
+                "MODEL.ROI_HEADS.NAME Res5ROIHeads"
+            )
         self.res5.add_module("norm", get_norm(extra_norm, self.res5[-1].out_channels))
 
     @classmethod

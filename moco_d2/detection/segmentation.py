@@ -1,4 +1,4 @@
-"""Semantic segmentation as the MoCo paper fine-tunes it (sec. 4.3, appendix): an FCN-16s-like head, scale and crop."""
+"""Semantic segmentation as in the MoCo paper (sec. 4.3, appendix): an FCN-16s-like head, random scale and crop."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _DILATION = 6
 class FCN16sHead(nn.Module):
     """Two dilated 3x3 convolutions with norm and ReLU, and a 1x1 convolution to the classes, on features of stride 16.
 
-    Logits are enlarged to the picture bilinearly, in training too: the loss is the mean cross-entropy over its pixels.
-    A feature's centre is the pixel at its index times the stride; hence crops of 16 n + 1 pixels (513, 769).
+    Logits are enlarged bilinearly to the picture's size, in training too: the loss is the mean cross-entropy over its
+    pixels. A feature's centre is the pixel at its index times the stride; hence crops of 16 n + 1 pixels (513, 769).
     """
 
     @configurable
@@ -35,9 +35,9 @@ class FCN16sHead(nn.Module):
 
         Args:
             in_channels: channels of the features.
-            stride: of the features.
-            channels: of the two convolutions (paper: 256).
-            norm: of the two convolutions.
+            stride: stride of the features.
+            channels: channels of the two convolutions (paper: 256).
+            norm: norm of the two convolutions.
             num_classes: number of classes, background included.
             ignore_value: label of pixels without ground truth.
         """
@@ -72,7 +72,7 @@ class FCN16sHead(nn.Module):
     def forward(
         self, features: dict[str, Tensor], targets: Tensor | None = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Return logits (N, classes, H, W) to predict, or the loss to train.
+        """Return logits (N, classes, H, W) when predicting, the loss when training.
 
         Args:
             features: one entry (N, C, H/16, W/16).
@@ -87,22 +87,22 @@ class FCN16sHead(nn.Module):
         return None, {"loss_sem_seg": F.cross_entropy(logits, targets.long(), ignore_index=self.ignore_value)}
 
     def _enlarge(self, logits: Tensor) -> Tensor:
-        """Enlarge (N, C, h, w) to (N, C, stride h, stride w), beyond the last centre by its value."""
+        """Enlarge (N, C, h, w) to (N, C, stride h, stride w); beyond the last centre its value is repeated."""
         size = [(n - 1) * self.stride + 1 for n in logits.shape[-2:]]
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)
         return F.pad(logits, (0, self.stride - 1, 0, self.stride - 1), mode="replicate")
 
 
 class RandomScaleCrop(T.Augmentation):
-    """Scale a picture by a random factor, then cut a window at random; what the picture does not fill is void."""
+    """Scale a picture by a random factor, then cut out a window at random; pixels outside the picture are void."""
 
     def __init__(self, scale: tuple[float, float], size: tuple[int, int], fill: float, void: int) -> None:
         """Set up.
 
         Args:
-            scale: range of the factor, which is drawn uniformly.
+            scale: range from which the factor is drawn uniformly.
             size: height and width of the window in pixels.
-            fill: level of the padding in the picture.
+            fill: pixel value of the padding.
             void: label of the padding.
         """
         super().__init__()
@@ -128,16 +128,17 @@ def build_segmentation_mapper(cfg: CfgNode) -> PictureMapper:
     """Return the mapper of training pictures under ``INPUT.RANDOM_SCALE`` and ``INPUT.CROP``.
 
     Raises:
-        ValueError: the range or the crop is not one.
+        ValueError: the range or the crop is invalid.
     """
     scale, crop = tuple(cfg.INPUT.RANDOM_SCALE), cfg.INPUT.CROP
     if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
         raise ValueError(
-            f"INPUT.RANDOM_SCALE is {scale}; it must be two factors, the smaller first, such as (0.5, 2.0)"
+            f"INPUT.RANDOM_SCALE is {scale}; it must be two positive factors, the smaller first, such as (0.5, 2.0)"
         )
     if not crop.ENABLED or crop.TYPE != "absolute":
         raise ValueError(
-            f"INPUT.RANDOM_SCALE needs INPUT.CROP.ENABLED True and TYPE absolute, not {crop.ENABLED} and {crop.TYPE}"
+            "INPUT.RANDOM_SCALE needs INPUT.CROP.ENABLED True and INPUT.CROP.TYPE absolute; they are "
+            f"{crop.ENABLED} and {crop.TYPE}"
         )
     fill = sum(cfg.MODEL.PIXEL_MEAN) / 3  # grey, close to the mean pixel, in either channel order
     size = tuple(int(side) for side in crop.SIZE)

@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class AccumulatingTrainer(SimpleTrainer):
-    """Detectron2's ``SimpleTrainer`` whose step takes several batches, and autocast on request.
+    """Detectron2's ``SimpleTrainer`` with several batches a step, and optional autocast.
 
-    The gradient of a step is the mean of its batches' gradients, so that losses that are means over images (as
-    Detectron2's are, up to the numbers of sampled regions) give the gradient of the whole batch.
+    The gradient of a step is the mean of its batches' gradients. For losses that are means over images (as Detectron2's
+    are, up to the numbers of sampled regions) it is the gradient of the whole batch.
     """
 
     def __init__(
@@ -29,9 +29,9 @@ class AccumulatingTrainer(SimpleTrainer):
         Args:
             model: the detector, or its DDP wrapper.
             data_loader: yields the batches.
-            optimizer: of the model.
-            batches: number of batches a step.
-            autocast: ``bfloat16``, or empty for none.
+            optimizer: the model's.
+            batches: number of batches in a step.
+            autocast: ``bfloat16``, or empty for float32.
         """
         super().__init__(model, data_loader, optimizer)
         self.batches, self.autocast = batches, autocast
@@ -62,14 +62,14 @@ class AccumulatingTrainer(SimpleTrainer):
         return losses
 
     def _without_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        # DDP sums gradients over processes at every backward pass; once, at the last, is enough.
+        # DDP sums gradients over processes at every backward pass; the last one is enough.
         if last or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.model.no_sync()
 
 
 def build_step(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: torch.optim.Optimizer) -> SimpleTrainer:
-    """Return the trainer of single steps that a config asks for: Detectron2's own, unless a switch needs another."""
+    """Return the trainer of single steps for a config: Detectron2's own, unless an option needs ours."""
     if cfg.SOLVER.AMP.ENABLED:
         return AMPTrainer(model, loader, optimizer)
     if cfg.SOLVER.ACCUMULATE > 1 or cfg.ENGINE.AUTOCAST:

@@ -1,9 +1,8 @@
-"""A part of the training images, for the question how much a pretraining saves in labels.
+"""Subsets of the training images (``DATASETS.FRACTION``), to measure how many labels a pretraining saves.
 
-``DATASETS.FRACTION`` percent of the images are kept. Each image has a fixed place in an order that follows from its id
-and ``DATASETS.FRACTION_SEED`` alone, and a subset is the order's beginning. So subsets are nested (1% lies within 2%),
-and neither the order of the data set's files nor a library's random generator moves them. (Detectron2's
-``RandomSubsetTrainingSampler`` draws anew in every run.)
+Each image has a fixed place in an order that depends only on its id and on ``DATASETS.FRACTION_SEED``. A subset is the
+beginning of that order. Subsets are therefore nested (1% is part of 2%), and depend neither on the order of the
+labels nor on a library's random generator. (Detectron2's ``RandomSubsetTrainingSampler`` draws anew in every run.)
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from detectron2.data.build import filter_images_with_few_keypoints, filter_images_with_only_crowd_annotations
 from detectron2.utils import comm
 
 from moco_d2.detection.missing import unreadable
@@ -31,12 +31,12 @@ def select(ids: Sequence[str], percent: float, seed: int = 0) -> list[int]:
     """Choose images at random, the same ones for the same ids and seed.
 
     Args:
-        ids: one an image, in any order.
-        percent: how many of them, 0 < percent <= 100; rounded, and at least one image.
-        seed: of the draw.
+        ids: one for each image, in any order.
+        percent: share of the images, 0 < percent <= 100. The number of images is rounded, and at least 1.
+        seed: seed of the draw.
 
     Returns:
-        Increasing indices into ``ids``. Those of a smaller percentage are among those of a larger one.
+        Increasing indices into ``ids``. The indices of a smaller percentage are among those of a larger one.
 
     Raises:
         ValueError: the percentage is out of range.
@@ -48,41 +48,55 @@ def select(ids: Sequence[str], percent: float, seed: int = 0) -> list[int]:
 
 
 def check_percent(percent: float) -> None:
-    """Raise ValueError unless ``percent`` can be a ``DATASETS.FRACTION``."""
+    """Raise ValueError if ``percent`` is not a valid ``DATASETS.FRACTION``."""
     if not 0 < percent <= 100:
-        raise ValueError(f"DATASETS.FRACTION is {percent}; it must be a percentage above 0 and at most 100")
+        raise ValueError(f"DATASETS.FRACTION is {percent}; it must be a percentage, above 0 and at most 100")
 
 
 def training_records(cfg: CfgNode, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the images of training sets as Detectron2's own loader takes them: without those that have no object.
+    """Return the images of training sets, without those that Detectron2's own loader leaves out.
 
     Args:
         cfg: config of the detector.
         names: the data sets.
 
     Raises:
-        ValueError: the labels cannot be read, or no image is left.
+        ValueError: the labels cannot be read, or no image has an object to train on.
     """
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
     try:
-        return list(
-            get_detection_dataset_dicts(
-                names,
-                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-                min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-                proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-            )
-        )
+        found = get_detection_dataset_dicts(names, filter_empty=False, proposal_files=proposals)
     except Exception as error:  # loaders raise anything
-        if not str(error).startswith("No valid data found"):
-            raise ValueError(next(filter(None, map(_fault, names)), f"{type(error).__name__}: {error}")) from error
+        raise ValueError(next(filter(None, map(_fault, names)), f"{type(error).__name__}: {error}")) from error
+    records = list(found)
+    _check_crowds(records)
+    if isinstance(found, list) and "annotations" in records[0]:  # Detectron2 filters no other kind of data set.
+        if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            records = filter_images_with_only_crowd_annotations(records)
+        if keypoints:
+            records = filter_images_with_few_keypoints(records, keypoints)
+    if not records:
         raise ValueError(
-            f"no picture of {', '.join(names)} has an object to train on ({error}): a crowd is none, and "
-            "with MODEL.KEYPOINT_ON a picture needs MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE keypoints"
-        ) from None
+            f"no picture of {', '.join(names)} has an object to train on: it needs one that is not a crowd"
+            + f", and {keypoints} keypoints (MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)" * bool(keypoints)
+        )
+    return records
+
+
+def _check_crowds(records: Sequence[dict[str, Any]]) -> None:
+    """Refuse a crowd flag other than 0 and 1, because Detectron2 leaves out such an object without a word."""
+    for record in records:
+        for annotation in record.get("annotations", ()):
+            if annotation.get("iscrowd", 0) not in (0, 1):
+                raise ValueError(
+                    f"{record['file_name']}: an annotation (bbox {annotation.get('bbox')}) has iscrowd "
+                    f"{annotation['iscrowd']!r}; it must be 0 or 1: correct it in the labels"
+                )
 
 
 def _fault(name: str) -> str:
-    """Say why a data set cannot be read; empty if it can."""
+    """Return why a data set cannot be read; empty if it can."""
     try:
         DatasetCatalog.get(name)
     except Exception as error:
@@ -91,14 +105,14 @@ def _fault(name: str) -> str:
 
 
 def training_set(cfg: CfgNode) -> list[dict[str, Any]] | None:
-    """Choose the images to train on, and list them in ``OUTPUT_DIR/training_subset.json`` unless they are all.
+    """Choose the images to train on. A proper subset is listed in ``OUTPUT_DIR/training_subset.json``.
 
     Args:
         cfg: config of the detector.
 
     Returns:
-        The argument ``dataset`` of Detectron2's ``build_detection_train_loader``: their records, or None to let it read
-        all of ``DATASETS.TRAIN``.
+        Their records, or None for all images of ``DATASETS.TRAIN``: the argument ``dataset`` of Detectron2's
+        ``build_detection_train_loader``.
 
     Raises:
         ValueError: ``DATASETS.FRACTION`` is out of range.
@@ -108,7 +122,7 @@ def training_set(cfg: CfgNode) -> list[dict[str, Any]] | None:
     if percent == 100:
         return None
     records = training_records(cfg, cfg.DATASETS.TRAIN)
-    # Not the path, which differs between machines. Two data sets may use the same ids for different images.
+    # With the file's name, as two data sets may use the same ids; without its folder, which differs between machines.
     ids = [f"{record.get('image_id', '')} {os.path.basename(record['file_name'])}" for record in records]
     chosen = [records[index] for index in select(ids, percent, seed)]
     logger.info("DATASETS.FRACTION: %g%% of the labels, %d of %d images", percent, len(chosen), len(records))

@@ -1,8 +1,9 @@
-"""A file of weights in Detectron2's form: what its checkpointer wants, out of whatever wraps it."""
+"""Weight files for detectors: the tensors in Detectron2's form, whatever wraps them."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,26 +13,26 @@ from urllib.parse import parse_qs, urlparse
 import torch
 
 from moco_d2.convert.choice import Choice
-from moco_d2.convert.sources import COMPANIONS
-from moco_d2.convert.trunk import as_tensor, find_places, is_tensor, unwrapped
+from moco_d2.convert.find import as_tensor, find_places, is_tensor, unwrapped
+from moco_d2.convert.sources import TARGET_NETWORKS
 from moco_d2.io.checkpoints import open_checkpoint, some
 from moco_d2.io.version import FileVersion
 from moco_d2.running.weights import command_for_weights_alone, local_path, refuse_stubs
 
 logger = logging.getLogger(__name__)
 
-_MOST = 0.5  # of a detector's names in a file: it is a trained detector, whatever stands around it
-_COUNTER = "num_batches_tracked"
+_MOST = 0.5  # a file with this share of a detector's names holds a trained detector
+COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What ``MODEL.WEIGHTS`` holds.
+    """The content of ``MODEL.WEIGHTS``.
 
     Attributes:
         content: ``model`` (name -> tensor), perhaps ``matching_heuristics`` and ``__author__``, which tell Detectron2
-            how to match the names, and what else the file holds.
-        version: of the file that was read.
+            how to match the names, and everything else in the file.
+        version: version of the file that was read.
     """
 
     content: dict[str, Any]
@@ -40,12 +41,12 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class _Place:
-    """A mapping of the file that may be the weights.
+    """A mapping in the file that may be the weights.
 
     Attributes:
         where: its dotted path, empty for the top level.
-        prefix: what stands before a detector's names.
-        names: key in the file -> name, without wrappers and prefix.
+        prefix: the prefix of a detector's names in it.
+        names: key in the file -> name without wrappers and prefix.
     """
 
     where: str
@@ -58,18 +59,19 @@ def read_weight_file(path: str, names: Collection[str]) -> WeightFile:
 
     Args:
         path: ``MODEL.WEIGHTS``: a path, or an address that Detectron2 knows.
-        names: of the detector's tensors, by which a trained detector is known.
+        names: names of the detector's tensors, by which a trained detector is recognised.
 
     Raises:
-        ValueError: there is no such file, it cannot be read, or it is not in Detectron2's form.
+        ValueError: the file does not exist, cannot be read, or is not in Detectron2's form.
     """
     queries = parse_qs(urlparse(path).query)
     heuristics = queries.pop("matching_heuristics", ["False"]) == ["True"]
     if queries:
-        raise ValueError(f"MODEL.WEIGHTS {path}: of what may follow a '?', only matching_heuristics=True is known")
+        raise ValueError(f"MODEL.WEIGHTS {path}: the only option after '?' is matching_heuristics=True")
     local = local_path(path)
     checkpoint = open_checkpoint(local)
     content = checkpoint.content
+    _refuse_pretraining(content, path)
     place = _find_weights(content, names, path, local)
     state: Any = find_places(content).get(place.where) if place.where else _top(content)
     _check_tensors(state, path)
@@ -78,28 +80,42 @@ def read_weight_file(path: str, names: Collection[str]) -> WeightFile:
     form = {"facts": content["facts"]} if "facts" in content else {}
     if place.where:
         form = {key: value for key, value in content.items() if key != place.where.partition(".")[0]}
-    elif form:  # safetensors, whose header holds the facts: a converted file
+    elif form:  # safetensors with facts in the header: a converted file
         heuristics = True
-    return WeightFile({**form, **_marks(place, model, local, heuristics)}, checkpoint.version)
+    return WeightFile({**form, **_for_detectron2(place, model, local, heuristics)}, checkpoint.version)
 
 
 def convert_hint(path: str) -> str:
-    """Return the remedy for a file of another project."""
-    return f"\n  Convert it first: python tools/convert_checkpoint.py {path} converted.pth"
+    """Return the remedy for a file that must be converted."""
+    return f"\n  Convert it first: moco-d2 convert {path} converted.pth"
+
+
+def _refuse_pretraining(content: Mapping[str, Any], path: str) -> None:
+    """Refuse this project's own files of pretraining, which must be converted."""
+    backbone = content.get("backbone")
+    if isinstance(backbone, Mapping) and {"method", "prefix"} <= set(backbone):
+        # Without a prefix, the file beside it holds the backbone.
+        source = path if backbone["prefix"] is not None else os.path.join(os.path.dirname(path), "backbone.pth")
+        raise ValueError(
+            f"{path} is a training checkpoint of {backbone['method']}; a detector starts from its converted backbone."
+            + convert_hint(source)
+        )
+    if set(content) == {"state_dict", "facts"}:
+        raise ValueError(f"{path} is a pretrained backbone that has not been converted.{convert_hint(path)}")
 
 
 def _top(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != "facts"}
 
 
-def _marks(place: _Place, model: dict[str, torch.Tensor], local: str, heuristics: bool) -> dict[str, Any]:
-    """Return the model and the marks by which Detectron2 knows how to match its names; by its own rules."""
+def _for_detectron2(place: _Place, model: dict[str, torch.Tensor], local: str, heuristics: bool) -> dict[str, Any]:
+    """Return the model with the keys that tell Detectron2 how to match its names, by Detectron2's own rules."""
     caffe = place.where == "blobs" or (place.where == "" and not any("." in name for name in model))
     if caffe:
         model = {name: tensor for name, tensor in model.items() if not name.endswith("_momentum")}
         return {"model": model, "__author__": "Caffe2", "matching_heuristics": True}
     if place.where == "model_state" and local.endswith(".pyth"):
-        model = {name: tensor for name, tensor in model.items() if not name.endswith(_COUNTER)}
+        model = {name: tensor for name, tensor in model.items() if not name.endswith(COUNTER)}
         return {"model": model, "__author__": "pycls", "matching_heuristics": True}
     if heuristics or (place.where == "" and local.endswith(".pkl")):
         return {"model": model, "matching_heuristics": True}
@@ -107,14 +123,14 @@ def _marks(place: _Place, model: dict[str, torch.Tensor], local: str, heuristics
 
 
 def _find_weights(content: Mapping[str, Any], names: Collection[str], path: str, local: str) -> _Place:
-    """Return where the weights are: where Detectron2 looks, or where a trained detector is, whatever wraps it.
+    """Return where the weights are: at a trained detector, or else where Detectron2 looks.
 
     Raises:
-        ValueError: there are several detectors.
+        ValueError: the file holds several detectors.
     """
     places = {where: state for where, state in find_places(content).items() if all(isinstance(k, str) for k in state)}
     found = [place for where, state in places.items() for place in _detectors(where, state, names, path)]
-    found = [place for place in found if not COMPANIONS.search(f"{place.where}.{place.prefix}")] or found
+    found = [place for place in found if not TARGET_NETWORKS.search(f"{place.where}.{place.prefix}")] or found
     found = [place for place in found if place.where == "model"] or found
     if len(found) == 1:
         if found[0].where != "model" or found[0].prefix:
@@ -123,7 +139,7 @@ def _find_weights(content: Mapping[str, Any], names: Collection[str], path: str,
     if found:
         listed = "; ".join(" under ".join(_described(place)) for place in found)
         raise ValueError(
-            f"{path} holds {len(found)} detectors ({listed}); write the one that is meant into a file of its own: "
+            f"{path} holds {len(found)} detectors ({listed}); write the one you want into its own file: "
             f"{command_for_weights_alone(local, content, found[0].where, found[0].prefix)}"
         )
     own = next((key for key in ("model", "blobs", "model_state") if key in content), "")
@@ -132,7 +148,7 @@ def _find_weights(content: Mapping[str, Any], names: Collection[str], path: str,
 
 
 def _detectors(where: str, state: Mapping[str, Any], names: Collection[str], path: str) -> list[_Place]:
-    """Return the detectors in one mapping: those prefixes behind which are most of the names."""
+    """Return the detectors in one mapping: each prefix that most of a detector's names follow."""
     plain = {key: key for key in state}
     if sum(key in names for key in plain) < _MOST * len(names):
         plain = {key: name for name, key in unwrapped(state, path, Choice()).items()}
@@ -143,7 +159,7 @@ def _detectors(where: str, state: Mapping[str, Any], names: Collection[str], pat
 
 
 def _starts(name: str) -> list[int]:
-    """Return where the parts of a dotted name begin."""
+    """Return the positions at which the parts of a dotted name begin."""
     return [0, *(at + 1 for at, character in enumerate(name) if character == ".")]
 
 
@@ -152,12 +168,12 @@ def _described(place: _Place) -> list[str]:
 
 
 def _check_tensors(state: Any, path: str) -> None:
-    """Refuse weights that are none, or something else than tensors by name."""
+    """Refuse an empty model, and entries that are not named tensors."""
     if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path} holds no weights: its model is empty{convert_hint(path)}")
+        raise ValueError(f"{path} holds no weights: its `model` is empty or missing.{convert_hint(path)}")
     foreign = [str(key) for key, value in state.items() if not isinstance(key, str) or not is_tensor(value)]
     if foreign:
         raise ValueError(
-            f"{path} is not in Detectron2's form: {some(foreign, 3)} {'is' if len(foreign) == 1 else 'are'} no tensor"
-            + ("s" if len(foreign) > 1 else "") + convert_hint(path)
-        )  # fmt: skip
+            f"{path} is not in Detectron2's form (named tensors, or a `model` of them): {some(foreign, 3)} "
+            f"{'is not a tensor' if len(foreign) == 1 else 'are not tensors'}.{convert_hint(path)}"
+        )

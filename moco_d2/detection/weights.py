@@ -1,8 +1,8 @@
-"""The guard on weights: a detector starts from the whole backbone, fed as in pretraining, or it does not start.
+"""Checked loading of weights: a detector starts from a complete backbone that is fed as in pretraining, or not at all.
 
-Detectron2 warns about tensors that a file does not fill and trains them from random values; it cannot know that a file
-wants RGB. Both mistakes cost a schedule and look like a bad pretraining method, so here they are errors. Random
-initialisation is asked for by ``MODEL.WEIGHTS ""`` and by nothing else.
+Detectron2 only warns of tensors that a file does not fill, and trains them from random values; and it cannot know that
+a file needs RGB. Either mistake costs a whole schedule and looks like a bad pretraining method, so both are errors.
+Only ``MODEL.WEIGHTS ""`` means random initialisation.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from torch import nn
 
-from moco_d2.convert.parts import HOMES, needs, part_of
+from moco_d2.convert.parts import PART_PREFIXES, needs, part_of
 from moco_d2.detection.checkpointer import load_content
-from moco_d2.detection.weight_file import convert_hint, read_weight_file
+from moco_d2.detection.weight_file import COUNTER, convert_hint, read_weight_file
 from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
 from moco_d2.io.checkpoints import facts_in, some
 from moco_d2.io.version import FileVersion
@@ -29,21 +29,20 @@ from moco_d2.running.weights import local_path
 
 logger = logging.getLogger(__name__)
 
-# MODEL.WEIGHTS of the configs that start from weights of the user's choice (configs/Base/init-moco.yaml).
+# MODEL.WEIGHTS of the configs for which the user must choose weights (configs/Base/init-moco.yaml).
 REQUIRED = "REQUIRED"
 
-_SHOWN = 10  # keys listed in an error
-_COUNTER = "num_batches_tracked"
+_SHOWN = 3  # tensors named in an error
 
 
 @dataclass
 class WeightsRecord:
-    """What a detector was started from. Its facts are saved in every checkpoint, as in a backbone's file.
+    """The weights that a detector started from. The facts are saved in every checkpoint, as in a backbone's file.
 
     Attributes:
         path: ``MODEL.WEIGHTS``, empty for random initialisation.
-        facts: the file's facts, or those of the config where the file carries none.
-        version: of the file that was read; None for random initialisation.
+        facts: the file's facts, or the config's if the file has none.
+        version: version of the file that was read; None for random initialisation.
     """
 
     path: str
@@ -52,7 +51,7 @@ class WeightsRecord:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file that was read; empty for random initialisation.
+        """The SHA-256 of the file that was read; empty for random initialisation.
 
         Raises:
             ValueError: the file has changed since.
@@ -64,15 +63,15 @@ class WeightsRecord:
         return self.facts.as_dict()
 
     def load_state_dict(self, facts: Mapping[str, Any]) -> None:
-        """Take the facts of a checkpoint that is resumed."""
+        """Restore the facts from a checkpoint that is resumed."""
         self.facts = BackboneFacts.from_dict(facts)
 
 
 def pretrained_names(model: nn.Module) -> list[str]:
-    """Name the tensors of a detector that pretraining must fill: the ResNet, and conv5 where it is the box head (C4).
+    """Return the names of the tensors that pretraining must fill: the ResNet, and conv5 if it is the box head (C4).
 
-    The norm that :class:`Res5ROIHeadsExtraNorm` adds is new and left out, and so is ``num_batches_tracked``, which no
-    computation reads.
+    The norm that :class:`Res5ROIHeadsExtraNorm` adds is new, and no computation reads ``num_batches_tracked``: both are
+    left out.
     """
     backbone = "backbone.bottom_up." if hasattr(model.backbone, "bottom_up") else "backbone."
     return [
@@ -83,15 +82,15 @@ def pretrained_names(model: nn.Module) -> list[str]:
 
 
 def all_names(model: nn.Module) -> list[str]:
-    """Name the tensors that a trained detector must fill to be evaluated or resumed."""
-    return [name for name in model.state_dict() if not name.endswith(_COUNTER)]
+    """Return the names of the tensors that a file must fill to be evaluated or resumed."""
+    return [name for name in model.state_dict() if not name.endswith(COUNTER)]
 
 
 def check_source(path: str) -> None:
-    """Check that ``MODEL.WEIGHTS`` names a file that is there (fetching it if it is an address), or is empty.
+    """Check that ``MODEL.WEIGHTS`` is empty or names an existing file; an address is downloaded.
 
     Raises:
-        ValueError: it is the placeholder of the shipped configs, or there is no such file.
+        ValueError: it is the placeholder of the shipped configs, or the file does not exist.
     """
     _refuse_placeholder(path)
     if path:
@@ -101,9 +100,9 @@ def check_source(path: str) -> None:
 def _refuse_placeholder(path: str) -> None:
     if path == REQUIRED:
         raise ValueError(
-            "this config starts from weights of your choice and none were given.\n"
-            "  Pass MODEL.WEIGHTS PATH, a file written by tools/convert_checkpoint.py, "
-            'or take the config that ends in _random (MODEL.WEIGHTS "")'
+            "this config starts from weights of your choice, but MODEL.WEIGHTS is not set.\n"
+            "  Pass MODEL.WEIGHTS PATH, a file written by moco-d2 convert, "
+            'or use the config with the suffix _random (MODEL.WEIGHTS "")'
         )
 
 
@@ -114,21 +113,21 @@ def load_weights(
     names: Callable[[nn.Module], Sequence[str]] = pretrained_names,
     checkpointables: Sequence[str] | None = (),
 ) -> WeightsRecord:
-    """Load a file into a detector, or say exactly why it may not be used.
+    """Load a file into a detector, or raise an error that tells why it may not be used.
 
     Args:
-        checkpointer: of the detector.
+        checkpointer: the detector's.
         cfg: config of the detector.
         path: a path, an address that Detectron2 knows, or empty for random initialisation.
-        names: which tensors the file has to fill: :func:`pretrained_names`, or :func:`all_names` to evaluate.
-        checkpointables: what else is loaded (optimizer, ...); ``None`` for everything there is.
+        names: the tensors that the file must fill: :func:`pretrained_names`, or :func:`all_names` to evaluate.
+        checkpointables: what else is loaded (optimizer, ...); ``None`` for everything that is registered.
 
     Returns:
-        What is known about the weights.
+        The record of the weights.
 
     Raises:
-        ValueError: no file, a file of another kind, facts that contradict the config, tensors missing, of another
-            shape, or not finite.
+        ValueError: the file does not exist or is of another kind; its facts contradict the config; or tensors are
+            missing, of another shape, or non-finite.
     """
     _refuse_placeholder(path)
     if not path:
@@ -149,27 +148,27 @@ def load_weights(
     broken = [name for name in (*wanted, *beside) if not torch.isfinite(state[name]).all()]
     if broken:
         raise ValueError(
-            f"{path}: {len(broken)} tensors hold NaN or infinity, so the run that wrote them had diverged:\n"
-            + _listed(broken)
+            f"{path}: {len(broken)} tensors hold NaN or infinity ({some(broken, _SHOWN)}), so the run that wrote them "
+            "had diverged: use an earlier checkpoint"
         )
-    logger.info("%s fills all of the %d tensors wanted from it", path, len(wanted))
+    logger.info("%s fills all %d tensors that it must fill", path, len(wanted))
     if names is pretrained_names:
         _check_parts(path, content, cfg, model, filled)
-        # Known by what was filled: files that say nothing of themselves, as a trained detector's, have parts too.
+        # Derived from what was filled, because files without facts, such as a trained detector's, have parts too.
         parts = tuple(dict.fromkeys(part_of(name) for name in beside))
         record.facts = replace(record.facts, parts=parts)
         if parts:
-            logger.info("%s also fills %s: another protocol than a pretrained backbone", path, ", ".join(parts))
+            logger.info("%s also fills %s: another protocol than with a backbone alone", path, ", ".join(parts))
     return record
 
 
 def random_weights(cfg: CfgNode) -> WeightsRecord:
-    """Return what is known about a detector that no file was loaded into."""
+    """Return the record of a detector that starts from random values."""
     return WeightsRecord("", replace(facts_of(cfg), origin="random initialisation"))
 
 
 def facts_of(cfg: CfgNode) -> BackboneFacts:
-    """Return the facts under which a config builds and feeds its backbone."""
+    """Return the facts that a config implies for its backbone and pixels."""
     resnet = cfg.MODEL.RESNETS
     return BackboneFacts(
         depth=resnet.DEPTH,
@@ -178,6 +177,7 @@ def facts_of(cfg: CfgNode) -> BackboneFacts:
         groups=resnet.NUM_GROUPS,
         width_per_group=resnet.WIDTH_PER_GROUP,
         stride_in_1x1=resnet.STRIDE_IN_1X1,
+        norm="GN" if resnet.NORM == "GN" else "BN",
         pixels=Pixels(cfg.INPUT.FORMAT, tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD)),
     )
 
@@ -187,13 +187,13 @@ def _check_facts(content: Mapping[str, Any], cfg: CfgNode, path: str) -> Weights
     if facts is not None:
         why = f"by its facts; origin: {facts.origin}"
     elif _is_msra(content, path):
-        # The depth is left to the coverage check, so that one rule serves R-50 and R-101.
+        # The check of missing tensors finds a wrong depth, so one rule serves R-50 and R-101.
         facts = replace(facts_of(cfg), stride_in_1x1=True, pixels=CAFFE_BGR, origin="ImageNet-supervised, MSRA (Caffe)")
         why = "it is the original Caffe ResNet"
     else:
         facts = replace(facts_of(cfg), origin="unknown")
         logger.info(
-            "%s carries no facts: it is assumed to want what the config says (%s, mean %s, std %s, STRIDE_IN_1X1 %s)",
+            "%s carries no facts, so the config's are assumed (%s, mean %s, std %s, STRIDE_IN_1X1 %s)",
             path, facts.pixels.order, facts.pixels.mean, facts.pixels.std, facts.stride_in_1x1,
         )  # fmt: skip
         return WeightsRecord(path, facts)
@@ -203,25 +203,27 @@ def _check_facts(content: Mapping[str, Any], cfg: CfgNode, path: str) -> Weights
         keys = [line.split(" ", 1)[0] for line in lines]
         remedy = " ".join(f'{key} "{needed[key]}"' for key in keys)
         raise ValueError(
-            f"{path} contradicts the config ({why}):\n" + _listed(lines) + f"\n  Pass {remedy}, or other weights"
+            f"{path} contradicts the config ({why}):\n"
+            + "".join(f"    {line}\n" for line in lines)
+            + f"  Pass {remedy}, or other weights"
         )
     return WeightsRecord(path, facts)
 
 
 def _check_parts(path: str, content: Mapping[str, Any], cfg: CfgNode, model: nn.Module, filled: set[str]) -> None:
-    """Refuse a detector without a place for every tensor of the parts that a converted file says to hold."""
+    """Refuse a detector that has no place for a tensor of the parts that a converted file carries (FPN, ...)."""
     facts = facts_in(content, path)
-    # A trained detector may be taken in part, as for other classes; it has no heuristics, by which only ours are known.
+    # Of a trained detector (which has no heuristics) a part may be used, as for other classes.
     parts = facts.parts if facts and content.get("matching_heuristics") else ()
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     held = {
-        name: tuple(t.shape) for name, t in content["model"].items() if part_of(name) in parts and _COUNTER not in name
+        name: tuple(t.shape) for name, t in content["model"].items() if part_of(name) in parts and COUNTER not in name
     }
-    # What the detector does not have reaches load_state_dict too.
+    # Names that the detector does not have reach load_state_dict, too.
     homeless = [name for name in held if name not in filled & shapes.keys()]
     biases = [name for name in homeless if name.endswith(".bias") and _normed(model, name.removesuffix(".bias"))]
     if biases:
-        logger.info("%d biases of %s are left out: the batch norms behind them subtract them", len(biases), path)
+        logger.info("%d biases of %s are not loaded: the batch norms after them would subtract them", len(biases), path)
     lines = [
         f"{name} is {shapes[name]} in the detector, {held[name]} in the file"
         if name in shapes
@@ -233,11 +235,11 @@ def _check_parts(path: str, content: Mapping[str, Any], cfg: CfgNode, model: nn.
         return
     wanted = {key: value for key, value in needs(held).items() if not _agrees(cfg, key, value)}
     remedy = ", or pass " + " ".join(f'{key} "{value}"' for key, value in wanted.items()) if wanted else ""
-    if not any(name.startswith(HOMES["fpn"]) for name in shapes):
-        remedy = ", or take a detector with an FPN (configs that have FPN in their names)"
+    if not any(name.startswith(PART_PREFIXES["fpn"]) for name in shapes):
+        remedy = ", or use a detector with an FPN (a config with FPN in its name)"
     raise ValueError(
         f"{path} holds more than a backbone ({', '.join(parts)}), and {len(lines)} of its tensors have no place in "
-        "this detector:\n" + _listed(lines) + f"\n  Convert the original again without --with{remedy}"
+        f"this detector: {_first(lines)}.\n  Convert the original again without --with{remedy}"
     )
 
 
@@ -250,23 +252,23 @@ def _normed(model: nn.Module, layer: str) -> bool:
 def _agrees(cfg: CfgNode, key: str, value: Any) -> bool:
     for part in key.split("."):
         cfg = cfg[part]
-    # Which batch norm it is, is the protocol's.
+    # Any norm will do: the protocol decides which one.
     return bool(cfg) == bool(value) if key.endswith(".NORM") else bool(cfg == value)
 
 
 def _is_msra(content: Mapping[str, Any], path: str) -> bool:
-    """Tell Caffe's ResNets of 2015 by their address in Detectron2's zoo, or by their file's names.
+    """Recognise Caffe's ResNets of 2015 by their address in Detectron2's zoo, or by the names in the file.
 
-    Their first convolution has a bias, which no other file under Caffe2's names has.
+    Their first convolution has a bias, unlike in any other file with Caffe2's names.
     """
     return "ImageNetPretrained/MSRA/" in path or {"conv1_b", "res2_0_branch2a_w"} <= set(content["model"])
 
 
 @contextmanager
 def _record_filled(model: nn.Module) -> Iterator[set[str]]:
-    """Collect the names that reach ``load_state_dict``: behind every renaming, heuristic and shape check.
+    """Collect the names that reach ``load_state_dict``, after all renaming, heuristics and shape checks.
 
-    Looking there is safer than at the list of missing keys, which Detectron2 and FrozenBN amend.
+    The list of missing keys is less reliable: Detectron2 and FrozenBN change it.
     """
     filled: set[str] = set()
     handle = model.register_load_state_dict_pre_hook(lambda _, state, *__: filled.update(state))
@@ -279,33 +281,30 @@ def _record_filled(model: nn.Module) -> Iterator[set[str]]:
 def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, missing: list[str], total: int) -> str:
     state = content["model"]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    lines, misshapen = [], 0
+    absent, misshapen = [], []
     for name in missing:
         held = next((key for key in _file_names(name) if key in state), None)
         if held is not None and tuple(state[held].shape) != shapes[name]:
-            misshapen += 1
-            lines.append(f"{name} is {shapes[name]} in the detector, {tuple(state[held].shape)} in the file")
+            misshapen.append(f"{name} is {shapes[name]} in the detector, {tuple(state[held].shape)} in the file")
         else:
-            lines.append(f"{name} is not in the file")
-    text = f"{path} fills {total - len(missing)} of {total} tensors; {len(missing)} would stay random:\n" + _listed(
-        lines
-    )
+            absent.append(name)
+    text = f"{path} fills {total - len(missing)} of {total} tensors; {len(missing)} would stay random: "
+    parts = [_first(misshapen)] if misshapen else []
+    parts += [f"not in the file: {some(absent, _SHOWN)}"] if absent else []
+    text += "; ".join(parts)
     if misshapen:
-        text += (
-            "\n  The file holds another network: check MODEL.RESNETS.DEPTH, the width keys beside it, and NUM_CLASSES"
-        )
-    elif len(missing) == total:
-        text += f"\n  The file holds names such as {some(state, 3)}.{convert_hint(path)}"
-    else:
-        text += "\n  The file is incomplete: convert the original again with tools/convert_checkpoint.py"
-    return text
+        return f"{text}.\n  The file holds another network: check MODEL.RESNETS.DEPTH, its width keys, and NUM_CLASSES"
+    if len(missing) == total:
+        return f"{text}.\n  The file has names such as {some(state, 3)}.{convert_hint(path)}"
+    return f"{text}.\n  The file is incomplete: convert the original again with moco-d2 convert"
 
 
 def _file_names(name: str) -> list[str]:
-    """Return the names that a detector's tensor can have in a file: a detector's, or a backbone's."""
+    """Return the names that a detector's tensor can have in the file of a detector or a backbone."""
     return [name, *(name.removeprefix(prefix) for prefix in ("backbone.bottom_up.", "backbone.", "roi_heads."))]
 
 
-def _listed(lines: Sequence[str]) -> str:
-    more = [f"    ... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return "\n".join([f"    {line}" for line in lines[:_SHOWN]] + more)
+def _first(lines: Sequence[str]) -> str:
+    """Return the first few of several findings, and how many more there are."""
+    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + more

@@ -1,3 +1,3 @@
-"""The pretraining engine: method and data to checkpoints."""
+"""The pretraining engine: it trains a method on data and writes checkpoints."""
 
-from moco_d2 import host  # noqa: F401  (first: Detectron2 must be there)
+from moco_d2 import host  # noqa: F401  (first: it checks that Detectron2 is installed)

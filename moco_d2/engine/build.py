@@ -1,13 +1,11 @@
-"""From a config to the method that it describes."""
+"""Construction of the method that a config describes."""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from detectron2.config import CfgNode
 
-from moco_d2.layers.resnet import build_resnet
+from moco_d2.layers.encoders import encoder_builder
 from moco_d2.methods import SSLMethod, build_method
 
 
@@ -16,14 +14,14 @@ def configured_method(cfg: CfgNode, images: int = 1) -> SSLMethod:
 
     Args:
         cfg: config of a pretraining run.
-        images: number of images of the set.
+        images: number of images in the data set.
     """
     ssl = cfg.SSL
-    encoder = functools.partial(build_resnet, ssl.ENCODER.NAME, width=ssl.ENCODER.WIDTH, stem=ssl.ENCODER.STEM)
+    encoder = encoder_builder(ssl.ENCODER.NAME, ssl.ENCODER.ARGS)
     return build_method(ssl.METHOD, encoder, dict(ssl.ARGS), images)
 
 
 def outline(cfg: CfgNode) -> SSLMethod:
-    """Return the method on the meta device, where it costs no memory and holds no values."""
+    """Return the method on the meta device: shapes without values, which take no memory."""
     with torch.device("meta"):
         return configured_method(cfg)

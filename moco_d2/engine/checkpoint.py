@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from detectron2.utils import comm
@@ -22,79 +22,114 @@ logger = logging.getLogger(__name__)
 
 
 class PretrainCheckpointer(Checkpointer):
-    """fvcore's checkpointer, writing atomically and a ``backbone.pth`` beside every checkpoint.
+    """fvcore's checkpointer with atomic writes and a ``backbone.pth`` beside every checkpoint.
 
-    ``backbone.pth`` holds ``state_dict`` (the transferred network under torchvision's names, without head) and
-    ``facts`` (:class:`~moco_d2.facts.BackboneFacts`); it has tensors and plain values only.
+    ``backbone.pth`` holds ``state_dict`` (the network to transfer: torchvision's names, no head) and ``facts``
+    (:class:`~moco_d2.facts.BackboneFacts`): tensors and plain values only. A checkpoint also says under ``backbone``
+    which method it is of, and where in its ``model`` that network is (:func:`backbone_prefix`).
     """
 
     def __init__(
         self, model: nn.Module, save_dir: str, facts: Callable[[], BackboneFacts], **checkpointables: Any
     ) -> None:
-        """Set up; ``facts`` is asked at each checkpoint."""
+        """Set up; ``facts`` is called for each checkpoint."""
         super().__init__(model, save_dir, save_to_disk=comm.is_main_process(), **checkpointables)
         self.facts = facts
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<name>.pth`` with everything that resuming needs, then ``backbone.pth``, then the pointer to it."""
+        """Write ``<name>.pth`` with all that resuming needs, then ``backbone.pth``, then ``last_checkpoint``."""
         if not self.save_dir or not self.save_to_disk:
             return
         facts = self.facts().as_dict()
-        save_run(self, name, facts=facts, **kwargs)
+        place = {"method": type(self.model).__name__, "prefix": backbone_prefix(self.model)}
+        save_run(self, name, facts=facts, backbone=place, **kwargs)
         backbone = {"state_dict": self.model.backbone().state_dict(), "facts": facts}
         write_tensors(backbone, os.path.join(self.save_dir, "backbone.pth"))
         point_to(self, name)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        """Read a run's checkpoint; fvcore's own reading may run code from it."""
+        """Read a run's checkpoint safely; fvcore's own reader can run code from the file."""
         return read_run(filename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a run's checkpoint.
 
         Raises:
-            ValueError: it cannot be read, or is of another run.
+            ValueError: the file cannot be read, or belongs to another run.
         """
         try:
             return dict(super().load(path, checkpointables))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:600]
             raise ValueError(
-                f"{path} is a checkpoint of another model or run (was SSL changed?): {type(error).__name__}: {reason}"
+                f"{path} is a checkpoint of another model or run (was SSL changed?): {type(error).__name__}: "
+                + _one_line(error)
             ) from error
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
-        """Load strictly: fvcore's own only warns of what does not fit."""
+        """Load strictly; fvcore's own method only warns about keys that do not match."""
+        _refuse_another_method(self.model, checkpoint)
         self.model.load_state_dict(checkpoint.pop("model"))
 
 
+def backbone_prefix(method: SSLMethod) -> str | None:
+    """Return the prefix of the backbone's names in the method's ``state_dict``, with the dot at its end.
+
+    None if no prefix gives all of them, as when ``backbone()`` computes new weights. Such a checkpoint cannot be
+    converted; the ``backbone.pth`` beside it can.
+    """
+    names, backbone = method.state_dict(keep_vars=True), method.backbone().state_dict(keep_vars=True)
+    first = next(iter(backbone))
+    # keep_vars returns the parameters and buffers themselves, so that a network shows by identity, not by its name.
+    prefixes = [name.removesuffix(first) for name, value in names.items() if value is backbone[first]]
+    for prefix in prefixes:
+        if all(names.get(prefix + name) is value for name, value in backbone.items()):
+            return prefix
+    return None
+
+
+def _refuse_another_method(method: SSLMethod, content: Mapping[str, Any]) -> None:
+    """Raise ValueError if a checkpoint names another method; those of earlier versions and other code name none."""
+    backbone, mine = content.get("backbone"), type(method).__name__
+    saved = backbone.get("method", mine) if isinstance(backbone, Mapping) else mine
+    if saved != mine:
+        raise ValueError(
+            f"the checkpoint is of a {saved} run, but SSL.METHOD is {mine}: pretraining starts from, or resumes, only "
+            "a checkpoint of the same method"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:600]
+
+
 def load_method(method: SSLMethod, path: str) -> None:
-    """Start a method from a checkpoint of the whole method: ours (``model_*.pth``) or the published code's.
+    """Initialise a method from a checkpoint of the whole method: a run's ``model_*.pth``, or the published code's.
 
     Raises:
-        ValueError: the file holds something else, or a method of other sizes; the message says what differs.
+        ValueError: the file holds something else, another method, or one of other sizes; the message says what differs.
     """
     if path.startswith(PREFIX):
         raise ValueError(
-            f"MODEL.WEIGHTS {path}: the published weights of the catalogue are converted backbones, for detectors; "
-            "pretraining starts from a checkpoint of the whole method: a run's model_*.pth, or the training checkpoint "
-            "that the authors' code writes"
+            f"MODEL.WEIGHTS {path}: the catalogue holds converted backbones, for detectors. Pretraining starts from a "
+            "checkpoint of the whole method: a run's model_*.pth, or a training checkpoint of the authors' code"
         )
     checkpoint = open_checkpoint(local_path(path))
     place = next((key for key in ("model", "state_dict") if isinstance(checkpoint.content.get(key), dict)), "")
     state = checkpoint.content.get(place)
     if not state:
         raise ValueError(
-            f"{path} holds {some(map(str, checkpoint.content), 5)}, but a checkpoint of the whole method was expected: "
-            "`model` or `state_dict`, with its encoders by name"
+            f"MODEL.WEIGHTS {path} holds {some(map(str, checkpoint.content), 5)}. Pretraining starts from a checkpoint "
+            "of the whole method, with its state dict under `model` or `state_dict`"
         )
     refuse_stubs(checkpoint, place)
     try:
+        _refuse_another_method(method, checkpoint.content)
         method.load_state_dict(method.adapt_state_dict(state))
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # entries that are no tensors, too
+    except ValueError as error:
+        raise ValueError(f"MODEL.WEIGHTS {path}: {error}") from error
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # also entries that are not tensors
         raise ValueError(
-            f"MODEL.WEIGHTS {path} is not a checkpoint of this {type(method).__name__} (check SSL.ENCODER, SSL.ARGS; "
-            f"a backbone alone is not enough, all encoders and the queue are needed): "
-            + " ".join(str(error).split())[:600]
+            f"MODEL.WEIGHTS {path} is not a checkpoint of this {type(method).__name__} (check SSL.ENCODER and "
+            f"SSL.ARGS; a backbone is not enough, the whole method is needed): {_one_line(error)}"
         ) from error
     logger.info("started from %s", path)

@@ -1,4 +1,4 @@
-"""What pretraining does around a step: the method's own schedules, metrics."""
+"""Hooks of pretraining: the method's own hooks, its diagnostics, and the progress line."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from moco_d2.running.progress import ProgressPrinter
 
 logger = logging.getLogger(__name__)
 
-# Part of a step that may be spent on waiting for the loader before a run says so.
+# Fraction of a step that may be spent waiting for the loader before the log warns.
 LOADER_SHARE = 0.1
 
 
 class MethodSchedule(HookBase):
-    """Tell the method how far training is, and when the optimizer has stepped."""
+    """Call the method's ``before_epoch``, ``before_step`` and ``after_step``."""
 
     def __init__(self, method: SSLMethod, steps_per_epoch: int, replay: Callable[[], Iterator[Views]]) -> None:
         """Set up.
 
         Args:
-            method: to tell.
+            method: the SSL method.
             steps_per_epoch: iterations per epoch.
             replay: returns the batches of the epoch that begins.
         """
         self.method, self.steps_per_epoch, self.replay = method, steps_per_epoch, replay
 
     def before_step(self) -> None:
-        """Run the method's schedules, and what it does before an epoch."""
+        """Run the method's schedules and, at the start of an epoch, its ``before_epoch``."""
         epoch, step = divmod(self.trainer.iter, self.steps_per_epoch)
         if step == 0:
             self.method.before_epoch(epoch, self.replay)
         self.method.before_step(self.trainer.iter / self.trainer.max_iter, self.trainer.iter / self.steps_per_epoch)
 
     def after_step(self) -> None:
-        """Let the method update what follows the weights."""
+        """Let the method update what depends on the new weights."""
         self.method.after_step()
 
 
 class PretrainMetrics(HookBase):
     """Record the method's diagnostics, images per second, the epoch and unreadable images every ``period`` steps.
 
-    Diagnostics are this process's: averaging them would cost a collective for a number that is only looked at.
+    The diagnostics are those of this process; averaging them over processes is not worth the communication.
     """
 
     def __init__(self, method: SSLMethod, batch: int, steps_per_epoch: int, period: int) -> None:
@@ -57,42 +57,42 @@ class PretrainMetrics(HookBase):
         self.loader_is_slow, self.collapsed = False, False
 
     def before_step(self) -> None:
-        """Let the method take its diagnostics where they are written: they cost, and nobody sees the others."""
+        """Record diagnostics only on the iterations that are logged, because they are not free."""
         step = self.trainer.iter + 1
         self.method.recording = step % self.period == 0 or step == self.trainer.max_iter
 
     def after_step(self) -> None:
-        """Write the scalars of this step."""
+        """Record the scalars of this step."""
         if not self.method.recording:
             return
         storage = get_event_storage()
         scalars = {name: value.item() for name, value in self.method.recorded.items()}
-        self._judge_spread(scalars)
+        self._warn_of_collapse(scalars)
         scalars["epoch"] = (self.trainer.iter + 1) / self.steps_per_epoch
         scalars["unreadable_images"] = len(self.trainer.data_loader.skips.paths)
         if "time" in storage.histories():
             scalars["images_per_second"] = self.batch / storage.history("time").avg(self.period)
-            # Not in the first period, when workers start and algorithms are chosen.
+            # Not in the first period, in which workers start and cuDNN may choose algorithms.
             if self.trainer.iter + 1 - self.trainer.start_iter >= 2 * self.period:
-                self._judge_loader(
+                self._warn_of_slow_loader(
                     storage.history("data_time").avg(self.period), storage.history("time").avg(self.period)
                 )
         storage.put_scalars(**scalars, smoothing_hint=False)
 
-    def _judge_spread(self, scalars: Mapping[str, float]) -> None:
-        """Warn, once, when a diagnostic says that the network has collapsed."""
+    def _warn_of_collapse(self, scalars: Mapping[str, float]) -> None:
+        """Warn, once per run, when a diagnostic shows that the network has collapsed."""
         for one in self.method.diagnostics():
             low, value = one.collapsed_below, scalars.get(one.key)
             if low is not None and value is not None and value < low and not self.collapsed:
                 logger.warning(
-                    "%s is %.2g, and %.2g when features spread evenly: the network maps all images to nearly one "
+                    "%s is %.2g, but %.2g when features spread evenly: the network maps all images to nearly the same "
                     "point. Check augmentation, lr and batch norm; with more images and steps it may recover",
                     one.key, value, one.reference or low,
                 )  # fmt: skip
                 self.collapsed = True
 
-    def _judge_loader(self, waited: float, step: float) -> None:
-        """Warn when the loader becomes the bottleneck, and say when it no longer is."""
+    def _warn_of_slow_loader(self, waited: float, step: float) -> None:
+        """Warn when the loader becomes the bottleneck, and log when it no longer is."""
         slow = waited > LOADER_SHARE * step
         if slow and not self.loader_is_slow:
             loader = self.trainer.data_loader
@@ -112,7 +112,7 @@ class PretrainMetrics(HookBase):
 
 
 class PretrainPrinter(ProgressPrinter):
-    """One line of progress: what a person watches during pretraining, with the time left."""
+    """The progress line of pretraining: time left, loss, diagnostics, lr and speed."""
 
     def __init__(self, max_iter: int, method: SSLMethod) -> None:
         super().__init__(max_iter)
@@ -121,7 +121,7 @@ class PretrainPrinter(ProgressPrinter):
     def write(self) -> None:
         """Log the line."""
         storage = get_event_storage()
-        if storage.iter == self._max_iter or "total_loss" not in storage.histories():  # at the end; or none was begun
+        if storage.iter == self._max_iter or "total_loss" not in storage.histories():  # at the end, or before a step
             return
         values = {name: history.latest() for name, history in storage.histories().items()}
         eta = self._get_eta(storage) or str(datetime.timedelta(0))

@@ -1,4 +1,4 @@
-"""From the config to this process's batches."""
+"""Construction of the data loader from the config."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from detectron2.utils import comm
 
 from moco_d2.data import (
     EpochSampler,
+    ImageSource,
     ShardCache,
     Skip,
     SkipLog,
-    Source,
     ViewDataset,
     ViewLoader,
-    build_recipe,
+    build_augmentation,
     open_source,
 )
 from moco_d2.data.backends import build_backend
-from moco_d2.data.listing import cache_folder
+from moco_d2.io.paths import cache_folder
 
 
 def build_loader(cfg: CfgNode) -> ViewLoader:
     """List the images and build this process's loader.
 
     Raises:
-        ValueError: fewer images than a batch, or a cache too small for a stream's windows.
+        ValueError: there are fewer images than a batch, processes list different images, or the cache is too small for
+            the streamed shards.
     """
     data, batch, device = cfg.DATA, cfg.SOLVER.IMS_PER_BATCH, torch.device(cfg.MODEL.DEVICE)
     rank, world = comm.get_rank(), comm.get_world_size()
@@ -37,47 +38,47 @@ def build_loader(cfg: CfgNode) -> ViewLoader:
     _agree(source)
     if len(source) < batch:
         raise ValueError(
-            f"{', '.join(cfg.DATASETS.TRAIN)} has {len(source)} images, fewer than a batch of {batch} "
-            f"(SOLVER.IMS_PER_BATCH)"
+            f"{', '.join(cfg.DATASETS.TRAIN)} has {len(source)} images, fewer than a batch of {batch}: add images, or "
+            "lower SOLVER.IMS_PER_BATCH"
         )
-    lanes = data.LANES or (world if source.stream_sizes else 1)
+    lanes = data.LANES or (world if source.remote_sizes else 1)
     check_cache(source, cfg, lanes)
     skips = SkipLog(cfg.OUTPUT_DIR, data.MAX_SKIPPED, rank)
-    if comm.is_main_process():  # all processes list the same folders
+    if comm.is_main_process():  # all processes list the same folders, so one records what is unreadable
         skips.record(Skip(path, error, -1) for path, error in source.unreadable)
-    recipe = build_recipe(data.RECIPE, data.CROP_SIZE)
+    augmentation = build_augmentation(data.AUGMENTATION, data.CROP_SIZE)
     backend = build_backend(data.BACKEND, device)
-    dataset = ViewDataset(source, recipe, cfg.SEED, backend, data.MAX_PIXELS, data.REDUCED_DECODING)
+    dataset = ViewDataset(source, augmentation, cfg.SEED, backend, data.MAX_PIXELS, data.REDUCED_DECODING)
     sampler = EpochSampler(
-        source.spans, batch, cfg.SEED, rank, world, window=data.SHUFFLE_SHARDS, lanes=lanes, prepare=source.prepare,
+        source.lengths, batch, cfg.SEED, rank, world, window=data.SHUFFLE_SHARDS, streams=lanes, prepare=source.prepare,
         fingerprint=source.fingerprint,
     )  # fmt: skip
     return ViewLoader(dataset, sampler, cfg.DATALOADER.NUM_WORKERS, device, skips)
 
 
-def _agree(source: Source) -> None:
-    """Raise ValueError when processes list other images: one would read twice what another leaves out."""
+def _agree(source: ImageSource) -> None:
+    """Raise ValueError if processes list different images: some images would be read twice and others never."""
     found = comm.all_gather((len(source), source.fingerprint))
     for other, theirs in enumerate(found):
         if theirs != found[0]:
             raise ValueError(
-                f"process 0 lists {found[0][0]} images and process {other} {theirs[0]}, or others of the same number: "
-                "DATASETS.TRAIN must mean the same files, under the same names, on every machine"
+                f"process 0 lists {found[0][0]} images and process {other} lists {theirs[0]}, or the same number of "
+                "different ones: DATASETS.TRAIN must name the same files on every machine"
             )
 
 
-def check_cache(source: Source, cfg: CfgNode, lanes: int) -> None:
-    """Raise ValueError when a machine's cache cannot hold what its processes read and what they fetch ahead."""
-    if not source.stream_sizes:
+def check_cache(source: ImageSource, cfg: CfgNode, lanes: int) -> None:
+    """Raise ValueError if a machine's cache cannot hold the shards that its processes read and fetch ahead."""
+    if not source.remote_sizes:
         return
     data = cfg.DATA
     here = max(1, lanes // max(1, comm.get_world_size() // comm.get_local_size()))
-    largest = max(source.stream_sizes)
-    window = data.SHUFFLE_SHARDS or len(source.stream_sizes)
+    largest = max(source.remote_sizes)
+    window = data.SHUFFLE_SHARDS or len(source.remote_sizes)
 
     def size(window: int) -> int:
-        # A lane's ends may be parts of shards that its neighbours need too.
-        return min(_windows_held(source, cfg, lanes, window) * window * here * largest, sum(source.stream_sizes))
+        # The shards at the ends of a stream may be shared with its neighbours.
+        return min(_windows_held(source, cfg, lanes, window) * window * here * largest, sum(source.remote_sizes))
 
     wanted = size(window)
     if wanted > data.CACHE_GB * 1e9:
@@ -86,14 +87,15 @@ def check_cache(source: Source, cfg: CfgNode, lanes: int) -> None:
         windows = _windows_held(source, cfg, lanes, window)
         raise ValueError(
             f"DATA.CACHE_GB is {data.CACHE_GB:g}, but {windows} windows of {window} shards (DATA.SHUFFLE_SHARDS) of up "
-            f"to {largest / 1e6:.3g} MB in {here} lane(s) on this machine take {wanted / 1e9:.3g} GB: raise it{hint}"
+            f"to {largest / 1e6:.3g} MB in {here} stream(s) (DATA.LANES) on this machine take {wanted / 1e9:.3g} GB: "
+            f"raise DATA.CACHE_GB{hint}"
         )
 
 
-def _windows_held(source: Source, cfg: CfgNode, lanes: int, window: int) -> int:
-    """Return how many windows a lane holds: the one that begins, the next, and those that workers still read.
+def _windows_held(source: ImageSource, cfg: CfgNode, lanes: int, window: int) -> int:
+    """Return how many windows a stream holds: the one that begins, the next, and those that workers still read.
 
-    The sampler is ahead of the workers by the batches that they prepare (torch's two for each) and the one in hand.
+    The sampler is ahead of training by the batches that workers prepare (two per worker, torch's default) and one more.
     """
     behind = (1 + 2 * cfg.DATALOADER.NUM_WORKERS) * cfg.SOLVER.IMS_PER_BATCH / lanes
-    return 2 + math.ceil(behind / (window * max(1.0, float(source.spans.mean()))))
+    return 2 + math.ceil(behind / (window * max(1.0, float(source.lengths.mean()))))

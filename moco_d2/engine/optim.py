@@ -1,4 +1,7 @@
-"""The optimizers of pretraining: a registry, the groups of parameters, and the scheduler that drives both."""
+"""Optimizers of pretraining: their registry, the groups of parameters, gradient clipping, and the scheduler.
+
+To add an optimizer, put an :class:`OptimizerKind` into ``OPTIMIZERS``.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,11 @@ Groups = list[dict[str, Any]]
 
 
 class OptimizerKind(NamedTuple):
-    """What belongs to a name of ``SOLVER.OPTIMIZER``.
+    """An entry of ``OPTIMIZERS``.
 
     Attributes:
         build: maps (groups, config) to the optimizer.
-        keys: of SOLVER, which it reads besides the lr and the weight decay.
+        keys: keys of SOLVER that it reads besides the lr and the weight decay; a resumed run must have the same.
     """
 
     build: Callable[[Groups, CfgNode], torch.optim.Optimizer]
@@ -43,8 +46,8 @@ def _sgd(groups: Groups, cfg: CfgNode) -> torch.optim.Optimizer:
         nesterov=solver.NESTEROV,
         fused=cfg.ENGINE.FUSED_SGD or None,
     )
-    # Momentum starts at zero in any case. Left to itself, the fused kernel allocates it in a first step that loss
-    # scaling may then skip, and later adds the uninitialised values.
+    # Momentum starts at zero. Without this, the fused kernel would allocate it uninitialised in the first step; if loss
+    # scaling then skipped that step, the next one would add the uninitialised values.
     for group in optimizer.param_groups if solver.MOMENTUM else ():
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -69,7 +72,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {
 
 
 def build_optimizer(cfg: CfgNode, method: SSLMethod) -> torch.optim.Optimizer:
-    """Return ``SOLVER.OPTIMIZER`` over a method's groups of parameters."""
+    """Return the optimizer ``SOLVER.OPTIMIZER`` for a method's groups of parameters."""
     optimizer = OPTIMIZERS[cfg.SOLVER.OPTIMIZER].build(parameter_groups(cfg, method), cfg)
     fused = optimizer.defaults.get("fused")
     optimizer.register_load_state_dict_post_hook(functools.partial(_fit_state, fused=fused))
@@ -77,10 +80,10 @@ def build_optimizer(cfg: CfgNode, method: SSLMethod) -> torch.optim.Optimizer:
 
 
 def build_clipper(cfg: CfgNode) -> Callable[[torch.nn.Parameter], Any] | None:
-    """Return what ``SOLVER.CLIP_GRADIENTS`` asks to do with each parameter's gradient; None if it is off.
+    """Return a function that clips one parameter's gradient as ``SOLVER.CLIP_GRADIENTS`` says; None if it is off.
 
-    As in Detectron2 and DINO, every parameter is clipped by itself. Detectron2's own clipping is not used because it
-    fails for a parameter without a gradient, as a frozen layer has none.
+    As in Detectron2 and DINO, each parameter is clipped separately. Detectron2's own clipping is not used, because it
+    fails for parameters without a gradient (frozen layers).
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not clip.ENABLED:
@@ -93,8 +96,8 @@ def build_clipper(cfg: CfgNode) -> Callable[[torch.nn.Parameter], Any] | None:
 def parameter_groups(cfg: CfgNode, method: SSLMethod) -> Groups:
     """Return a method's groups of trainable parameters with their lr and weight decay.
 
-    With ``SOLVER.EXCLUDE_1D`` every group is split: biases and norms, the parameters of one dimension, have no weight
-    decay and no layer-wise scale (``adapt``), and their lr is multiplied by ``SOLVER.LR_FACTOR_1D``.
+    With ``SOLVER.EXCLUDE_1D`` each group is split in two: one-dimensional parameters (biases, norms) get no weight
+    decay and no layer-wise rate (``adapt``), and their lr is multiplied by ``SOLVER.LR_FACTOR_1D``.
     """
     groups: Groups = []
     for given in method.param_groups():
@@ -112,10 +115,10 @@ def parameter_groups(cfg: CfgNode, method: SSLMethod) -> Groups:
 
 
 def _fit_state(optimizer: torch.optim.Optimizer, fused: bool | None) -> None:
-    """Give a resumed optimizer this run's switches: kind of kernel, and the memory order of the weights.
+    """Give a resumed optimizer this run's kind of kernel and the memory format of its weights.
 
-    The fused kernel on the CPU pairs elements by their place in memory: momentum saved in another order would be added
-    to the wrong weights, without a word.
+    The fused CPU kernel pairs elements by their position in memory: momentum saved in another memory format would
+    silently be added to the wrong weights.
     """
     for group in optimizer.param_groups:
         if "fused" in group:
@@ -126,7 +129,7 @@ def _fit_state(optimizer: torch.optim.Optimizer, fused: bool | None) -> None:
                 state[name] = torch.empty_like(parameter).copy_(value)
 
 
-# What runs of earlier versions, which do not record these settings, had in their place.
+# Values of these settings in runs of earlier versions, whose checkpoints do not record them.
 IMPLIED = {
     "SOLVER.OPTIMIZER": "sgd", "SOLVER.EXCLUDE_1D": False, "SOLVER.WARMUP": 0.0, "SOLVER.LR_EVERY": "epoch",
     "SOLVER.LR_RULE": "linear", "SOLVER.WEIGHT_DECAY_END": -1.0, "SOLVER.END_FACTOR": 0.0,
@@ -135,9 +138,9 @@ IMPLIED = {
 
 
 def trajectory(cfg: CfgNode) -> dict[str, Any]:
-    """Return the settings that an update of the weights follows from, by name: a resumed run must have the same.
+    """Return, by name, the settings that determine the updates of the weights; a resumed run must have the same.
 
-    Most of them it could not even change: optimizer and scheduler take the checkpoint's.
+    It could not change most of them anyway, because optimizer and scheduler restore the checkpoint's.
     """
     solver = cfg.SOLVER
     keys = ["BASE_LR", "REFERENCE_BATCH", "WEIGHT_DECAY", "EPOCHS", "SCHEDULE", "OPTIMIZER", "EXCLUDE_1D", "WARMUP"]
@@ -156,7 +159,7 @@ def scaled_lr(cfg: CfgNode, quiet: bool = False) -> float:
     """Return the peak lr: ``BASE_LR`` scaled from ``REFERENCE_BATCH`` to ``IMS_PER_BATCH``.
 
     ``SOLVER.LR_RULE`` is ``linear`` or ``sqrt`` (the square root of the ratio, SimCLR's alternative). A reference of 0
-    turns scaling off. ``quiet``: do not log it.
+    turns scaling off. ``quiet`` suppresses the log line.
     """
     solver = cfg.SOLVER
     if solver.REFERENCE_BATCH == 0 or solver.REFERENCE_BATCH == solver.IMS_PER_BATCH:
@@ -165,7 +168,7 @@ def scaled_lr(cfg: CfgNode, quiet: bool = False) -> float:
     lr = solver.BASE_LR * (math.sqrt(ratio) if solver.LR_RULE == "sqrt" else ratio)
     if not quiet:
         logger.info(
-            "lr %g: SOLVER.BASE_LR %g is meant for a batch of %d, and the batch is %d (%s rule; "
+            "the lr is %g: SOLVER.BASE_LR %g is for a batch of %d, and the batch is %d (%s rule; "
             "SOLVER.REFERENCE_BATCH 0 turns this off)",
             lr, solver.BASE_LR, solver.REFERENCE_BATCH, solver.IMS_PER_BATCH, solver.LR_RULE,
         )  # fmt: skip
@@ -178,9 +181,9 @@ def total_steps(cfg: CfgNode, steps_per_epoch: int) -> int:
 
 
 class ScheduledOptimizer(LambdaLR):
-    """The per-iteration scheduler: the lr of each group by :func:`lr_factor`, and the weight decay.
+    """Per-iteration scheduler of each group's lr (:func:`lr_factor`) and weight decay (:func:`weight_decay`).
 
-    A group with ``constant_lr`` keeps its lr; a group without weight decay keeps none.
+    The lr of a group with ``constant_lr`` stays as it is, and so does a weight decay of 0.
     """
 
     def __init__(self, cfg: CfgNode, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
@@ -193,7 +196,7 @@ class ScheduledOptimizer(LambdaLR):
         super().__init__(optimizer, [(lambda _: 1.0) if held else factor for held in constant])
 
     def step(self, epoch: int | None = None) -> None:
-        """Move to the next iteration."""
+        """Advance to the next iteration."""
         super().step(epoch)
         if self.cfg.SOLVER.WEIGHT_DECAY_END >= 0:
             decay = weight_decay(self.cfg, min(1.0, self.last_epoch / self.length))
@@ -204,5 +207,5 @@ class ScheduledOptimizer(LambdaLR):
         yield from (group for group in self.optimizer.param_groups if group["weight_decay"] > 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position; the config is the run's own."""
+        """Return the position in the schedule, without the config."""
         return {key: value for key, value in super().state_dict().items() if key not in ("cfg", "length")}

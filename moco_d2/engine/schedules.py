@@ -1,6 +1,8 @@
 """Schedules of pretraining as pure functions: learning rate with warm-up, and weight decay.
 
-Letters: t time, T length of training, both in epochs if ``SOLVER.EPOCHS`` is set, else in iterations.
+Letters: t time, T length of training; both in epochs if ``SOLVER.EPOCHS`` is set, else in iterations.
+
+To add a schedule, put its function and keys into ``SCHEDULES``.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Callable
 
 from detectron2.config import CfgNode
 
-# Maps (t, T, SOLVER) to lr / peak lr in [0, 1]; t and T do not count the warm-up.
+# Maps (t, T, SOLVER) to lr / peak lr in [0, 1]. t and T exclude the warm-up, except for ``step``.
 Schedule = Callable[[float, float, CfgNode], float]
 
 
@@ -22,7 +24,7 @@ def cosine(t: float, length: float, solver: CfgNode) -> float:
 
 
 def step(t: float, length: float, solver: CfgNode) -> float:
-    """Return ``SOLVER.GAMMA`` to the number of ``SOLVER.STEPS`` that have passed."""
+    """Return GAMMA ** n, where n is the number of ``SOLVER.STEPS`` that have passed."""
     return float(solver.GAMMA ** bisect.bisect_right(sorted(solver.STEPS), t))
 
 
@@ -42,10 +44,11 @@ SCHEDULES: dict[str, tuple[Schedule, tuple[str, ...]]] = {
 def lr_factor(cfg: CfgNode, iteration: int, steps_per_epoch: int) -> float:
     """Return lr / peak lr at an iteration.
 
-    For ``SOLVER.WARMUP`` epochs or iterations the lr rises linearly, at every iteration, from ``SOLVER.WARMUP_FROM`` to
-    1. Then ``SOLVER.SCHEDULE`` runs over the rest. With ``SOLVER.EPOCHS`` it is evaluated once per epoch, as in MoCo's
-    code, or at every iteration (``SOLVER.LR_EVERY iteration``), as in the code of most later papers. ``step`` counts
-    its ``STEPS`` from the beginning of training, and ``cosine`` its epochs from ``SOLVER.FIRST_EPOCH``.
+    During ``SOLVER.WARMUP`` epochs or iterations the factor rises linearly from ``SOLVER.WARMUP_FROM`` to 1, at every
+    iteration. ``SOLVER.SCHEDULE`` runs over the rest. If ``SOLVER.EPOCHS`` is set, the schedule is evaluated once per
+    epoch, as in MoCo's code, or at every iteration (``SOLVER.LR_EVERY iteration``), as in the code of most later
+    papers. ``step`` counts its ``STEPS`` from the start of training, and ``cosine`` counts epochs from
+    ``SOLVER.FIRST_EPOCH``.
 
     Args:
         cfg: config of a pretraining run.
@@ -63,14 +66,15 @@ def lr_factor(cfg: CfgNode, iteration: int, steps_per_epoch: int) -> float:
     if solver.SCHEDULE == "step":
         return schedule(time, length, solver)
     first = solver.FIRST_EPOCH if by_epoch and solver.SCHEDULE == "cosine" else 0
-    # In the epoch in which the warm-up ends, the time of its beginning may lie before that.
+    # If the warm-up ends inside an epoch, that epoch began before its end: max() keeps the time from being negative.
     return schedule(max(time - solver.WARMUP, 0) + first, length - solver.WARMUP, solver)
 
 
 def weight_decay(cfg: CfgNode, progress: float) -> float:
-    """Return the weight decay at ``progress``, the part of training that is done, in [0, 1].
+    """Return the weight decay at ``progress``, the fraction of training that is done, in [0, 1].
 
-    It follows a cosine from ``SOLVER.WEIGHT_DECAY`` to ``SOLVER.WEIGHT_DECAY_END`` (DINO), which is off where negative.
+    It follows a cosine from ``SOLVER.WEIGHT_DECAY`` to ``SOLVER.WEIGHT_DECAY_END`` (DINO). If the end is negative, it
+    is constant.
     """
     start, end = cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_END
     if end < 0:

@@ -1,4 +1,4 @@
-"""A step of pretraining that never waits for the device: autocast, loss scaling, and losses that are read later."""
+"""The training step of pretraining: autocast, loss scaling, clipping, and losses that are read in batches."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class PretrainStep(SimpleTrainer):
-    """Detectron2's ``SimpleTrainer`` under autocast, whose losses stay on the device until they are written.
+    """Detectron2's ``SimpleTrainer`` with autocast; it keeps losses on the device until they are logged.
 
-    Reading a loss makes the host wait for the device, which then waits for the host. So the losses of ``period`` steps
-    are read at once, by :meth:`flush`, and each is recorded under its own iteration.
+    Reading a loss makes the host wait for the device, which then waits for the host. So :meth:`flush` reads the losses
+    of ``period`` steps at once and records each under its own iteration.
     """
 
     def __init__(
@@ -41,24 +41,24 @@ class PretrainStep(SimpleTrainer):
         Args:
             model: the method, or its DDP wrapper.
             data_loader: yields the views.
-            optimizer: of the model.
+            optimizer: optimizer of the model.
             autocast: ``bfloat16``, ``float16`` (with loss scaling), or empty for none.
             period: number of steps between two readings of the losses.
-            max_iter: number of steps in all; after the last the losses are read as well.
-            clip: what is done to a parameter's gradient before the optimizer's step.
+            max_iter: total number of steps; the losses are also read after the last one.
+            clip: clips a parameter's gradient, in place, before the optimizer's step.
         """
         super().__init__(model, data_loader, optimizer)
         self.device = next(model.parameters()).device.type
         self.autocast, self.period, self.max_iter = AUTOCAST.get(autocast), period, max_iter
         self.grad_scaler = torch.amp.GradScaler(self.device, enabled=self.autocast is torch.float16)
         self.method = cast(SSLMethod, getattr(model, "module", model))
-        # Only where somebody looks at gradients: the fused kernel unscales them in passing.
+        # Only if something reads the gradients before the optimizer; else its fused kernel unscales them in passing.
         self.clip = clip
         self.unscale = clip is not None or type(self.method).after_backward is not SSLMethod.after_backward
         self._losses: list[tuple[int, dict[str, torch.Tensor]]] = []
 
     def run_step(self) -> None:
-        """Take a step; every ``period`` steps, and after the last one, read and record the losses."""
+        """Run a step. Every ``period`` steps, and after the last one, read and record the losses."""
         assert self.model.training
         start = time.perf_counter()
         views = next(self._data_loader_iter)
@@ -80,10 +80,10 @@ class PretrainStep(SimpleTrainer):
             self.flush()
 
     def flush(self) -> None:
-        """Record the losses since the last call, each the mean over processes. Every process must call this.
+        """Record the losses since the last call, each averaged over processes. Every process must call this.
 
         Raises:
-            FloatingPointError: in all processes, one's is not finite; the message says in which iteration.
+            FloatingPointError: a loss of any process is not finite; raised in all processes, with the iteration.
         """
         losses = self._read()
         everyone = comm.all_gather([values for _, values in losses])
@@ -99,7 +99,7 @@ class PretrainStep(SimpleTrainer):
         self._losses.clear()
 
     def _read(self) -> list[tuple[int, dict[str, float]]]:
-        """Return ``(iteration, losses)`` of this process since the last flush, with one wait for the device."""
+        """Return ``(iteration, losses)`` of this process since the last flush, waiting for the device once."""
         if not self._losses:
             return []
         names = list(self._losses[0][1])
@@ -107,19 +107,19 @@ class PretrainStep(SimpleTrainer):
         return [(i, dict(zip(names, row, strict=True))) for (i, _), row in zip(self._losses, table, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's and the scaler's state."""
+        """Return the state of the optimizer and of the loss scaler."""
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
         super().load_state_dict(state)
-        scaler = state.get("grad_scaler")  # empty, or missing, where the run had no loss scaling
+        scaler = state.get("grad_scaler")  # empty or missing if the run had no loss scaling
         if scaler and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(scaler)
 
 
 def chosen_autocast(cfg: CfgNode) -> str:
-    """Return what ``ENGINE.AUTOCAST`` means on this device; ``auto`` is bfloat16, or float16 on GPUs that lack it."""
+    """Return the autocast dtype for this device; ``auto`` is bfloat16, or float16 on GPUs without bfloat16."""
     if cfg.ENGINE.AUTOCAST != "auto":
         return str(cfg.ENGINE.AUTOCAST)
     if cfg.MODEL.DEVICE == "cpu":
@@ -127,8 +127,8 @@ def chosen_autocast(cfg: CfgNode) -> str:
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
-def apply_switches(method: SSLMethod, cfg: CfgNode) -> SSLMethod:
-    """Give a method the memory order and the compilation that ``ENGINE`` asks for, in place; its names stay."""
+def apply_performance_options(method: SSLMethod, cfg: CfgNode) -> SSLMethod:
+    """Apply ENGINE.CHANNELS_LAST and ENGINE.COMPILE in place; state-dict keys do not change."""
     if cfg.ENGINE.CHANNELS_LAST:
         method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if cfg.ENGINE.COMPILE:
@@ -137,8 +137,8 @@ def apply_switches(method: SSLMethod, cfg: CfgNode) -> SSLMethod:
     return method
 
 
-def describe_switches(cfg: CfgNode) -> str:
-    """Return, in words, the switches of ``ENGINE`` that are on and not by default; empty if there are none."""
+def describe_performance_options(cfg: CfgNode) -> str:
+    """Return, in words, the performance options that are on; empty if there are none."""
     engine = cfg.ENGINE
     words = [f"{autocast} autocast"] if (autocast := chosen_autocast(cfg)) else []
     words += ["channels_last"] * engine.CHANNELS_LAST + ["compiled"] * engine.COMPILE

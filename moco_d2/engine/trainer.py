@@ -15,22 +15,23 @@ from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 
-from moco_d2.data import ViewLoader, build_recipe
+from moco_d2.config.keys import RENAMED
+from moco_d2.data import ViewLoader, build_augmentation
 from moco_d2.engine.build import configured_method
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
 from moco_d2.engine.loader import build_loader
 from moco_d2.engine.optim import IMPLIED, ScheduledOptimizer, build_clipper, build_optimizer, total_steps, trajectory
 from moco_d2.engine.preflight import check_config
-from moco_d2.engine.step import PretrainStep, apply_switches, chosen_autocast, describe_switches
+from moco_d2.engine.step import PretrainStep, apply_performance_options, chosen_autocast, describe_performance_options
 from moco_d2.facts import BackboneFacts
 from moco_d2.io.checkpoints import forget_checkpoint
 from moco_d2.layers.distributed import wrap_ddp
-from moco_d2.layers.resnet import describe
+from moco_d2.layers.encoders import ENCODERS, encoder_args
 from moco_d2.layers.views import Views
 from moco_d2.methods import SSLMethod
 from moco_d2.model_zoo import pretraining_changes
-from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, check_resumable, last_whole
+from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, check_resumable, last_intact
 from moco_d2.running.mistakes import pictures_in_one_line
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.seeds import StepSeed
@@ -45,16 +46,16 @@ class PretrainTrainer(DefaultTrainer):
 
     Attributes:
         method: the SSL method, unwrapped.
-        seed: everything random follows from it (initial weights, data order, augmentation, shuffling).
+        seed: determines everything random (initial weights, data order, augmentation, shuffling).
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         """Build data, method, optimizer, schedule, checkpointer and hooks.
 
-        DefaultTrainer's own constructor is not called: it wraps the model for CUDA only.
+        DefaultTrainer's own constructor is not called, because it wraps the model for CUDA only.
 
         Raises:
-            ValueError: the config or the data cannot be trained on; raised before any long work.
+            ValueError: the config is wrong, or there are too few images; raised before training starts.
         """
         TrainerBase.__init__(self)
         check_config(cfg, comm.get_world_size())
@@ -77,11 +78,11 @@ class PretrainTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode, images: int = 1) -> SSLMethod:
-        """Build the method for a set of ``images``, on its device, from ``SEED`` alone, as ``ENGINE`` says."""
+        """Build the method for ``images`` images, on its device; ``SEED`` alone determines its weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.SEED)
             method = configured_method(cfg, images)
-        return apply_switches(method.to(cfg.MODEL.DEVICE), cfg)
+        return apply_performance_options(method.to(cfg.MODEL.DEVICE), cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ViewLoader:
@@ -89,26 +90,27 @@ class PretrainTrainer(DefaultTrainer):
         return build_loader(cfg)
 
     def facts(self) -> BackboneFacts:
-        """Return what the exported backbone says about itself."""
-        pixels = build_recipe(self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE).pixels
+        """Return the facts that travel with the exported backbone."""
+        pixels = build_augmentation(self.cfg.DATA.AUGMENTATION, self.cfg.DATA.CROP_SIZE).pixels
         images = ", ".join(self.cfg.DATASETS.TRAIN)
         done = self.iter + 1
         origin = f"moco_d2 {self.cfg.SSL.METHOD} on {images}, {done} of {self.max_iter} iterations"
-        origin += f" ({switches})" if (switches := describe_switches(self.cfg)) else ""
-        # Results are compared with published ones by this name; only the whole recipe, unchanged, may bear it.
+        origin += f" ({options})" if (options := describe_performance_options(self.cfg)) else ""
+        # Results are compared with published ones by this name: only the complete, unchanged recipe may have it.
         notes = ["unfinished"] * (done < self.max_iter) + ["modified"] * bool(recipe_changes(self.cfg, self.method))
-        protocol = self.cfg.PROTOCOL + (f" ({', '.join(notes)})" if notes else "")
-        return describe(self.method.backbone(), pixels, origin=origin, protocol=protocol)
+        recipe = self.cfg.PROTOCOL + (f" ({', '.join(notes)})" if notes else "")
+        describe = ENCODERS[self.cfg.SSL.ENCODER.NAME].describe
+        return describe(self.method.backbone(), pixels, origin=origin, recipe=recipe)
 
     def build_hooks(self) -> list[hooks.HookBase | None]:
-        """Return the hooks in the order they run."""
+        """Return the hooks in the order in which they run."""
         solver = self.cfg.SOLVER
         checkpoint = PeriodicCheckpoint(
             self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP, solver.CHECKPOINT_KEEP_EVERY,
             check=self._trainer.flush,
         )  # fmt: skip
         return [
-            # Processes draw apart (dropout, masks); what they share, as MoCo's permutation, rank 0 draws for all.
+            # Each process draws its own numbers (dropout, masks); rank 0 draws what all share (a permutation).
             StepSeed(self.seed, stream=comm.get_rank()),
             MethodSchedule(self.method, self.steps_per_epoch, self._replay),
             hooks.IterationTimer(),
@@ -120,7 +122,7 @@ class PretrainTrainer(DefaultTrainer):
         ]
 
     def _replay(self) -> Iterator[Views]:
-        """Yield this process's batches of the epoch that begins, by a loader of their own."""
+        """Yield this process's batches of the epoch that begins, from a second loader."""
         loader = self.build_train_loader(self.cfg)
         loader.sampler.start = self.iter
         yield from itertools.islice(loader, self.steps_per_epoch)
@@ -136,7 +138,7 @@ class PretrainTrainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue the run in ``OUTPUT_DIR`` (``resume``), or start from ``MODEL.WEIGHTS`` or from scratch."""
-        path = last_whole(self.cfg.OUTPUT_DIR) if resume else ""
+        path = last_intact(self.cfg.OUTPUT_DIR) if resume else ""
         if path:
             check_resumable(path)
             self.checkpointer.load(path)
@@ -148,34 +150,41 @@ class PretrainTrainer(DefaultTrainer):
         forget_checkpoint()
 
     def train(self) -> None:
-        """Train to the end; a loss that is not finite stops the run and leaves the last good checkpoint."""
+        """Train to the end. A loss that is not finite stops the run; the last good checkpoint stays."""
         try:
             with pictures_in_one_line():
                 super().train()
         except FloatingPointError as error:
             kept = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else "none yet"
-            in_float32 = "; or continue with --resume and ENGINE.AUTOCAST ''" if chosen_autocast(self.cfg) else ""
+            remedies = " or ".join(["a lower SOLVER.BASE_LR", *self.method.remedies_for_divergence()])
+            in_float32 = ", or continue this run with --resume and ENGINE.AUTOCAST ''"
             raise FloatingPointError(
-                f"{error}\nThe last good checkpoint is kept: {kept}. Start a new run in another OUTPUT_DIR, from that "
-                "checkpoint with MODEL.WEIGHTS or from nothing, with a lower SOLVER.BASE_LR or a higher "
-                f"SSL.ARGS.temperature{in_float32}"
+                f"{error}\nThe last good checkpoint is kept: {kept}. Start a new run in another OUTPUT_DIR with "
+                f"{remedies}, from scratch or with MODEL.WEIGHTS set to that checkpoint"
+                f"{in_float32 if chosen_autocast(self.cfg) else ''}"
             ) from error
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loop's state: iteration, optimizer, scheduler, and what resuming must find unchanged."""
+        """Return the loop's state: iteration, optimizer, scheduler, and the settings that must not change."""
         return {**super().state_dict(), "run": self._run()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`.
 
         Raises:
-            ValueError: seed, batch, data, length, recipe, optimizer or schedule differ from the interrupted run's, or
-                what its number of processes made of the method, so that it could not go on exactly.
+            ValueError: the seed, batch, data, length, recipe, optimizer or schedule of the interrupted run differ, or
+                a setting that depends on the number of processes, so the run would not continue exactly.
         """
         # Checkpoints of earlier versions do not have the method's own settings, and are of runs that decoded so.
         now = self._run()
         implied = {key: value for key, value in IMPLIED.items() if key in now}
-        then = {**self.method.settings(), "DATA.REDUCED_DECODING": True, **implied, **state.get("run", {})}
+        # Their encoders had batch norm; name, width and stem are compared by the tensors.
+        encoder = {
+            k: "BN" if k == "SSL.ENCODER.ARGS.norm" else v for k, v in now.items() if k.startswith("SSL.ENCODER")
+        }
+        implied |= {**self.method.settings(), **encoder, "DATA.REDUCED_DECODING": True}
+        stored = {RENAMED.get(name, name): value for name, value in state.get("run", {}).items()}
+        then = implied | stored
         changed = changed_settings(then, now)
         if changed:
             raise ValueError(
@@ -194,7 +203,9 @@ class PretrainTrainer(DefaultTrainer):
             "number of iterations": self.max_iter,
             **trajectory(self.cfg),
             **{f"SSL.ARGS.{name}": value for name, value in self.cfg.SSL.ARGS.items()},
-            "DATA.RECIPE": self.cfg.DATA.RECIPE,
+            "SSL.ENCODER.NAME": self.cfg.SSL.ENCODER.NAME,
+            **{f"SSL.ENCODER.ARGS.{name}": value for name, value in self.cfg.SSL.ENCODER.ARGS.items()},
+            "DATA.AUGMENTATION": self.cfg.DATA.AUGMENTATION,
             "DATA.CROP_SIZE": self.cfg.DATA.CROP_SIZE,
             "DATA.REDUCED_DECODING": self.cfg.DATA.REDUCED_DECODING,
             **loader.sampler.settings(),
@@ -205,9 +216,9 @@ class PretrainTrainer(DefaultTrainer):
         length = f"{self.cfg.SOLVER.EPOCHS} epochs, " if self.cfg.SOLVER.EPOCHS else ""
         batch = self.cfg.SOLVER.IMS_PER_BATCH
         logger.info(
-            "%s (%s, width %g) on %d images: %s%d iterations of %d images in %d process(es), recipe %s at %d px",
-            self.cfg.SSL.METHOD, self.cfg.SSL.ENCODER.NAME, self.cfg.SSL.ENCODER.WIDTH, images, length, self.max_iter,
-            batch, comm.get_world_size(), self.cfg.DATA.RECIPE, self.cfg.DATA.CROP_SIZE,
+            "%s (%s) on %d images: %s%d iterations of %d images in %d process(es), recipe %s at %d px",
+            self.cfg.SSL.METHOD, _encoder(self.cfg.SSL.ENCODER), images, length, self.max_iter, batch,
+            comm.get_world_size(), self.cfg.DATA.AUGMENTATION, self.cfg.DATA.CROP_SIZE,
         )  # fmt: skip
         for name, value in self.method.settings().items():
             logger.info("%s: %s", name, value)
@@ -217,10 +228,16 @@ class PretrainTrainer(DefaultTrainer):
             logger.warning("%s", warning)
 
 
-def recipe_changes(cfg: CfgNode, method: SSLMethod) -> list[str] | None:
-    """List where a run departs from the shipped recipe whose name it bears: its settings, then its processes.
+def _encoder(encoder: CfgNode) -> str:
+    """Return the name of an encoder, with the arguments that are not its defaults."""
+    defaults = encoder_args(encoder.NAME)
+    return ", ".join([encoder.NAME, *(f"{k} {v}" for k, v in encoder.ARGS.items() if v != defaults[k])])
 
-    None where the config names no shipped recipe.
+
+def recipe_changes(cfg: CfgNode, method: SSLMethod) -> list[str] | None:
+    """List the differences from the shipped recipe that the config names: settings, then the effect of processes.
+
+    None if the config does not name a shipped recipe.
     """
     changes = pretraining_changes(cfg)
     return None if changes is None else [*changes, *method.departures()]

@@ -1,7 +1,7 @@
-"""The one reader of checkpoints: anyone's, whatever its format and its name, without running code from it.
+"""Reader of checkpoints of any project, format and name, which runs no code from them.
 
 Nothing else in the project opens a file of weights. Pickles are read by :mod:`moco_d2.io.unpickle`. Tensors are views
-of the mapped file: what nobody looks at is never read.
+of the mapped file, so tensors that are not used are never read from the disk.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from moco_d2.facts import BackboneFacts
 from moco_d2.io import forms
-from moco_d2.io.errors import CheckpointError as CheckpointError  # the names that all users of this module need
+from moco_d2.io.errors import CheckpointError as CheckpointError  # users of this module need these names
 from moco_d2.io.errors import some as some
 from moco_d2.io.sharded import INDEX, find_index, join, parts_of, refuse_part
 from moco_d2.io.unpickle import HostileError, Stub, Unpickler, allowed_names, read_legacy, section
@@ -35,18 +35,18 @@ from moco_d2.io.version import FileVersion
 
 logger = logging.getLogger(__name__)
 
-_INFLATION = 20  # weights are noise, and compress by a tenth
+_INFLATION = 20  # times; weights are noise, and compress by a tenth only
 _HEAD_BYTES = 512  # enough for every signature below
 _TORCH_LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # torch.save before 1.6: its magic number
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         path: as it was given.
-        content: the top-level mapping. Tensors are views of the mapped file: copy what shall be changed.
+        content: the top-level mapping. Tensors are views of the mapped file: copy a tensor before changing it.
         stubbed: names of classes and functions that became stubs.
         version: of the file, or of the index and its parts.
     """
@@ -57,7 +57,20 @@ class Checkpoint:
     version: FileVersion
 
 
-# The last file: a command checks its weights, loads them and asks for their checksum, and each wants the same file.
+@dataclass(frozen=True)
+class MethodBackbone:
+    """Where a pretraining checkpoint of this project keeps the backbone.
+
+    Attributes:
+        method: the method's name.
+        prefix: what the backbone's keys in ``model`` start with; None: the backbone is no sub-module of the method.
+    """
+
+    method: str
+    prefix: str | None
+
+
+# The last file, because a command checks its weights, loads them and asks for their checksum.
 _last: Checkpoint | None = None
 
 
@@ -79,13 +92,13 @@ def _load_zip(path: Path) -> tuple[Any, set[str]]:
         raise CheckpointError(f"{path}: {problem}")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(
-            f"{path}: a compressed torch file, which torch.save does not write; unpack and save it again"
+            f"{path}: a compressed torch file, which torch.save does not write; save it again where it was made"
         )
     return _load_archive(path)
 
 
 def _load_archive(path: Path) -> tuple[Any, set[str]]:
-    """Read what ``torch.save`` writes since 1.6: a pickle, and each storage in a file of its own."""
+    """Read a zip archive of ``torch.save`` (since 1.6): a pickle, and each storage in a file of its own."""
     whole, stubbed = _mapped(path), set[str]()
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         root = next(name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl").removesuffix(
@@ -112,7 +125,9 @@ def _load_archive(path: Path) -> tuple[Any, set[str]]:
 def _load_arrays(path: Path, size: int) -> tuple[Any, set[str]]:
     """Read numpy's archive of arrays; a name may hold slashes, as TensorFlow's variables do."""
     if size > _INFLATION * path.stat().st_size:
-        raise CheckpointError(f"{path}: its arrays inflate to {size} bytes, which weights do not")
+        raise CheckpointError(
+            f"{path}: its arrays decompress to {size} bytes, more than weights can; the file is damaged, or hostile"
+        )
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}, set()
 
@@ -124,7 +139,7 @@ def _load_legacy(path: Path) -> tuple[Any, set[str]]:
 
 
 def _bytes_of(path: Path) -> mmap.mmap:
-    # Mapped: a read beyond the end then asks for no more memory than the file has.
+    # Mapped, so that a read beyond the end asks for no more memory than the file has.
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -141,13 +156,13 @@ def _load_safetensors(path: Path) -> tuple[Any, set[str]]:
         facts = (file.metadata() or {}).get("facts", "")
     try:
         facts = json.loads(facts)
-    except (ValueError, RecursionError):  # a stranger's own notes
+    except (ValueError, RecursionError):  # any text, in files of others
         facts = None
     return content | ({"facts": facts} if isinstance(facts, dict) else {}), set()
 
 
 def _reader(path: Path) -> Callable[[Path], tuple[Any, set[str]]]:
-    """Choose the reader by the first bytes: names lie (``.pkl`` is often a torch file, ``.pth`` sometimes a pickle)."""
+    """Choose the reader by the first bytes: a ``.pkl`` is often a torch file, and a ``.pth`` may be a pickle."""
     with open(path, "rb") as file:
         head = file.read(_HEAD_BYTES)
     if head.startswith(b"PK\x03\x04"):
@@ -170,22 +185,24 @@ def _load(path: Path) -> tuple[Any, set[str]]:
     """Read one file of any format.
 
     Raises:
-        CheckpointError: it is damaged or hostile, or another kind of file.
+        CheckpointError: it is damaged or hostile, or not a checkpoint.
     """
     try:
         return _reader(path)(path)
     except HostileError as error:
         raise CheckpointError(
-            f"{path}: refused: reading it would run {error}, which no checkpoint needs; do not open it with torch.load"
+            f"{path}: refused: opening it would run {error}, which no checkpoint needs; do not open it with torch.load"
         ) from None
     except CheckpointError:
         raise
     except PermissionError as error:
         raise CheckpointError(
-            f"{path}: cannot be opened ({error.strerror}); ask its owner for the right to read"
+            f"{path}: cannot be opened ({error.strerror}); ask its owner for read permission"
         ) from error
     except MemoryError as error:
-        raise CheckpointError(f"{path}: asks for more memory than there is; it is damaged, or hostile") from error
+        raise CheckpointError(
+            f"{path}: needs more memory than this machine has; the file is damaged, or hostile"
+        ) from error
     except Exception as error:  # a damaged or hostile stream can make the unpicklers raise anything
         reason = " ".join(str(error).split())[:200] or "the data ends early"
         raise CheckpointError(
@@ -206,7 +223,7 @@ def _find(path: Path) -> tuple[Path, dict[Path, set[str]]]:
     """Return the file to read, and its parts if it is an index of several.
 
     Raises:
-        CheckpointError: there is no such file, or it is a folder or part of something that cannot be read so.
+        CheckpointError: there is no such file, or it is a folder, or only a part of a checkpoint.
     """
     file = (find_index(path) or path) if path.is_dir() else path
     if file.is_dir():
@@ -224,12 +241,13 @@ def _find(path: Path) -> tuple[Path, dict[Path, set[str]]]:
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a ``.pth``, ``.pth.tar``, ``.pt``, ``.bin``, ``.safetensors``, ``.pkl`` or ``.npz`` file without its code.
 
-    The format is told from the content. A checkpoint in several parts is given by its index (``*.index.json``) or its
-    folder. Tensors come to the CPU, mapped from the file: they cost memory only when read. Objects of classes that are
-    not on the allow-list become :class:`Stub`. The last file is kept, and not read again while it is unchanged.
+    The format is recognised by the content. A checkpoint in several parts is given by its index (``*.index.json``) or
+    its folder. Tensors are on the CPU and mapped from the file, so they need memory only when they are used. Objects of
+    classes that are not on the allow-list become :class:`Stub`. The last file is kept, and not read again while it is
+    unchanged.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged or hostile, or it holds something else than a mapping.
+        CheckpointError: there is no such file, it is damaged or hostile, or it holds no mapping.
     """
     global _last
     path = Path(path)
@@ -240,8 +258,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             _last = None  # its memory first
             _last = _read(path, file, parts, version)
     except OSError as error:  # a folder that may not be listed, a file that vanishes
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check its rights") from error
-    # Whoever loads them takes entries out of these mappings.
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+    # Copies, because loaders take entries out of these mappings.
     content = {
         key: dict(value) if isinstance(value, dict) and not isinstance(value, Stub) else value
         for key, value in _last.content.items()
@@ -250,17 +268,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def checkpoint_sha256(path: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 of a checkpoint's file, or of its index and parts, one behind the other.
+    """Return the SHA-256 of a checkpoint's file, or of its index and parts, one after the other.
 
     Raises:
-        CheckpointError: there is no such file, or it changes meanwhile.
+        CheckpointError: there is no such file, or it changes while it is read.
     """
     file, parts = _find(Path(path))
     return FileVersion.now((file, *parts)).sha256()
 
 
 def forget_checkpoint() -> None:
-    """Give back the memory of the last file."""
+    """Free the memory of the last file."""
     global _last
     _last = None
 
@@ -274,7 +292,7 @@ def _read(path: Path, file: Path, parts: Mapping[Path, set[str]], version: FileV
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what a file holds (see :func:`open_checkpoint`); a warning names what became a :class:`Stub`.
+    """Return the content of a file (see :func:`open_checkpoint`); a warning names what became a :class:`Stub`.
 
     Args:
         path: the file.
@@ -287,12 +305,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.stubbed:
-        logger.warning("%s: not read, because it would need code from the file: %s", path, some(checkpoint.stubbed))
+        logger.warning("%s: skipped objects that need code from outside: %s", path, some(checkpoint.stubbed))
     return checkpoint.content
 
 
 def read_facts(path: str | os.PathLike[str]) -> BackboneFacts | None:
-    """Return the facts that a weight file carries, or None where it carries none.
+    """Return the facts in a file of weights, or None if it has none.
 
     Raises:
         CheckpointError: the file cannot be read (see :func:`read_checkpoint`), or its facts are not valid.
@@ -309,5 +327,25 @@ def facts_in(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> Bac
         return BackboneFacts.from_dict(facts)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: its `facts` are not valid ({type(error).__name__}: {error}); it was written by another version"
+            f"{path}: its `facts` are not valid ({type(error).__name__}: {error}); a newer version may have written it"
         ) from error
+
+
+def backbone_in(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> MethodBackbone | None:
+    """Return where a pretraining checkpoint says that its backbone is, or None if it does not say it.
+
+    Only files with ``model`` and ``facts`` are asked; elsewhere, ``backbone`` may be anything.
+
+    Raises:
+        CheckpointError: the entry is damaged; the message names ``path``.
+    """
+    entry = checkpoint.get("backbone")
+    if entry is None or checkpoint.get("facts") is None or "model" not in checkpoint:
+        return None
+    method, prefix = (entry.get(name, 0) if isinstance(entry, Mapping) else 0 for name in ("method", "prefix"))
+    if not isinstance(method, str) or not isinstance(prefix, str | None):
+        raise CheckpointError(
+            f"{path}: its entry `backbone` is damaged; it must be a mapping of `method` (a name) and `prefix` (a text, "
+            "or None); convert the backbone.pth in the same folder"
+        )
+    return MethodBackbone(method, prefix)

@@ -1,4 +1,4 @@
-"""The error of a file that cannot be used, and how a message lists names."""
+"""Error of a file that cannot be used, and lists of names in messages."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ _LONGEST = 200  # characters of a name that are shown
 
 
 class CheckpointError(ValueError):
-    """A file cannot be used; the message is one line: the path, what was found, what to do."""
+    """A file cannot be used. The message is one line: the path, what was found, what to do."""
 
 
 def some(names: Iterable[str], shown: int = 6) -> str:
-    """Join the first few names for a message, on one line: a file may hold names of any length and characters."""
+    """Join the first few names for a message, on one line, whatever their length and characters."""
     names = list(names)
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(map(_on_one_line, names[:shown])) + more

@@ -1,14 +1,14 @@
-"""Every place that the project writes to: a file is complete or not there, and nothing of the user's is lost.
+"""Destinations of everything that the project writes: files are complete or absent, and no file of the user is lost.
 
 There are four kinds of destinations:
 
-* A file in a folder of ours, such as a run's or a cache's: :func:`atomic_write`, after :func:`claim`.
-* A file that the user's command names: :func:`named_file`. It replaces only what such a command wrote.
-* A folder that is made as a whole: :func:`replaced_folder`, :func:`fresh_folder`. It replaces only a folder of ours.
-* A file that is removed or takes another's place: :func:`remove`, :func:`move`. Names of ours only.
+* A file in a folder of ours, such as a run's or a cache: :func:`atomic_write`, after :func:`claim`.
+* A file that the user names on the command line: :func:`named_file`. It replaces only a file that such a command wrote.
+* A folder that is created as a whole: :func:`replaced_folder`, :func:`fresh_folder`. It replaces only a folder of ours.
+* A file that is removed or replaced by another one: :func:`remove`, :func:`move`. Only names of ours.
 
-A folder's :data:`MARKER` lists what of its content is ours. Nothing else in the project removes or overwrites: a test
-reads the source for it.
+A folder's :data:`MARKER` lists the entries that are ours. Nothing else in the project removes or overwrites files: a
+test reads the source for it.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from moco_d2.io.locks import LOCK, holder, lock
 MARKER = ".moco_d2.json"
 
 _SUFFIX = ".partial"
-# Bytes of a name: file systems take 255, and a temporary file's name is longer than that of the file it becomes.
+# Bytes of a name. File systems allow 255, and a temporary file has a longer name than the final file.
 _LONGEST_NAME = 200
-# The only files that are removed, or replaced by another file that was written under another name.
+# The only names of files that are removed, or replaced by a file with another name.
 _REMOVABLE = re.compile(
     r"""
       model_\d{7,}\.pth                              # a run's periodic checkpoints
-    | \..+\.\w+\.partial                             # what a killed process left of a file
+    | \..+\.\w+\.partial                             # temporary files of killed processes
     | \.making\.json                                 # the plan of a set of shards that is now complete
-    | [0-9a-f]{16}(-.+)?\.(tar|npy|json|lost)        # shards in their cache, and what is known of them
+    | [0-9a-f]{16}(-.+)?\.(tar|npy|json|lost)        # cached shards and their sidecars
     | .+\.download                                   # published weights before their conversion
-    | (.+\.download|[0-9a-f]{16}(-.+)?)\.part        # what a broken transfer left
-    | (.+\.part|[0-9a-f]{16}-.+\.json)\.version      # the server's mark of the version that it is of
+    | (.+\.download|[0-9a-f]{16}(-.+)?)\.part        # partial downloads
+    | (.+\.part|[0-9a-f]{16}-.+\.json)\.version      # the server's version of a partial download
     """,
     re.VERBOSE,
 )
@@ -51,7 +51,7 @@ _REMOVABLE = re.compile(
 
 
 def name_problem(name: str) -> str | None:
-    """Return why a text from the user cannot be the name of a file or folder, or None."""
+    """Return why a text from the user cannot be the name of a file or folder, or None if it can."""
     if not name or name.startswith("."):
         return "begins with a dot" if name else "is empty"
     if "/" in name or "\\" in name:
@@ -64,7 +64,7 @@ def name_problem(name: str) -> str | None:
 
 
 def file_name(name: str) -> str:
-    """Return the name of the file or folder for something that bears a name: the same where that is possible."""
+    """Return a name as a file or folder name: unchanged if possible, else shortened and with a hash."""
     if name_problem(name) is None:
         return name
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
@@ -76,14 +76,14 @@ def file_name(name: str) -> str:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+    """Open a temporary file that replaces ``path`` if the block succeeds, and is deleted otherwise.
 
     The data reach the disk before the name does, so that a crash at any moment leaves the old file or the new one. A
-    process killed while it writes leaves the temporary file; :func:`remove_leftovers` is for those. A link of this name
-    is replaced, and the file that it leads to stays as it is.
+    process that is killed while it writes leaves the temporary file (see :func:`remove_leftovers`). If ``path`` is a
+    link, the link is replaced and its target is unchanged.
 
     Args:
-        path: a file of ours; its folder is made if missing.
+        path: a file of ours; its folder is created if missing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's files are private; ours have a normal file's rights.
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp creates private files
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -105,14 +105,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def named_file(path: str | os.PathLike[str], ours: Callable[[Path], bool]) -> Iterator[IO[bytes]]:
-    """Open, as :func:`atomic_write` does, a file that the user's command names.
+    """Open a file that the user names on the command line, as :func:`atomic_write` does.
 
     Args:
-        path: as the user wrote it. Through a link the file that it leads to is written.
-        ours: whether an existing file is one that such a command wrote, and may be replaced.
+        path: as the user wrote it. If it is a link, its target is written.
+        ours: tells whether an existing file was written by such a command and may be replaced.
 
     Raises:
-        ValueError: see :func:`check_named_file`; or it cannot be written.
+        ValueError: see :func:`check_named_file`; or the file cannot be written.
     """
     target = check_named_file(path, ours)
     with one_line(path), atomic_write(target) as file:
@@ -120,26 +120,25 @@ def named_file(path: str | os.PathLike[str], ours: Callable[[Path], bool]) -> It
 
 
 def check_named_file(path: str | os.PathLike[str], ours: Callable[[Path], bool]) -> Path:
-    """Return the file that a name leads to, having checked before long work that it may be written.
+    """Return the target of :func:`named_file`; call it before long work to check that the file may be written.
 
     Raises:
-        ValueError: it is a folder or a device, a file that no command of ours wrote, or where nothing can be written.
+        ValueError: it is a folder, a device, or a file that no command of ours wrote; or its folder is not writable.
     """
     target = Path(os.path.realpath(path))
     with one_line(path):
         if target.is_dir():
-            raise ValueError(f"{path}: a folder; name the file to write")
+            raise ValueError(f"{path}: is a folder; name a file")
     if os.path.lexists(target) and not (target.is_file() and ours(target)):
         raise ValueError(
-            f"{path}: a file that this command did not write has this name, and is kept; move it away, or choose "
-            "another name"
+            f"{path}: this file exists, and this command did not write it; move it away, or choose another name"
         )
     check_folder(target.parent, f"{path}: the folder")
     return target
 
 
 def has_keys(*keys: str) -> Callable[[Path], bool]:
-    """Return a test whether a file is a JSON object with these keys, which is how results on disk are recognised."""
+    """Return a test for JSON files whose object has these keys; results on disk are recognised by it."""
 
     def test(path: Path) -> bool:
         try:
@@ -152,75 +151,71 @@ def has_keys(*keys: str) -> Callable[[Path], bool]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file of ours, if it is there.
+    """Remove a file of ours, if it exists.
 
     Raises:
-        ValueError: its name is none of those that may be removed.
+        ValueError: its name is not one of those that may be removed.
     """
-    _refuse_other_names(path)
+    if not removable(path):
+        raise ValueError(f"{path} is not removed: only the names in moco_d2/io/files.py may be")
     path.unlink(missing_ok=True)
 
 
 def removable(path: Path) -> bool:
-    """Return whether a file's name is one of those that may be removed."""
+    """Tell whether a file's name is one of those that may be removed."""
     return _REMOVABLE.fullmatch(path.name) is not None
 
 
 def move(source: Path, target: Path, ours: Callable[[Path], bool] = removable) -> None:
-    """Give a file that we have just written another name.
+    """Rename a file that this process has just written.
 
     Args:
         source: the file.
         target: its new name, on the same disk.
-        ours: whether a file that has this name already may be replaced.
+        ours: tells whether an existing file of this name may be replaced.
 
     Raises:
-        ValueError: it may not.
+        ValueError: an existing file may not be replaced.
     """
     if os.path.lexists(target) and not ours(target):
-        raise ValueError(f"{target}: a file that was not written by this command, and is kept; choose another name")
+        raise ValueError(f"{target}: this file exists, and this command did not write it; choose another name")
     os.replace(source, target)
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove the temporary files that killed processes left in a folder. Nobody may be writing there."""
+    """Remove the temporary files of killed processes from a folder, to which no other process may be writing."""
     for path in filter(removable, Path(folder).glob(f".*{_SUFFIX}")):
         remove(path)
-
-
-def _refuse_other_names(path: Path) -> None:
-    if not removable(path):
-        raise ValueError(f"{path} is not removed: its name is none of the names that may be (moco_d2/io/files.py)")
 
 
 # Folders.
 
 
 def check_folder(path: str | os.PathLike[str], what: str) -> None:
-    """Refuse a folder that could not be made, or not be written to; nothing is made.
+    """Check that a folder could be created and written to, without creating it.
 
     Args:
         path: the folder.
-        what: how the user named it, as in ``OUTPUT_DIR``.
+        what: the key or option that names it, as in ``OUTPUT_DIR``.
 
     Raises:
         ValueError: it could not.
     """
     if not os.fspath(path) or "\0" in os.fspath(path):
-        raise ValueError(f"{what} is {os.fspath(path)!r}; it must name a folder")
+        raise ValueError(f"{what} is {os.fspath(path)!r}; it must be the path of a folder")
     place = Path(os.path.abspath(path))
     while not os.path.lexists(place):
         place = place.parent
-    # The system's permissions alone do not tell: root has them all, on read-only and full disks and in /proc, too.
+    # A try: permissions do not tell, because root has them all, even on read-only or full disks and in /proc.
     with one_line(path, what), tempfile.TemporaryFile(dir=place):
         pass
 
 
 def make_folder(path: str | os.PathLike[str], what: str) -> Path:
-    """Make a folder if it is not there, and return it.
+    """Create a folder if it does not exist, and return it.
 
     Raises:
-        ValueError: it cannot be made, or not be written to.
+        ValueError: it cannot be created, or not be written to.
     """
     check_folder(path, what)
     with one_line(path, what):
@@ -230,66 +225,66 @@ def make_folder(path: str | os.PathLike[str], what: str) -> Path:
 
 @contextmanager
 def one_line(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
-    """Turn the system's error about a place that the user named into a ValueError that says what to do."""
+    """Turn the system's error about a path of the user into a one-line ValueError with a remedy."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
         where = f"{what} {path}" if what else f"{path}"
-        raise ValueError(f"{where}: cannot be written to ({reason}); make room there or name another") from error
+        raise ValueError(f"{where}: cannot be written to ({reason}); make it writable, or choose another") from error
 
 
 def claim(folder: str | os.PathLike[str], patterns: Sequence[str], what: str, trusted: bool = False) -> None:
-    """Make a folder, and note that the entries that match these patterns are ours to overwrite.
+    """Create a folder if needed, and record in its marker that entries matching these patterns are ours to overwrite.
 
     Args:
-        folder: may hold other things, which are left alone.
-        patterns: as the shell has them; :func:`exactly` makes one of a name.
-        what: how the user named the folder.
-        trusted: whether present entries are known to be ours, for another reason than the note.
+        folder: may contain other entries, which are left alone.
+        patterns: shell patterns; :func:`exactly` makes one of a name.
+        what: the key or option that names the folder.
+        trusted: whether present entries are known to be ours, for another reason than the marker.
 
     Raises:
-        ValueError: an entry that matches is there already, and is not noted; or nothing can be written.
+        ValueError: a matching entry exists that the marker does not list; or the folder cannot be written to.
     """
     folder = make_folder(folder, what)
     if new := check_claim(folder, patterns, what, trusted):
         with one_line(folder, what):
-            _note(folder, [*_noted(folder), *new])
+            _write_marker(folder, [*_marked(folder), *new])
 
 
 def check_claim(folder: str | os.PathLike[str], patterns: Sequence[str], what: str, trusted: bool = False) -> list[str]:
-    """Refuse what :func:`claim` would refuse in a folder, which may be missing; nothing is written.
+    """Check, without writing, that :func:`claim` would not refuse a folder, which may be missing.
 
     Returns:
-        The patterns that are not noted yet.
+        The patterns that the marker does not list yet.
 
     Raises:
-        ValueError: an entry that matches is there already, and is not noted.
+        ValueError: a matching entry exists that the marker does not list.
     """
-    # The names before the notes, which another process of ours makes before it writes.
+    # List the names before the marker is read: another process of ours writes the marker first.
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    noted = _noted(Path(folder))
-    new = [pattern for pattern in patterns if pattern not in noted]
+    marked = _marked(Path(folder))
+    new = [pattern for pattern in patterns if pattern not in marked]
     taken = [name for name in names if _matches(name, new)]
     if taken and not trusted:
         raise ValueError(
-            f"{what} {folder} holds {taken[0]}, which was not written by this command and would be overwritten: move "
-            "it away, or name another folder"
+            f"{what} {folder} contains {taken[0]}, which this command did not write and would overwrite: move it away, "
+            "or choose another folder"
         )
     return new
 
 
 def exactly(name: str) -> str:
-    """Return the pattern for :func:`claim` that matches this name only."""
+    """Return the pattern that matches this name only, for :func:`claim`."""
     return glob.escape(name)
 
 
 @contextmanager
 def replaced_folder(folder: str | os.PathLike[str], what: str) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of another one when the block ends well, and vanishes otherwise.
+    """Yield an empty folder that replaces ``folder`` if the block succeeds, and is deleted otherwise.
 
     Raises:
-        ValueError: the other one holds something that is not ours, or nothing can be written.
+        ValueError: ``folder`` contains entries that are not ours, or cannot be written to.
     """
     folder = Path(folder)
     check_replaceable(folder, what)
@@ -298,7 +293,7 @@ def replaced_folder(folder: str | os.PathLike[str], what: str) -> Iterator[Path]
         new, old = Path(own, "new"), Path(own, "old")
         new.mkdir()
         yield new
-        _note(new, [exactly(name) for name in os.listdir(new)], _files_below(new))
+        _write_marker(new, [exactly(name) for name in os.listdir(new)], _files_below(new))
         if folder.exists():
             folder.rename(old)
         try:
@@ -310,57 +305,57 @@ def replaced_folder(folder: str | os.PathLike[str], what: str) -> Iterator[Path]
 
 
 def write_text(folder: Path, name: str, text: str) -> None:
-    """Write a file into a new folder of :func:`replaced_folder`.
+    """Write a text file into a new folder of :func:`replaced_folder`.
 
     Raises:
-        ValueError: the name, which may have folders in it, leads out of the folder.
+        ValueError: the name, a relative path, leads out of the folder.
     """
     path = folder / name
     if ".." in Path(name).parts or os.path.isabs(name):
-        raise ValueError(f"{name} leads out of the folder that it belongs into")
+        raise ValueError(f"{name} leads out of the folder {folder}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
 def fresh_folder(folder: str | os.PathLike[str], patterns: Sequence[str], what: str) -> int:
-    """Make a folder, or empty one that was made here before, and lock it against others of this command.
+    """Create a folder, or empty one that this command created before, and lock it against other processes.
 
     Args:
         folder: the folder.
         patterns: of the entries that will be ours.
-        what: how the user named it.
+        what: the key or option that names it.
 
     Returns:
         The lock's descriptor, as :func:`lock` does.
 
     Raises:
-        ValueError: it holds something that is not ours, another command is at it, or nothing can be written.
+        ValueError: it contains entries that are not ours, another command writes there, or it cannot be written to.
     """
     folder = Path(folder)
     check_replaceable(folder, what)
-    for marker in sorted(folder.rglob(MARKER)):  # What the user put into a folder within is the user's, too.
+    for marker in sorted(folder.rglob(MARKER)):  # folders below may contain files of the user, too
         _refuse_foreign(marker.parent, what)
     make_folder(folder, what)
     with one_line(folder, what):
         held = lock(folder / LOCK)
         if held is None:
             raise ValueError(
-                f"another command writes to {what} {folder} ({holder(folder / LOCK)}): name another folder"
+                f"another command writes to {what} {folder} ({holder(folder / LOCK)}): choose another folder"
             )
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != LOCK:
                 path.unlink()
-        _note(folder, patterns)
+        _write_marker(folder, patterns)
     return held
 
 
 def empty_folder(folder: str | os.PathLike[str], what: str) -> Path:
-    """Return a folder, having checked that it is empty or not there yet, and could be written to.
+    """Return a folder after checking that it is empty or absent, and could be written to.
 
     Raises:
-        ValueError: it is not, or could not.
+        ValueError: it is not empty, is a file, or could not be written to.
     """
     folder = Path(folder)
     if os.path.lexists(folder) and not folder.is_dir():
@@ -372,27 +367,27 @@ def empty_folder(folder: str | os.PathLike[str], what: str) -> Path:
 
 
 def check_replaceable(folder: Path, what: str) -> None:
-    """Refuse to replace a folder that holds anything which is not ours.
+    """Check that a folder may be replaced: it is absent, or contains only entries of ours.
 
     Raises:
-        ValueError: it does, or is no folder.
+        ValueError: it contains other entries, or is not a folder.
     """
     if not os.path.lexists(folder):
         check_folder(folder, what)
         return
     if folder.is_symlink() or not folder.is_dir():
-        raise ValueError(f"{what} {folder} is a {'link' if folder.is_symlink() else 'file'}; name a new folder")
+        raise ValueError(f"{what} {folder} is a {'link' if folder.is_symlink() else 'file'}; choose a new folder")
     _refuse_foreign(folder, what)
 
 
 def _refuse_foreign(folder: Path, what: str) -> None:
-    known = [*_noted(folder), MARKER, LOCK]
+    known = [*_marked(folder), MARKER, LOCK]
     foreign = [name for name in sorted(os.listdir(folder)) if not _matches(name, known) and not _is_leftover(name)]
-    if not foreign and (files := _noted(folder, "files")):
+    if not foreign and (files := _marked(folder, "files")):
         foreign = sorted({*_files_below(folder)} - {*files, MARKER, LOCK})
     if foreign:
         raise ValueError(
-            f"{what} {folder} holds {foreign[0]}, which this command did not put there: move it away, or name another "
+            f"{what} {folder} contains {foreign[0]}, which this command did not write: move it away, or choose another "
             "folder"
         )
 
@@ -402,21 +397,21 @@ def _is_leftover(name: str) -> bool:
 
 
 def _files_below(folder: Path) -> list[str]:
-    """Return the paths of all files in a folder and its folders, leftovers of killed processes aside."""
+    """Return the relative paths of all files below a folder, without temporary files of killed processes."""
     found = (Path(place, name) for place, _, names in os.walk(folder) for name in names if not _is_leftover(name))
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def _noted(folder: Path, kind: str = "ours") -> list[str]:
-    """Return the patterns of what is ours in a folder; or all files that we put there, if they are noted."""
+def _marked(folder: Path, kind: str = "ours") -> list[str]:
+    """Return the patterns of a folder's entries that are ours, or its ``files`` of ours, if the marker lists them."""
     try:
         return [str(pattern) for pattern in json.loads((folder / MARKER).read_bytes())[kind]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
 
-def _note(folder: Path, patterns: Iterable[str], files: Sequence[str] = ()) -> None:
-    text = "What moco_d2 wrote into this folder, and may overwrite or remove; everything else is left alone."
+def _write_marker(folder: Path, patterns: Iterable[str], files: Sequence[str] = ()) -> None:
+    text = "Entries of this folder that moco_d2 wrote, and may overwrite or remove; it leaves all others alone."
     content = {"about": text, "ours": sorted(patterns), **({"files": list(files)} if files else {})}
     with atomic_write(folder / MARKER) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
@@ -427,11 +422,11 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Bring the new name itself to the disk: after a power cut a file may otherwise have its old one."""
+    """Flush the names in a folder to the disk; otherwise a power cut may bring the old file back."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError:  # Some network file systems cannot do this for folders.
+    except OSError:  # some network file systems cannot do this for folders
         pass
     finally:
         os.close(handle)

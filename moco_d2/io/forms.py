@@ -1,6 +1,6 @@
-"""Forms in which weights are kept and which are not read here: each is told with the call that makes a readable file.
+"""Formats of weights that are not read: each is named, with the call that makes a readable file.
 
-Only names and first bytes are looked at. Every call stands between backticks and writes a new file beside the old one.
+Only names and first bytes are used. Every call is between backticks and writes a new file beside the old one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moco_d2.io.unpickle import Stub
 
 DOWNLOAD_AGAIN = "download it again and compare its size or checksum"
 
-_TRUSTED = "this runs code of the file, so do it only if you trust it"
+_TRUSTED = "this runs code from the file, so do it only if you trust its author"
 _ARCHIVES = (  # first bytes, name, command that unpacks
     (b"\x1f\x8b", "gzip", "gzip -dc {path} > {unpacked}"),
     (b"BZh", "bzip2", "bzip2 -dc {path} > {unpacked}"),
@@ -31,17 +31,17 @@ _ARCHIVES = (  # first bytes, name, command that unpacks
     (b"Rar!", "rar", "unrar x {path}"),
 )
 _ENCRYPTED = (b"Salted__", b"age-encryption.org", b"-----BEGIN PGP", b"-----BEGIN AGE", b"LUKS", b"\x85\x02")
-_ZERO = re.compile(r"(bf16_)?zero_pp_rank_\d+_.*\.pt$")  # a part of an optimizer that DeepSpeed spreads over processes
+_ZERO = re.compile(r"(bf16_)?zero_pp_rank_\d+_.*\.pt$")  # part of an optimizer that DeepSpeed distributes
 _ZERO_SCRIPT = "zero_to_fp32.py"  # DeepSpeed writes it beside its checkpoints
 
 
 def beside(path: Path, suffix: str = ".pth") -> Path:
-    """Return the name of the file that a call writes: beside ``path``, and not its own."""
+    """Return the name of the file that a call writes: in the folder of ``path``, but not its name."""
     return path.with_name(f"{path.name.split('.')[0]}_weights{suffix}")
 
 
 def python(code: str) -> str:
-    """Return the command that runs Python code whose texts are in double quotes."""
+    """Return the command that runs Python code; texts in the code must be in double quotes."""
     return f"`python -c {shlex.quote(code)}`"
 
 
@@ -51,16 +51,16 @@ def text(path: Path) -> str:
 
 
 def of_name(path: Path) -> str:
-    """Say what a file is by its name alone, if that is enough: it may look like a checkpoint inside."""
+    """Say what a file is if its name alone shows it, because its content looks like a checkpoint."""
     if path.suffix == ".distcp":
-        return f"a part of a distributed checkpoint (FSDP); {_distributed(path.parent)}"
+        return f"one part of a distributed checkpoint (FSDP); {_distributed(path.parent)}"
     if _ZERO.match(path.name):
-        return f"a part of an optimizer of DeepSpeed's; {_join_zero(path.parent)}"
+        return f"one part of a DeepSpeed optimizer; {_join_zero(path.parent)}"
     return ""
 
 
 def of_head(path: Path, head: bytes) -> str:
-    """Say what a file is that is no checkpoint, and what to do, by its name and first bytes."""
+    """Say what a file is instead of a checkpoint, and what to do, by its name and first bytes."""
     start = head.lstrip().lower()
     if not head:
         return f"the file is empty; {DOWNLOAD_AGAIN}"
@@ -82,28 +82,28 @@ def of_head(path: Path, head: bytes) -> str:
     if head.startswith(b"\x89HDF"):
         return f"an HDF5 file (Keras); write its arrays as .npz: {_hdf5(path)}"
     if head.startswith(b"\x93NUMPY"):
-        return "a single array of numpy, not a checkpoint; save all arrays by name with numpy.savez"
+        return "a single numpy array, not a checkpoint; save all arrays by name with numpy.savez"
     if path.suffix == ".onnx" or (head[:1] == b"\x08" and (b"pytorch" in head or b"onnx" in start)):
         return (
-            "an ONNX program, in which norms are folded into convolutions as a rule; save the network that it was "
+            "an ONNX program, in which norms are usually folded into convolutions; save the network that it was "
             f"exported from: `torch.save(network.state_dict(), {text(beside(path))})`"
         )
     if path.name.endswith(".index") or re.search(r"\.data-\d{5}-of-\d{5}$", path.name):
         return tensorflow(path.with_name(re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", path.name)))
     if start[:1] in (b"{", b"["):
-        return "a JSON file, not a checkpoint; give the file with the weights that belongs to it"
-    return f"not a checkpoint (it starts with {head[:12]!r}); expected a file of torch.save, safetensors or pickle"
+        return "a JSON file, not a checkpoint; give the file of weights that belongs to it"
+    return f"not a checkpoint (it starts with {head[:12]!r}); give a file of torch.save, safetensors or pickle"
 
 
 def of_zip(path: Path, members: Collection[str]) -> str:
-    """Say what a zip archive is that ``torch.save`` did not write; empty if it may be one of its files.
+    """Say what a zip archive is if ``torch.save`` did not write it; empty: it may have written it.
 
     Args:
         path: the archive.
-        members: last parts of the names in it.
+        members: the names in it, without folders.
     """
     out = text(beside(path))
-    if "constants.pkl" in members:  # reading one would run its program
+    if "constants.pkl" in members:  # opening it would run its program
         code = f"import torch; torch.save(torch.jit.load({text(path)}).state_dict(), {out})"
         return f"a TorchScript program, not a checkpoint; save its state_dict() ({_TRUSTED}): {python(code)}"
     if {"archive_format", "serialized_exported_program.json"} & set(members):
@@ -121,12 +121,12 @@ def of_zip(path: Path, members: Collection[str]) -> str:
 
 
 def of_folder(path: Path) -> str:
-    """Say what a folder is, and which file of it, or made of it, is to be given."""
+    """Say what a folder is, and which file in it to give, or how to make one of it."""
     names = sorted(os.listdir(path))
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):
         return f"a folder of a distributed checkpoint (FSDP); {_distributed(path)}"
     if any(_ZERO.match(name) for name in names) or {_ZERO_SCRIPT, "latest"} & set(names):
-        return f"a folder of DeepSpeed's, in which the weights are in parts; {_join_zero(path)}"
+        return f"a DeepSpeed folder with the weights in parts; {_join_zero(path)}"
     index = next((name for name in names if name.endswith(".index")), "")
     if index and any(".data-0" in name for name in names):
         return tensorflow(path / index.removesuffix(".index"))
@@ -138,7 +138,7 @@ def of_folder(path: Path) -> str:
     best = next((name for name in ("model_final.pth", last) if name in weights), "")
     if best:
         return f"a folder, not a file; give the checkpoint in it: {path / best}"
-    return f"a folder, not a file; name the checkpoint in it ({some(weights or names) or 'it is empty'})"
+    return f"a folder, not a file; give a checkpoint in it ({some(weights or names) or 'it is empty'})"
 
 
 def of_missing(path: Path) -> str:
@@ -149,7 +149,7 @@ def of_missing(path: Path) -> str:
 
 
 def of_content(path: Path, content: Any, stubbed: Collection[str]) -> str:
-    """Say why what was read is no mapping of names to tensors; empty if it may be one."""
+    """Say why the content of a file is no mapping of names to tensors; empty: it may be one."""
     if isinstance(content, Stub):
         return _object(path, content, "")
     if not isinstance(content, Mapping):
@@ -161,11 +161,11 @@ def of_content(path: Path, content: Any, stubbed: Collection[str]) -> str:
     if "ds_config" in content and isinstance(inside, Mapping):
         sizes = [value.numel() for value in inside.values() if isinstance(value, torch.Tensor)]
         if 0 in sizes:
-            return f"DeepSpeed (ZeRO 3) kept the weights in parts elsewhere; {_join_zero(path.parent)}"
+            return f"a DeepSpeed file (ZeRO 3) whose weights are in other files; {_join_zero(path.parent)}"
     parts = [name for name in stubbed if name.startswith("torch.distributed.") and name.endswith("Tensor")]
     if parts:
         return (
-            f"holds one process's parts of the tensors ({some(sorted(parts))}); where it was written, gather them: "
+            f"holds one process's parts of the tensors ({some(sorted(parts))}); gather them in the code that wrote it: "
             "`from torch.distributed.checkpoint.state_dict import *; torch.save(get_model_state_dict(network, "
             f"options=StateDictOptions(full_state_dict=True)), {text(beside(path))})`"
         )
@@ -177,7 +177,7 @@ def of_content(path: Path, content: Any, stubbed: Collection[str]) -> str:
 
 
 def tensorflow(path: Path) -> str:
-    """Say that a path is a TensorFlow checkpoint's, and how its variables become an archive of arrays."""
+    """Say that a path is a TensorFlow checkpoint, and how to write its variables as an archive of arrays."""
     code = (
         f"import numpy, tensorflow; r = tensorflow.train.load_checkpoint({text(path)}); "
         f"numpy.savez({text(beside(path, '.npz'))}, "
@@ -202,7 +202,7 @@ def _distributed(folder: Path) -> str:
 
 
 def _join_zero(folder: Path) -> str:
-    """Return the call that joins what DeepSpeed spread over processes: its script lies in the folder or above it."""
+    """Return the call that joins the parts of DeepSpeed's processes, by the script in the folder or above it."""
     root = next((place for place in (folder, folder.parent) if (place / _ZERO_SCRIPT).is_file()), folder)
     script = root / _ZERO_SCRIPT
     call = f"python {shlex.quote(str(script))}" if script.is_file() else "python -m deepspeed.utils.zero_to_fp32"
@@ -212,10 +212,12 @@ def _join_zero(folder: Path) -> str:
 def _object(path: Path, stub: Stub, place: str) -> str:
     name = f"{type(stub).__module__}.{type(stub).__qualname__}"
     if not _is_module(stub):
-        return f"a pickled {name} object, not a mapping of names to tensors; save a state_dict() where it was made"
+        return (
+            f"a pickled {name} object, not a mapping of names to tensors; save a state_dict() in the code that made it"
+        )
     load = f"torch.load({text(path)}, weights_only=False){place}"
     code = python(f"import torch; torch.save({load}.state_dict(), {text(beside(path))})")
-    return f"a pickled {name} object, a whole module; where its code is, save its state_dict() ({_TRUSTED}): {code}"
+    return f"a pickled {name} object, a whole module; with its code at hand, save its state_dict() ({_TRUSTED}): {code}"
 
 
 def _is_module(stub: Stub) -> bool:

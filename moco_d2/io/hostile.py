@@ -1,7 +1,7 @@
-"""Names by which a pickle acts on the machine. A file that has one of them is refused as a whole.
+"""Names with which a pickle acts on the machine; a file that has one of them is refused as a whole.
 
-The list is a courtesy, not the guard: a name that is neither here nor on the list of allowed names becomes an inert
-stub (:mod:`moco_d2.io.unpickle`).
+This list gives a clear message; it is not the guard. A name that is neither here nor on the list of allowed names
+becomes an inert stub (:mod:`moco_d2.io.unpickle`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MODULES = _words("""
     smtplib socket socketserver sqlite3 ssl subprocess sys tempfile threading timeit trace urllib uuid venv webbrowser
     zipimport
 """)
-# Parts of packages whose other names are harmless; each can run text or open files.
+# Parts of packages that are otherwise harmless; each can run text or open files.
 _PARTS = ("numpy.distutils", "numpy.f2py", "numpy.testing", "torch.hub", "torch.package", "torch.utils.cpp_extension")
 _BUILTINS = _words(
     "__import__ breakpoint compile delattr eval exec execfile exit globals input locals open quit setattr vars"
@@ -44,7 +44,7 @@ def is_hostile(module: str, name: str) -> bool:
     top = module.partition(".")[0]
     if top in ("builtins", "__builtin__"):
         return name.partition(".")[0] in _BUILTINS
-    # A dotted name reaches through a module's attributes: torch.serialization's os.system.
+    # A dotted name reaches through a module's attributes, as in torch.serialization's os.system.
     inside = set(name.split(".")[:-1]) & _MODULES if "." in name else set()
     part = any(f"{module}.".startswith(f"{hostile}.") for hostile in _PARTS)
     return top in _MODULES or part or bool(inside) or (module, name) in _NAMES

@@ -1,8 +1,8 @@
-"""Pictures: the one reader of both stages and all tools, from a file to upright 8-bit RGB.
+"""Reader of pictures, from a file to upright 8-bit RGB; both stages and all commands use it.
 
-What a file's numbers mean follows from what the file states (format, mode, bits a sample), never from the numbers
-themselves: two pictures of one set get the same scale, however dark one of them is. Black is 0 and white 255. A kind of
-picture whose black and white are not stated, such as floats, is refused by name.
+Black becomes 0 and white 255. The scale follows from the file's format, mode and bits a sample, never from its pixel
+values, so that a dark picture stays dark. Kinds of pictures that do not state black and white, such as floats, are
+refused.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What PIL converts to RGB with black at 0 and white at 255. Transparency is dropped, the colours below it stay.
+# Modes that PIL converts to RGB with black at 0 and white at 255. Transparency is dropped, the colours below it stay.
 _EIGHT_BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
-# Formats whose 16-bit grey is unsigned and fills the bits that they state. PIL calls it "I" where it scales a PGM.
+# Formats whose 16-bit grey is unsigned and uses all its bits. Its mode in PIL is "I" for a PGM that PIL scales.
 _SIXTEEN_BIT = ("PNG", "TIFF", "JPEG2000", "PPM")
 # Formats for which PIL starts another program.
 _PROGRAMS = ("EPS", "WMF")
@@ -39,22 +39,22 @@ _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339  # TIFF's tags
 
 
 class PictureError(ValueError):
-    """A picture, or something in its labels, that cannot be used: one line that names the file."""
+    """A picture or its labels cannot be used; the message is one line that names the file."""
 
     def __str__(self) -> str:
-        # A DataLoader raises its worker's error anew with the worker's whole traceback as the message, which ends in
-        # this error's own.
+        # A DataLoader raises a worker's error again with the worker's traceback as its message, which ends with the
+        # original message.
         message = super().__str__().rpartition(f"\n{PictureError.__module__}.{PictureError.__name__}: ")[2]
         return " ".join(message.strip().splitlines())
 
 
 class RefusedError(OSError):
-    """A picture that is whole and yet not read; the message has the rule and the remedy."""
+    """An undamaged picture is not read; the message has the rule and the remedy."""
 
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn whatever goes wrong with a file into a :class:`PictureError` that names it."""
+    """Turn any error with a file into a :class:`PictureError` that names the file."""
     try:
         yield
     except PictureError:
@@ -87,7 +87,7 @@ def read_image(file: str | os.PathLike[str] | IO[bytes], max_pixels: int = MAX_P
         max_pixels: ``DATA.MAX_PIXELS``; a larger picture is refused before it is decoded.
 
     Raises:
-        PictureError: the file cannot be read, is no picture, too large, damaged, or of a kind whose black and white
+        PictureError: the file cannot be read, is not a picture, too large, damaged, or of a kind whose black and white
             are not known; the message names it.
     """
     if isinstance(file, str | os.PathLike):
@@ -102,10 +102,11 @@ def open_picture(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> Image.
 
     Args:
         file: an open file.
-        max_pixels: refuse a larger picture; None for no limit. PIL's own limit does not count.
+        max_pixels: refuse a larger picture; None for no limit. PIL's own limit does not apply.
 
     Raises:
-        OSError: it is no picture; a RefusedError: it is larger, or of a kind that is not read.
+        OSError: it is not a picture.
+        RefusedError: it is too large, or of a kind that is not supported.
     """
     try:
         with _pils_limit_lifted():
@@ -124,13 +125,11 @@ def _refuse(opened: Image.Image) -> None:
     """Raise RefusedError for a kind of picture whose black and white are not certain."""
     kind = f"{opened.format} picture of mode {opened.mode}"
     if opened.format in _PROGRAMS:
-        raise RefusedError(f"{kind}: another program would have to draw it; save it as PNG")
+        raise RefusedError(f"{kind}: reading it needs another program; save it as PNG")
     if opened.mode not in _EIGHT_BIT and not (_is_deep_grey(opened) and opened.format in _SIXTEEN_BIT):
-        raise RefusedError(
-            f"{kind}: which of its values are black and white is not known; save it as PNG with 8 or 16 bits"
-        )
+        raise RefusedError(f"{kind}: its values of black and white are not known; save it as PNG with 8 or 16 bits")
     if set(_tiff(opened, _SAMPLE_FORMAT, (1,))) != {1}:
-        raise RefusedError(f"{kind}, with signed samples: which are black and white is not known; save it unsigned")
+        raise RefusedError(f"{kind}, signed samples: its values of black and white are not known; save it unsigned")
 
 
 def _is_deep_grey(opened: Image.Image) -> bool:
@@ -142,15 +141,20 @@ def _tiff(opened: Image.Image, tag: int, default: Any) -> Any:
 
 
 def orientation(opened: Image.Image) -> Any:
-    """Return the EXIF orientation of a picture that is not decoded yet: whatever the file has in its place."""
-    if opened.format == "TIFF":  # PIL turns it while it decodes, and states the size so.
+    """Return the EXIF orientation of a picture that is not decoded yet; in some files it is not a number."""
+    if opened.format == "TIFF":  # PIL turns it when decoding, and states the upright size.
         return None
     if opened.format == "PNG" and "exif" not in opened.info:
-        opened.load()  # EXIF may lie behind the pixels. What is wrong with these is no matter of EXIF.
+        opened.load()  # EXIF may come after the pixels; an error in these is raised here.
     try:
         return opened.getexif().get(ORIENTATION)
-    except Exception:  # EXIF that nobody can read: Detectron2, too, takes such pictures as they are stored.
+    except Exception:  # Damaged EXIF: the picture is taken as it is stored, as by Detectron2.
         return None
+
+
+def turn(opened: Image.Image) -> Image.Transpose | None:
+    """Return how PIL turns a picture upright; None if it is upright."""
+    return _TURNS.get(orientation(opened))
 
 
 def upright_size(opened: Image.Image) -> tuple[int, int]:
@@ -163,13 +167,13 @@ def picture_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return width and height of the upright picture in a file, from its header.
 
     Raises:
-        OSError: the file is not there or no picture that can be read.
+        OSError: the file does not exist or is not a picture that can be read.
     """
     try:
         with open(path, "rb") as file:
             opened = open_picture(file, max_pixels=None)
             if opened.format == "PNG" and opened.width * opened.height > MAX_PIXELS:
-                return opened.size  # no EXIF is worth decoding so much for
+                return opened.size  # finding the EXIF might mean decoding it all
             return upright_size(opened)
     except OSError:
         raise
@@ -196,35 +200,35 @@ def upright_grey(opened: Image.Image) -> Image.Image:
 
 
 def _upright(opened: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    turn = _TURNS.get(orientation(opened))
+    how = turn(opened)
     with _pils_limit_lifted():
         opened.load()
     image = convert(opened)
-    return image if turn is None else image.transpose(turn)
+    return image if how is None else image.transpose(how)
 
 
 def _rgb(opened: Image.Image) -> Image.Image:
     image = _high_byte(opened) if _is_deep_grey(opened) else opened
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
-    image.info.pop("transparency", None)  # PIL would look for a colour that stands for it, and warn
+    image.info.pop("transparency", None)  # PIL would look for a colour to replace it, and warn
     return image.convert("RGB")
 
 
 def _high_byte(opened: Image.Image) -> Image.Image:
     bits = _tiff(opened, _BITS, (16,))[0]
-    levels = (np.asarray(opened) >> (bits - 8)).astype(np.uint8)
-    # PIL inverts what is white at 0, but not in 16 bits.
-    return Image.fromarray(levels if _tiff(opened, _PHOTOMETRIC, 1) else 255 - levels)
+    pixels = (np.asarray(opened) >> (bits - 8)).astype(np.uint8)
+    # PIL inverts pictures in which 0 is white, except those of 16 bits.
+    return Image.fromarray(pixels if _tiff(opened, _PHOTOMETRIC, 1) else 255 - pixels)
 
 
 _lifting = threading.Lock()
-_lifted: list[int | None] = []  # PIL's limit, once for each reader under way; all but the first are None
+_lifted: list[int | None] = []  # PIL's limit as each active reader found it; all but the first are None
 
 
 @contextlib.contextmanager
 def _pils_limit_lifted() -> Iterator[None]:
-    """Let PIL read pictures of any size: ``DATA.MAX_PIXELS`` is the limit. PIL's comes back with the last reader."""
+    """Lift PIL's limit, because ``DATA.MAX_PIXELS`` is the limit; the last active reader restores it."""
     with _lifting:
         _lifted.append(Image.MAX_IMAGE_PIXELS)
         Image.MAX_IMAGE_PIXELS = None

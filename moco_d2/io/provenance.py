@@ -1,4 +1,4 @@
-"""Where a number comes from: code, command, machine and time."""
+"""Provenance of a result: code, command, machine and time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def provenance() -> dict[str, Any]:
-    """Return commit, command, Python, system and the time now, for a result on disk."""
+    """Return commit, command, date, Python and system, to be written into a result."""
     return {
         "commit": commit(),
         "command": shlex.join(sys.orig_argv),
@@ -24,9 +24,9 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout that the package runs from, with ``+changes`` where it was edited since.
+    """Return the commit of the package's checkout, with ``+changes`` if files differ from it.
 
-    None for an installed package, and where there is no git.
+    None for an installed package, or without git.
     """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():

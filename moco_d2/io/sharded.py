@@ -1,4 +1,4 @@
-"""Checkpoints in several files: an index (``*.index.json``) says which part holds which tensor, as Hugging Face's."""
+"""Checkpoints in several files, with an index (``*.index.json``, as Hugging Face writes) of which part holds what."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})\.[A-Za-z]+$")
 
 
 def find_index(folder: Path) -> Path | None:
-    """Return the index in a folder, of safetensors before others; None where there is none."""
+    """Return the index in a folder, preferably that of safetensors, or None."""
     found = sorted(folder.glob(f"*{INDEX}"), key=lambda path: ("safetensors" not in path.name, path.name))
     return found[0] if found else None
 
@@ -26,7 +26,7 @@ def refuse_part(path: Path) -> None:
     """Refuse a single part of several.
 
     Raises:
-        CheckpointError: names the index.
+        CheckpointError: the file is one; the message names the index.
     """
     part = _PART.search(path.name)
     if not part or int(part[2]) == 1:
@@ -43,10 +43,12 @@ def parts_of(index: Path) -> dict[Path, set[str]]:
     """Return part -> names of its tensors.
 
     Raises:
-        CheckpointError: the index is no index, or names parts that are not files beside it.
+        CheckpointError: the index is damaged, or names parts that are not in its folder.
     """
     if index.stat().st_size > _INDEX_BYTES:
-        raise CheckpointError(f"{index}: too large for an index of parts; give the checkpoint's own index")
+        raise CheckpointError(
+            f"{index}: larger than {_INDEX_BYTES >> 20} MB, too large for an index; give the checkpoint's own index"
+        )
     try:
         places = json.loads(index.read_bytes(), object_pairs_hook=_without_repetition)["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -55,18 +57,18 @@ def parts_of(index: Path) -> dict[Path, set[str]]:
             "be JSON with a `weight_map`; download it again"
         ) from error
     if not isinstance(places, Mapping) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{index}: its `weight_map` must give a part for each tensor; download it again")
+        raise CheckpointError(f"{index}: its `weight_map` must name a part for each tensor; download it again")
     found: dict[Path, set[str]] = {}
     for key, name in places.items():
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name:
             raise CheckpointError(
-                f"{index}: names the part {name!r}; parts must be files beside the index, by name only"
+                f"{index}: names the part {name!r}; it must be the name of a file in the folder of the index"
             )
         found.setdefault(index.with_name(name), set()).add(key)
     missing = sorted(path.name for path in found if not path.is_file())
     if missing:
         raise CheckpointError(
-            f"{index}: {len(missing)} of {len(found)} parts are not there ({some(missing)}); download them into the "
+            f"{index}: {len(missing)} of {len(found)} parts are missing ({some(missing)}); download them into the "
             "same folder"
         )
     return found
@@ -87,13 +89,13 @@ def join(index: Path, parts: Mapping[Path, set[str]], read: Callable[[Path], Map
     for path, names in parts.items():
         held = read(path)
         for found, words in (
-            (content.keys() & held.keys(), "holds again what another part holds"),
-            (names - held.keys(), "lacks what the index says it holds"),
+            (content.keys() & held.keys(), "holds tensors that another part holds too"),
+            (names - held.keys(), "lacks tensors that the index says it holds"),
         ):
             if found:
                 raise CheckpointError(
-                    f"{index}: {path.name} {words} ({some(sorted(map(str, found)), 3)}); the parts are of different "
-                    "downloads: get all of them again"
+                    f"{index}: {path.name} {words} ({some(sorted(map(str, found)), 3)}); the parts come from different "
+                    "downloads; download all of them again"
                 )
         content.update(held)
     return content
@@ -102,5 +104,5 @@ def join(index: Path, parts: Mapping[Path, set[str]], read: Callable[[Path], Map
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("it has a name twice")
     return content

@@ -1,21 +1,21 @@
-"""How long this process waits for another, a rank or a loader's worker, before it gives up: the tools' ``--timeout``.
+"""Timeout of this process for other processes, ranks and loaders' workers: the commands' ``--timeout``.
 
-Kept for the whole process, as :func:`socket.setdefaulttimeout` keeps its own: a run is the same with another.
+It is a setting of the process, like :func:`socket.setdefaulttimeout`, because the results of a run do not depend on it.
 """
 
 from __future__ import annotations
 
-DEFAULT = 1800.0  # seconds; rank 0 may evaluate alone for so long
+DEFAULT = 1800.0  # seconds; the others wait for this long while rank 0 computes metrics
 
 _limit = DEFAULT
 
 
 def limit() -> float:
-    """Return the number of seconds."""
+    """Return the timeout in seconds."""
     return _limit
 
 
 def set_limit(seconds: float) -> None:
-    """Set the number of seconds for groups of processes and loaders that are made from now on."""
+    """Set the timeout in seconds for process groups and loaders that are created from now on."""
     global _limit
     _limit = seconds

@@ -1,10 +1,10 @@
-"""Unpickling without running code from the file.
+"""Unpickler that runs no code from the file.
 
 A pickle is a program: it may name any function and call it. Here only a short list of harmless names is resolved
-(:func:`allowed_names`). A name that acts on the machine is refused, and every other one (training scripts store their
-command line, whole objects) becomes an inert :class:`Stub`. What is allowed neither takes more memory than the file
-has, nor changes what the process shares, nor overflows the stack. ``torch.load(weights_only=True)`` refuses files with
-such names, runs code from some before torch 2.6, and lets others ask for any amount of memory.
+(:func:`allowed_names`). A name that acts on the machine is refused. Every other name becomes an inert :class:`Stub`,
+because training scripts store their command line and whole objects. The allowed calls take no more memory than the file
+has, change no object of the process, and cannot overflow the stack. ``torch.load(weights_only=True)`` refuses files
+with other names, before torch 2.6 runs code from some, and lets a file ask for any amount of memory.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ import torch
 
 from moco_d2.io.hostile import is_hostile
 
-_EXPANDED = 1 << 20  # values of a tensor that has fewer in the file; bytes that may be copied beside the file's own
+_EXPANDED = 1 << 20  # values of an expanded tensor; bytes that may be copied in addition to the file's size
 _NESTED = 1 << 14  # tuples within tuples
 
 
 class HostileError(pickle.UnpicklingError):
-    """A file names what would act on the machine; the message is that name."""
+    """A file names something that acts on the machine; the message is that name."""
 
 
 class Stub(dict[Any, Any]):
-    """Stands for an object whose class is not on the allow-list; it keeps what was stored and does nothing.
+    """Stands for an object whose class is not on the allow-list: it keeps the stored values and does nothing.
 
-    A dictionary, because many of the objects met in checkpoints are dictionaries of another name; hashable by
+    It is a dictionary, because many objects in checkpoints are dictionaries of another name. It is hashable by
     identity, because some files use such objects as keys.
 
     Attributes:
-        arguments: what the file would have called the class with.
-        state: what the file would have set the object's state to.
+        arguments: those with which the file calls the class.
+        state: the state that the file sets.
     """
 
     arguments: tuple[Any, ...]
@@ -74,7 +74,7 @@ class Stub(dict[Any, Any]):
 
 
 class _DType:
-    """Stands for ``numpy.dtype``: a pickle may set the state of a real one, which all arrays of the process share."""
+    """Stands for ``numpy.dtype``, because a pickle can set the state of a real one, which is shared by all arrays."""
 
     def __init__(self, kind: Any, *_: Any) -> None:
         self.kind, self.order = np.dtype(kind), "="
@@ -91,7 +91,7 @@ class _DType:
 
 
 class _Array(np.ndarray[Any, Any]):
-    """An array that a pickle fills; numpy's own takes the memory that the file states before it looks for the data."""
+    """An array that a pickle fills; numpy's own allocates the size that the file states before it reads the data."""
 
     def __setstate__(self, state: Any) -> None:
         *version, shape, dtype, fortran, raw = state
@@ -102,12 +102,12 @@ class _Array(np.ndarray[Any, Any]):
 
 
 def _empty_array(*_: Any) -> Any:
-    # What numpy's pickles start from; the file's own shape here would take memory.
+    # The start of numpy's pickles; the shape that the file gives here would take memory.
     return np.ndarray((0,), "b").view(_Array)
 
 
 def _array(shape: Any, dtype: Any, buffer: Any, *_: Any) -> Any:
-    # Without a buffer, or with strides, it would be as large as the file says.
+    # Without a buffer, or with strides, the array would be as large as the file says.
     return np.ndarray(shape, dtype.real if isinstance(dtype, _DType) else np.dtype(dtype), _raw(buffer))
 
 
@@ -117,12 +117,12 @@ def _from_buffer(buffer: Any, dtype: Any, shape: Any, order: Any, *_: Any) -> An
 
 def _raw(buffer: Any) -> Any:
     if not isinstance(buffer, bytes | bytearray):
-        raise pickle.UnpicklingError(f"a {type(buffer).__name__} in place of an array's data")
+        raise pickle.UnpicklingError(f"a {type(buffer).__name__} as an array's data")
     return buffer
 
 
 def _scalar(dtype: Any, raw: Any) -> Any:
-    # By numpy's own, a dtype of a gigabyte would take one. As text: Python 2's pickles.
+    # In numpy's own function, a dtype of a gigabyte would allocate one. Python 2's pickles hold text.
     if dtype.real.hasobject:
         return raw
     return np.frombuffer(raw.encode("latin1") if isinstance(raw, str) else _raw(raw), dtype.real, 1)[0]
@@ -130,14 +130,14 @@ def _scalar(dtype: Any, raw: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Bytes of the file, and what they are; torch's own typed storage is deprecated."""
+    """Bytes of the file and their dtype; torch's own typed storage is deprecated."""
 
     raw: torch.UntypedStorage
     dtype: torch.dtype
 
 
 def _tensor(storage: _Storage, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
-    # An expanded tensor is as large as the file says, once something is computed from it.
+    # An expanded tensor (stride 0) becomes as large as the file says once something is computed from it.
     held = storage.raw.nbytes() // storage.dtype.itemsize
     if math.prod(size) > max(held, _EXPANDED):
         raise pickle.UnpicklingError(f"a tensor of size {tuple(size)} with {held} values")
@@ -156,15 +156,17 @@ def _parameter(data: Any, *_: Any) -> Any:
 
 
 def _of_type(function: Any, kind: Any, arguments: Any, *_: Any) -> Any:
-    return function(*arguments)  # a tensor with attributes, which nobody needs
+    return function(*arguments)  # a tensor with attributes; they are not needed
 
 
 def _quantised(*_: Any) -> torch.Tensor:
-    return torch._empty_affine_quantized([0], scale=1.0, zero_point=0, dtype=torch.quint8)  # to be refused by its name
+    return torch._empty_affine_quantized(
+        [0], scale=1.0, zero_point=0, dtype=torch.quint8
+    )  # refused later, with its key
 
 
 class _Copies:
-    """Calls that copy what they are given, within a budget: a file can ask for copies of copies."""
+    """Calls that copy their argument, within a budget, because a file can ask for copies of copies."""
 
     def __init__(self, size: int) -> None:
         self.left = size + _EXPANDED
@@ -180,7 +182,7 @@ class _Copies:
                 if isinstance(argument, bytes | bytearray | list | tuple | dict | set | frozenset):
                     self.spend(argument)
                     if kind is tuple and any(isinstance(item, tuple) for item in argument):
-                        raise pickle.UnpicklingError("a tuple of tuples by another way than theirs")
+                        raise pickle.UnpicklingError("a tuple of tuples that is made by a call")
                 elif kind is not collections.defaultdict or argument is not arguments[0]:
                     raise pickle.UnpicklingError(f"{kind.__name__} of a {type(argument).__name__}")
             return kind(*arguments)
@@ -188,7 +190,7 @@ class _Copies:
         return make
 
     def plain(self, kind: Any) -> Callable[..., Any]:
-        """Bytes, text and numbers; of a number, bytes would ask for that much memory."""
+        """Return a safe constructor of bytes, text or numbers; bytes of a number would allocate that many."""
 
         def make(*arguments: Any) -> Any:
             numbers = () if kind in (bytes, bytearray) else (int, float, complex, np.generic)
@@ -202,22 +204,22 @@ class _Copies:
         return make
 
     def encode(self, text: str, encoding: str = "latin1") -> bytes:
-        # numpy pickles its bytes as text for Python 2's sake. Only its own encoding: codecs are looked up by import.
+        # numpy pickles its bytes as text, for Python 2. Other encodings are not allowed: codecs are found by import.
         self.spend(text)
         return _codecs.encode(text, "utf-8" if encoding.replace("_", "-").lower() == "utf-8" else "latin1")
 
     def storage(self, raw: bytes) -> Any:
-        # torch's own function of this purpose unpickles without restriction.
+        # torch's own function for this unpickles without restriction.
         self.spend(raw)
         whole = torch.frombuffer(bytearray(raw), dtype=torch.uint8).untyped_storage()
         return read_legacy(io.BytesIO(raw), whole, set())
 
 
 def allowed_names(size: int) -> dict[tuple[str, str], Any]:
-    """Return the names that are resolved: containers, tensor and array rebuilders, nothing that acts.
+    """Return the names that are resolved: containers and the functions that rebuild tensors and arrays.
 
     Args:
-        size: of the file; what is copied from it stays below that.
+        size: of the file; it limits how much may be copied.
     """
     copies = _Copies(size)
     names: dict[tuple[str, str], Any] = {}
@@ -252,7 +254,7 @@ def allowed_names(size: int) -> dict[tuple[str, str], Any]:
     return names
 
 
-# Whose dtype the name of a storage's class tells.
+# Storage classes of torch, by their names, and their dtypes.
 _STORAGES = {f"{name}Storage": dtype for name, dtype in {
     "Double": torch.double, "Float": torch.float, "Half": torch.half, "BFloat16": torch.bfloat16,
     "Long": torch.long, "Int": torch.int, "Short": torch.short, "Char": torch.int8, "Byte": torch.uint8,
@@ -262,7 +264,7 @@ _STORAGES = {f"{name}Storage": dtype for name, dtype in {
 
 
 _SET_STATE = (Stub, _DType, _Array)
-# Opcodes that change an object -> where it lies on the stack (None: before the last mark), and what it may be.
+# Opcodes that change an object -> its place on the stack (None: before the last mark), and its allowed types.
 _CHANGES: dict[str, tuple[int | None, tuple[type, ...]]] = {
     "load_setitem": (-3, (dict,)),
     "load_setitems": (None, (dict,)),
@@ -272,15 +274,15 @@ _CHANGES: dict[str, tuple[int | None, tuple[type, ...]]] = {
 }
 
 
-# Python's own unpickler, not C's: that one takes as much memory as the number of a memo's entry says.
+# Python's unpickler, because C's allocates as many memo entries as the number in the file says.
 class Unpickler(pickle._Unpickler):
-    """Resolves only :func:`allowed_names` names and notes the others in ``stubbed``.
+    """Resolves the names of :func:`allowed_names` and no others.
 
     Args:
-        file: what is read.
+        file: the stream to read.
         allowed: of :func:`allowed_names`.
-        stubbed: the names that became stubs, added to.
-        storage: how an entry's data are found, by its key, dtype and number of values.
+        stubbed: a set; the names that become stubs are added.
+        storage: returns the data of a storage by its key, dtype and number of values.
     """
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
@@ -299,7 +301,7 @@ class Unpickler(pickle._Unpickler):
         self.sizes: dict[int, tuple[int, Any]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what is allowed, or a class of stubs; refuse a hostile name."""
+        """Return the allowed object of a name, or a class of stubs; refuse a hostile name."""
         if (module, name) in self.allowed:
             return self.allowed[module, name]
         if module.partition(".")[0] == "torch" and name in _STORAGES:
@@ -312,7 +314,7 @@ class Unpickler(pickle._Unpickler):
         return self.stubs[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return the storage that torch's pickles refer to; each is looked up once."""
+        """Return a storage that torch's pickles refer to; each is looked up once."""
         kind, *rest = pid
         if kind == "module":  # torch.save before 1.6 kept the source of pickled modules
             return rest[0]
@@ -324,9 +326,9 @@ class Unpickler(pickle._Unpickler):
         return self.storages[key]
 
     def load_build(self) -> None:
-        """Set the state of a stub, a dtype or an array: nothing else has one that matters.
+        """Set the state of a stub, a dtype or an array.
 
-        What a file names may be shared with the whole process, so no other object is touched.
+        No other object is changed, because an object that a file names may be shared by the whole process.
         """
         state = self.stack.pop()  # type: ignore[attr-defined]
         if isinstance(self.stack[-1], _SET_STATE):  # type: ignore[attr-defined]
@@ -335,19 +337,19 @@ class Unpickler(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
     def tuple_made(self) -> None:
-        """Refuse a tuple of tuples that is too large to be hashed: that follows each of them, on the C stack."""
+        """Refuse a tuple of tuples that is too deep to be hashed, which recurses on the C stack."""
         made = self.stack[-1]  # type: ignore[attr-defined]
         size = sum(self.sizes.get(id(item), (1, None))[0] for item in made if isinstance(item, tuple))
         if size >= _NESTED:
             raise pickle.UnpicklingError(f"tuples within tuples, {size} of them")
         if size:
-            self.sizes[id(made)] = size + 1, made  # kept, so that no other gets its id
+            self.sizes[id(made)] = size + 1, made  # kept, so that no other object gets its id
 
 
 def _guarded(change: str, place: int | None, kinds: tuple[type, ...]) -> Callable[[Any], None]:
     def load(self: Any) -> None:
         target = self.metastack[-1][-1] if place is None else self.stack[place]
-        if not isinstance(target, kinds):  # a tensor's item or sum can take any memory
+        if not isinstance(target, kinds):  # an item or a sum of a tensor can take any amount of memory
             raise pickle.UnpicklingError(f"{change} on a {type(target).__name__}")
         getattr(pickle._Unpickler, change)(self)
 
@@ -370,10 +372,10 @@ for _change, _target in _CHANGES.items():
 
 
 def read_legacy(stream: Any, whole: torch.UntypedStorage, stubbed: set[str]) -> Any:
-    """Read what ``torch.save`` wrote before 1.6: pickles, and behind them the storages one after the other.
+    """Read a file that ``torch.save`` wrote before 1.6: pickles, and after them the storages one after the other.
 
-    The pickle has to be read twice: where a storage lies depends on the dtypes of those before it. It stands here
-    because a pickle may hold such a file within itself (``torch.storage._load_from_bytes``).
+    The pickle has to be read twice, because the place of a storage depends on the dtypes of those before it. This
+    function is in this module because a pickle may contain such a file (``torch.storage._load_from_bytes``).
 
     Args:
         stream: the file, at its beginning.
@@ -407,8 +409,8 @@ def section(whole: torch.UntypedStorage, start: int, size: int) -> Any:
     """Return a view of a file's bytes.
 
     Raises:
-        UnpicklingError: the file does not reach so far.
+        UnpicklingError: the file ends before.
     """
     if start < 0 or size < 0 or start + size > whole.nbytes():
-        raise pickle.UnpicklingError(f"{size} bytes at {start} are asked for, of {whole.nbytes()}")
+        raise pickle.UnpicklingError(f"it refers to {size} bytes at {start}, but has {whole.nbytes()}")
     return whole[start : start + size]

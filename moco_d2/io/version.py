@@ -1,4 +1,4 @@
-"""Which version of a file was read: a change is noticed, and an unchanged file is not read again."""
+"""Version of a file that was read, to notice changes and not to read an unchanged file again."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SETTLED = 1.0  # seconds; a file can change twice within one tick of the file s
 
 @dataclass(frozen=True)
 class FileVersion:
-    """Files as they were at one moment: equal versions have equal content, if :attr:`settled`.
+    """The state of files at one moment; if :attr:`settled`, equal versions have equal content.
 
     Attributes:
-        paths: the files, as a rule one.
+        paths: the files, usually one.
         states: of each file: device, inode, size, times of the last change of content and of attributes.
-        settled: whether the last change is so long ago that another one would show in the times.
+        settled: whether the last change is so long ago that a later one would show in the times.
     """
 
     paths: tuple[Path, ...]
@@ -32,7 +32,7 @@ class FileVersion:
 
     @classmethod
     def now(cls, paths: Iterable[Path]) -> FileVersion:
-        """Return the present version.
+        """Return the current version.
 
         Raises:
             OSError: one of the files is gone.
@@ -47,7 +47,7 @@ class FileVersion:
         )
 
     def check(self) -> None:
-        """Check that the files are still this version.
+        """Check that the files are unchanged.
 
         Raises:
             CheckpointError: they are not.
@@ -58,14 +58,14 @@ class FileVersion:
             same = False
         if not same:
             raise CheckpointError(
-                f"{self.paths[0]}: changed while it was in use; start again when nothing writes to it any more"
+                f"{self.paths[0]}: changed while it was in use; start again once nothing writes to it"
             )
 
     def sha256(self) -> str:
-        """Return the SHA-256 of the files, one behind the other, in hexadecimal.
+        """Return the SHA-256 of the files, one after the other, in hexadecimal.
 
         Raises:
-            CheckpointError: they changed meanwhile.
+            CheckpointError: they change while they are read.
         """
         self.check()
         digest = _sha256(self) if self.settled else _sha256.__wrapped__(self)

@@ -1,1 +1,1 @@
-"""Parts for methods, in plain torch: no config, no Detectron2."""
+"""Building blocks of methods, in plain torch: encoders, heads, losses, norms, memories, collectives."""

@@ -1,4 +1,4 @@
-"""Collectives that are also right in one process, on CUDA (NCCL) and on the CPU (gloo)."""
+"""Collectives for one process or several, on CUDA (NCCL) and on the CPU (gloo)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Return this process's number, from 0 (0 without a process group)."""
+    """Return this process's rank (0 without a process group)."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -39,16 +39,16 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
 def gather(x: torch.Tensor) -> torch.Tensor:
     """Concatenate every process's ``x`` in rank order, with gradient.
 
-    DDP averages the gradients of the processes' losses. A loss of a process's own anchors against gathered features,
-    and a loss that every process computes alike from gathered features, then both have exactly the gradient of one
-    process that holds the whole batch. With :func:`all_gather` they do not.
+    The gradient of a process's rows is the sum of what all processes send back for them. DDP averages the gradients of
+    the processes' losses. Two kinds of loss therefore have exactly the gradient of one process with the whole batch: a
+    loss of a process's own anchors against gathered features, and a loss that every process computes alike from
+    gathered features. With :func:`all_gather` they do not.
 
     Args:
         x: (N, ...), the same shape in every process.
 
     Returns:
-        (world_size * N, ...); ``x`` itself in one process. A process receives the sum of all processes' gradients for
-        its own rows.
+        (world_size * N, ...); ``x`` itself in one process.
     """
     if world_size() == 1:
         return x
@@ -56,7 +56,7 @@ def gather(x: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
-    """Add up every process's ``x``, with gradient (see :func:`gather`); ``x`` itself in one process.
+    """Return the sum of every process's ``x``, with gradient (see :func:`gather`); ``x`` itself in one process.
 
     Args:
         x: any shape, the same in every process.
@@ -79,10 +79,10 @@ def total(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def shared_permutation(n: int, device: torch.device) -> torch.Tensor:
-    """Draw one permutation of ``range(n)`` in rank 0 and give it to all.
+    """Draw a permutation of ``range(n)`` in rank 0 and send it to all processes.
 
-    The draw is made on the CPU, so that it does not depend on the kind of device. From pinned memory it reaches a GPU
-    without waiting for what that one is computing.
+    The draw is made on the CPU, so that it does not depend on the device. The copy from pinned memory does not wait for
+    the GPU's running work.
 
     Returns:
         (n,) int64.
@@ -95,17 +95,17 @@ def shared_permutation(n: int, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def broadcast_module(module: nn.Module) -> None:
-    """Copy rank 0's parameters and buffers to every process, so that all start equal (the queue above all)."""
+    """Copy rank 0's parameters and buffers (the queue among them) to every process, so that all start equal."""
     if world_size() > 1:
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0)
 
 
 def wrap_ddp(module: nn.Module) -> nn.Module:
-    """Wrap a module in DistributedDataParallel, on either kind of device; unchanged in one process.
+    """Wrap a module in DistributedDataParallel, on a GPU or the CPU; in one process return the module itself.
 
-    Buffers are not broadcast at every step: batch statistics are each process's own, as with the authors' per-GPU BN,
-    and a queue is kept equal by construction.
+    Buffers are not broadcast at every step: batch statistics belong to each process, as in the authors' per-GPU BN, and
+    queues stay equal because all processes apply the same updates.
     """
     if world_size() == 1:
         return module

@@ -1,4 +1,4 @@
-"""The exponential moving average that makes a key, target or teacher network, and the schedule of its momentum."""
+"""Exponential moving average of a network (key, target or teacher network), and the schedule of its momentum."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import nn
 def ema_update_(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """Move the target's parameters towards the online network's: theta_k <- m theta_k + (1 - m) theta_q.
 
-    Parameters only: BN running statistics are the target's own, as in the authors' code.
+    Only parameters are averaged: the target keeps its own BN running statistics, as in the authors' code.
 
     Args:
-        target: the key (target, teacher) network, changed in place.
+        target: the key (target, teacher) network; it is changed in place.
         online: the query (online, student) network, of the same architecture.
-        momentum: m in [0, 1], the share that is kept.
+        momentum: m in [0, 1], the share of the old value.
     """
     kept: list[torch.Tensor] = list(target.parameters())
     new: list[torch.Tensor] = list(online.parameters())
@@ -29,6 +29,6 @@ def cosine_momentum(start: float, progress: float) -> float:
 
     Args:
         start: m at the beginning of training, in [0, 1].
-        progress: part of training that is done, in [0, 1].
+        progress: fraction of training that is done, in [0, 1].
     """
     return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,4 +1,4 @@
-"""Ways of calling an encoder: views of several sizes in as few passes as possible, and feature maps.
+"""Forward passes of an encoder: one for views of equal size, and one that ends before the global pooling.
 
 Letters: V views, N images, D features of the encoder.
 """
@@ -13,9 +13,9 @@ from torch import nn
 
 
 def by_resolution(network: Callable[[torch.Tensor], torch.Tensor], images: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Encode views of several sizes, neighbours of one size in one pass, as SwAV and DINO do.
+    """Encode views of several sizes; adjacent views of the same size share a pass, as in SwAV and DINO.
 
-    Batch norm then sees all views of a pass together, which is part of those methods.
+    Batch norm then normalises all views of a pass together, which is part of those methods.
 
     Args:
         network: maps (M, 3, H, W) to (M, D).
@@ -29,10 +29,10 @@ def by_resolution(network: Callable[[torch.Tensor], torch.Tensor], images: Seque
 
 
 def feature_map(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return what a ResNet under torchvision's names computes before its global pooling.
+    """Return the features of a ResNet (torchvision's names) before its global pooling.
 
     Args:
-        network: with ``conv1`` to ``layer4``.
+        network: has ``conv1`` to ``layer4``.
         x: (N, 3, H, W).
 
     Returns:

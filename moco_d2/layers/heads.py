@@ -1,4 +1,4 @@
-"""Projection heads."""
+"""Projection heads, and the exchange of an encoder's head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def mlp_head(fc: nn.Linear) -> nn.Sequential:
-    """MoCo v2's head: Linear(in, in) - ReLU - the given Linear(in, dim), both with bias, no BN.
+    """Build MoCo v2's head: Linear(in, in) - ReLU - the given Linear(in, dim), both with bias, no BN.
 
     The given layer stays the last one, so that the names are the authors' (``fc.0``, ``fc.2``).
     """
@@ -25,14 +25,14 @@ def mlp(
     last_norm: str = "",
     activation: Callable[[], nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
-    """Build a projection head or predictor: Linear - [BN] - activation, repeated, and a last Linear - [BN].
+    """Build a projection head or predictor: Linear - [BN] - activation, repeated, then Linear - [BN].
 
     Args:
-        sizes: features in, of each hidden layer, and out; two sizes make a single Linear.
-        bias: whether the hidden Linears have one. The papers differ here, and so do copies of their heads.
+        sizes: number of input features, of each hidden layer's features, and of output features.
+        bias: whether the hidden Linears have a bias. The papers differ here, and so do copies of their heads.
         norm: whether a BatchNorm1d follows every hidden Linear.
         last_bias: whether the last Linear has a bias.
-        last_norm: BatchNorm1d behind the last Linear: ``""`` none, ``"affine"``, ``"plain"`` without gamma and beta
+        last_norm: BatchNorm1d after the last Linear: ``""`` none, ``"affine"``, ``"plain"`` without gamma and beta
             (SimSiam, MoCo v3), ``"gamma"`` with gamma alone, beta being fixed at 0 (SimCLR).
         activation: builds the module between the layers.
 
@@ -40,7 +40,7 @@ def mlp(
         ValueError: fewer than two sizes, or an unknown ``last_norm``.
     """
     if len(sizes) < 2:
-        raise ValueError(f"sizes is {tuple(sizes)}; a head needs at least the number of features in and out")
+        raise ValueError(f"sizes is {tuple(sizes)}; a head needs at least its numbers of input and output features")
     if last_norm not in ("", "affine", "plain", "gamma"):
         raise ValueError(f"last_norm is {last_norm!r}; it must be '', 'affine', 'plain' or 'gamma'")
     layers: list[nn.Module] = []
@@ -56,10 +56,28 @@ def mlp(
     return nn.Sequential(*layers)
 
 
+def head_name(network: nn.Module) -> str:
+    """Return the name of an encoder's head: its attribute ``head_name``, else ``fc``."""
+    return str(getattr(network, "head_name", "fc"))
+
+
+def replace_head(network: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replace an encoder's head, a Linear, by what ``make`` builds from it.
+
+    Raises:
+        ValueError: the head is not a Linear.
+    """
+    name = head_name(network)
+    head = getattr(network, name, None)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"the encoder's head, {name}, must be a Linear layer; it is {type(head).__name__}")
+    setattr(network, name, make(head))
+
+
 def without_head(network: nn.Module) -> nn.Module:
-    """Return a view of ``network`` whose ``fc`` is an identity; all other modules and weights are shared."""
-    trunk = network.__class__.__new__(network.__class__)
-    trunk.__dict__.update(network.__dict__)
-    trunk._modules = {**network._modules, "fc": nn.Identity()}
-    trunk._compiled_call_impl = None  # it would call the compiled network, with its head
-    return trunk
+    """Return a network that shares all modules and weights with ``network`` except its head, an identity here."""
+    backbone = network.__class__.__new__(network.__class__)
+    backbone.__dict__.update(network.__dict__)
+    backbone._modules = {**network._modules, head_name(network): nn.Identity()}
+    backbone._compiled_call_impl = None  # it would call the compiled network, with its head
+    return backbone

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from moco_d2.layers.distributed import total, world_size
 
-_BLOCK = 4096  # features that are compared with all centroids at a time
+_BLOCK = 4096  # number of features whose similarities to all centroids are held at a time
 
 
 @torch.no_grad()
@@ -20,19 +20,19 @@ def spherical_kmeans(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cluster unit vectors by cosine similarity.
 
-    Starts from random rows of rank 0. Each iteration assigns every feature to the centroid with the largest dot product
-    and makes the centroid the normalised mean of its features; an empty cluster keeps its centroid. Sums run over all
-    processes, so that it makes no difference which process holds which feature.
+    The first centroids are random features of rank 0. Each iteration assigns every feature to the centroid with the
+    largest dot product, and then sets each centroid to the normalised mean of its features; an empty cluster keeps its
+    centroid. Sums run over all processes, so the result does not depend on which process holds which feature.
 
     Args:
         features: (N, C), L2-normalised; N may differ between processes.
         k: K >= 1, at most the number of features in rank 0.
         iterations: number of updates of the centroids.
-        generator: a CPU generator for the start; only rank 0's is used.
+        generator: CPU generator for the choice of the first centroids; only rank 0's is used.
 
     Returns:
-        Centroids (K, C), L2-normalised and equal in all processes, and the cluster of each of this process's features,
-        (N,) int64.
+        Centroids (K, C), L2-normalised and equal in all processes, and the cluster number of each of this process's
+        features, (N,) int64.
 
     Raises:
         ValueError: rank 0 has fewer than K features.
@@ -42,7 +42,7 @@ def spherical_kmeans(
     if world_size() > 1:
         dist.broadcast(enough, src=0)
     if not enough:
-        raise ValueError(f"k-means into {k} clusters needs as many features in rank 0; it has fewer")
+        raise ValueError(f"k-means into {k} clusters needs at least {k} features in rank 0, which has fewer")
     centroids = features[chosen] if len(chosen) == k else features.new_zeros(k, features.shape[1])
     if world_size() > 1:
         dist.broadcast(centroids, src=0)
@@ -56,6 +56,6 @@ def spherical_kmeans(
 
 @torch.no_grad()
 def assign(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Return the centroid (of (K, C)) with the largest dot product for each of the features (N, C): (N,) int64."""
+    """Return, for each of the features (N, C), the number of the centroid (K, C) with the largest dot product: (N,)."""
     blocks = [(block @ centroids.T).argmax(dim=1) for block in features.split(_BLOCK)]
     return torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.long, device=features.device)

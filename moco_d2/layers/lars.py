@@ -1,4 +1,4 @@
-"""LARS, layer-wise adaptive rates (You et al., arXiv 1708.03888), in the forms that papers on pretraining published."""
+"""LARS, layer-wise adaptive rates (You et al., arXiv 1708.03888), in the forms of the papers on pretraining."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from moco_d2.messages import unknown_name
+
 FORMS = ("lars", "lars_classic", "larc")
 
 
 class Lars(Optimizer):
-    """SGD with momentum whose step is scaled, for each tensor, by ``trust |p| / |update|``.
+    """SGD with momentum that scales each tensor's step by ``trust |p| / |update|``.
 
-    With g the gradient, p the weights, u = g + weight_decay p and q the scale (1 where a norm is 0):
+    With g the gradient, p the weights, u = g + weight_decay p and q the scale (1 if a norm is 0):
 
     * ``lars`` (MoCo v3, BYOL, Barlow Twins, VICReg, DINO): q = trust |p| / |u|; v <- m v + q u; p <- p - lr v.
-    * ``lars_classic`` (SimCLR): the same q, but the lr is inside: v <- m v + lr q u; p <- p - v. The two differ once
-      the lr changes.
-    * ``larc`` (SwAV): q = trust |p| / (|g| + weight_decay |p| + 1e-8); v <- m v + q u; p <- p - lr v. Where a norm
-      is 0 there is no weight decay either.
+    * ``lars_classic`` (SimCLR): the same q, with the lr inside the momentum: v <- m v + lr q u; p <- p - v. It differs
+      from ``lars`` once the lr changes.
+    * ``larc`` (SwAV): q = trust |p| / (|g| + weight_decay |p| + 1e-8); v <- m v + q u; p <- p - lr v. If a norm is 0,
+      there is no weight decay either.
 
-    A group with ``adapt`` False takes q = 1; the papers exclude biases and norms so, and give them no weight decay.
+    A group with ``adapt`` False has q = 1. The papers do this for biases and norms, without weight decay.
     """
 
     def __init__(
@@ -34,13 +36,13 @@ class Lars(Optimizer):
         trust: float = 0.001,
         form: str = "lars",
     ) -> None:
-        """Set up.
+        """Make an optimizer.
 
         Args:
             params: parameters, or groups of them; a group may set ``adapt``.
             lr: learning rate.
             momentum: m in [0, 1).
-            weight_decay: of groups that do not set their own.
+            weight_decay: default for groups that do not set their own.
             trust: trust coefficient, > 0.
             form: one of ``FORMS``.
 
@@ -48,14 +50,14 @@ class Lars(Optimizer):
             ValueError: an unknown form.
         """
         if form not in FORMS:
-            raise ValueError(f"the form of LARS is {form!r}; it must be one of {', '.join(FORMS)}")
+            raise ValueError(unknown_name("the form of LARS", form, FORMS))
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True}
         self.form = form
         super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the weights that have a gradient."""
+        """Update the parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -75,7 +77,7 @@ class Lars(Optimizer):
             slopes = torch.stack(torch._foreach_norm(gradients if self.form == "larc" else updates))
             usable = (sizes > 0) & (slopes > 0)
             if self.form == "larc":
-                # Without a scale there is no weight decay either: the plain gradient.
+                # Without a scale there is no weight decay either.
                 updates = [torch.where(ok, u, g) for ok, u, g in zip(usable, updates, gradients, strict=True)]
                 slopes = slopes + decay * sizes + 1e-8
             scales = torch.where(usable, group["trust"] * sizes / slopes, 1.0)

@@ -1,4 +1,4 @@
-"""Losses as pure functions.
+"""Loss functions.
 
 Letters: N batch, C feature dimension, K number of negatives.
 """
@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-# Negatives taken at a time, whatever K is: their N x 8192 similarities fit into a processor's cache.
+# Number of negatives that are computed with at a time: N x 8192 similarities fit into a processor's cache.
 BLOCK = 8192
 
 
 def info_nce(q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor, temperature: float) -> torch.Tensor:
     """InfoNCE: cross-entropy of the positive among the negatives, mean over the batch (MoCo, Eq. 1).
 
-    With equal similarities it is log(1 + K). The N x (1 + K) logits are never held, neither for the gradient, which is
-    made on the way: afterwards the negatives may be overwritten.
+    With equal similarities the loss is log(1 + K). The N x (1 + K) logit matrix is never materialised. The gradient is
+    computed in the forward pass, so the negatives may be overwritten before backward.
 
     Args:
-        q: (N, C) queries, L2-normalised; the gradient flows to them only.
+        q: (N, C) queries, L2-normalised; only they receive a gradient.
         k: (N, C) positive keys, L2-normalised.
-        negatives: (K, C) keys, L2-normalised, of any floating type; computed with in the queries'.
+        negatives: (K, C) keys, L2-normalised, of any floating-point type; they are cast to the queries' type.
         temperature: tau > 0.
     """
     with torch.autocast(q.device.type, enabled=False):
@@ -32,11 +32,11 @@ def info_nce(q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor, temperat
 
 
 class _InfoNCE(torch.autograd.Function):
-    """The loss, block by block of negatives, and its gradient.
+    """The loss and its gradient, computed over blocks of negatives.
 
-    With z the logits, the gradient of logsumexp(z) - z_positive by q is (the softmax-weighted mean of all keys - the
-    positive key) / temperature, and both logsumexp and weighted mean can be summed up over blocks; sums are kept
-    relative to the largest logit so far, so that nothing overflows.
+    With z the logits, the gradient of logsumexp(z) - z_positive with respect to q is (the softmax-weighted mean of all
+    keys - the positive key) / temperature. Both logsumexp and weighted mean are accumulated over blocks, relative to
+    the largest logit so far, so that nothing overflows.
     """
 
     @staticmethod
@@ -66,9 +66,8 @@ class _InfoNCE(torch.autograd.Function):
 def contrast_rank(q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
     """Count, for each query, the negatives that are at least as similar as its positive: (N,), 0 is best.
 
-    A negative that ties with the positive counts against it, so a collapsed encoder shows K, not 0. Equal vectors tie
-    whatever the order in which their products are summed up: the positive is rounded as the negatives are held, and
-    what C products and their sum can lose to rounding, on either side, makes no difference.
+    Ties count against the positive, so a collapsed encoder shows K, not 0. To make equal vectors tie, the positive is
+    rounded to the negatives' type, and similarities within the rounding error of a sum of C products count as equal.
     """
     held = k.to(negatives.dtype).to(q.dtype)
     positive = (q * held).sum(dim=1, keepdim=True)  # (N, 1)

@@ -1,4 +1,4 @@
-"""The memory bank: one feature per image of the set, an old one (Wu et al., arXiv 1805.01978).
+"""Memory bank: an old feature of each image of the data set (Wu et al., arXiv 1805.01978).
 
 Letters: n images of the set, N images per process, C feature dimension.
 """
@@ -15,7 +15,8 @@ from moco_d2.layers.distributed import all_gather
 class MemoryBank(nn.Module):
     """A moving average of each image's feature, equal in all processes, saved and resumed with the model.
 
-    Rows start uniformly in +-1/sqrt(C/3) and are not normalised until their image is seen, as in the published code.
+    Rows start with values drawn uniformly from +-1/sqrt(C/3). A row is first normalised when its image is seen, as in
+    the published code.
 
     Attributes:
         features: (n, C) buffer; row i belongs to image i.
@@ -27,10 +28,10 @@ class MemoryBank(nn.Module):
         """Make a bank.
 
         Args:
-            images: n >= 1, number of images of the set.
+            images: n >= 1, number of images of the data set.
             dim: C >= 1, size of a feature.
-            momentum: in [0, 1], the share of the old feature that is kept.
-            dtype: type in which the features are held.
+            momentum: m in [0, 1], the share of the old feature.
+            dtype: type in which the features are stored.
 
         Raises:
             ValueError: an argument is out of range.
@@ -38,8 +39,8 @@ class MemoryBank(nn.Module):
         super().__init__()
         if images < 1 or dim < 1 or not 0 <= momentum <= 1:
             raise ValueError(
-                f"a memory bank of {images} images, {dim} features and momentum {momentum}: it needs at least one of "
-                "each, and a momentum in [0, 1]"
+                f"a memory bank needs images >= 1, dim >= 1 and momentum in [0, 1]; got images {images}, dim {dim}, "
+                f"momentum {momentum}"
             )
         self.momentum = momentum
         bound = (dim / 3) ** -0.5
@@ -64,8 +65,8 @@ class MemoryBank(nn.Module):
 
         Args:
             count: number of rows.
-            generator: a CPU generator; the draw does not depend on the kind of device. Seed it alike in all processes
-                for the same rows everywhere, or with the rank for different ones.
+            generator: CPU generator, so that the draw does not depend on the device. Give it the same seed in all
+                processes to draw the same rows, or a seed with the rank in it to draw different rows.
         """
         index = torch.randint(len(self.features), (count,), generator=generator)
         return self.rows(index.to(self.features.device))
@@ -74,15 +75,15 @@ class MemoryBank(nn.Module):
     def update(self, features: torch.Tensor, index: torch.Tensor) -> None:
         """Move rows towards new features and normalise them: M_i <- normalise(m M_i + (1 - m) f_i).
 
-        Every process applies the updates of all processes in rank order, so that the banks stay equal. If an image
-        occurs several times, because it stands for an unreadable one, its last feature counts.
+        Every process applies the updates of all processes in rank order, so that the banks stay equal. An image can
+        occur several times, because it replaces unreadable ones; its last feature counts.
 
         Args:
             features: (N, C), L2-normalised; the same N in every process.
-            index: (N,) int64, the images that the features are of.
+            index: (N,) int64, the numbers of the images.
         """
         features, index = all_gather(features.detach()), all_gather(index)
-        # index_copy_ writes duplicates in any order on a GPU: keep the last of each.
+        # On a GPU index_copy_ writes duplicates in any order, so only the last of each is passed.
         order = torch.arange(len(index), device=index.device)
         last = (index[:, None] == index).long().mul(order).amax(dim=1) == order
         index, features = index[last], features[last]

@@ -13,21 +13,21 @@ from moco_d2.layers.distributed import total, world_size
 
 
 class Prototypes(nn.Module):
-    """K directions that features are compared with: a Linear without bias whose rows have norm 1.
+    """K directions to compare features with: a Linear without bias whose rows have norm 1.
 
     Attributes:
         weight: (K, C) parameter.
     """
 
     def __init__(self, dim: int, count: int) -> None:
-        """Make ``count`` (K) random prototypes of ``dim`` (C) features."""
+        """Make ``count`` (K) random prototypes of ``dim`` (C) components."""
         super().__init__()
         self.weight = nn.Parameter(nn.Linear(dim, count, bias=False).weight.detach())
         self.normalise_()
 
     @torch.no_grad()
     def normalise_(self) -> None:
-        """Give every prototype norm 1; SwAV does so before each step."""
+        """Normalise every prototype to norm 1, as SwAV does before each step."""
         self.weight.copy_(F.normalize(self.weight, dim=1))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -37,11 +37,11 @@ class Prototypes(nn.Module):
 
 @torch.no_grad()
 def sinkhorn(scores: torch.Tensor, eps: float = 0.05, iterations: int = 3) -> torch.Tensor:
-    """Turn scores into codes that use all prototypes equally, over all processes (SwAV, Eq. 3).
+    """Return codes that use all prototypes equally, over the features of all processes (SwAV, Eq. 3).
 
-    Q = exp(scores / eps) is scaled by turns so that every prototype has the same total and every feature a total of 1.
-    Sums run over all processes, so that it makes no difference which process holds which feature. It is computed in
-    float32 or wider: exp(1 / eps) is large.
+    Q = exp(scores / eps) is scaled alternately so that every prototype has the same total and every feature a total of
+    1. Sums run over all processes, so the result does not depend on which process holds which feature. It is computed
+    in float32 or wider, because exp(1 / eps) is large.
 
     Args:
         scores: (N, K), the same N in every process.
@@ -56,10 +56,10 @@ def sinkhorn(scores: torch.Tensor, eps: float = 0.05, iterations: int = 3) -> to
         largest = codes.max()
         if world_size() > 1:
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        codes = (codes - largest).exp()  # a common factor, which the first scaling removes
+        codes = (codes - largest).exp()  # the first scaling removes this common factor
         for _ in range(iterations):
             used = total(codes.sum(dim=0))  # (K,)
-            # A prototype that no feature is near can underflow to 0 everywhere: it stays unused.
+            # A prototype that is far from all features can underflow to 0 everywhere: it stays unused.
             codes = codes / used.clamp_min(torch.finfo(codes.dtype).tiny)
             codes = codes / codes.sum(dim=1, keepdim=True).clamp_min(torch.finfo(codes.dtype).tiny)
         return codes

@@ -1,7 +1,9 @@
-"""ResNet encoders by name, under torchvision's parameter names, at any width."""
+"""ResNets by name, under torchvision's parameter names, of any width, with batch, synchronised or group norm."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from moco_d2.facts import BackboneFacts, Pixels
+from moco_d2.layers.batch_norm import SyncBatchNorm2d
 from moco_d2.messages import unknown_name
 
 # depth: (block, blocks per stage)
@@ -35,6 +38,15 @@ ARCHITECTURES: dict[str, tuple[int, int, int]] = {
 }
 
 
+STEMS = ("imagenet", "cifar")
+NORM_GROUPS = 32  # of every group norm, as in Detectron2
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "BN": nn.BatchNorm2d,
+    "SyncBN": SyncBatchNorm2d,
+    "GN": functools.partial(nn.GroupNorm, NORM_GROUPS),
+}
+
+
 class ScaledResNet(ResNet):
     """torchvision's ResNet with every channel count multiplied by ``width``, parameter names unchanged.
 
@@ -55,51 +67,75 @@ class ScaledResNet(ResNet):
         return super()._make_layer(block, int(planes * self.width), *args, **kwargs)
 
 
-def build_resnet(name: str = "resnet50", num_classes: int = 1000, width: float = 1.0, stem: str = "imagenet") -> ResNet:
-    """Build a ResNet with torchvision's names and initialisation (the demo's for a CIFAR stem).
+def build_resnet(
+    name: str = "resnet50",
+    num_classes: int = 1000,
+    width: float = 1.0,
+    stem: str = "imagenet",
+    norm: str = "BN",
+    zero_init_residual: bool = False,
+) -> ResNet:
+    """Build a ResNet with torchvision's names and initialisation.
 
     Args:
         name: a key of ``ARCHITECTURES``.
         num_classes: outputs of ``fc``.
-        width: multiplier of every channel count; ``64 * width`` must be a whole number that ``groups`` divides.
-        stem: ``imagenet`` (7x7 stride 2, max-pool), or ``cifar`` (3x3 stride 1, no pool: the authors' CIFAR demo).
+        width: multiplier of every channel count: 1 is the paper's, 2 and 4 its wide networks, 0.25 is for quick runs.
+            ``64 * width`` must be a whole number that ``groups`` divides.
+        stem: ``imagenet`` (7x7 convolution of stride 2, max-pool), or ``cifar`` (3x3 of stride 1, no pool: the MoCo
+            authors' CIFAR demo; cannot be converted for detection).
+        norm: ``BN`` (statistics of each process's batch), ``SyncBN`` (of all processes' batches), or ``GN`` (group norm
+            with 32 groups, which needs a width that is a multiple of 0.5; detectors then have MODEL.RESNETS.NORM GN).
+        zero_init_residual: start with the last norm of every block at 0, so that each block is the identity (Goyal et
+            al., arXiv 1706.02677).
 
     Raises:
-        ValueError: an unknown name or stem, or an impossible width.
+        ValueError: an argument has an unknown or impossible value.
     """
     if name not in ARCHITECTURES:
-        raise ValueError(unknown_name("the encoder", name, ARCHITECTURES))
-    if stem not in ("imagenet", "cifar"):
-        raise ValueError(f"encoder stem is {stem!r}; it must be 'imagenet' or 'cifar'")
+        raise ValueError(unknown_name("SSL.ENCODER.NAME", name, ARCHITECTURES))
+    for key, value, choices in (("stem", stem, STEMS), ("norm", norm, NORMS)):
+        if value not in choices:
+            raise ValueError(unknown_name(f"SSL.ENCODER.ARGS.{key}", value, choices))
     depth, groups, width_per_group = ARCHITECTURES[name]
     if width <= 0 or (64 * width) % 1 or int(64 * width) * width_per_group // 64 < 1:
-        raise ValueError(f"encoder width is {width}; 64 * width must be a positive whole number (0.25, 0.5, 1, 2, 4)")
+        raise ValueError(
+            f"SSL.ENCODER.ARGS.width is {width}; 64 * width must be a positive whole number (0.25, 0.5, 1, 2, 4)"
+        )
+    if norm == "GN" and int(64 * width) % NORM_GROUPS:
+        raise ValueError(
+            f"SSL.ENCODER.ARGS.width is {width}; with norm GN it must be a multiple of 0.5, because the {NORM_GROUPS} "
+            "groups must divide the number of channels"
+        )
     block, blocks = DEPTHS[depth]
     network = ScaledResNet(
-        width, block, list(blocks), num_classes=num_classes, groups=groups, width_per_group=width_per_group
-    )
+        width, block, list(blocks), num_classes=num_classes, groups=groups, width_per_group=width_per_group,
+        norm_layer=NORMS[norm], zero_init_residual=zero_init_residual,
+    )  # fmt: skip
     if stem == "cifar":
-        # With PyTorch's own initialisation, unlike the other convolutions: the demo replaces this one afterwards, too.
+        # The demo, too, replaces this convolution after the initialisation: it alone has PyTorch's own.
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
         network.maxpool = nn.Identity()
     return network
 
 
 def network_for(facts: BackboneFacts) -> ResNet:
-    """Build the torchvision network that a backbone's facts describe, head removed (``fc`` is an identity).
+    """Build the torchvision network that a backbone's facts describe, without head (``fc`` is an identity).
 
-    With ``stride_in_1x1`` the strides of the bottlenecks move to their first convolution, as in Caffe's ResNets.
+    With ``stride_in_1x1`` a bottleneck has its stride in the first convolution, as in Caffe's ResNets.
 
     Raises:
         ValueError: an unknown depth.
     """
     if facts.depth not in DEPTHS:
-        raise ValueError(f"depth is {facts.depth}; known depths are {', '.join(map(str, DEPTHS))}")
+        raise ValueError(f"depth is {facts.depth}; the known depths are {', '.join(map(str, DEPTHS))}")
     block, blocks = DEPTHS[facts.depth]
     width = facts.stem_channels / 64
     # ScaledResNet multiplies the planes by width, torchvision then by width_per_group / 64.
     per_group = round(facts.width_per_group / width)
-    network = ScaledResNet(width, block, list(blocks), groups=facts.groups, width_per_group=per_group)
+    network = ScaledResNet(
+        width, block, list(blocks), groups=facts.groups, width_per_group=per_group, norm_layer=NORMS[facts.norm]
+    )
     network.fc = nn.Identity()
     if facts.stride_in_1x1:
         for bottleneck in network.modules():
@@ -109,27 +145,27 @@ def network_for(facts: BackboneFacts) -> ResNet:
 
 
 def describe(network: nn.Module, pixels: Pixels | None = None, **kwargs: Any) -> BackboneFacts:
-    """Read a ResNet's facts off its parameter shapes.
+    """Return a ResNet's facts, read off the shapes of its tensors.
 
     Args:
-        network: any module with torchvision's ResNet names; a head may be present.
-        pixels: the input it is trained with (default: ImageNet RGB).
-        kwargs: ``origin`` and ``protocol``.
+        network: any module with torchvision's ResNet names, with or without head.
+        pixels: the input that it is trained with (default: ImageNet RGB).
+        kwargs: ``origin`` and ``recipe``.
 
     Raises:
-        ValueError: the parameters are not those of a known ResNet depth.
+        ValueError: the shapes are not those of a known ResNet depth.
     """
     return facts_from_shapes({k: tuple(v.shape) for k, v in network.state_dict().items()}, pixels or Pixels(), **kwargs)
 
 
 def facts_from_shapes(shapes: dict[str, torch.Size | tuple[int, ...]], pixels: Pixels, **kwargs: Any) -> BackboneFacts:
-    """Read facts off the shapes of a state dict under torchvision's names (see :func:`describe`)."""
+    """Return the facts of a state dict under torchvision's names, by its shapes (see :func:`describe`)."""
     blocks = tuple(len({k.split(".")[1] for k in shapes if k.startswith(f"layer{s}.")}) for s in (1, 2, 3, 4))
     block = Bottleneck if "layer1.0.conv3.weight" in shapes else BasicBlock
     depth = next((d for d, shape in DEPTHS.items() if shape == (block, blocks)), None)
     if depth is None or "conv1.weight" not in shapes:
         known = ", ".join(map(str, DEPTHS))
-        raise ValueError(f"not a ResNet of depth {known}: {blocks} {block.__name__} blocks in layer1..layer4")
+        raise ValueError(f"not a ResNet of depth {known}: layer1 to layer4 have {blocks} {block.__name__} blocks")
     conv2 = shapes["layer1.0.conv2.weight"]
     groups = conv2[0] // conv2[1]
     last = shapes[f"layer1.0.conv{3 if block is Bottleneck else 2}.weight"]
@@ -139,6 +175,7 @@ def facts_from_shapes(shapes: dict[str, torch.Size | tuple[int, ...]], pixels: P
         res2_channels=last[0],
         groups=groups,
         width_per_group=conv2[0] // groups,
+        norm="BN" if "bn1.running_mean" in shapes else "GN",
         pixels=pixels,
         **kwargs,
     )

@@ -1,4 +1,4 @@
-"""Self-supervised methods, one a file. Importing the package registers them all."""
+"""Self-supervised methods, one per file. Importing the package registers all of them."""
 
 from moco_d2.methods.base import METHODS, Diagnostic, SSLMethod, build_method, default_args, method_class
 from moco_d2.methods.moco import MoCo

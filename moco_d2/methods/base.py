@@ -15,21 +15,21 @@ from moco_d2.messages import did_you_mean, unknown_name
 
 METHODS: dict[str, type[SSLMethod]] = {}
 
-# Arguments of a constructor that the engine gives; all others are SSL.ARGS.
+# Arguments of a constructor that the engine fills in; all others are SSL.ARGS.
 _GIVEN = ("encoder", "images")
 
 
 class Diagnostic(NamedTuple):
-    """One number by which a person sees how pretraining goes.
+    """A number that shows how pretraining goes.
 
     Attributes:
         key: name in ``SSLMethod.recorded`` and in ``metrics.json``; ``total_loss`` is the sum of the losses.
-        panel: title of the picture in which its curve is drawn; those of one title share it.
-        label: what the legend and the progress line call it; a label that begins with ``-`` is for the legend only.
+        panel: title of the plot in which its curve is drawn; diagnostics with the same title share a plot.
+        label: its name in the legend and the progress line; a label that begins with ``-`` is for the legend only.
         form: format specification for the progress line.
-        reference: a value that is drawn as a dashed line, such as chance; None for none.
-        reference_label: what that line is.
-        collapsed_below: a value below which the log warns that the network maps all images to one point.
+        reference: a value to draw as a dashed line, for instance chance level.
+        reference_label: what that line shows.
+        collapsed_below: below this value, the log warns that the network maps all images to one point.
     """
 
     key: str
@@ -42,15 +42,16 @@ class Diagnostic(NamedTuple):
 
 
 class SSLMethod(nn.Module, ABC):
-    """A method maps a batch of views to named losses; everything that trains it (loop, data, lr) is elsewhere.
+    """A self-supervised method, which maps a batch of views to named losses; the engine trains it.
 
-    The constructor takes ``encoder``, a callable ``num_classes -> nn.Module`` whose head is called ``fc``, and the
-    method's own keyword arguments (``SSL.ARGS``). If its signature has ``images``, it is also given the number of
-    images of the set (for a memory bank); that is not part of ``SSL.ARGS``.
+    The constructor takes ``encoder``, a callable ``num_classes -> nn.Module`` whose networks keep the contract of
+    :class:`~moco_d2.layers.encoders.Encoder`, and the method's own keyword arguments (``SSL.ARGS``), whose ranges it
+    checks. If its signature has ``images``, it also receives the number of images in the data set (for a memory bank);
+    that is not part of ``SSL.ARGS``.
 
     Attributes:
-        recorded: values of the diagnostics of the last recorded step, detached scalars by name; never part of the loss.
-        recording: whether forward fills ``recorded``: the engine turns it off for steps that nobody looks at.
+        recorded: diagnostics of the last recorded step, detached scalars by name; never part of the loss.
+        recording: whether forward fills ``recorded``; the engine sets it on the steps that are logged.
     """
 
     def __init__(self) -> None:
@@ -63,7 +64,7 @@ class SSLMethod(nn.Module, ABC):
         """Compute the losses of one batch.
 
         Args:
-            views: the images' views, their numbers and the places of the crops.
+            views: the views of the images, the images' numbers, and the boxes of the crops.
 
         Returns:
             Named scalar losses; training minimises their sum.
@@ -71,79 +72,86 @@ class SSLMethod(nn.Module, ABC):
 
     @abstractmethod
     def backbone(self) -> nn.Module:
-        """Return the network that is transferred, under torchvision's names, without head; it shares the weights."""
+        """Return the network to transfer: torchvision's names, no head, the method's own weights (not a copy)."""
 
     def diagnostics(self) -> Sequence[Diagnostic]:
-        """Describe what logs and pictures show of the method, the loss first (default: the loss alone)."""
+        """Describe the numbers that logs and plots show, the loss first (default: the loss alone)."""
         return (Diagnostic("total_loss", "loss", "loss", ".4f"),)
 
     def check_batch(self, size: int) -> None:
         """Raise ValueError if the method cannot take ``size`` images per process in training (default: any)."""
 
     def settings(self) -> dict[str, Any]:
-        """Return, by name, what is computed that follows from the number of processes (default: nothing does).
+        """Return, by name, the settings that depend on the number of processes (default: none).
 
-        It is logged, and a resumed run must have the same.
+        They are logged and saved in checkpoints, and a resumed run must have the same.
         """
         return {}
 
     def departures(self) -> list[str]:
-        """Return, in words, where :meth:`settings` are not what the arguments stand for (default: nowhere)."""
+        """Return, in words, where :meth:`settings` differ from what the arguments promise (default: nowhere).
+
+        Each makes the run a modified recipe.
+        """
         return []
 
     def advice(self, images: int, batch: int, steps: int) -> list[str]:
-        """Return warnings, with remedies, on a run that can be made and will not learn much (default: none).
+        """Return warnings, with remedies, about a run that would work but learn little (default: none).
 
         Args:
-            images: size of the data set.
-            batch: images of a step, in all processes.
+            images: number of images in the data set.
+            batch: images per step, in all processes.
             steps: length of the run.
         """
         return []
 
+    def remedies_for_divergence(self) -> list[str]:
+        """Return changes to ``SSL.ARGS`` that can help when the loss becomes infinite or NaN (default: none)."""
+        return []
+
     def networks(self) -> list[nn.Module]:
-        """Return the networks that forward calls, for compilation (default: the children that have parameters)."""
+        """Return the networks that forward calls, to be compiled (default: all children with parameters)."""
         return [child for child in self.children() if next(child.parameters(), None) is not None]
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Return the trainable parameters in groups, each with what sets it apart.
+        """Return the trainable parameters in groups; every trainable parameter belongs to one group.
 
-        A group is ``{"params": parameters}`` and may have ``constant_lr: True`` (the schedule leaves its lr alone, as
-        SimSiam's predictor wants), ``lr_factor`` (multiplies the lr) and ``no_weight_decay: True``. The default is one
-        group of all parameters. Every trainable parameter stands in one group.
+        A group is ``{"params": parameters}`` and may have ``constant_lr: True`` (the schedule does not change its lr,
+        as for SimSiam's predictor), ``lr_factor`` (multiplies the lr) and ``no_weight_decay: True``. The default is
+        one group of all parameters.
         """
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def before_epoch(self, epoch: int, replay: Callable[[], Iterator[Views]]) -> None:
-        """Run before the first step of an epoch, unless the run was resumed inside it (clusterings).
+        """Run before the first step of an epoch, but not after resuming inside one (clustering).
 
         Args:
-            epoch: its number, from 0.
-            replay: returns this process's batches of the epoch, as training will see them, read beforehand.
+            epoch: number of the epoch, from 0.
+            replay: loads this process's batches of the epoch in advance, exactly as training will see them.
         """
 
     def before_step(self, progress: float, epoch: float) -> None:
-        """Run before a step's forward (schedules).
+        """Run before the forward pass of each step (schedules).
 
         Args:
-            progress: part of training that is done, in [0, 1).
-            epoch: number of epochs that are done, with the part of the present one.
+            progress: fraction of training that is done, in [0, 1).
+            epoch: number of epochs that are done, including the fraction of the current one.
         """
 
     def after_backward(self) -> None:
-        """Run between the backward pass and the optimizer's step, when gradients are unscaled (frozen layers)."""
+        """Run between the backward pass and the optimizer's step, on unscaled gradients (frozen layers)."""
 
     def after_step(self) -> None:
-        """Run after the optimizer's step (centres, target networks)."""
+        """Run after the optimizer's step (target networks, centring)."""
 
     @staticmethod
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Translate the state dict of the method's published code to this one's names (default: unchanged)."""
+        """Translate a state dict of the method's published code to the names used here (default: unchanged)."""
         return state
 
 
 def register(method: type[SSLMethod]) -> type[SSLMethod]:
-    """Class decorator: make a method available as ``SSL.METHOD``."""
+    """Register a method under its class name, which is its name in ``SSL.METHOD``; a class decorator."""
     METHODS[method.__name__] = method
     return method
 
@@ -152,7 +160,7 @@ def method_class(name: str) -> type[SSLMethod]:
     """Return a registered method.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones.
+        ValueError: the name is unknown; the message lists the known ones.
     """
     if name not in METHODS:
         raise ValueError(unknown_name("SSL.METHOD", name, METHODS))
@@ -160,7 +168,7 @@ def method_class(name: str) -> type[SSLMethod]:
 
 
 def default_args(name: str) -> dict[str, Any]:
-    """Return the keyword arguments of a method with their defaults, as ``SSL.ARGS`` takes them."""
+    """Return a method's keyword arguments with their defaults: the default ``SSL.ARGS``."""
     parameters = inspect.signature(method_class(name)).parameters
     own = {key: p.default for key, p in parameters.items() if key not in _GIVEN}
     return {key: default for key, default in own.items() if default is not inspect.Parameter.empty}
@@ -171,12 +179,12 @@ def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str,
 
     Args:
         name: a key of ``METHODS``.
-        encoder: builds a network with the given number of outputs in its ``fc``.
+        encoder: builds a network with the given number of outputs.
         args: the method's keyword arguments.
-        images: number of images of the set, for methods that ask for it.
+        images: number of images in the data set, for methods whose constructor asks for it.
 
     Raises:
-        ValueError: an argument the method does not have; the message lists the accepted ones.
+        ValueError: the method has no such argument; the message lists those it has.
     """
     accepted = default_args(name)
     for key in args:

@@ -18,7 +18,7 @@ from torch import nn
 from moco_d2.layers.batch_norm import use_group_batch_norm
 from moco_d2.layers.distributed import all_gather, rank, shared_permutation, world_size
 from moco_d2.layers.ema import ema_update_
-from moco_d2.layers.heads import mlp_head, without_head
+from moco_d2.layers.heads import mlp_head, replace_head, without_head
 from moco_d2.layers.losses import contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
 from moco_d2.layers.views import Views
@@ -26,16 +26,16 @@ from moco_d2.methods.base import Diagnostic, SSLMethod, register
 
 logger = logging.getLogger(__name__)
 
-PAPER_GROUPS = 8  # The paper trains on 8 GPUs, each with its own batch statistics.
+PAPER_GROUPS = 8  # The paper trains on 8 GPUs, and each has its own batch statistics.
 QUEUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @register
 class MoCo(SSLMethod):
-    """Momentum contrast: a query encoder, its slowly moving average, and a queue of that one's past keys.
+    """Momentum contrast: a query encoder, its moving average (the key encoder), and a queue of past keys.
 
-    The defaults are MoCo v1's; v2 is ``mlp=True, temperature=0.2`` (with its augmentation and cosine schedule, which
-    are not the method's business).
+    The defaults are MoCo v1's. MoCo v2 is ``mlp=True, temperature=0.2``, with its own augmentation and a cosine
+    schedule, which the config sets.
     """
 
     def __init__(
@@ -54,46 +54,57 @@ class MoCo(SSLMethod):
         """Build both encoders and the queue.
 
         Args:
-            encoder: called as ``encoder(num_classes=dim)``; returns a network whose last layer is a Linear ``fc``.
+            encoder: called as ``encoder(num_classes=dim)``; see :class:`~moco_d2.layers.encoders.Encoder`.
             dim: C, size of a feature.
             queue_size: K, number of negatives.
-            momentum: m in [0, 1], the key encoder's decay (Eq. 2).
+            momentum: m in [0, 1], decay of the key encoder (Eq. 2).
             temperature: tau > 0 (Eq. 1).
-            mlp: MoCo v2's two-layer head instead of v1's single layer.
-            symmetric: let both views query (the authors' CIFAR demo can; the papers do not). The loss is the sum.
-            shuffle: shuffling BN (section 3.3). Without it batch statistics betray the positive.
-            bn_groups: batch statistics are computed over this many groups in each process. 1 is plain BN; 0 means as
-                many as make 8 in all (the paper's 8 GPUs), at least one a process. With a single group in all,
-                shuffling has no effect.
-            queue_dtype: what the queue holds keys as; ``bfloat16`` and ``float16`` take half the memory, and round.
+            mlp: use MoCo v2's two-layer head instead of v1's single layer.
+            symmetric: use each view as query once and add the two losses. The authors' CIFAR demo has this option;
+                the papers do not use it.
+            shuffle: shuffling BN (section 3.3). Without it, batch statistics reveal the positive key.
+            bn_groups: number of groups per process that have batch statistics of their own. 1 is plain BN. 0 chooses
+                the number that makes 8 in total, like the paper's 8 GPUs, but at least one per process. With a single
+                group in total, or an encoder whose norm is SyncBN or GN, shuffling has no effect.
+            queue_dtype: dtype of the queue. ``bfloat16`` and ``float16`` halve its memory and round the keys.
 
         Raises:
-            ValueError: a value out of range, or an encoder without a Linear ``fc``.
+            ValueError: a value is out of range, the encoder's head is not a Linear, or there are BN groups for an
+                encoder without plain batch norm.
         """
         super().__init__()
         _check_ranges(dim, queue_size, momentum, temperature, bn_groups, queue_dtype)
-        self.momentum = momentum
-        self.temperature = temperature
-        self.symmetric = symmetric
-        self.shuffle = shuffle
-        self.bn_groups = bn_groups or max(1, PAPER_GROUPS // world_size())
-        self.groups_in_all, self._groups_meant = self.bn_groups * world_size(), bn_groups or PAPER_GROUPS
-        if shuffle and self.groups_in_all == 1:
-            logger.warning("shuffling BN has no effect with a single BN group: set SSL.ARGS.bn_groups to 2 or more")
-
+        self.momentum, self.temperature = momentum, temperature
+        self.symmetric, self.shuffle = symmetric, shuffle
         self.encoder_q = encoder(num_classes=dim)
-        head = getattr(self.encoder_q, "fc", None)
-        if not isinstance(head, nn.Linear):
-            raise ValueError(f"MoCo needs an encoder whose head is a Linear called fc, got {type(head).__name__}")
-        if mlp:
-            self.encoder_q.fc = mlp_head(head)
-        if self.bn_groups > 1:
-            use_group_batch_norm(self.encoder_q, self.bn_groups)
+        replace_head(self.encoder_q, mlp_head if mlp else lambda head: head)
+        self._set_groups(bn_groups)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.queue = FeatureQueue(queue_size, dim, QUEUE_DTYPES[queue_dtype])
 
+    def _set_groups(self, bn_groups: int) -> None:
+        """Give the encoder's batch norms their groups."""
+        if any(type(module) is nn.BatchNorm2d for module in self.encoder_q.modules()):
+            self.bn_groups = bn_groups or max(1, PAPER_GROUPS // world_size())
+            self.total_bn_groups = self.bn_groups * world_size()
+            # A positive bn_groups is meant for one process, as in the authors' CIFAR demo.
+            self._expected_bn_groups = bn_groups or PAPER_GROUPS
+            reason = "a single BN group: set SSL.ARGS.bn_groups to 2 or more"
+        else:
+            if bn_groups > 1:
+                raise ValueError(
+                    f"SSL.ARGS.bn_groups is {bn_groups}; it must be 0 with SSL.ENCODER.ARGS.norm SyncBN or GN, which "
+                    "have no groups"
+                )
+            self.bn_groups = self.total_bn_groups = self._expected_bn_groups = 1
+            reason = "SSL.ENCODER.ARGS.norm SyncBN or GN: set SSL.ARGS.shuffle False"
+        if self.shuffle and self.total_bn_groups == 1:
+            logger.warning("shuffling BN has no effect with %s", reason)
+        if self.bn_groups > 1:
+            use_group_batch_norm(self.encoder_q, self.bn_groups)
+
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
-        """Algorithm 1 of the paper: the loss of two views (N, 3, H, W) of each image."""
+        """Compute the loss of two views (N, 3, H, W) of each image: Algorithm 1."""
         x1, x2 = views.images
         if self.training:
             self.check_batch(len(x1))
@@ -105,35 +116,39 @@ class MoCo(SSLMethod):
         else:
             loss, keys = self._contrast(x1, x2)
         if self.training:
-            self.queue.enqueue(keys)  # After the logits: a step's own keys are never its negatives.
+            self.queue.enqueue(keys)  # After the loss: a step's own keys are never its negatives.
         return {"loss_contrast": loss}
+
+    def backbone(self) -> nn.Module:
+        """Return the query encoder without its head: MoCo transfers f_q."""
+        return without_head(self.encoder_q)
 
     def _contrast(self, x_q: torch.Tensor, x_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of queries x_q against keys x_k, and all processes' keys (R * N, C) in batch order."""
         q = self._encode(self.encoder_q, x_q)  # (N, C)
         all_keys = self._shuffled_keys(x_k)  # (R * N, C)
-        k = all_keys.unflatten(0, (world_size(), -1))[rank()]  # (N, C)
+        k = _own_part(all_keys)  # (N, C)
         if self.recording:
             self._record(q, k)
         return info_nce(q, k, self.queue.features, self.temperature), all_keys
 
     def _encode(self, encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
         features = encoder(x)
-        # Under autocast too the loss is computed in float32: exp(1 / temperature) is large.
+        # The loss is computed in float32 even under autocast, because exp(1 / temperature) is large.
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
 
     @torch.no_grad()
     def _shuffled_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Encode keys with the batch shuffled across processes and BN groups, and return them in batch order.
+        """Return all processes' keys (R * N, C) in batch order, encoded in shuffled order.
 
-        Shuffling BN, section 3.3: the key of an image is normalised with other images than its query.
+        Shuffling BN, section 3.3: shuffled across processes and BN groups, the key of an image is normalised together
+        with other images than its query.
         """
         if not self.shuffle:
             return all_gather(self._encode(self.encoder_k, x))
-        everyone = all_gather(x)  # (R * N, 3, H, W)
-        permutation = shared_permutation(len(everyone), x.device)
-        mine = permutation.unflatten(0, (world_size(), -1))[rank()]
-        keys = all_gather(self._encode(self.encoder_k, everyone[mine]))
+        batch = all_gather(x)  # (R * N, 3, H, W)
+        permutation = shared_permutation(len(batch), x.device)  # the same in all processes
+        keys = all_gather(self._encode(self.encoder_k, batch[_own_part(permutation)]))
         return keys[permutation.argsort()]
 
     @torch.no_grad()
@@ -144,16 +159,15 @@ class MoCo(SSLMethod):
             "contrast_acc1": (ranks < 1).float().mean(),
             "contrast_acc5": (ranks < 5).float().mean(),
             "positive_similarity": (q * k).sum(dim=1).mean(),
-            "negative_similarity": (q.mean(dim=0) * negatives.mean(dim=0, dtype=q.dtype)).sum(),  # over all pairs
-            # 1 / sqrt(C) when features spread over the sphere, 0 when they have collapsed to a point.
+            "negative_similarity": (q.mean(dim=0) * negatives.mean(dim=0, dtype=q.dtype)).sum(),  # mean over all pairs
             "feature_std": q.std(dim=0).mean(),
         }
 
     def diagnostics(self) -> Sequence[Diagnostic]:
-        """Describe loss, accuracy against the queue, similarities, and how far features spread."""
+        """Describe the loss, the accuracy against the queue, the similarities, and the spread of the features."""
         k, c = self.queue.features.shape
-        even = 1 / math.sqrt(c)
         chance = math.log(1 + k) * (2 if self.symmetric else 1)
+        even = 1 / math.sqrt(c)  # the std of features spread evenly over the sphere; it is 0 if all are one point
         return (
             Diagnostic("total_loss", "loss", "loss", ".4f", chance, "chance, log(1 + K)"),
             Diagnostic("contrast_acc1", "contrast accuracy", "acc@1"),
@@ -164,74 +178,77 @@ class MoCo(SSLMethod):
         )
 
     def check_batch(self, size: int) -> None:
-        """Raise ValueError if a process's images cannot be split into the BN groups."""
+        """Raise ValueError if ``size`` images per process cannot be split into the BN groups."""
         if size % self.bn_groups:
             raise ValueError(
-                f"{size} images per process cannot be split into {self.bn_groups} BN groups; "
-                f"make the batch a multiple of it, or set SSL.ARGS.bn_groups"
+                f"{size} images per process cannot be split into {self.bn_groups} BN groups; make the batch per "
+                f"process a multiple of {self.bn_groups}, or change SSL.ARGS.bn_groups"
             )
 
     def settings(self) -> dict[str, Any]:
-        """Return the number of BN groups in all processes."""
-        return {"number of BN groups in all processes": self.groups_in_all}
+        """Return the total number of BN groups."""
+        return {"number of BN groups in all processes": self.total_bn_groups}
 
     def departures(self) -> list[str]:
-        """Return the number of BN groups in all processes where it is neither the paper's nor the argument's.
-
-        A positive ``bn_groups`` is meant for one process, as in the authors' CIFAR demo.
-        """
-        if self.groups_in_all in (PAPER_GROUPS, self._groups_meant):
+        """Return the total number of BN groups if it is neither the paper's nor the argument's."""
+        if self.total_bn_groups in (PAPER_GROUPS, self._expected_bn_groups):
             return []
-        return [f"{self.groups_in_all} BN groups in all {world_size()} process(es), not {self._groups_meant}"]
+        return [f"{self.total_bn_groups} BN groups in {world_size()} process(es) instead of {self._expected_bn_groups}"]
 
     def advice(self, images: int, batch: int, steps: int) -> list[str]:
-        """Warn of a queue longer than an epoch, a run too short for the key encoder, and BN groups of one image."""
+        """Warn about a queue longer than an epoch, a run too short for the key encoder, and BN groups of one image."""
         found = []
-        size, keys = len(self.queue.features), images * (2 if self.symmetric else 1)  # keys of an epoch
+        size, keys = len(self.queue.features), images * (2 if self.symmetric else 1)  # keys per epoch
         if size > keys:
             fits = 1 << max(0, (keys // 4).bit_length() - 1)  # the largest power of two up to a quarter
             smaller = f" and SOLVER.IMS_PER_BATCH {fits} or less" if batch > fits else ""
-            remedy = f"SSL.ARGS.queue_size {fits}{smaller}" if fits >= 16 else "these are too few images"
+            remedy = f"set SSL.ARGS.queue_size {fits}{smaller}" if fits >= 16 else "these are too few images"
             found.append(
                 f"the queue (SSL.ARGS.queue_size {size}) holds the keys of {size / keys:,.1f} epochs of your {images} "
-                "images: the negatives of each image include its own earlier keys. It should hold at most a quarter "
-                f"of an epoch: {remedy}"
+                "images, so the negatives of an image include its own earlier keys. The queue should hold at most a "
+                f"quarter of an epoch: {remedy}"
             )
         left = self.momentum**steps
         if left > 0.5:
             enough = math.ceil(math.log(0.01) / math.log(self.momentum)) if self.momentum < 1 else 0
-            longer = f"take {enough} steps or more (SOLVER.EPOCHS, a smaller SOLVER.IMS_PER_BATCH), or " * bool(enough)
+            longer = f"train for {enough} steps or more (SOLVER.EPOCHS, a smaller SOLVER.IMS_PER_BATCH), or "
             found.append(
-                f"after all {steps} steps the key encoder is still to {left:.0%} what it was at the start: {longer}"
-                f"lower SSL.ARGS.momentum, {self.momentum:g}"
+                f"after all {steps} steps, {left:.0%} of the key encoder is still its initial weights: "
+                f"{longer if enough else ''}lower SSL.ARGS.momentum, which is {self.momentum:g}"
             )
-        if batch // self.groups_in_all == 1:
+        if batch // self.total_bn_groups == 1:
             found.append(
-                f"each of the {self.groups_in_all} BN groups has one image, which tells no batch's statistics: take a "
-                "larger SOLVER.IMS_PER_BATCH, or fewer groups (SSL.ARGS.bn_groups)"
+                f"each of the {self.total_bn_groups} BN groups has a single image, which gives no batch statistics: "
+                "raise SOLVER.IMS_PER_BATCH, or use fewer groups (SSL.ARGS.bn_groups)"
             )
         return found
 
-    def backbone(self) -> nn.Module:
-        """Return the query encoder without its head: MoCo transfers f_q."""
-        return without_head(self.encoder_q)
+    def remedies_for_divergence(self) -> list[str]:
+        """Return a higher temperature: the gradient is proportional to its inverse."""
+        return ["a higher SSL.ARGS.temperature"]
 
     @staticmethod
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Accept the authors' training checkpoints too (see :func:`from_official`)."""
+        """Accept the authors' training checkpoints as well (see :func:`from_official`)."""
         return from_official(state)
+
+
+def _own_part(batch: torch.Tensor) -> torch.Tensor:
+    """Return this process's part (N, ...) of what all processes hold together (R * N, ...)."""
+    own: torch.Tensor = batch.unflatten(0, (world_size(), -1))[rank()]
+    return own
 
 
 def _check_ranges(
     dim: int, queue_size: int, momentum: float, temperature: float, bn_groups: int, queue_dtype: str
 ) -> None:
-    """Raise ValueError naming every argument of the constructor that is out of range."""
+    """Raise ValueError if arguments of the constructor are out of range; the message names all of them."""
     rules = [
-        (dim >= 1, f"dim is {dim}; a feature needs at least one component (the paper's have 128)"),
+        (dim >= 1, f"dim is {dim}; it must be at least 1 (the paper's is 128)"),
         (queue_size >= 1, f"queue_size is {queue_size}; it must be at least 1 (the paper's is 65536)"),
         (0 <= momentum <= 1, f"momentum is {momentum}; it must be in [0, 1] (the paper's is 0.999)"),
         (temperature > 0, f"temperature is {temperature}; it must be positive (v1: 0.07, v2: 0.2)"),
-        (bn_groups >= 0, f"bn_groups is {bn_groups}; it must be 0 (the paper's 8 in all) or positive"),
+        (bn_groups >= 0, f"bn_groups is {bn_groups}; it must be positive, or 0 for the paper's 8 in total"),
         (
             queue_dtype in QUEUE_DTYPES,
             f"queue_dtype is {queue_dtype!r}; it must be one of {', '.join(QUEUE_DTYPES)}",
@@ -245,21 +262,21 @@ def _check_ranges(
 def from_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Translate the full ``state_dict`` of an official MoCo v1/v2 checkpoint to this class's names.
 
-    The encoders keep their names; a ``module.`` prefix goes; ``queue`` (C, K) becomes ``queue.features`` (K, C) and
-    ``queue_ptr`` becomes ``queue.pointer``. A state dict that already has this class's names is returned as it is. Some
-    files were saved again without the pointer: the queue is then filled from its beginning, and a warning says so.
+    The encoders keep their names without ``module.``; ``queue`` (C, K) becomes ``queue.features`` (K, C), and
+    ``queue_ptr`` becomes ``queue.pointer``. Some published files lack the pointer: it is then 0, with a warning. A
+    state dict that already has this class's names is returned unchanged.
     """
     state = {key.removeprefix("module."): value for key, value in state.items()}
     if "queue" in state:
         state["queue.features"] = state.pop("queue").T.contiguous()
         if "queue_ptr" not in state:
-            logger.warning("the checkpoint has a queue and no queue_ptr: its oldest entries are taken to be the first")
+            logger.warning("the checkpoint has a queue but no queue_ptr: its first entries are taken as the oldest")
         state["queue.pointer"] = state.pop("queue_ptr", torch.zeros(1, dtype=torch.long))
     return state
 
 
 def to_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Undo :func:`from_official`: the layout that the authors' scripts and converters read."""
+    """Translate this class's ``state_dict`` to the authors' layout, which their scripts read."""
     renamed = {f"module.{key}": value for key, value in state.items() if not key.startswith("queue.")}
     renamed["module.queue"] = state["queue.features"].T.contiguous()
     renamed["module.queue_ptr"] = state["queue.pointer"]

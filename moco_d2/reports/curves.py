@@ -1,10 +1,10 @@
-"""Drawings of a report, as SVG text that takes the colour of the page around it."""
+"""Line plots: curves on an axis, and a report's plots as SVG text in the colours of the page around it."""
 
 from __future__ import annotations
 
 import html
 import io
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,52 +13,64 @@ from matplotlib.figure import Figure
 
 from moco_d2.reports.summary import Row, Table, heading
 
-_INK = "#010203"  # stands for the page's text colour, which an SVG calls currentColor
+Line = Sequence[tuple[float, float]]
+
+_INK = "#010203"  # a placeholder for the page's text colour, which SVG calls currentColor
 _COLOURS = ("#2f7ed8", "#e0732b", "#2a9d6f", "#a35fc4", "#d6479b", "#8a8d2d", "#c0392b", "#4bb3c3")
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
 
 
+def plot_lines(
+    axis: Any, title: str, lines: Mapping[str, Sequence[Line]], references: Iterable[tuple[str, float]] = ()
+) -> None:
+    """Plot lines over iterations on an axis, with a legend.
+
+    Args:
+        axis: of matplotlib.
+        title: of the plot.
+        lines: label to its lines, each a sequence of (iteration, value); lines of one label have one colour.
+        references: (label, value) of constants, drawn as dashed lines.
+    """
+    for colour, (label, found) in zip(_colours(lines), lines.items(), strict=True):
+        for number, line in enumerate(found):
+            axis.plot(
+                *(zip(*line, strict=True) if line else ((), ())), color=colour, label=None if number else label,
+                linewidth=1.4, alpha=0.85, marker="o" if len(line) < 20 else None, markersize=3.5,
+            )  # fmt: skip
+    for label, value in references:
+        axis.axhline(value, color="grey", linestyle="--", linewidth=1, label=label)
+    axis.set(title=title, xlabel="iteration")
+    axis.grid(alpha=0.2)
+    axis.legend(frameon=False, fontsize=9)
+
+
 def learning_curves(table: Table) -> list[str]:
-    """Draw the first metric over iterations where it was measured on the way, and the loss.
+    """Draw a table's first metric, if it was measured during training, and the loss over iterations.
 
     Args:
         table: of the runs, whose folders hold ``metrics.json``.
 
     Returns:
-        ``<svg>`` elements; none when nothing was recorded.
+        ``<svg>`` elements, one for each quantity that was recorded.
     """
     metric = _metric(table)
     drawings = []
-    # Detectron2 puts the test set before a metric's name when there are several.
+    # Detectron2 puts the test set before a metric's name if there are several.
     for title, keys in ((heading(metric), [metric, f"{table.test_set}/{metric}"]), ("total loss", ["total_loss"])):
         lines = {
             row.label: list(filter(None, _lines(row, keys)))
             for row in table.rows if row.percent == table.percents[-1]
         }  # fmt: skip
         if any(len(line) > 1 for found in lines.values() for line in found):
-            drawings.append(_draw(_name(table, title), partial(_paint_lines, title=title, lines=lines)))
+            drawings.append(_draw(_name(table, title), partial(plot_lines, title=title, lines=lines)))
     return drawings
 
 
-def _paint_lines(axis: Any, title: str, lines: Mapping[str, Sequence[Sequence[tuple[int, float]]]]) -> None:
-    for colour, (label, found) in zip(_colours(lines), lines.items(), strict=True):
-        for number, line in enumerate(found):
-            axis.plot(
-                *zip(*line, strict=True), color=colour, label=None if number else label, linewidth=1.4, alpha=0.85,
-                marker="o" if len(line) < 20 else None, markersize=3.5,
-            )  # fmt: skip
-    axis.set(title=title, xlabel="iteration")
-    axis.legend(frameon=False, fontsize=9)
-
-
 def fraction_curves(table: Table) -> str:
-    """Draw the first metric over the part of the labels, mean and standard deviation.
-
-    Args:
-        table: of the runs.
+    """Draw a table's first metric over the part of the labels, with mean and standard deviation.
 
     Returns:
-        An ``<svg>`` element; empty when all runs used the same part.
+        An ``<svg>`` element; empty if all runs used the same part.
     """
     if len(table.percents) < 2 or not table.columns:
         return ""
@@ -78,6 +90,7 @@ def fraction_curves(table: Table) -> str:
         axis.set_xticks(table.percents, [f"{percent:g}%" for percent in table.percents])
         axis.minorticks_off()
         axis.set(xlabel="part of the training labels", ylabel=heading(metric))
+        axis.grid(alpha=0.2)
         axis.legend(frameon=False, fontsize=9)
 
     return _draw(_name(table, "label fractions"), paint)
@@ -104,17 +117,15 @@ def _draw(name: str, paint: Callable[[Any], None]) -> str:
     """Return what ``paint`` draws on axes as an ``<svg>`` element.
 
     Args:
-        name: of the drawing, its own on the page; ids follow from it, so that they are the same each time.
-        paint: draws on the axes it gets.
+        name: of the drawing, unique on the page. Ids follow from it, so that they are the same each time.
+        paint: a function that draws on axes.
     """
     style: dict[Any, Any] = dict.fromkeys(_INKED, _INK)
     style |= {"svg.hashsalt": name, "axes.spines.top": False, "axes.spines.right": False}
     file = io.StringIO()
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-        axis = figure.subplots()
-        axis.grid(alpha=0.2)
-        paint(axis)
+        paint(figure.subplots())
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")

@@ -1,4 +1,4 @@
-"""Pictures for people who would rather look than read: the pretraining curve, the views, the detections."""
+"""Pictures of a run: the pretraining curve, the views, the detections."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from detectron2.engine import DefaultPredictor
 from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
 
-from moco_d2.config import load_cfg, use_device_there_is
-from moco_d2.data import ViewDataset, build_backend, build_recipe, open_source
+from moco_d2.config import load_cfg, use_available_device
+from moco_d2.data import ViewDataset, build_augmentation, build_backend, open_source
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.mapper import read_label_image, read_pixels
 from moco_d2.detection.preflight import building
@@ -27,6 +28,7 @@ from moco_d2.detection.weights import all_names, load_weights
 from moco_d2.engine.build import outline
 from moco_d2.io.files import atomic_write
 from moco_d2.methods import Diagnostic
+from moco_d2.reports.curves import Line, plot_lines
 from moco_d2.reports.records import read_scalars
 
 FolderLike = str | os.PathLike[str]
@@ -37,14 +39,14 @@ def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
 
     Args:
         run: its folder, with ``metrics.json`` and ``config.yaml``.
-        path: the PNG to write.
+        path: of the PNG.
 
     Raises:
-        ValueError: it recorded nothing.
+        ValueError: the run recorded nothing.
     """
     records = list(read_scalars(Path(run)))
     if not records:
-        raise ValueError(f"{Path(run) / 'metrics.json'} is missing, or holds no figures of a pretraining run")
+        raise ValueError(f"{Path(run) / 'metrics.json'} is missing, or has no figures of a pretraining run")
     panels: dict[str, list[Diagnostic]] = {}
     for one in outline(load_cfg(Path(run) / "config.yaml")).diagnostics():
         panels.setdefault(one.panel, []).append(one)
@@ -53,47 +55,43 @@ def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        lines: dict[str, list[Line]] = {}
         for one in curves:
             points = [(r["iteration"] + 1, r[one.key]) for r in records if one.key in r]
-            label = one.label.removeprefix("-")
-            axis.plot(*(zip(*points, strict=True) if points else ((), ())), label=label, marker=".", markersize=4)
-            if one.reference is not None:
-                axis.axhline(one.reference, color="grey", linestyle="--", linewidth=1, label=one.reference_label)
-        axis.set(title=title, xlabel="iteration")
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=9)
+            lines.setdefault(one.label.removeprefix("-"), []).append(points)
+        plot_lines(axis, title, lines, [(o.reference_label, o.reference) for o in curves if o.reference is not None])
     _save_figure(figure, path)
 
 
 def draw_view_pairs(cfg: CfgNode, path: FolderLike, count: int = 8) -> None:
-    """Draw pictures as pretraining sees them: one column a picture, one row a view.
+    """Draw images as pretraining sees them: a column per image, a row per view.
 
     Args:
         cfg: config of a pretraining run.
-        path: the PNG to write.
-        count: number of pictures.
+        path: of the PNG.
+        count: number of images.
     """
-    recipe = build_recipe(cfg.DATA.RECIPE, cfg.DATA.CROP_SIZE)
+    augmentation = build_augmentation(cfg.DATA.AUGMENTATION, cfg.DATA.CROP_SIZE)
     source = open_source(cfg.DATASETS.TRAIN)
-    dataset = ViewDataset(source, recipe, max(cfg.SEED, 0), build_backend("pil", torch.device("cpu")))
+    dataset = ViewDataset(source, augmentation, max(cfg.SEED, 0), build_backend("pil", torch.device("cpu")))
     chosen = range(0, len(source), max(1, len(source) // count))[:count]
-    figure, axes = _figure(len(recipe.views), len(chosen), (1.5 * len(chosen), 1.6 * len(recipe.views)))
+    figure, axes = _figure(len(augmentation.views), len(chosen), (1.5 * len(chosen), 1.6 * len(augmentation.views)))
     for column, index in enumerate(chosen):
         for row, view in enumerate(dataset[0, index].views):
             axes[row, column].imshow(view)
             axes[row, column].set_axis_off()
-    figure.suptitle(f"views of {cfg.DATA.RECIPE}, one picture a column", fontsize=11)
+    figure.suptitle(f"views of {cfg.DATA.AUGMENTATION}, an image per column", fontsize=11)
     _save_figure(figure, path)
 
 
 def draw_detections(runs: Mapping[str, FolderLike], path: FolderLike, count: int = 4, threshold: float = 0.25) -> None:
-    """Draw test pictures: ground truth, then the detections of each run.
+    """Draw test images with their ground truth, and with the detections of each run.
 
     Args:
         runs: heading to folder of a finished run (``config.yaml``, ``model_final.pth``), all on the same test set.
-        path: the PNG to write.
-        count: number of pictures.
-        threshold: score from which a detection is drawn.
+        path: of the PNG.
+        count: number of images.
+        threshold: lowest score of a detection that is drawn.
     """
     predictors = {name: load_predictor(Path(folder) / "model_final.pth", threshold) for name, folder in runs.items()}
     cfg = next(iter(predictors.values())).cfg
@@ -116,13 +114,13 @@ def draw_detections(runs: Mapping[str, FolderLike], path: FolderLike, count: int
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be seen on a picture, be it labels, a training sample or a detector's output.
+    """The objects or pixel classes on an image: labels, a training sample, or a detector's output.
 
     Attributes:
         boxes: (N, 4) x0, y0, x1, y1 in pixels.
         classes: N numbers.
         scores: N, or None for labels.
-        masks: N, in any form that Detectron2's Visualizer takes, or None.
+        masks: N, in any form that Detectron2's Visualizer accepts, or None.
         keypoints: (N, K, 3) x, y and visibility or score, or None.
         sem_seg: (H, W) class of each pixel, or None.
     """
@@ -136,7 +134,7 @@ class Scene:
 
     @classmethod
     def labelled(cls, record: Mapping[str, Any], cfg: CfgNode) -> Scene:
-        """Take the labels of a data set's record, as far as the config's detector learns them."""
+        """Return the labels in a data set's record, as far as the config's detector learns them."""
         items = [item for item in record.get("annotations", ()) if not item.get("iscrowd")]
         boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS) for item in items]
         masks = cfg.MODEL.MASK_ON and all("segmentation" in item for item in items)
@@ -154,7 +152,7 @@ class Scene:
 
     @classmethod
     def trained_on(cls, sample: Mapping[str, Any]) -> Scene:
-        """Take what Detectron2's mapper gives a model to train on."""
+        """Return a training sample, as Detectron2's mapper gives it to a model."""
         if "instances" not in sample:
             return cls(np.zeros((0, 4)), [], sem_seg=sample["sem_seg"].numpy())
         found = sample["instances"]
@@ -166,7 +164,7 @@ class Scene:
 
     @classmethod
     def predicted(cls, output: Mapping[str, Any]) -> Scene:
-        """Take a model's output for one picture."""
+        """Return a model's output for one image."""
         if "instances" not in output:
             return cls(np.zeros((0, 4)), [], sem_seg=output["sem_seg"].argmax(0).cpu().numpy())
         found = output["instances"].to("cpu")
@@ -191,20 +189,20 @@ class Scene:
 
 
 def draw_scene(image: np.ndarray, metadata: Any, scene: Scene, colors: Sequence[Any] | None = None) -> np.ndarray:
-    """Draw a scene on a picture with Detectron2's Visualizer, and return the drawing.
+    """Draw a scene on an image with Detectron2's Visualizer, and return the drawing.
 
     Args:
         image: (H, W, 3) RGB.
         metadata: of the data set: names of classes, skeleton of keypoints, colours of pixels.
         scene: what to draw.
-        colors: one an object; otherwise each class has its own.
+        colors: one per object; by default one per class.
     """
-    # Small pictures are enlarged, and large ones get larger letters, so that captions can be read.
+    # Small images are enlarged and large ones get larger letters, so that captions are legible.
     width = image.shape[1]
     visualizer = Visualizer(image, metadata, max(1.0, 480 / width), font_size_scale=max(1.0, width / 600))
     if scene.sem_seg is not None:
         return np.asarray(visualizer.draw_sem_seg(scene.sem_seg, area_threshold=0, alpha=0.6).get_image())
-    if colors is None:  # hues by the golden ratio: neighbours differ
+    if colors is None:  # hues in steps of the golden ratio, so that neighbours differ
         colors = [hsv_to_rgb((0.618034 * number % 1, 0.9, 0.95)) for number in scene.classes]
     names = metadata.get("thing_classes")
     labels = [names[number] if names else str(number) for number in scene.classes]
@@ -217,12 +215,12 @@ def draw_scene(image: np.ndarray, metadata: Any, scene: Scene, colors: Sequence[
 
 
 def load_predictor(weights: FolderLike, threshold: float, opts: Sequence[str] = ()) -> DefaultPredictor:
-    """Return a trained detector, ready for pictures (H, W, 3) in BGR.
+    """Return a trained detector that takes images (H, W, 3) in BGR.
 
     Args:
-        weights: a checkpoint; its run's ``config.yaml`` lies beside it.
-        threshold: score from which detections are returned.
-        opts: further ``KEY VALUE`` pairs for the config.
+        weights: a checkpoint, with its run's ``config.yaml`` in the same folder.
+        threshold: lowest score of the detections that are returned.
+        opts: ``KEY VALUE`` overrides of the config.
 
     Raises:
         ValueError: one of the files is missing, or the checkpoint does not fill the detector.
@@ -230,10 +228,10 @@ def load_predictor(weights: FolderLike, threshold: float, opts: Sequence[str] = 
     weights = Path(weights)
     config = weights.parent / "config.yaml"
     if not config.is_file():
-        raise ValueError(f"{config} is not there; a checkpoint is shown with its run's config")
+        raise ValueError(f"{config} is missing; put the run's config.yaml into the folder of the checkpoint")
     cfg = load_cfg(config, opts)
-    use_device_there_is(cfg)
-    cfg.MODEL.WEIGHTS = ""  # loaded below, where what is missing is an error
+    use_available_device(cfg)
+    cfg.MODEL.WEIGHTS = ""  # loaded below, where missing weights are an error
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
     with building():
         predictor = DefaultPredictor(cfg)
@@ -242,9 +240,6 @@ def load_predictor(weights: FolderLike, threshold: float, opts: Sequence[str] = 
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    # Without pyplot: no global state, no display.
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 

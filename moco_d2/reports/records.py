@@ -1,8 +1,8 @@
-"""The one reader of what runs leave for reports: results, what a trial was asked for, and scalars over iterations.
+"""Reader of the files that runs leave for reports: results, requests of trials, and scalars over iterations.
 
-Whatever lies in a folder of runs may be somebody else's, or cut short. A file whose
-content has not the shape that this project writes is refused by its name, so that a report never holds a figure of
-another program. Earlier versions wrote less, which counts as empty; what a later version adds is passed over.
+A file in a folder of runs may belong to another program, or be cut short. If its content does not have the form that
+this project writes, it is refused by name, so that no report shows a figure of another program. Fields that an earlier
+version did not write count as empty; fields that a later version adds are ignored.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-RESULTS = "results.json"  # what a training leaves when it is done
-RECORD = "trial.json"  # what run_trials was asked for
-SCALARS = "metrics.json"  # figures on the way, a line each time
+RESULTS = "results.json"  # of a finished training
+EVALUATION = "results_eval_only.json"  # of an evaluation alone (--eval-only)
+RECORD = "trial.json"  # the request of a trial
+SCALARS = "metrics.json"  # figures during training, a line each time
 FRACTION = "DATASETS.FRACTION="
 
 Check = Callable[[Any], bool]
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value from JSON is a number; JSON's true is none."""
+    """Tell whether a value from JSON is a number; ``true`` is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -43,7 +44,7 @@ def _mapping_of(check: Check) -> Check:
 
 
 def _fields(**checks: Check) -> Check:
-    """Return a check of an object, of which any field may be missing."""
+    """Return a check of an object, any field of which may be missing."""
     return lambda value: isinstance(value, dict) and not list(_wrong(value, checks))
 
 
@@ -52,7 +53,7 @@ def _wrong(content: Mapping[str, Any], checks: Mapping[str, Check]) -> Iterator[
 
 
 def _change(value: Any) -> bool:
-    """Check a ``KEY=value``; of the labels' part the value is read."""
+    """Check a ``KEY=value``; the value of ``DATASETS.FRACTION`` must be a number, because reports read it."""
     if not isinstance(value, str) or not value.startswith(FRACTION):
         return isinstance(value, str)
     try:
@@ -62,10 +63,10 @@ def _change(value: Any) -> bool:
 
 
 _TEXT, _WHOLE = _is(str), _is(int)
-_FACTS = _fields(origin=_TEXT, protocol=_TEXT, parts=_list_of(_TEXT))
+_FACTS = _fields(origin=_TEXT, recipe=_TEXT, protocol=_TEXT, parts=_list_of(_TEXT))
 _WEIGHTS = _fields(path=_or_null(_TEXT), sha256=_or_null(_TEXT), facts=_or_null(_FACTS))
 
-# Test set -> task -> metric -> figure, or null where there is none.
+# Test set -> task -> metric -> figure, or null if there is none.
 _METRICS = _mapping_of(_or_null(_mapping_of(_mapping_of(_or_null(is_number)))))
 _RESULT: dict[str, Check] = {
     "protocol": _or_null(_TEXT),
@@ -86,44 +87,44 @@ _TRIAL: dict[str, Check] = {
 }
 
 
-def read_result(folder: Path) -> dict[str, Any]:
-    """Return a finished run's ``results.json``.
+def read_result(folder: Path, name: str = RESULTS) -> dict[str, Any]:
+    """Return the result of a finished training (or, by its name, of an evaluation).
 
     Raises:
-        ValueError: there is none, it is damaged, or another program's.
+        ValueError: the file is missing, damaged, or another program's.
     """
-    path = folder / RESULTS
+    path = folder / name
     if not path.exists():
-        raise ValueError(f"{path} is missing: the run has not finished, or is no fine-tuning run")
+        raise ValueError(f"{path} is missing: the run has not finished, or is not a fine-tuning run")
     content = read_json(path)
     if missing := [key for key in ("protocol", "metrics") if key not in content]:
-        raise ValueError(f"{path} is no result of tools/train_net.py: it has no {' and no '.join(missing)}")
-    return _checked(path, content, _RESULT, "tools/train_net.py")
+        raise ValueError(f"{path} is not a result of moco-d2 train: it has no {' and no '.join(missing)}")
+    return _checked(path, content, _RESULT, "moco-d2 train")
 
 
 def read_trial(folder: Path, complete: bool = False) -> dict[str, Any]:
-    """Return a trial's ``trial.json``; an empty object where there is none.
+    """Return a trial's ``trial.json``; an empty object if there is none.
 
     Args:
         folder: of the trial.
-        complete: whether its weights and its config are needed, to compare them.
+        complete: whether the fields with weights and config must be there, for a comparison.
 
     Raises:
-        ValueError: it is damaged, or another program's.
+        ValueError: the file is damaged, incomplete, or another program's.
     """
     path = folder / RECORD
-    content = _checked(path, read_json(path), _TRIAL, "tools/run_trials.py")
+    content = _checked(path, read_json(path), _TRIAL, "moco-d2 trials")
     if content and complete:
         found = {*content, *(f"weights.{key}" for key in content.get("weights", ()))}
         if missing := {"config", "weights.path", "weights.sha256"} - found:
-            raise ValueError(f"{path} is not as tools/run_trials.py writes it: it lacks {', '.join(sorted(missing))}")
+            raise ValueError(f"{path} was not written by moco-d2 trials: it lacks {', '.join(sorted(missing))}")
     return content
 
 
 def read_scalars(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a run's ``metrics.json`` that hold an iteration; nothing where there is no such file.
+    """Yield the lines of a run's ``metrics.json`` that have an iteration; nothing if there is no such file.
 
-    Other lines are passed over: the one that a killed run did not finish, or what is none of ours.
+    Other lines are skipped: an unfinished line of a killed run, or lines of another program.
     """
     path = folder / SCALARS
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
@@ -136,10 +137,10 @@ def read_scalars(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one where there is no file.
+    """Return the object in a JSON file; an empty one if there is no file.
 
     Raises:
-        ValueError: the file cannot be read, or holds something else.
+        ValueError: the file cannot be read, or does not hold an object.
     """
     if not path.exists():
         return {}
@@ -148,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or no JSON: {error}") from error
+        raise ValueError(f"{path} is damaged or not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it must hold an object, not a {type(content).__name__}")
     return content
@@ -156,5 +157,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _checked(path: Path, content: dict[str, Any], checks: Mapping[str, Check], writer: str) -> dict[str, Any]:
     if wrong := list(_wrong(content, checks)):
-        raise ValueError(f"{path} is not as {writer} writes it: {', '.join(wrong)}")
+        raise ValueError(f"{path} was not written by {writer}: wrong {', '.join(wrong)}")
     return content

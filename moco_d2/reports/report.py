@@ -1,7 +1,7 @@
-"""Tables of fine-tuning results: a short one for the screen, and a whole report of many runs.
+"""Reports of fine-tuning results: a short table for the screen, and a full report of many runs.
 
-The report is Markdown, CSV, LaTeX and one HTML page that needs nothing else. Figures come from
-:mod:`moco_d2.reports.summary`; here they are only written down.
+The full report is Markdown, CSV, LaTeX and one self-contained HTML page. :mod:`moco_d2.reports.summary` computes the
+figures; this module formats them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FLAG = "⚑"
 
 
 def rows(init: str, result: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the table's rows of a run, one a test set, as ``COLUMNS``; a metric without a value is a dash."""
+    """Return a run's rows of the table, one per test set, as ``COLUMNS``; a metric without a value is a dash."""
 
     def show(metrics: Mapping[str, Any], task: str, name: str) -> str:
         value = (metrics or {}).get(task, {}).get(name)
@@ -56,10 +56,10 @@ def table(runs: list[tuple[str, str | os.PathLike[str]]]) -> str:
     """Return a Markdown table of finished runs.
 
     Args:
-        runs: what each was started from, in words, and its folder.
+        runs: the initialisation of each run, in words, and its folder.
 
     Raises:
-        ValueError: a run has no result.
+        ValueError: a run has no results.
     """
     return _markdown_table(
         COLUMNS, [row for init, folder in runs for row in rows(init, summary.read_run(folder).result)]
@@ -73,15 +73,15 @@ def write_report(
 
     Args:
         paths: folders of runs, or folders above them.
-        folder: where the report goes.
+        folder: of the report.
         labels: two initialisations to compare class by class; see :func:`moco_d2.reports.summary.compared`.
 
     Returns:
-        The files written.
+        The files of the report.
 
     Raises:
-        ValueError: a path holds no finished run, a label is not among the runs, or the folder holds files of these
-            names that are no report of ours.
+        ValueError: a path contains no finished run, a label is not among the runs, or the folder has files of these
+            names that this function did not write.
     """
     left_out: list[str] = []
     runs = summary.find_runs(paths, left_out.append)
@@ -91,7 +91,7 @@ def write_report(
     known = sorted({row.label for table in tables for row in table.rows})
     for label in labels:
         if label not in known:
-            raise ValueError(f"no run was started from {label!r}; there are {', '.join(known)}")
+            raise ValueError(f"no run was initialised from {label!r}; the runs are {', '.join(known)}")
     texts = {
         "report.md": markdown(tables, runs, labels, left_out),
         "report.html": html(tables, runs, labels, left_out),
@@ -124,10 +124,10 @@ def markdown(
             parts.append(f"<details><summary>{heading(metric)} by class</summary>\n\n{_markdown_table(head, body)}")
             parts[-1] += "\n\n</details>"
     records = [provenance(run) for run in runs]
-    # What all runs share is said once; it is most of it, and long.
+    # Values that all runs share are listed once, below the table: they are many and long.
     own = [key for key in records[0] if key != "command" and (key == "folder" or len({r[key] for r in records}) > 1)]
     shared = [key for key in records[0] if key not in (*own, "command") and records[0][key]]
-    parts += ["## Where the figures come from", _markdown_table(own, [[r[key] for key in own] for r in records])]
+    parts += ["## Origin of the figures", _markdown_table(own, [[r[key] for key in own] for r in records])]
     if shared:
         parts += ["All runs:", "\n".join(f"* {key}: {records[0][key]}" for key in shared)]
     parts += ["Commands:", "\n".join(f"    {record['command']}" for record in records)]
@@ -151,14 +151,14 @@ def latex(tables: Sequence[Table]) -> str:
 
 
 def html(tables: Sequence[Table], runs: Sequence[Run], labels: Sequence[str] = (), left_out: Sequence[str] = ()) -> str:
-    """Return the report as one HTML page with everything in it."""
+    """Return the report as one self-contained HTML page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files(__package__).joinpath("report.html").read_text())
     return template.render(
         tables=tables,
         runs=runs,
         left_out=left_out,
-        anchors={run.folder: f"run-{number}" for number, run in enumerate(runs, start=1)},
+        anchors={run.file: f"run-{number}" for number, run in enumerate(runs, start=1)},
         pairs=[summary.compared(table, labels) for table in tables],
         about=about,
         heading=heading,
@@ -176,21 +176,21 @@ def html(tables: Sequence[Table], runs: Sequence[Run], labels: Sequence[str] = (
 
 
 def about(table: Table) -> list[str]:
-    """Return what must be known to read a table, a sentence a line."""
+    """Return what a reader must know about a table, a sentence per line."""
     lines = []
     if table.protocol:
         lines.append(f"config {table.protocol.config}; paper row: {table.protocol.paper}; {table.protocol.evidence}")
     else:
-        lines.append("no protocol of this name is known")
+        lines.append("not a known protocol: there are no published figures")
     if table.variant:
         lines.append(table.variant)
     if not table.comparable:
-        lines.append("not the protocol as it is shipped: not to be compared with its published figures")
+        lines.append("not the protocol as shipped: not to be compared with its published figures")
     return [*lines, *table.notes]
 
 
 def result_lines(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Return a table's head, and its lines: our rows, then the published ones."""
+    """Return a table's head, and its lines: our rows, then the published rows."""
     parts = ["labels"] * (table.percents != [100])
     head = ["pre-train", *parts, *map(heading, table.columns)]
     body = [
@@ -204,7 +204,7 @@ def result_lines(table: Table) -> tuple[list[str], list[list[str]]]:
 
 
 def published_cell(row: Published, metric: str) -> str:
-    """Return a published figure as it was printed, with std and number of trials where they are known."""
+    """Return a published figure as printed, with its standard deviation (if known) and number of trials."""
     if metric not in row.metrics:
         return "-"
     std = f" ± {row.std[metric]}" if metric in row.std else ""
@@ -212,7 +212,7 @@ def published_cell(row: Published, metric: str) -> str:
 
 
 def signed(delta: float) -> str:
-    """Return a difference as it is printed; there is no negative zero."""
+    """Return a difference with its sign; zero is never negative."""
     return f"{round(delta, 2) + 0.0:+.2f}"
 
 
@@ -226,7 +226,7 @@ def difference_lines(table: Table) -> tuple[list[str], list[list[str]]]:
 
 
 def provenance(run: Run) -> dict[str, str]:
-    """Return where a run's figures come from."""
+    """Return the origin of a run's figures: folder, code, weights, machine, settings."""
     result, weights = run.result, run.weights
     versions = {**(result.get("versions") or {}), "python": result.get("python")}
     return {
@@ -242,7 +242,7 @@ def provenance(run: Run) -> dict[str, str]:
         "weights": str(weights.get("path") or ""),
         "weights SHA-256": run.sha256,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "switches": run.switches,
+        "performance options": run.performance,
         "departures": "not recorded" if run.changes is None else " ".join(run.changes),
         "scaled": run.scaled,
         "command": str(result.get("command") or ""),
@@ -252,7 +252,7 @@ def provenance(run: Run) -> dict[str, str]:
 _LEGEND = (
     "Mean ± sample standard deviation (number of runs), in percent. Published figures are the papers' own. "
     f"{FLAG} marks a difference from the published row of more than {summary.FLAG_STD} published standard deviations. "
-    "Runs under different protocols, or of one protocol run in different ways, are never in one table."
+    "A table holds runs of one protocol, and of one variant of it."
 )
 
 
@@ -267,7 +267,7 @@ def _delta(item: Difference, metric: str) -> str:
 
 
 def _markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    # Figures stay the strings they are, or tabulate would drop their trailing zeros.
+    # disable_numparse: tabulate would drop trailing zeros.
     return str(tabulate(body, head, tablefmt="github", disable_numparse=True, stralign="left"))
 
 
@@ -277,7 +277,7 @@ def _latex_text(text: str) -> str:
 
 
 def _cell_records(tables: Sequence[Table]) -> Iterator[dict[str, str]]:
-    """Yield one record a figure, with everything that is known about it."""
+    """Yield a record for each figure, with everything that is known about it."""
     for table in tables:
         for row in table.rows:
             for metric, cell in row.cells.items():
@@ -298,7 +298,7 @@ def _cell_records(tables: Sequence[Table]) -> Iterator[dict[str, str]]:
 
 
 def _csv(records: Iterable[Mapping[str, str]]) -> str:
-    """Return records as CSV; those without a column of another one leave it empty."""
+    """Return records as CSV; a key that a record does not have is an empty cell."""
     listed = list(records)
     file = io.StringIO()
     writer = csv.DictWriter(file, list(dict.fromkeys(key for r in listed for key in r)), "", lineterminator="\n")

@@ -1,7 +1,7 @@
-"""From the folders of finished runs to the figures of a report: means over seeds, and what they differ from.
+"""Figures of a report: means of finished runs over seeds, and their differences from published rows and baselines.
 
-Runs are put together only when they are the same experiment: protocol, departures from it, weights (by their SHA-256)
-and part of the labels agree, and only the seed differs.
+Runs are averaged only if they are the same experiment: protocol, departures from it, weights (by SHA-256) and part of
+the labels agree, and only the seed differs.
 """
 
 from __future__ import annotations
@@ -19,25 +19,38 @@ from typing import Any
 
 from moco_d2.config import INITS, load_cfg
 from moco_d2.model_zoo import Protocol, Published, config_changes, get_protocol
-from moco_d2.reports.records import FRACTION, RESULTS, read_result, read_scalars, read_trial
+from moco_d2.reports.records import EVALUATION, FRACTION, RESULTS, read_result, read_scalars, read_trial
 
 logger = logging.getLogger(__name__)
 
 BASELINES = tuple(init for init in INITS if init != "moco")
 TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint", "sem_seg": ""}  # in a report's order, in words
-AUGMENTED = "_TTA"  # behind a task's name: evaluated with test-time augmentation
+AUGMENTED = "_TTA"  # suffix of a task's name: evaluated with test-time augmentation
 MAIN = ("AP", "AP50", "AP75", "mIoU")  # the metrics that papers print; the others are in the CSV files
 PER_CLASS = ("AP-", "IoU-", "ACC-")  # as Detectron2's evaluators name them
-FLAG_STD = 2  # a difference of more published standard deviations than this is flagged
+FLAG_STD = 2  # differences of more than this many published standard deviations are flagged
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished fine-tuning run. Whatever its ``results.json``, perhaps of an earlier version, lacks is empty."""
+    """One finished fine-tuning run, or one evaluation of a trained detector.
+
+    Attributes:
+        folder: its ``OUTPUT_DIR``.
+        result: its results; fields that an earlier version did not write count as empty.
+        trial: its ``trial.json``, if it is a trial.
+        evaluation: whether it is an evaluation alone (``--eval-only``), whose weights are the trained detector's.
+    """
 
     folder: Path
     result: Mapping[str, Any]
     trial: Mapping[str, Any]
+    evaluation: bool = False
+
+    @property
+    def file(self) -> Path:
+        """The file with its results."""
+        return self.folder / (EVALUATION if self.evaluation else RESULTS)
 
     @property
     def protocol(self) -> str:
@@ -46,18 +59,20 @@ class Run:
 
     @property
     def weights(self) -> Mapping[str, Any]:
-        """Path, SHA-256 and facts of what it started from."""
+        """Path, SHA-256 and facts of its initial weights."""
         return self.result.get("weights") or {}
 
     @property
     def sha256(self) -> str:
-        """Of the weights; empty when unknown or random."""
+        """SHA-256 of the weights; empty if unknown or random."""
         return self.weights.get("sha256") or self.trial.get("weights", {}).get("sha256") or ""
 
     @cached_property
     def init(self) -> str:
-        """What it started from, as published rows call it; empty when nobody said."""
+        """Its initialisation, under the name of published rows; empty if unknown."""
         path, facts = self.weights.get("path"), self.weights.get("facts") or {}
+        if self.evaluation:
+            return ""
         if path == "":
             return "random"
         if self.trial.get("init", {}).get("kind") == "supervised":
@@ -66,23 +81,25 @@ class Run:
             "ImageNet-supervised, MSRA"
         ):
             return "supervised"
-        return facts.get("protocol") or ""
+        return facts.get("recipe") or facts.get("protocol") or ""  # the name in earlier versions
 
     @cached_property
     def label(self) -> str:
-        """What it started from, in a word."""
+        """Its initialisation in a word; of an evaluation, the checkpoint."""
+        if self.evaluation:
+            return "/".join(Path(self.weights.get("path") or "unknown").with_suffix("").parts[-2:])
         if self.init in BASELINES:
             return self.init
         return self.trial.get("init", {}).get("label") or Path(self.weights.get("path") or "unknown").stem
 
     @property
     def percent(self) -> float:
-        """Part of the training labels it used."""
+        """Percentage of the training labels that it used."""
         return next((float(c.partition("=")[2]) for c in self._changes or () if c.startswith(FRACTION)), 100.0)
 
     @property
     def changes(self) -> tuple[str, ...] | None:
-        """``KEY=value`` where its config departs from the protocol's, but for the labels' part; None when unknown."""
+        """``KEY=value`` where its config departs from the protocol, without the labels' part; None if unknown."""
         if self._changes is None:
             return None
         return tuple(change for change in self._changes if not change.startswith(FRACTION))
@@ -93,32 +110,32 @@ class Run:
             changes: list[str] | None = self.result["config_changes"]
             return changes
         try:
-            return config_changes(load_cfg(self.folder / "config.yaml"))
-        except ValueError:  # no such file, keys of another version, a protocol that is not ours
+            return config_changes(load_cfg(self.folder / ("eval_only" * self.evaluation) / "config.yaml"))
+        except ValueError:  # no such file, keys of another version, or not a shipped protocol
             return None
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What of its detector was pretrained beside the backbone."""
-        return tuple((self.weights.get("facts") or {}).get("parts", ()))
+        """The components of its detector that were pretrained in addition to the backbone."""
+        return () if self.evaluation else tuple((self.weights.get("facts") or {}).get("parts", ()))
 
     @property
     def scaled(self) -> str:
-        """In words, what was fitted to the number of processes; empty when nothing was."""
+        """In words, the settings that were scaled to the number of processes; empty if none were."""
         changed = self.result.get("scaled") or {}
         parts = (f"{key.rpartition('.')[2]} {before} -> {after}" for key, (before, after) in sorted(changed.items()))
         batches = self.engine.get("ACCUMULATE", 1)
-        each = f" of {batches} batches a step" if batches > 1 else ""
-        return f"fitted to {self.processes} process(es){each}: {', '.join(parts)}" if changed else ""
+        each = f" with {batches} batches per step" if batches > 1 else ""
+        return f"scaled to {self.processes} process(es){each}: {', '.join(parts)}" if changed else ""
 
     @property
     def engine(self) -> Mapping[str, Any]:
-        """The switches that leave the mathematics alone, and batches a step."""
+        """Its performance options, and the number of batches per step."""
         return self.result.get("engine") or {}
 
     @property
-    def switches(self) -> str:
-        """In words, those that were on."""
+    def performance(self) -> str:
+        """In words, the performance options that were on."""
         return ", ".join(f"{key} {value}" for key, value in self.engine.items() if value and key != "ACCUMULATE")
 
     @property
@@ -128,7 +145,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, float]]:
-        """``{test set: {"bbox/AP": value}}``; what has no value is left out."""
+        """``{test set: {"bbox/AP": value}}``, without metrics that have no value."""
         return {
             test_set: {
                 f"{task}/{name}": float(value)
@@ -139,7 +156,12 @@ class Run:
         }  # fmt: skip
 
     def curve(self, key: str) -> list[tuple[int, float]]:
-        """Return (iterations done, value) of a scalar in ``metrics.json``; of what was done twice, the second."""
+        """Return (iteration, value) of a scalar in ``metrics.json``; a repeated iteration has its last value.
+
+        A trained detector's evaluation has no curves.
+        """
+        if self.evaluation:
+            return []
         points = {line["iteration"]: float(line[key]) for line in read_scalars(self.folder) if key in line}
         return sorted(points.items())
 
@@ -163,7 +185,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """Runs that differ by their seed alone, on one test set."""
+    """Runs that differ in their seed only, on one test set."""
 
     label: str
     init: str
@@ -174,7 +196,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """What a row's means are above another row's or a published one's; and which of that is flagged."""
+    """A row's means minus another row's or a published row's, and the metrics whose difference is flagged."""
 
     row: Row
     against: str
@@ -184,17 +206,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Table:
-    """One protocol on one test set, run in one way.
+    """Runs of one protocol, in one variant, on one test set.
 
     Attributes:
-        protocol: None when the runs name none that is known.
-        name: the protocol's, known or not.
+        protocol: None if it is not a known protocol.
+        name: the protocol's name, known or not.
         test_set: name of the data set.
-        variant: in words, how the runs depart from the protocol; empty when they do not.
-        comparable: whether they may be compared with the published rows.
+        variant: in words, how the runs depart from the protocol; empty if they do not.
+        comparable: whether the runs may be compared with the published rows.
         columns: the metrics shown, ``task/name``.
-        rows: ours.
-        notes: what a reader should know.
+        rows: means of our runs.
+        notes: remarks for the reader.
     """
 
     protocol: Protocol | None
@@ -208,23 +230,23 @@ class Table:
 
     @property
     def published(self) -> tuple[Published, ...]:
-        """The protocol's published rows; none when our rows must not be compared with them."""
+        """The protocol's published rows; empty if our rows must not be compared with them."""
         return self.protocol.published if self.protocol and self.comparable else ()
 
     @property
     def percents(self) -> list[float]:
-        """The parts of the labels that were used, in rising order."""
+        """The percentages of the labels that were used, ascending."""
         return sorted({row.percent for row in self.rows})
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """Of each row: to the published row of the same init, and to the baselines run here on the same labels."""
+        """The differences of each row from the published row of its init, and from baselines on the same labels."""
         found = []
         for row in self.rows:
             for published in self.published if row.percent == 100 else ():
                 if published.init == row.init:
                     found.append(_to_published(row, published, self.columns))
-            # Of the baselines themselves only one difference: supervised minus random.
+            # Between the baselines there is one difference only: supervised minus random.
             for other in self.rows if row.init != "random" else ():
                 if other.init in BASELINES and other.init != row.init and other.percent == row.percent:
                     means = {metric: cell.mean for metric, cell in other.cells.items()}
@@ -233,44 +255,45 @@ class Table:
 
 
 def find_runs(paths: Iterable[str | os.PathLike[str]], report: Callable[[str], None] = logger.warning) -> list[Run]:
-    """Read every finished run in folders and below them.
+    """Read every finished run and evaluation in folders and below them.
 
     Args:
         paths: the folders.
-        report: is told of each result that is left out, because it is damaged or another program's.
+        report: called with a message for each result that is left out, because it is damaged or another program's.
 
     Raises:
-        ValueError: a path holds no run.
+        ValueError: a path contains no run.
     """
     runs: dict[Path, Run] = {}
     for path in paths:
         problems: list[str] = []
-        found = sorted(file.parent.resolve() for file in Path(path).rglob(RESULTS))
-        for folder in found:
+        found = sorted(file.parent.resolve() / file.name for n in (RESULTS, EVALUATION) for file in Path(path).rglob(n))
+        for file in found:
             try:
-                runs.setdefault(folder, read_run(folder))
+                runs.setdefault(file, read_run(file.parent, evaluation=file.name == EVALUATION))
             except ValueError as error:
                 problems.append(str(error))
         if not found:
-            raise ValueError(f"{path} holds no finished run: there is no {RESULTS} in it or below")
+            raise ValueError(f"{path} contains no finished run: there is no {RESULTS} in it or below")
         if len(problems) == len(found):
-            raise ValueError(f"{path} holds no finished run that can be read:\n" + "\n".join(problems))
+            raise ValueError(f"{path} contains no finished run that can be read:\n" + "\n".join(problems))
         for problem in problems:
             report(problem)
     return list(runs.values())
 
 
-def read_run(folder: str | os.PathLike[str]) -> Run:
-    """Read a finished run.
+def read_run(folder: str | os.PathLike[str], evaluation: bool = False) -> Run:
+    """Read a finished run, or the evaluation in its folder.
 
     Raises:
-        ValueError: it has no readable ``results.json``, or its ``trial.json`` is damaged.
+        ValueError: there are no readable results, or ``trial.json`` is damaged.
     """
-    return Run(Path(folder), read_result(Path(folder)), read_trial(Path(folder)))
+    folder = Path(folder)
+    return Run(folder, read_result(folder, EVALUATION if evaluation else RESULTS), read_trial(folder), evaluation)
 
 
 def build_tables(runs: Iterable[Run]) -> list[Table]:
-    """Sort runs into tables: one for each protocol, way of running it, and test set."""
+    """Sort runs into tables, one for each protocol, variant and test set."""
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         for test_set in run.metrics:
@@ -282,7 +305,7 @@ def per_class(first: Row, second: Row) -> dict[str, list[tuple[str, Cell, Cell]]
     """Compare two rows class by class.
 
     Returns:
-        ``{"bbox/AP": [(class, first's, second's), ...]}``, from the largest gain of the first to its largest loss.
+        ``{"bbox/AP": [(class, first's, second's), ...]}``, from the first row's largest gain to its largest loss.
     """
     found: dict[str, list[tuple[str, Cell, Cell]]] = {}
     for metric in first.cells.keys() & second.cells.keys():
@@ -295,14 +318,14 @@ def per_class(first: Row, second: Row) -> dict[str, list[tuple[str, Cell, Cell]]
 
 
 def compared(table: Table, labels: Sequence[str] = ()) -> tuple[Row, Row] | None:
-    """Choose the two rows to compare class by class, of those with the most labels.
+    """Return the two rows to compare class by class, among those with the most labels.
 
     Args:
         table: of the rows.
-        labels: what they were started from; by default the first that is no baseline, and the first baseline.
+        labels: the rows' labels; by default the first row that is not a baseline, and the first baseline.
 
     Returns:
-        None when the table has no such two.
+        The rows, or None if the table does not have them.
     """
     rows = {row.label: row for row in table.rows if row.percent == table.percents[-1]}
     if labels:
@@ -322,11 +345,12 @@ def heading(metric: str) -> str:
 
 def _variant(run: Run) -> str:
     if run.changes is None:
-        said = "config not recorded"
+        changes = "config not recorded"
     else:
-        said = f"modified: {' '.join(run.changes)}" if run.changes else ""
-    parts = f"pretrained beside the backbone: {', '.join(run.parts)}" if run.parts else ""
-    return "; ".join(filter(None, (said, parts, run.scaled)))
+        changes = f"modified: {' '.join(run.changes)}" if run.changes else ""
+    kind = "evaluation alone (--eval-only)" * run.evaluation
+    parts = f"pretrained in addition to the backbone: {', '.join(run.parts)}" if run.parts else ""
+    return "; ".join(filter(None, (kind, changes, parts, run.scaled)))
 
 
 def _table(name: str, variant: str, test_set: str, runs: Sequence[Run]) -> Table:
@@ -345,7 +369,7 @@ def _table(name: str, variant: str, test_set: str, runs: Sequence[Run]) -> Table
     columns = [m for m in metrics if m in printed or m.partition("/")[2] in MAIN]
     return Table(
         protocol, name, test_set, variant,
-        comparable=not runs[0].changes and runs[0].changes is not None and not runs[0].parts,
+        comparable=runs[0].changes == () and not (runs[0].parts or runs[0].evaluation),
         columns=tuple(sorted(columns, key=_order)),
         rows=rows,
         notes=tuple(_notes(rows)),
@@ -374,19 +398,20 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
         seeds = Counter(run.result.get("seed") for run in row.runs)
         twice = [str(seed) for seed, count in seeds.items() if count > 1]
         if twice:
-            yield f"{row.label}: seed {', '.join(twice)} is there more than once, so its runs are not independent"
+            yield f"{row.label}: several runs have seed {', '.join(twice)}, so they are not independent"
         if any(cell.n != len(row.runs) for metric, cell in row.cells.items() if not _is_per_class(metric)):
             yield f"{row.label}: some of its {len(row.runs)} runs lack a metric; n is in parentheses"
-        if len(ways := {run.switches for run in row.runs}) > 1:
-            yield f"{row.label}: its runs had other switches on: {'; '.join(sorted(way or 'none' for way in ways))}"
+        if len(ways := {run.performance for run in row.runs}) > 1:
+            options = "; ".join(sorted(way or "none" for way in ways))
+            yield f"{row.label}: its runs differ in their performance options: {options}"
     commits = {run.result["commit"] for row in rows for run in row.runs if run.result.get("commit")}
     if len(commits) > 1:
-        yield f"the runs are of {len(commits)} different commits"
+        yield f"the runs come from {len(commits)} different commits"
 
 
 def _to_published(row: Row, published: Published, columns: Sequence[str]) -> Difference:
     deltas = _deltas(row, published.metrics, columns)
-    # Rounded, or 82.8 - 82.4 might be a trifle more than twice 0.2.
+    # Rounded, because 82.8 - 82.4 is slightly more than twice 0.2 in floating point.
     flags = {m for m, d in deltas.items() if m in published.std and round(abs(d) - FLAG_STD * published.std[m], 9) > 0}
     return Difference(row, f"{published.label}, published", deltas, frozenset(flags))
 

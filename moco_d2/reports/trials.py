@@ -1,9 +1,9 @@
-"""The fine-tuning runs that a comparison needs: what each is, where it lies, and whether it is done.
+"""Trials: the fine-tuning runs of a comparison, their folders, and which of them are done.
 
 A trial is one training of one protocol from one initialisation with one seed (and, on request, a part of the labels).
-Its folder holds ``trial.json``, what was asked for, written before the training starts; the rest is what training
-leaves (docs/pipeline.md). A trial is done when ``results.json`` is there. A folder whose ``trial.json`` says something
-else than what is asked for now is refused, so that a mean is never taken over different things.
+Its folder holds ``trial.json``, the request, written before the training starts, and the files of the training
+(docs/pipeline.md). A trial is done once ``results.json`` exists. If the ``trial.json`` in a folder differs from the
+present request, the folder is refused, so that no mean is taken over different experiments.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.utils.collect_env import collect_env_info
 
-from moco_d2.config import INITS, flat, get_cfg
+from moco_d2.config import INITS, flat, get_cfg, roles
+from moco_d2.config.keys import RENAMED
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.preflight import check_run, check_weights, fit_to_machine, scale_to_processes
 from moco_d2.detection.subsets import check_percent
@@ -38,25 +39,18 @@ from moco_d2.running.weights import local_path, refuse_stubs
 ENVIRONMENT = "environment.txt"
 LOG = "trial.log"
 LOCK = ".lock"
-# Where a run finds its weights and leaves its files, and on what it computes, is no part of what it is.
-PLACES = ("MODEL.WEIGHTS", "MODEL.DEVICE", "OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "TEST.COCO_BACKEND")
-# Keys that have an option of their own.
-RESERVED = {
-    "SEED": "--seeds", "OUTPUT_DIR": "--output", "MODEL.WEIGHTS": "--weights", "PROTOCOL": "--protocol",
-    "DATASETS.FRACTION": "--fractions",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Init:
-    """What a detector starts from.
+    """An initialisation of a detector.
 
     Attributes:
         label: its name in folders and tables.
-        kind: how it is fed, a key of :data:`moco_d2.config.INITS`.
+        kind: the input that it expects, a key of :data:`moco_d2.config.INITS`.
         path: ``MODEL.WEIGHTS``; empty for random initialisation.
         sha256: of the file; empty for random initialisation.
-        facts: what the file says about itself, if it does.
+        facts: the facts in the file, if there are any.
     """
 
     label: str
@@ -68,17 +62,17 @@ class Init:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training that is asked for.
+    """One requested training.
 
     Attributes:
         protocol: name of the protocol.
         config: name of the config for ``--config-file``.
-        init: what it starts from.
+        init: its initialisation.
         seed: of the training.
-        percent: part of the training labels it uses.
+        percent: percentage of the training labels that it uses.
         folder: its ``OUTPUT_DIR``.
-        opts: ``KEY VALUE ...`` on top of the config, ``OUTPUT_DIR`` included.
-        cfg: the two merged.
+        opts: ``KEY VALUE ...`` overrides, ``OUTPUT_DIR`` included.
+        cfg: the config with the overrides.
     """
 
     protocol: str
@@ -92,11 +86,11 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Name it in a line: label, seed, and the labels' part if that is not all."""
+        """The trial in words: label, seed, and the part of the labels if that is not all."""
         return f"{self.init.label} seed {self.seed}" + (f", {self.percent:g}% of the labels" * (self.percent != 100))
 
     def record(self) -> dict[str, Any]:
-        """Return what ``trial.json`` holds."""
+        """Return the content of ``trial.json``."""
         return {
             "protocol": self.protocol,
             "init": {"label": self.init.label, "kind": self.init.kind},
@@ -116,7 +110,7 @@ def plan(
     opts: Sequence[str] = (),
     processes: int = 1,
 ) -> list[Trial]:
-    """List the trials of a comparison, having checked everything that can be checked before the first one starts.
+    """Return the trials of a comparison, after checking everything that can be checked before the first one starts.
 
     Args:
         protocol: a name of :func:`moco_d2.model_zoo.list_protocols`.
@@ -124,19 +118,19 @@ def plan(
         seeds: of the trainings, >= 0.
         output: folder of all trials; a trial's is ``output/protocol/label/seedN``, for a part of the labels
             ``output/protocol/label/seedN/fractionP``.
-        percents: parts of the training labels.
+        percents: percentages of the training labels.
         opts: ``KEY VALUE ...`` for all trials.
         processes: of each training.
 
     Returns:
-        All of them, done or not: seed by seed, so that a comparison that is cut short is still one.
+        All trials, done or not, seed by seed: a comparison that is cut short then has complete seeds.
 
     Raises:
-        ValueError: names the mistake; or a folder holds another run than the one asked for.
+        ValueError: an argument is wrong, or a folder holds another run than the requested one.
     """
     for key in opts[::2]:
-        if key in RESERVED:
-            raise ValueError(f"{key} is set by {RESERVED[key]}; leave it out of the KEY VALUE pairs")
+        if option := roles.trial_option(key):
+            raise ValueError(f"{key} is set by {option}; leave it out of the KEY VALUE pairs")
     for percent in percents:
         check_percent(percent)
     base = get_protocol(protocol).config
@@ -153,12 +147,12 @@ def plan(
     for trial in waiting[:1]:
         _check(trial.cfg, processes)
     for trial in {trial.init.label: trial for trial in waiting if states[trial.folder] == "new"}.values():
-        check_weights(trial.cfg, resume=True)  # what an attempt without a checkpoint left is no run to keep
+        check_weights(trial.cfg, resume=True)  # an attempt that left no checkpoint may be overwritten
     return trials
 
 
 def state(trial: Trial) -> str:
-    """Return ``done``, ``begun`` (it left a checkpoint to continue from) or ``new``.
+    """Return ``done``, ``begun`` (there is a checkpoint to continue from) or ``new``.
 
     Raises:
         ValueError: the folder holds another run.
@@ -168,28 +162,28 @@ def state(trial: Trial) -> str:
     recorded = read_trial(folder, complete=True)
     if not recorded:
         if begun or done:
-            raise ValueError(f"{folder} holds a run that run_trials did not start; choose another --output")
+            raise ValueError(f"{folder} holds a run that moco-d2 trials did not start; choose another --output")
         return "new"
     differences = list(_differences(recorded, trial))
     result = read_result(folder) if done else {}
     used, asked = (result.get("weights") or {}).get("sha256"), trial.init.sha256
     if used and used != asked:
-        differences.append(f"weights: {RESULTS} names SHA-256 {used[:12]}, asked for is {asked[:12] or 'none'}")
+        differences.append(f"weights: SHA-256 {used[:12]} in {RESULTS}, {asked[:12] or 'none'} requested")
     if differences:
         raise ValueError(
-            f"{folder} holds another run than the one asked for:\n"
+            f"{folder} holds another run than the requested one:\n"
             + "\n".join(f"    {line}" for line in differences)
-            + "\n  Ask for what it holds, or choose another --output (weights can be renamed: LABEL=PATH)"
+            + "\n  Request the run that it holds, or choose another --output (or another name for weights: LABEL=PATH)"
         )
     return "done" if done else "begun" if begun else "new"
 
 
 @contextmanager
 def locked(trial: Trial) -> Iterator[int | None]:
-    """Hold a trial's folder against other processes, for as long as this one or a child that got the lock's file lives.
+    """Lock a trial's folder until the block ends and every child that got the descriptor has ended.
 
     Yields:
-        The lock's file descriptor, to be passed on to the child; None when another process holds the folder.
+        The lock's file descriptor, to be passed on to the child; None if another process has locked the folder.
     """
     path = files.make_folder(trial.folder, "--output") / LOCK
     with files.one_line(path, "--output"):
@@ -202,10 +196,10 @@ def locked(trial: Trial) -> Iterator[int | None]:
 
 
 def prepare(trial: Trial) -> None:
-    """Write what a trial is, and where it runs, into its folder: ``trial.json`` and ``environment.txt``.
+    """Write the request and the machine's libraries into a trial's folder: ``trial.json`` and ``environment.txt``.
 
     Raises:
-        ValueError: files of these names, or a log, are there that no trial wrote.
+        ValueError: the folder holds files of these names, or a log, that no trial wrote.
     """
     files.claim(trial.folder, [RECORD, ENVIRONMENT, LOG], "--output", trusted=bool(read_trial(trial.folder)))
     for name, text in ((RECORD, json.dumps(trial.record(), indent=1)), (ENVIRONMENT, collect_env_info())):
@@ -216,11 +210,11 @@ def prepare(trial: Trial) -> None:
 def _inits(words: Sequence[str], protocol: str) -> list[Init]:
     inits = [_init(word, protocol) for word in words]
     if not inits:
-        raise ValueError(f"--weights names nothing; give files, or one of {', '.join(BASELINES)}")
+        raise ValueError(f"--weights is empty; give files, or {' or '.join(BASELINES)}")
     for label, count in Counter(init.label for init in inits).items():
         if count > 1:
             same = ", ".join(word for word, init in zip(words, inits, strict=True) if init.label == label)
-            raise ValueError(f"{count} weights would be called {label!r} ({same}); name them: LABEL=PATH")
+            raise ValueError(f"{count} --weights have the name {label!r} ({same}); rename them: LABEL=PATH")
     return inits
 
 
@@ -230,7 +224,7 @@ def _init(word: str, protocol: str) -> Init:
         label, path = (word, "") if word in BASELINES else (Path(word).stem, word)
     if label == "random":
         if path:
-            raise ValueError(f"--weights {word}: 'random' starts from no file; choose another label")
+            raise ValueError(f"--weights {word}: 'random' means no file; choose another label")
         return Init("random", "random")
     if problem := files.name_problem(label):
         raise ValueError(f"--weights {word}: the label {label!r} cannot be a folder's name: it {problem}")
@@ -239,7 +233,7 @@ def _init(word: str, protocol: str) -> Init:
     try:
         check_source(path)
     except ValueError as error:
-        raise ValueError(f"{error}\n  With this tool: --weights {label}=PATH") from error
+        raise ValueError(f"{error}\n  With moco-d2 trials: --weights {label}=PATH") from error
     local = local_path(path)
     checkpoint = open_checkpoint(local)
     refuse_stubs(checkpoint, "model" if "model" in checkpoint.content else "")
@@ -265,7 +259,7 @@ def _check(cfg: CfgNode, processes: int) -> None:
         raise ValueError("DATASETS.TEST is empty: there would be nothing to compare")
     cfg = fit_to_machine(cfg, processes)
     check_processes(processes, cfg.MODEL.DEVICE, processes)
-    with tempfile.TemporaryDirectory() as folder:  # for users' labels that are written anew to OUTPUT_DIR
+    with tempfile.TemporaryDirectory() as folder:  # for the copies of users' labels in OUTPUT_DIR
         cfg.defrost()
         cfg.OUTPUT_DIR = folder
         register_custom(cfg)
@@ -275,19 +269,19 @@ def _check(cfg: CfgNode, processes: int) -> None:
 def _differences(recorded: Mapping[str, Any], trial: Trial) -> Iterator[str]:
     asked = trial.record()
     if recorded["weights"]["sha256"] != asked["weights"]["sha256"]:
-        held = {name: f"{r['path'] or 'none'} (SHA-256 {r['sha256'][:12] or 'none'})" for name, r in
-                (("there", recorded["weights"]), ("asked", asked["weights"]))}  # fmt: skip
-        yield f"weights: {held['there']} there, {held['asked']} asked for"
-    # A key that came with a later version had its default before.
-    defaults = _settings(get_cfg())
-    there, wanted = recorded["config"], asked["config"]
-    for key in sorted((there.keys() | wanted.keys()) - set(PLACES)):
-        old, new = (values.get(key, defaults.get(key)) for values in (there, wanted))
+        there, wanted = (f"{r['path'] or 'none'} (SHA-256 {r['sha256'][:12] or 'none'})" for r in
+                         (recorded["weights"], asked["weights"]))  # fmt: skip
+        yield f"weights: {there} in the folder, {wanted} requested"
+    # A key that is missing from the record is of a later version: the run had its default.
+    defaults, present = _settings(get_cfg()), asked["config"]
+    earlier = {RENAMED.get(key, key): value for key, value in recorded["config"].items()}
+    for key in filter(roles.identifies_trial, sorted(earlier.keys() | present.keys())):
+        old, new = (values.get(key, defaults.get(key)) for values in (earlier, present))
         if old != new:
-            yield f"{key}: {old} there, {new} asked for"
+            yield f"{key}: {old} in the folder, {new} requested"
 
 
 def _settings(cfg: CfgNode) -> dict[str, Any]:
-    """Return ``{dotted key: value}`` as JSON gives it back."""
+    """Return ``{dotted key: value}`` as read back from JSON (lists for tuples)."""
     settings: dict[str, Any] = json.loads(json.dumps(flat(cfg)))
     return settings

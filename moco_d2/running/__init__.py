@@ -1,3 +1,3 @@
-"""What the loops of both stages share so that nothing is lost: checkpoints, seeds, and stopping when asked to."""
+"""Parts that the training loops of both stages share: launcher, checkpoints, seeds, preemption, the run's folder."""
 
 from moco_d2 import host  # noqa: F401  (first: Detectron2 must be there)

@@ -1,7 +1,7 @@
-"""Checkpoints that can be trusted: whole or not there, checked before they are used, and no more than asked for.
+"""Checkpoints of a run: written completely or not at all, checked before use, and limited in number.
 
-``torch.save`` writes zip archives, in which every record carries a CRC-32 and the table of contents comes last: a
-truncated or altered checkpoint shows without a second file that would have to be kept in step with the first.
+``torch.save`` writes zip archives, in which every record has a CRC-32 and the table of contents comes last. A truncated
+or altered checkpoint is therefore detected without a second file of checksums.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _POINTER = "last_checkpoint"
 
 
 class NotWrittenError(OSError):
-    """A checkpoint could not be written; the one before it is as it was."""
+    """A checkpoint could not be written; the previous one is unchanged."""
 
     exit_code = EXIT_NOT_WRITTEN
 
 
 def write_tensors(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a checkpoint file that is whole or not there.
+    """Write a checkpoint file completely or not at all.
 
     Raises:
         NotWrittenError: the disk is full, or the file cannot be written for another reason.
@@ -50,7 +50,7 @@ def write_tensors(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None
         with atomic_write(path) as file:
             torch.save(data, file)
     except (OSError, RuntimeError) as error:
-        # torch's writer, failing a second time while it closes the archive, hides the system's error behind its own.
+        # torch's writer fails again when it closes the archive; the system's error is the context of that one.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -58,42 +58,44 @@ def write_tensors(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     logger.info("wrote %s", path)
 
 
-def save_run(keeper: Checkpointer, name: str, **extra: Any) -> None:
+def save_run(checkpointer: Checkpointer, name: str, **extra: Any) -> None:
     """Write ``<name>.pth`` with the model, everything registered with the checkpointer, and ``extra``.
 
     Raises:
-        FloatingPointError: weights are not finite, so that nothing could be continued from them. A finite loss does not
-            exclude that: its gradient may be at fault.
+        FloatingPointError: there are non-finite weights, from which a run cannot continue. They occur with a finite
+            loss, too, if its gradient is not finite.
     """
-    spoilt = [key for key, weight in keeper.model.named_parameters() if not weight.isfinite().all()]
-    if spoilt:
-        raise FloatingPointError(f"{name}.pth is not written: weights are infinite or NaN ({', '.join(spoilt[:3])})")
-    state = {key: item.state_dict() for key, item in keeper.checkpointables.items()}
-    write_tensors({"model": keeper.model.state_dict(), **state, **extra}, Path(keeper.save_dir) / f"{name}.pth")
+    nonfinite = [key for key, weight in checkpointer.model.named_parameters() if not weight.isfinite().all()]
+    if nonfinite:
+        raise FloatingPointError(f"{name}.pth is not written: weights are infinite or NaN ({', '.join(nonfinite[:3])})")
+    state = {key: item.state_dict() for key, item in checkpointer.checkpointables.items()}
+    data = {"model": checkpointer.model.state_dict(), **state, **extra}
+    write_tensors(data, Path(checkpointer.save_dir) / f"{name}.pth")
 
 
-def point_to(keeper: Checkpointer, name: str) -> None:
+def point_to(checkpointer: Checkpointer, name: str) -> None:
     """Make ``<name>.pth`` the checkpoint that resuming starts from."""
+    pointer = Path(checkpointer.save_dir) / _POINTER
     try:
-        with atomic_write(Path(keeper.save_dir) / _POINTER) as file:
+        with atomic_write(pointer) as file:
             file.write(f"{name}.pth".encode())
     except OSError as error:
-        raise NotWrittenError(_explain(Path(keeper.save_dir) / _POINTER, error)) from error
+        raise NotWrittenError(_explain(pointer, error)) from error
 
 
-def last_whole(folder: str | os.PathLike[str]) -> str:
-    """Return the last checkpoint of a run that is whole, or nothing where a run has left none.
+def last_intact(folder: str | os.PathLike[str]) -> str:
+    """Return the last undamaged checkpoint of a run, or an empty string if there are no checkpoints.
 
-    The main process reads the file through and decides for all. Every process must call this.
+    The main process reads the whole file and decides for all. Every process must call this.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole.
+        ValueError: there are checkpoints, and all are damaged.
     """
-    chosen = _last_whole(Path(folder)) if comm.is_main_process() else ""
+    chosen = _last_intact(Path(folder)) if comm.is_main_process() else ""
     return str(comm.all_gather(chosen)[0])
 
 
-def _last_whole(folder: Path) -> str:
+def _last_intact(folder: Path) -> str:
     candidates = _candidates(folder)
     if not candidates:
         return ""
@@ -102,32 +104,32 @@ def _last_whole(folder: Path) -> str:
         problem = " ".join(damage(path).split())
         if not problem:
             return str(path)
-        logger.warning("the checkpoint %s is damaged (%s): another is used", path, problem)
+        logger.warning("the checkpoint %s is damaged (%s): trying another one", path, problem)
         problems.append(f"{path.name}: {problem}")
     raise ValueError(
-        f"none of the {len(candidates)} checkpoints in {folder} is whole ({problems[0]}): start again in another "
-        "OUTPUT_DIR, or copy one back that is whole elsewhere"
+        f"all {len(candidates)} checkpoints in {folder} are damaged ({problems[0]}): restore one from a copy, or start "
+        "again in another OUTPUT_DIR"
     )
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Return the checkpoints to resume from, the best first, or none where a run has left none."""
+    """Return the checkpoints to resume from, the best first; empty if there is no run."""
     pointer = folder / _POINTER
     if not pointer.is_file():
         return []
     named = folder / pointer.read_text(errors="replace").strip()
-    # Those after the named one are of a run that went another way, or of one killed before it moved the pointer.
+    # Later ones come from an abandoned continuation of the run, or from a run killed before it moved the pointer.
     others = sorted(_periodic(folder), key=lambda path: (path.name > named.name, -_iteration(path)))
     return list(dict.fromkeys([named, *others]))
 
 
 def damage(path: str | os.PathLike[str]) -> str:
-    """Say why a checkpoint file cannot be resumed from, having read all of it; empty if it can."""
+    """Return why a run cannot resume from a checkpoint file, all of which is read; empty if it can."""
     try:
         version = FileVersion.now([Path(path)])
-    except (OSError, ValueError) as error:  # ValueError: a name that a broken pointer made up
+    except (OSError, ValueError) as error:  # ValueError: a damaged pointer may contain any name
         return f"{type(error).__name__}: {error}"
-    # A run asks before it reads data, and again when it starts.
+    # A run checks the file twice: before it reads data, and when it starts.
     return _damage(version) if version.settled else _damage.__wrapped__(version)
 
 
@@ -139,25 +141,25 @@ def _damage(version: FileVersion) -> str:
             bad = archive.testzip()
         if bad:
             return f"checksum of {bad}"
-        read_run(path)  # headers have no checksum; this reads no tensor
+        read_run(path)  # headers have no checksum; tensors are not read
     except CheckpointError as error:
         return str(error).removeprefix(f"{path}: ")
-    except Exception as error:  # Depending on where the damage is, zipfile raises nearly anything.
+    except Exception as error:  # zipfile raises nearly anything, depending on where the damage is
         return f"{type(error).__name__}: {error}"
     return ""
 
 
 def check_resumable(path: str | os.PathLike[str]) -> None:
-    """Refuse to resume from a file that holds weights alone: the run would begin anew without a word.
+    """Refuse to resume from a file that contains weights only: the run would silently start from iteration 0.
 
     Raises:
-        CheckpointError: it is no checkpoint of a training.
+        CheckpointError: it is not a checkpoint of a training.
     """
     content = open_checkpoint(path).content
     missing = [key for key in ("model", "trainer") if not isinstance(content.get(key), Mapping)]
     if missing:
         raise CheckpointError(
-            f"{path} is no checkpoint of a run that could go on: it holds no {' and no '.join(missing)}; start a new "
+            f"{path} is not a checkpoint that a run can resume from: it has no {' and no '.join(missing)}; start a new "
             f"run in another OUTPUT_DIR with MODEL.WEIGHTS {path}"
         )
 
@@ -165,11 +167,11 @@ def check_resumable(path: str | os.PathLike[str]) -> None:
 def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a run's checkpoint for resuming.
 
-    What stands beside the model is copied: optimizers keep what they are given and change it in place, and the tensors
-    are views of the mapped file.
+    Everything except the model is copied: the tensors are views of the mapped file, and optimizers keep the tensors
+    that they are given and change them in place.
 
     Raises:
-        CheckpointError: it cannot be read, or is no run's.
+        CheckpointError: it cannot be read, or is not a run's.
     """
     checkpoint = open_checkpoint(path)
     refuse_stubs(checkpoint, "model")
@@ -177,9 +179,9 @@ def read_run(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def recorded_seed(folder: str | os.PathLike[str]) -> int | None:
-    """Return the ``SEED`` of the run in a folder, or None where there is no run. Every process must call this.
+    """Return the ``SEED`` of the run in a folder, or None if there is no run. Every process must call this.
 
-    All checkpoints of a run have the same, so that none is read through for it.
+    All checkpoints of a run have the same seed, so that no file is read completely.
     """
     seed = _recorded_seed(Path(folder)) if comm.is_main_process() else None
     return cast("int | None", comm.all_gather(seed)[0])
@@ -188,7 +190,7 @@ def recorded_seed(folder: str | os.PathLike[str]) -> int | None:
 def _recorded_seed(folder: Path) -> int | None:
     for path in _candidates(folder):
         try:
-            with zipfile.ZipFile(path) as archive:  # The record that the seed is in: torch ignores its checksum.
+            with zipfile.ZipFile(path) as archive:  # check the record with the seed: torch ignores its checksum
                 archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
             run = open_checkpoint(path).content["trainer"]["run"]
             return int(run["SEED"])
@@ -198,16 +200,16 @@ def _recorded_seed(folder: Path) -> int | None:
 
 
 def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """Return, by name and in words, the settings in which a run differs from the one that left the checkpoint."""
+    """Return ``{setting: "... was A and is B"}`` for the settings that differ from those in the checkpoint."""
     keys = dict.fromkeys([*then, *now])
     return {key: f"{key} was {then.get(key)} and is {now.get(key)}" for key in keys if then.get(key) != now.get(key)}
 
 
 class PeriodicCheckpoint(HookBase):
-    """Save every ``period`` steps and at the end, and remove old checkpoints.
+    """Saves every ``period`` steps and at the end, and removes old checkpoints.
 
-    Detectron2's own hook knows only the checkpoints of its own process, so that a run that is interrupted often fills
-    the disk.
+    Detectron2's hook removes only the checkpoints that its own process has written, so that a run that is interrupted
+    often fills the disk.
 
     Attributes:
         saved: the last iteration that was saved.
@@ -221,21 +223,21 @@ class PeriodicCheckpoint(HookBase):
         keep_every: int = 0,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Set up, in every process; only the main one writes.
+        """Create the hook in every process; only the main process writes.
 
         Args:
-            checkpointer: writes.
+            checkpointer: writes the files.
             period: in iterations.
             keep: number of checkpoints to keep, the newest; 0 for all.
-            keep_every: those after every so many iterations are kept besides; 0 for none.
-            check: called in every process before each checkpoint; raises where there is nothing worth saving.
+            keep_every: checkpoints at multiples of this many iterations are kept as well; 0 for none.
+            check: called in every process before each checkpoint; raises if the state must not be saved.
         """
         self.checkpointer, self.check = checkpointer, check
         self.period, self.keep, self.keep_every = period, keep, keep_every
         self.saved = -1
 
     def after_step(self) -> None:
-        """Save if it is time."""
+        """Save if a checkpoint is due."""
         done = self.trainer.iter + 1
         if done % self.period == 0:
             self.save()
@@ -243,14 +245,14 @@ class PeriodicCheckpoint(HookBase):
             self._write("model_final")
 
     def save(self) -> None:
-        """Save this step, unless it is saved already, and remove what is too old."""
+        """Save this step unless it is saved already, and remove old checkpoints."""
         step = self.trainer.iter
         if step == self.saved:
             return
         self._write(f"model_{step:07d}")
         self.saved = step
         if self.keep and comm.is_main_process():
-            # Later ones are left by a run that was continued from an earlier place; this one comes to them yet.
+            # Later ones come from a run that was resumed from an earlier checkpoint; this run will overwrite them.
             mine = [path for path in _periodic(Path(self.checkpointer.save_dir)) if _iteration(path) <= step]
             for path in mine[: -self.keep]:
                 if not self.keep_every or (_iteration(path) + 1) % self.keep_every:
@@ -271,7 +273,7 @@ def _iteration(path: Path) -> int:
 
 
 def _explain(path: Path, error: OSError) -> str:
-    # The folder may be gone, too.
+    # The folder may have been removed, too.
     room = f" ({shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free)" if path.parent.is_dir() else ""
     pointer = path.parent / _POINTER
     kept = path.parent / pointer.read_text().strip() if pointer.is_file() else "none yet"

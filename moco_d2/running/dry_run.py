@@ -1,4 +1,4 @@
-"""What both stages' dry runs say about a network and this machine, in a person's units."""
+"""Findings that the dry runs of both stages share: parameters, peak memory, times, problems."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what libraries print, such as COCO's evaluation, off the screen."""
+    """Discard what libraries print, such as COCO's evaluation."""
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
@@ -26,30 +26,30 @@ def quiet() -> Iterator[None]:
 
 
 def one_list(problems: Sequence[str], most: int = 100) -> str:
-    """Return problems as one message, a line each, the first ``most`` of them and how many more there are."""
+    """Return problems as one message, a line each: the first ``most``, and the number of the others."""
     lines = [" ".join(problem.split()) for problem in problems[:most]]
     return "\n".join([*lines, f"... and {len(problems) - most} more problems"] if len(problems) > most else lines)
 
 
 def recipe(name: str, changes: Sequence[str] | None) -> str:
-    """Return a recipe's or protocol's name and what was changed in it; None for a name that is not shipped."""
+    """Return the name of a recipe or protocol and the changes to it; ``changes`` is None for a name of one's own."""
     if changes is None:
-        return f"{name or 'none'}, which is not a shipped one: no published figures belong to it"
+        return f"{name or 'none'}, not a shipped one, so there are no published figures for it"
     return name + (", as shipped" if not changes else f", modified: {' '.join(changes)}")
 
 
 def parameters(model: nn.Module) -> str:
-    """Return how many parameters a network has, and how many of them are trained."""
+    """Return the numbers of parameters and of trained parameters of a network, as text."""
     counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or not trained) for trained in (False, True)]
     return f"{counts[0] / 1e6:.1f} M parameters, {counts[1] / 1e6:.1f} M trained"
 
 
 def peak_memory() -> str:
-    """Return the most memory that this process has held: of the GPU where there is one."""
+    """Return the peak memory of this process, as text: on the GPU if there is one."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most on {torch.cuda.get_device_name()}"
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak on {torch.cuda.get_device_name()}"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
-    return f"{peak:.1f} GiB at most in this process"
+    return f"{peak:.1f} GiB peak in this process"
 
 
 def duration(seconds: float) -> str:

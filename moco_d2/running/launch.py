@@ -1,8 +1,8 @@
-"""Start a function in every process, whoever starts the processes; when one is lost, end them all and say which.
+"""Launcher: runs a function in every process; if one process is lost, it ends all of them and reports which.
 
-Detectron2's ``launch`` does not do here: it hands no signal on to its processes, so that a job that is asked to stop
-dies before it can save, it chooses NCCL by the machine and not by ``MODEL.DEVICE``, and a process that hangs is never
-ended.
+It replaces Detectron2's ``launch``, which passes no signal on to its processes (a job that is asked to stop dies before
+it can save), chooses NCCL by the machine and not by ``MODEL.DEVICE``, and never ends a process that hangs. torch's
+elastic launcher dies of SIGUSR1 and has exit codes of its own.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from moco_d2 import exits
 from moco_d2.io import timeouts
 from moco_d2.running import preemption
 
-# After one process has failed, the others have this long, in seconds, to end by themselves.
+# Seconds that the other processes have to end by themselves after one has failed.
 GRACE = 5
 
 
 class RankFailedError(RuntimeError):
-    """A process was lost or raised an error, and all were ended.
+    """A process was lost or raised an error, and all processes were ended.
 
     Attributes:
         exit_code: of the command (:mod:`moco_d2.exits`).
-        line: what the process says of a user's mistake; empty for a fault of ours, or a process that was killed.
+        line: the message about a user's mistake; empty for a fault of ours or a process that was killed.
     """
 
     def __init__(self, text: str, exit_code: int, line: str) -> None:
@@ -54,13 +54,13 @@ class RankFailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class _Failure:
-    """How a process ended; what it tells the launcher through a file.
+    """The end of a process, as it reports it to the launcher in a file.
 
     Attributes:
-        signal: name of the one that killed it, if one did.
+        signal: name of the signal that killed it, if one did.
         code: exit code of the command.
         line: see :class:`RankFailedError`.
-        text: the rank, and its traceback.
+        text: the rank and its traceback.
     """
 
     rank: int
@@ -72,7 +72,7 @@ class _Failure:
 
     @property
     def order(self) -> tuple[bool, float]:
-        """Sort the cause before its consequences: what was killed raised nothing, but makes the others raise."""
+        """Sort key, cause before consequences: a killed process raises nothing, but makes the others raise."""
         return self.signal in ("", "SIGABRT"), self.time
 
 
@@ -88,28 +88,28 @@ def launch(
 ) -> None:
     """Run ``main(args)`` in ``num_gpus`` processes per machine, on GPUs (NCCL) or on the CPU (gloo).
 
-    Under ``torchrun`` the processes exist already: the process group is made from its environment, and the counts are
-    torchrun's. Every process hears SIGTERM and SIGUSR1 (:mod:`moco_d2.running.preemption`).
+    Under ``torchrun`` the processes exist already: the process group and the counts come from its environment. Every
+    process handles SIGTERM and SIGUSR1 (:mod:`moco_d2.running.preemption`).
 
     Args:
         main: the function; importable.
-        num_gpus: processes on this machine.
-        num_machines: of the run.
+        num_gpus: number of processes on this machine.
+        num_machines: number of machines.
         machine_rank: number of this machine, from 0.
-        dist_url: ``tcp://HOST:PORT`` of the first machine, or ``auto`` where there is but one.
-        args: handed to ``main``.
-        timeout: seconds after which a process that waits for another in vain gives up (:mod:`moco_d2.io.timeout`).
-        device: what ``main`` computes on, as in ``MODEL.DEVICE``; the CPU where there is no GPU.
+        dist_url: ``tcp://HOST:PORT`` of the first machine, or ``auto`` if there is only one.
+        args: passed to ``main``.
+        timeout: seconds that a process waits for another one (:mod:`moco_d2.io.timeouts`).
+        device: as in ``MODEL.DEVICE``; the CPU if there is no GPU.
 
     Raises:
-        ValueError: more processes asked for than there are GPUs, a bad machine count, address or timeout.
+        ValueError: there are fewer GPUs than processes, or the number of machines, address or timeout is wrong.
         RankFailedError: one of several processes on this machine failed; all of them have ended.
         Preempted: the run was asked to stop, and has saved.
     """
     timeouts.set_limit(_checked(timeout))
     cuda = torch.cuda.is_available() and torch.device(device).type == "cuda"
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        preemption.listen()
+        preemption.handle_signals()
         world, rank, local, locals_ = (
             int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         )
@@ -119,7 +119,7 @@ def launch(
     _check_machines(num_machines, machine_rank, dist_url)
     check_processes(num_gpus, device, num_gpus * num_machines)
     if num_gpus * num_machines == 1:
-        preemption.listen()
+        preemption.handle_signals()
         if cuda and ":" in device:
             torch.cuda.set_device(device)
         main(args)
@@ -133,10 +133,10 @@ def launch(
 
 @dataclass(frozen=True)
 class _Group:
-    """A process's place among the processes.
+    """A process's place in the process group.
 
     Attributes:
-        address: where they meet: a URL, or the port of the launcher's store on this machine.
+        address: of the rendezvous: a URL, or the port of the launcher's store on this machine.
     """
 
     address: str | int
@@ -148,7 +148,7 @@ class _Group:
     cuda: bool
 
     def join(self) -> None:
-        """Make the process group, on this process's device."""
+        """Join the process group, on this process's device."""
         timeouts.set_limit(self.timeout)
         timeout = timedelta(seconds=self.timeout)
         if self.cuda:
@@ -159,52 +159,52 @@ class _Group:
         dist.init_process_group(
             "nccl" if self.cuda else "gloo", **meet, rank=self.rank, world_size=self.world_size, timeout=timeout
         )
-        if self.cuda:  # Detectron2 sends objects through a gloo group of its own, made with torch's half an hour.
+        if self.cuda:  # Detectron2 sends objects through its own gloo group, which has torch's default of 30 minutes
             dist.distributed_c10d._set_pg_timeout(timeout, comm._get_global_gloo_group())
         comm.create_local_process_group(self.local_world_size)
         comm.synchronize()
 
 
 def _checked(timeout: float) -> float:
-    if not 1 <= timeout <= 1e8:  # not-a-number included; beyond, torch's counters overflow
-        raise ValueError(f"--timeout is {timeout:g}; it must be a number of seconds from 1 to 100,000,000")
+    if not 1 <= timeout <= 1e8:  # also refuses NaN; torch's counters overflow beyond
+        raise ValueError(f"--timeout is {timeout:g}; it must be from 1 to 100,000,000 seconds")
     return timeout
 
 
 def check_processes(processes: int, device: str, world_size: int, option: str = "--num-gpus") -> None:
-    """Check the number of processes on this machine: at least one, and a GPU for each where they compute on GPUs.
+    """Check the number of processes on this machine: at least one, and a GPU for each unless they run on the CPU.
 
     Args:
         processes: on this machine.
         device: as in ``MODEL.DEVICE``.
         world_size: processes on all machines.
-        option: of the command line, to be named.
+        option: of the command line, for the message.
 
     Raises:
-        ValueError: there are none, too few GPUs, or all processes would take the same one.
+        ValueError: there is no process, there are too few GPUs, or all processes would use the same GPU.
     """
     if processes < 1:
         raise ValueError(f"{option} is {processes}; it must be at least 1 (without a GPU: processes on the CPU)")
     if not torch.cuda.is_available() or torch.device(device).type != "cuda":
         return
     if processes > (available := torch.cuda.device_count()):
-        raise ValueError(f"{option} is {processes}, but this machine has {available}")
+        raise ValueError(f"{option} is {processes}, but this machine has {available} GPU(s)")
     if ":" in device and world_size > 1:
         raise ValueError(
             f"MODEL.DEVICE is {device}, but each of the {world_size} processes takes a GPU of its own: write cuda, and "
-            "choose the GPUs with the environment's CUDA_VISIBLE_DEVICES"
+            "choose the GPUs with the environment variable CUDA_VISIBLE_DEVICES"
         )
 
 
 def _check_machines(num_machines: int, machine_rank: int, dist_url: str) -> None:
     if num_machines < 1 or not 0 <= machine_rank < num_machines:
         raise ValueError(
-            f"--num-machines {num_machines} --machine-rank {machine_rank}: there is at least one machine, and ranks "
-            "run from 0 to num-machines - 1"
+            f"--num-machines is {num_machines} and --machine-rank is {machine_rank}: there must be at least one "
+            "machine, and ranks are from 0 to num-machines - 1"
         )
     if dist_url == "auto":
         if num_machines > 1:
-            raise ValueError("several machines need --dist-url tcp://HOST:PORT of the first machine")
+            raise ValueError("--dist-url is missing: with several machines, give tcp://HOST:PORT of the first one")
         return
     found = re.fullmatch(r"tcp://([^/:\s]+|\[[0-9a-fA-F:]+\]):([0-9]+)|file:///.+", dist_url)
     if not found or (found[2] and not 0 < int(found[2]) < 2**16):
@@ -213,13 +213,13 @@ def _check_machines(num_machines: int, machine_rank: int, dist_url: str) -> None
         try:
             socket.getaddrinfo(found[1].strip("[]"), found[2])
         except (OSError, UnicodeError) as error:
-            raise ValueError(f"--dist-url is {dist_url!r}, but that host is not known here") from error
+            raise ValueError(f"--dist-url is {dist_url!r}, but this machine cannot resolve that host") from error
 
 
 def _run(main: Callable[[Any], None], args: Any, group: _Group, parent: int) -> None:
-    """Run ``main`` in this process as one of the group, while the parent process lives."""
+    """Run ``main`` in this process as a member of the group, for as long as the parent process lives."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    # SIGABRT, which the launcher sends to processes that hang, prints where they are.
+    # The launcher sends SIGABRT to processes that hang; they then print where each thread is.
     faulthandler.enable()
     group.join()
     try:
@@ -231,13 +231,13 @@ def _run(main: Callable[[Any], None], args: Any, group: _Group, parent: int) -> 
 
 
 def _leave() -> None:
-    # Together: gloo aborts a process whose peer goes while it may still talk to it.
+    # Together: gloo aborts a process whose peer ends while they are still connected.
     comm.synchronize()
     dist.destroy_process_group()
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its launcher or torchrun's agent is gone: nobody else would."""
+    """End this process once its launcher or torchrun's agent is gone; nothing else would."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -252,21 +252,21 @@ def _start_all(main: Callable[[Any], None], args: Any, groups: list[_Group]) -> 
     """
     context, method = multiprocessing.get_context("spawn"), multiprocessing.get_start_method()
     with tempfile.TemporaryDirectory() as folder:
-        resource_tracker.ensure_running()  # The first start would do it, and unblock SIGTERM.
-        # Blocked signals are inherited: a process that has just begun cannot be killed before it listens, and the
-        # store's thread takes none from the main one.
+        resource_tracker.ensure_running()  # otherwise the first start() does it, and unblocks SIGTERM
+        # Processes and threads inherit blocked signals: a new process is not killed before it handles them, and the
+        # store's thread does not take them from the main thread.
         signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
         if groups[0].address == "auto":
-            # The store is kept here: a port that is looked for now and opened by rank 0 is another's by then, at times.
+            # The launcher keeps the store: a port that it only chose could be taken before rank 0 opens it.
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             groups = [replace(group, address=store.port) for group in groups]
-        # The launcher's own number: it may be gone before a rank has imported what it takes to ask for its parent.
+        # The launcher's id is passed on: the launcher may be gone before a rank can ask for its parent.
         more = folder, method, os.getpid()
         ranks = {group.rank: context.Process(target=_rank_main, args=(main, args, group, *more)) for group in groups}
         try:
             for process in ranks.values():
                 process.start()
-            preemption.listen(pass_on=lambda signum: _signal(ranks.values(), signum))
+            preemption.handle_signals(pass_on=lambda signum: _signal(ranks.values(), signum))
             failures, stuck = _wait(ranks, Path(folder))
         finally:  # after an interruption from the keyboard, too
             _signal(ranks.values(), signal.SIGKILL)
@@ -277,8 +277,8 @@ def _start_all(main: Callable[[Any], None], args: Any, groups: list[_Group]) -> 
             text += f"\nRank {', '.join(map(str, stuck))} did not end within {GRACE} s and was killed"
         if others:
             text += f"\nRank {', '.join(str(failure.rank) for failure in others)} failed after it"
-        # A cluster that asks a job to stop may kill parts of it before they can save. An error is an error even then:
-        # a job that always ends in it would be started again for ever.
+        # A cluster that asks a job to stop may kill processes before they can save: that is a preemption. An exception
+        # is an error even then, or a job that always raises it would be requeued for ever.
         asked = first.signal in ("SIGTERM", "SIGUSR1", "SIGKILL") and preemption.requested()
         raise RankFailedError(text, preemption.EXIT_PREEMPTED if asked else first.code, first.line)
     if any(process.exitcode == preemption.EXIT_PREEMPTED for process in ranks.values()):
@@ -286,11 +286,11 @@ def _start_all(main: Callable[[Any], None], args: Any, groups: list[_Group]) -> 
 
 
 def _rank_main(main: Callable[[Any], None], args: Any, group: _Group, folder: str, method: str, launcher: int) -> None:
-    """Run ``main``; an exception goes into a file for the launcher, and the process ends at once."""
-    # Loaders' workers shall start as they do elsewhere, forked as a rule, not as their own parent was started.
+    """Run ``main``; an exception is written to a file for the launcher, and the process ends at once."""
+    # Workers of loaders start by the usual method (as a rule fork), not by the one that started this process.
     multiprocessing.set_start_method(method, force=True)
-    preemption.listen()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The launcher hears it, too, and ends all.
+    preemption.handle_signals()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets it, too, and ends all processes
     try:
         _run(main, args, group, launcher)
     except Exception as error:
@@ -299,14 +299,14 @@ def _rank_main(main: Callable[[Any], None], args: Any, group: _Group, folder: st
         Path(folder, str(group.rank)).write_text(json.dumps(asdict(report)))
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # Not by way of the interpreter's end, which may wait for workers, or for the others.
+        os._exit(1)  # the interpreter's regular end may wait for workers or other processes
 
 
 def _wait(ranks: Mapping[int, BaseProcess], folder: Path) -> tuple[list[_Failure], list[int]]:
-    """Wait for all processes; after a failure no longer than :data:`GRACE`.
+    """Wait for all processes, after a failure for :data:`GRACE` seconds.
 
     Returns:
-        The failures, and the ranks that hung after the first and were killed.
+        The failures, and the ranks that had not ended by then.
     """
     running = {process.sentinel: rank for rank, process in ranks.items()}
     failures: list[_Failure] = []
@@ -332,7 +332,7 @@ def _failure(rank: int, code: int | None, report: Path) -> _Failure:
         return _Failure(**json.loads(report.read_text()))
     if code is not None and code < 0:
         name = signal.Signals(-code).name
-        hint = " (by the kernel, for want of memory?)" if name == "SIGKILL" else ""
+        hint = " (by the kernel, out of memory?)" if name == "SIGKILL" else ""
         return _Failure(rank, time.time(), name, exits.FAULT, "", f"rank {rank} was killed by {name}{hint}")
     return _Failure(rank, time.time(), "", exits.FAULT, "", f"rank {rank} ended with code {code}")
 

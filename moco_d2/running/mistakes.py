@@ -1,4 +1,4 @@
-"""A picture that ends a run is one line in the log, in every process, not a traceback that hides the line."""
+"""One log line, in every process, for a picture that ends a run, instead of a traceback that hides it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 from moco_d2.io.pictures import PictureError
 
-# What gloo and NCCL say in the processes that go on when another one ends.
+# Errors of gloo and NCCL in a process whose peer has ended.
 _LEFT_ALONE = re.compile(r"(closed|reset) by peer|remote process exited")
 
 
 @contextlib.contextmanager
 def pictures_in_one_line() -> Iterator[None]:
-    """Shorten what Detectron2's training loop logs of an exception where a picture is to blame."""
+    """Shorten what Detectron2's training loop logs about an exception that a picture caused."""
     loop = logging.getLogger("detectron2.engine.train_loop")
     loop.addFilter(_shorten)
     try:

@@ -1,4 +1,4 @@
-"""The dry runs' look at every picture, decoded as the run would decode it, in all processes and their workers."""
+"""Check of every picture in a dry run, decoded as the run would decode it, by all processes and their workers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from moco_d2.io import timeouts
 from moco_d2.running.dry_run import duration
 
-_EVERY = 10.0  # seconds between two lines about how far the check is
-_BATCH = 8  # pictures that a worker checks before it says so
+_EVERY = 10.0  # seconds between two lines of progress
+_BATCH = 8  # pictures that a worker checks before it reports
 
 
 class _Checks(Dataset[str]):
@@ -30,13 +30,13 @@ class _Checks(Dataset[str]):
 def check_each(
     check: Callable[[int], str], numbers: Sequence[int], workers: int
 ) -> Generator[tuple[str, str], None, list[str]]:
-    """Check pictures; yield now and then how far it is, as a dry run's finding, and return what is wrong.
+    """Check pictures; yield progress from time to time, as a dry run's finding, and return all complaints.
 
-    Every process must call this: each checks its share, and all get the same answer.
+    Every process must call this: each checks its share, and all get the same result.
 
     Args:
-        check: returns what is wrong with the picture of a number, empty for nothing.
-        numbers: of the pictures.
+        check: returns the complaint about the picture of an index, empty if there is none.
+        numbers: indices of the pictures.
         workers: ``DATALOADER.NUM_WORKERS``.
     """
     mine = numbers[comm.get_rank() :: comm.get_world_size()]
@@ -45,12 +45,12 @@ def check_each(
         timeout=timeouts.limit() if workers else 0,
     )  # fmt: skip
     found: list[str] = []
-    begun = said = time.monotonic()
+    begun = reported = time.monotonic()
     for batch, answers in enumerate(loader, 1):
         found += filter(None, answers)
         now = time.monotonic()
-        if now - said > _EVERY:
-            said, part = now, min(1.0, batch * _BATCH / len(mine))
+        if now - reported > _EVERY:
+            reported, part = now, min(1.0, batch * _BATCH / len(mine))
             left = duration((now - begun) * (1 - part) / part)
             yield (
                 "pictures",
@@ -60,5 +60,5 @@ def check_each(
 
 
 def evenly(total: int, most: int) -> list[int]:
-    """Return the numbers of at most ``most`` pictures, evenly spaced; of all for 0."""
+    """Return the indices of at most ``most`` of ``total`` pictures, evenly spaced; 0 for all."""
     return list(range(total)) if not 0 < most < total else np.linspace(0, total - 1, most).round().astype(int).tolist()

@@ -1,7 +1,8 @@
-"""Stop when the cluster asks: SIGTERM or SIGUSR1, a checkpoint at the next step, and an exit code that says so."""
+"""Preemption: on SIGTERM or SIGUSR1 a run saves a checkpoint at the next step and ends with its own exit code."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -19,14 +20,14 @@ from moco_d2.running.checkpoints import PeriodicCheckpoint
 
 logger = logging.getLogger(__name__)
 
-# 75, "try again": the exit code of a run that was asked to stop, has saved and can go on.
+# 75, "try again": the exit code of a run that was asked to stop, has saved and can be continued.
 EXIT_PREEMPTED = os.EX_TEMPFAIL
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(SystemExit):
-    """Ends the process with :data:`EXIT_PREEMPTED`. Loops that log an ``Exception`` as a failure let it pass."""
+    """Ends the process with :data:`EXIT_PREEMPTED`; not an ``Exception``, which training loops log as a failure."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_PREEMPTED)
@@ -40,27 +41,30 @@ def requested() -> bool:
     return bool(_asked)
 
 
-def listen(pass_on: Callable[[int], None] = lambda signum: None) -> None:
-    """Take SIGTERM and SIGUSR1 as requests to stop from now on, and hand them to ``pass_on`` as well.
+def handle_signals(pass_on: Callable[[int], None] = lambda signum: None) -> None:
+    """Treat SIGTERM and SIGUSR1 as requests to stop from now on, and call ``pass_on`` with them.
 
-    Clusters signal all processes of a job at once, so that data loaders' workers, which are forked from this one, must
-    not heed them: the last step needs their data.
+    Clusters signal all processes of a job at once. The workers of data loaders, which are forked from this process,
+    ignore the signals, because the last step needs their data.
     """
 
     def note(signum: int, _frame: FrameType | None) -> None:
         _asked.append(signum)
         pass_on(signum)
 
-    if not hasattr(listen, "once"):
-        os.register_at_fork(after_in_child=_heed_parent_only)
-        listen.once = True  # type: ignore[attr-defined]
+    _protect_workers()
     for number in SIGNALS:
         signal.signal(number, note)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a launcher may have blocked them until now
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the launcher may have blocked them until now
 
 
-def _heed_parent_only() -> None:
-    """In a forked child: end at SIGTERM only when the parent sends it, which is how a loader ends its workers."""
+@functools.cache  # once per process
+def _protect_workers() -> None:
+    os.register_at_fork(after_in_child=_obey_parent_only)
+
+
+def _obey_parent_only() -> None:
+    """In a forked child: end on SIGTERM only if the parent sends it, which is how a loader ends its workers."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
@@ -77,10 +81,10 @@ def _heed_parent_only() -> None:
 
 
 class StopWhenAsked(HookBase):
-    """Save and end the run at a step's end once any process was asked to stop; all end at the same iteration.
+    """Save and end the run after a step once any process was asked to stop; all processes end at the same iteration.
 
-    The processes compare notes once a step. The answer is collected a step later, so that nobody waits for it. It is
-    the last hook: an evaluation that is due at this step is made before.
+    The processes exchange their requests at every step and read the result one step later, so that none waits for it.
+    Must be the last hook: an evaluation that is due at the same step comes first.
     """
 
     def __init__(self, checkpoint: PeriodicCheckpoint) -> None:
@@ -90,19 +94,19 @@ class StopWhenAsked(HookBase):
         self._group: dist.ProcessGroup | None = None
 
     def before_train(self) -> None:
-        """Make the group of processes that compare notes: on the CPU, so that no device is waited for."""
+        """Create the process group for the exchange, on the CPU, so that no GPU is synchronised."""
         if _several():
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeouts.limit()))
 
     def after_step(self) -> None:
-        """Stop if all know that somebody was asked to."""
+        """Save and stop if all processes know that one was asked to."""
         last = self.trainer.iter + 1 >= self.trainer.max_iter
         if self._agreed(last) and not last:
             self.checkpoint.save()
             if _several():
-                dist.barrier(self._group)  # Launchers end the others once the first process has ended.
+                dist.barrier(self._group)  # launchers kill the other processes once the first has ended
             logger.warning(
-                "asked to stop: iteration %d is saved; continue with --resume (exit code %d)",
+                "asked to stop: saved iteration %d; continue with --resume (exit code %d)",
                 self.trainer.iter, EXIT_PREEMPTED,
             )  # fmt: skip
             raise Preempted

@@ -1,4 +1,4 @@
-"""The line of progress, also in the first step after a start."""
+"""Progress lines of a training."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from detectron2.utils.events import CommonMetricPrinter, EventStorage
 
 
 class ProgressPrinter(CommonMetricPrinter):
-    """Detectron2's printer, which divides by zero when it writes one iteration twice before any step was timed.
+    """Detectron2's printer without its division by zero if an iteration is written twice before a step was timed.
 
-    That is what a request to stop does in the first step after a resume: the line is due, and due again at the end.
+    This happens if a run is asked to stop in its first step after a resume: the line is due then, and again at the end.
     """
 
     def _get_eta(self, storage: EventStorage) -> str | None:

@@ -1,4 +1,4 @@
-"""Randomness that follows from the seed and the place in the run, so that resuming needs no generator's state."""
+"""Seeds that follow from ``SEED`` and the iteration, so that resuming needs no state of a generator."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from detectron2.engine import HookBase
 
-from moco_d2.data import stream_seed
+from moco_d2.seeding import stream_seed
 
 
 class StepSeed(HookBase):
-    """Seed every generator (Python, numpy, torch on each device) before every step from (seed, iteration, stream).
+    """Seeds every generator (Python, numpy, torch on each device) before each step from (seed, iteration, stream).
 
-    So a step's randomness does not depend on the past.
+    A step's randomness therefore does not depend on earlier steps.
     """
 
     def __init__(self, *seed: int, stream: int = 0) -> None:
-        """Take what the draws follow from.
+        """Create the hook.
 
         Args:
-            seed: in one part or several (seed, rank).
-            stream: another number in each process that shall draw other values; 0 draws as (seed, iteration) alone.
+            seed: one number or several (seed, rank).
+            stream: a number per process, if processes must draw different values; 0 is the stream of (seed, iteration).
         """
         self.seed, self.stream = seed, [stream] if stream else []
 
@@ -36,13 +36,13 @@ class StepSeed(HookBase):
 def seed_all(seed: int) -> None:
     """Seed the global generators of Python, numpy and torch."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002, the generator that Detectron2's augmentations draw from
+    np.random.seed(seed % 2**32)  # noqa: NPY002, Detectron2's augmentations draw from it
     torch.manual_seed(seed)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators (torch's on the CPU) for a block, and give them back as they were."""
+    """Seed the global generators (torch's on the CPU) for a block, and restore their states afterwards."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002, see above
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)

@@ -1,4 +1,4 @@
-"""The file that ``MODEL.WEIGHTS`` names: found or fetched, and read for training."""
+"""The file of ``MODEL.WEIGHTS``: local or downloaded, and safe to train from."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from moco_d2.io.sharded import find_index
 
 
 def local_path(path: str, what: str = "MODEL.WEIGHTS") -> str:
-    """Return where a file that a config names lies on this machine; an address is fetched.
+    """Return the local path of a file in a config; an address is downloaded first.
 
     Args:
         path: a path or an address.
-        what: how the user named it.
+        what: the key, for messages.
 
     Raises:
-        ValueError: it cannot be fetched, it is a folder, or there is no such file.
+        ValueError: it cannot be downloaded, is a folder without weights, or does not exist.
     """
     bare = urlparse(path)._replace(query="").geturl()  # Detectron2 accepts FILE?matching_heuristics=True
     try:
         local = PathManager.get_local_path(bare)
-    except Exception as error:  # whatever the network has in store
+    except Exception as error:  # network libraries raise nearly anything
         raise ValueError(
-            f"{what} {path} could not be fetched ({error}).\n  Fetch it elsewhere and pass the file's path"
+            f"{what} {path} could not be downloaded ({error}).\n  Download it elsewhere and give the file's path"
         ) from error
     if os.path.isfile(local):
         return str(local)
@@ -49,20 +49,20 @@ def local_path(path: str, what: str = "MODEL.WEIGHTS") -> str:
 
 
 def refuse_stubs(checkpoint: Checkpoint, place: str) -> None:
-    """Refuse a file for training that names classes or functions which reading leaves out.
+    """Refuse to train from a file that names classes or functions, which the safe reader does not load.
 
     Args:
         checkpoint: the file.
         place: dotted path of its weights, empty for the top level.
 
     Raises:
-        CheckpointError: tells the names, and the call that writes the weights alone.
+        CheckpointError: the file names code; the message has a command that writes the weights alone.
     """
     if checkpoint.stubbed:
         path = checkpoint.path
         raise CheckpointError(
-            f"{path}: names code that is not in it ({some(checkpoint.stubbed, 3)}), and training takes files of "
-            "tensors and plain values only; write the weights alone, without running that code: "
+            f"{path}: refers to Python code ({some(checkpoint.stubbed, 3)}), and training reads files of tensors and "
+            "plain values only; write the weights to a file of their own, which does not run that code: "
             + command_for_weights_alone(path, checkpoint.content, place)
         )
 
@@ -70,13 +70,13 @@ def refuse_stubs(checkpoint: Checkpoint, place: str) -> None:
 def command_for_weights_alone(
     path: str | os.PathLike[str], content: Mapping[str, Any], place: str, part: str = ""
 ) -> str:
-    """Return the command that writes a file's weights, and what says how they are fed, into a file of their own.
+    """Return the command that writes a file's weights, with the facts about their input, to a file of their own.
 
     Args:
         path: the file.
-        content: of it.
+        content: of the file.
         place: dotted path of the weights in it, empty for the top level.
-        part: what stands in the names that are wanted, if not all are.
+        part: text that the wanted names contain; empty for all names.
     """
     wanted = f"{json.dumps(part)} in k and " if part else ""
     weights = "c" + "".join(f"[{json.dumps(key)}]" for key in place.split(".") if key)

@@ -1,1 +1,1 @@
-"""Makers of the sample pictures: small data sets in the forms of VOC, COCO, LVIS and Cityscapes, drawn on the spot."""
+"""Makers of the sample data: small drawn data sets in the formats of VOC, COCO, LVIS and Cityscapes."""

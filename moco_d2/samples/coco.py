@@ -1,4 +1,4 @@
-"""Writes the sample's objects as COCO and LVIS do: instances, persons' keypoints, and LVIS's finer categories."""
+"""Labels of the sample data in the formats of COCO (instances, keypoints) and LVIS."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from moco_d2.samples.scenes import SUPERSAMPLING, Thing
 from moco_d2.samples.shapes import KEYPOINTS
 
 Record = dict[str, Any]
-SMALLEST_HOLE = 24  # in a mask, in its pixels; smaller ones are filled
-# VOC's names where COCO has others.
+SMALLEST_HOLE = 24  # pixels of the mask; smaller holes are filled
+# VOC's class names that differ from COCO's -> COCO's.
 COCO_NAMES = {
     "aeroplane": "airplane",
     "diningtable": "dining table",
@@ -27,9 +27,9 @@ COCO_NAMES = {
     "sofa": "couch",
     "tvmonitor": "tv",
 }
-# LVIS's names of what COCO's pictures show. LVIS reports rare, common and frequent categories apart, and has no number
-# for a group without objects: so the boats, which carry sails, are dinghies (rare in both versions), and the trains,
-# which have pointed noses, are bullet trains (common).
+# COCO's class names -> LVIS's, for the kinds in COCO's pictures. LVIS reports rare, common and frequent categories
+# separately, and has no number for a group without objects. So the boats, which have sails, are dinghies (rare in both
+# versions), and the trains, which have pointed noses, are bullet trains (common).
 LVIS_NAMES = {
     "airplane": "airplane",
     "boat": "dinghy",
@@ -39,41 +39,41 @@ LVIS_NAMES = {
     "potted plant": "flowerpot",
     "train": "bullet_train",
 }
-# The bones, as pairs of keypoints counted from 1, in the annotation files' order.
+# Pairs of keypoints, numbered from 1, in the order of COCO's annotation files.
 SKELETON = [
     [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9], [8, 10], [9, 11],
     [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7],
 ]  # fmt: skip
-HIDDEN, SEEN = 1, 2  # of a keypoint; 0 is: not labelled
+HIDDEN, SEEN = 1, 2  # visibility of a keypoint; 0 means: not labelled
 
 
 @cache
 def detectron2_lists(name: str) -> Record:
-    """Return what a file of plain lists in ``detectron2.data.datasets`` defines.
+    """Return the names that a file of constants in ``detectron2.data.datasets`` defines.
 
-    It is read and not imported: importing Detectron2 takes longer than drawing COCO's pictures.
+    The file is run without importing Detectron2, which would take longer than drawing COCO's pictures.
     """
     spec = importlib.util.find_spec("detectron2")
     if spec is None or not spec.submodule_search_locations:
-        said = "Detectron2 is not installed, and the categories come from it: make install"
-        raise ModuleNotFoundError(said, name="detectron2")
+        problem = "Detectron2, which has the names of the categories, is not installed; run make install"
+        raise ModuleNotFoundError(problem, name="detectron2")
     return runpy.run_path(str(Path(spec.submodule_search_locations[0]) / "data" / "datasets" / f"{name}.py"))
 
 
 def coco_categories() -> list[Record]:
-    """Return COCO's 80 categories under their real ids."""
+    """Return COCO's 80 categories with their real ids."""
     return [
         {"id": c["id"], "name": c["name"]} for c in detectron2_lists("builtin_meta")["COCO_CATEGORIES"] if c["isthing"]
     ]
 
 
 def person_category() -> Record:
-    """Return the one category of the keypoint files."""
+    """Return the only category of the keypoint files."""
     return {"id": 1, "name": "person", "supercategory": "person", "keypoints": list(KEYPOINTS), "skeleton": SKELETON}
 
 
 def instance(thing: Thing) -> Record:
-    """Return category, box, area and segmentation of an object: polygons, or for a crowd a run-length code."""
+    """Return category, box, area and segmentation of an object: polygons, or a run-length mask for a crowd."""
     from pycocotools import mask as coco_mask
 
     x0, y0, x1, y1 = thing.box
@@ -91,9 +91,9 @@ def instance(thing: Thing) -> Record:
 
 
 def polygons(mask: np.ndarray) -> list[list[float]]:
-    """Return a mask's outlines as COCO writes them, [x0, y0, x1, y1, ...] in picture coordinates.
+    """Return a mask's outlines as in COCO, [x0, y0, x1, y1, ...] in picture coordinates.
 
-    COCO's polygons have no holes. Where something lies in the middle of an object, the object is cut in two through it.
+    COCO's polygons have no holes, so an object with a hole is cut in two through the hole.
     """
     contours, tree = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     for contour, (*_, parent) in zip(contours, tree[0] if contours else (), strict=True):
@@ -103,15 +103,14 @@ def polygons(mask: np.ndarray) -> list[list[float]]:
             left[:, cut:], right[:, :cut] = False, False
             return polygons(left) + polygons(right)
     outer = [c for c, (*_, parent) in zip(contours, tree[0], strict=True) if parent < 0] if contours else []
-    # A contour runs through the centres of border pixels, hence the half pixel; a polygon has three corners at least.
+    # A contour runs through the centres of border pixels, hence the half pixel. A polygon has at least three corners.
     return [((c[:, 0] + 0.5) / SUPERSAMPLING).ravel().tolist() for c in outer if len(c) >= 3]
 
 
 def person(thing: Thing) -> Record:
-    """Return :func:`instance` of a person with joints, and its keypoints [x, y, visibility, ...] in whole pixels.
+    """Return :func:`instance` of a jointed person with its keypoints [x, y, visibility, ...] in whole pixels.
 
-    A joint that something covers counts as hidden; one outside of the picture, or of the box of what is seen, has no
-    label.
+    A covered joint is hidden; a joint outside the picture, or outside the box of the visible part, has no label.
     """
     assert thing.keypoints is not None
     x0, y0, x1, y1 = thing.box
@@ -124,12 +123,12 @@ def person(thing: Thing) -> Record:
 
 
 def lvis_content(images: Iterable[Record], annotations: Iterable[Record], version: str) -> Record:
-    """Return an LVIS file of pictures and annotations that are in COCO's format.
+    """Return the content of an LVIS file, made from images and annotations in COCO's format.
 
     Args:
-        images: COCO's records.
-        annotations: COCO's records of these pictures and perhaps of others.
-        version: ``v0_5`` or ``v1``; it has all categories of that version under their real ids.
+        images: COCO's images.
+        annotations: COCO's annotations of these images; those of other images are ignored.
+        version: ``v0_5`` or ``v1``. The file has all categories of that version with their real ids.
     """
     known = detectron2_lists(f"lvis_{version}_categories")["LVIS_CATEGORIES"]
     ids = {c["name"]: c["id"] for c in known}
@@ -138,7 +137,7 @@ def lvis_content(images: Iterable[Record], annotations: Iterable[Record], versio
     crowds: dict[int, set[int]] = {number: set() for number in of_image}
     for annotation in annotations:
         number, category = annotation["image_id"], drawn[annotation["category_id"]]
-        if number in of_image and annotation["iscrowd"]:  # LVIS has none; it says that not all objects have a label
+        if number in of_image and annotation["iscrowd"]:  # LVIS notes that not all objects are labelled
             crowds[number].add(category)
         elif number in of_image:
             kept = {key: annotation[key] for key in ("bbox", "area", "segmentation")}

@@ -1,15 +1,15 @@
-"""Draw a small $DETECTRON2_DATASETS root, about a thousand pictures in seconds, for every shipped config.
+"""Maker of a small $DETECTRON2_DATASETS folder for all shipped configs: about a thousand pictures in seconds.
 
-    datasets/make_sample_data.py OUT
+    moco-d2 samples OUT
 
-VOC2007, VOC2012 (objects and semantic segmentation), coco (objects and keypoints), lvis, cityscapes and imagenet/train:
-folders, file formats, class names and category ids are those of the real data sets, so that every shipped config runs
-on them unchanged (but for a schedule and sizes that fit). The same seed gives the same files. See datasets/README.md.
+It writes VOC2007, VOC2012 (objects and semantic segmentation), coco (objects and keypoints), lvis, cityscapes and
+imagenet/train. Folders, file formats, class names and category ids are those of the real data sets, so every shipped
+config can read them; only schedule and sizes have to be smaller. The same seed gives the same files. See
+datasets/README.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from moco_d2.builtin_sets import voc_colors
 from moco_d2.samples.coco import (
     Record,
     coco_categories,
@@ -32,10 +33,10 @@ from moco_d2.samples.scenes import SUPERSAMPLING, Scene, draw_scene
 from moco_d2.samples.shapes import KINDS
 from moco_d2.samples.streets import draw_street
 
-ABOUT = "SAMPLE_DATA.json"  # says what a folder holds
+ABOUT = "SAMPLE_DATA.json"  # seed and number of pictures
 JPEG_QUALITY = 92
-VOID = 255  # label of pixels that do not count, of VOC and Cityscapes alike
-# Pictures per split. The order is the seed's second part, so a new split goes to the end.
+VOID = 255  # label of ignored pixels in VOC and Cityscapes
+# Pictures per split. The position in this table is part of each picture's seed, so a new split goes to the end.
 SPLITS = {
     "imagenet/train": 300,
     "VOC2007/trainval": 120,
@@ -43,7 +44,7 @@ SPLITS = {
     "VOC2012/trainval": 120,
     "coco/train2017": 160,
     "coco/val2017": 80,
-    # Pictures of their own, in coco's folders: those of the instances files stay as few as they are.
+    # Separate pictures in coco's folders, so that the instances files stay small.
     "person_keypoints/train2017": 80,
     "person_keypoints/val2017": 40,
     "cityscapes/train": 24,
@@ -51,18 +52,18 @@ SPLITS = {
 }
 CITIES = {"train": ("inkton", "paperville"), "val": ("brushford",)}
 STREET_SIZE = (128, 256)
-# COCO's pictures show fewer kinds: its evaluator averages over those that occur, so a short run has more of each.
+# COCO's evaluator averages over the kinds that occur; with fewer kinds a short run sees more of each.
 COCO_KINDS = KINDS[::3]
-ONE_OF = 8  # so many of COCO's training pictures, one is in LVIS v1's val, which has pictures of both folders
+ONE_OF = 8  # one in eight of COCO's training pictures is in LVIS v1's val, which has pictures of both folders
 
 
 def generator(split: str, number: int, seed: int) -> np.random.Generator:
-    """Return the source of a picture's randomness."""
+    """Return the random generator of a picture."""
     return np.random.default_rng((seed, list(SPLITS).index(split), number))
 
 
 def scenes(split: str, count: int, seed: int) -> Iterator[Scene]:
-    """Draw a split's pictures; each follows from (seed, split, number) alone.
+    """Draw a split's pictures; each depends only on (seed, split, number).
 
     Kinds take turns, so that every class has objects in every split.
     """
@@ -71,7 +72,7 @@ def scenes(split: str, count: int, seed: int) -> Iterator[Scene]:
         height, width = int(rng.integers(110, 151)), int(rng.integers(140, 201))
         if rng.random() < 0.25:
             height, width = width, height
-        if split.startswith("imagenet"):  # one thing fills the picture, as in ImageNet
+        if split.startswith("imagenet"):  # one object fills the picture, as in ImageNet
             yield draw_scene(rng, height, width, [KINDS[number % len(KINDS)]], (0.45, 0.85))
             continue
         pool = COCO_KINDS if split.startswith("coco") else KINDS
@@ -93,7 +94,7 @@ def save_jpeg(scene: Scene, path: Path) -> None:
 
 
 def make_imagenet(root: Path, seed: int) -> None:
-    """Write one folder a kind, as ImageFolder wants it; the names look like synsets but are none."""
+    """Write one folder for each kind, as ImageFolder expects; the names look like synsets but are invented."""
     for number, scene in enumerate(scenes("imagenet/train", SPLITS["imagenet/train"], seed)):
         folder = f"n9000{number % len(KINDS):04d}"
         save_jpeg(scene, root / "imagenet" / "train" / folder / f"{folder}_{number}.JPEG")
@@ -129,7 +130,7 @@ def write_lists(folder: Path, lists: dict[str, list[str]]) -> None:
 
 
 def voc_labels(scene: Scene) -> np.ndarray:
-    """Return the class of each pixel, (height, width) uint8: 0 is background, 255 the outlines between."""
+    """Return the class of each pixel, (height, width) uint8; 0 is background, 255 the outlines of objects."""
     height, width = scene.image.shape[:2]
     labels = np.zeros((height, width), np.uint8)
     for thing in scene.things:
@@ -141,22 +142,13 @@ def voc_labels(scene: Scene) -> np.ndarray:
 
 
 def save_voc_labels(scene: Scene, folder: Path, name: str) -> None:
-    """Write a picture's classes with VOC's palette, and without one, as the augmented set is handed around."""
+    """Write a picture's classes with VOC's palette, and without a palette, as in the augmented set."""
     labels = Image.fromarray(voc_labels(scene))
     for kind in ("SegmentationClassAug", "SegmentationClass"):
         (folder / kind).mkdir(exist_ok=True)
         if kind == "SegmentationClass":
-            labels.putpalette(voc_palette())
+            labels.putpalette([value for colour in voc_colors(256) for value in colour])
         labels.save(folder / kind / f"{name}.png")
-
-
-def voc_palette() -> list[int]:
-    """Return VOC's 256 colours one after the other: an index's bits go to red, green and blue in turn, from the top."""
-    return [
-        sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
-        for index in range(256)
-        for channel in range(3)
-    ]
 
 
 def voc_annotation(scene: Scene, name: str, year: int) -> ET.Element:
@@ -176,7 +168,7 @@ def voc_annotation(scene: Scene, name: str, year: int) -> ET.Element:
             ET.SubElement(item, key).text = text
         box = ET.SubElement(item, "bndbox")
         x0, y0, x1, y1 = thing.box
-        # Whole pixels counted from 1, as VOC's annotators did.
+        # Whole pixels that start at 1, as in VOC.
         for key, edge in (("xmin", int(x0) + 1), ("ymin", int(y0) + 1), ("xmax", ceil(x1)), ("ymax", ceil(y1))):
             ET.SubElement(box, key).text = str(edge)
     return root
@@ -199,7 +191,7 @@ def coco_content(folder: Path, source: str, seed: int) -> Record:
     """Write a split's pictures and return their images and annotations in COCO's format."""
     images: list[Record] = []
     annotations: list[Record] = []
-    first = list(SPLITS).index(source) * 100_000 + 1  # a picture's id is its own in all splits, as in COCO
+    first = list(SPLITS).index(source) * 100_000 + 1  # ids are unique across splits, as in COCO
     for number, scene in enumerate(scenes(source, SPLITS[source], seed), start=first):
         file_name = f"{number:012d}.jpg"
         save_jpeg(scene, folder / file_name)
@@ -213,7 +205,7 @@ def coco_content(folder: Path, source: str, seed: int) -> Record:
 
 
 def make_lvis(root: Path) -> None:
-    """Write LVIS's files of COCO's pictures: v0.5 keeps COCO's splits, v1 moves some training pictures to val."""
+    """Write LVIS's files for COCO's pictures: v0.5 keeps COCO's splits, v1 moves some training pictures to val."""
     train, val = (
         json.loads((root / "coco" / "annotations" / f"instances_{split}.json").read_text())
         for split in ("train2017", "val2017")
@@ -249,15 +241,15 @@ def make_cityscapes(root: Path, split: str, seed: int) -> None:
 
 
 def street_labels(outlines: list[tuple[str, np.ndarray]], size: tuple[int, int]) -> dict[str, Image.Image]:
-    """Return Cityscapes' label images of outlines, each painted over those before it.
+    """Return Cityscapes' label images from outlines, each painted over the earlier ones.
 
     Args:
         outlines: label and polygon.
         size: width and height.
 
     Returns:
-        ``labelIds`` and ``labelTrainIds`` hold a pixel's class by either number; ``instanceIds`` holds 1000 times the
-        class and the object's number, or the class where objects have none.
+        ``labelIds`` and ``labelTrainIds`` hold the two numbers of a pixel's class. ``instanceIds`` holds 1000 times the
+        class plus the object's number, or just the class if its objects are not numbered.
     """
     classes = {c["name"]: c for c in detectron2_lists("builtin_meta")["CITYSCAPES_CATEGORIES"]}
     classes["ego vehicle"] = {"id": 1, "trainId": VOID, "isthing": 0}
@@ -280,10 +272,10 @@ def street_labels(outlines: list[tuple[str, np.ndarray]], size: tuple[int, int])
 
 
 def make_all(out: Path, seed: int) -> None:
-    """Make the whole root in a temporary folder beside ``out`` and put it in place.
+    """Make all data sets in a temporary folder beside ``out``, then rename it to ``out``.
 
     Raises:
-        ValueError: ``out`` holds something that this script did not make.
+        ValueError: ``out`` holds files that this script did not write.
     """
     from moco_d2.io.files import replaced_folder
 
@@ -297,15 +289,3 @@ def make_all(out: Path, seed: int) -> None:
         make_cityscapes(root, "train", seed)
         make_cityscapes(root, "val", seed)
         (root / ABOUT).write_text(json.dumps({"seed": seed, "pictures": SPLITS}, indent=2) + "\n")
-
-
-def main() -> None:
-    """Parse the command line and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to make; made anew if this script made it")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds give other pictures (default: 0)")
-    args = parser.parse_args()
-    make_all(args.out, args.seed)
-    for split, count in SPLITS.items():
-        print(f"{count:5d} pictures  {split}")
-    print(f"in {args.out}; use it with: export DETECTRON2_DATASETS={args.out}")

@@ -1,11 +1,11 @@
-"""Draws the sample data's scenes: textured backgrounds, unlabelled clutter and twenty kinds of objects.
+"""Scenes of the sample data: textured backgrounds, unlabelled clutter and twenty kinds of objects.
 
-A kind is an outline, a texture and a main colour under the name of a VOC class. Five textures and ten hues are dealt
-out so that no single cue names a kind: every hue serves two kinds and every texture four, and the clutter wears the
-same hues in plain fields. Shape, texture and colour have to be learned together, which a small network can begin to do
-within a hundred steps and does not finish in a thousand.
+A kind is an outline, a texture and a main colour, with the name of a VOC class. No single cue identifies a kind: two
+kinds share each of the ten hues, four share each of the five textures, and the clutter has the same hues. Shape,
+texture and colour have to be learned together. A small network begins to do so within a hundred steps and is not
+finished after a thousand.
 
-Everything is drawn at twice the final size and averaged down, so that edges look like those of a photograph.
+Everything is drawn at twice the final size and averaged, so that edges look like those of a photograph.
 
 Letters: S = supersampling factor, H x W = canvas of the scene at that factor, coordinates are (x, y), y downwards.
 """
@@ -22,13 +22,13 @@ import numpy as np
 from moco_d2.samples.shapes import FLIPPED, KINDS, OUTLINES, JointedPerson, box, disc, jointed_person
 
 SUPERSAMPLING = 2
-# An object keeps at least this share of its own pixels in view, whatever covers it or cuts it off.
+# At least this share of an object's pixels stays visible.
 LEAST_VISIBLE = 0.6
 _SUBPIXEL_BITS = 4
 Range = tuple[float, float]
 TEXTURES = ("plain", "stripes", "dots", "checks", "waves")
 HUES = 10
-# 3 and 10 have no common factor, so that texture and hue run through different combinations: 20 kinds, 20 pairs.
+# 3 and 10 have no common factor, so the 20 kinds have 20 different pairs of texture and hue.
 _KIND_TEXTURE = {kind: TEXTURES[i % len(TEXTURES)] for i, kind in enumerate(KINDS)}
 _KIND_HUE = {kind: ((3 * i + i // 10 * 2) % HUES) / HUES for i, kind in enumerate(KINDS)}
 
@@ -39,10 +39,10 @@ class Thing:
 
     Attributes:
         kind: its name, one of :data:`KINDS`.
-        mask: what is still seen of it, (H, W) bool at :data:`SUPERSAMPLING` times the picture's size.
-        full_area: its pixels had nothing covered it or cut it off, in the mask's units.
-        crowd: whether this is a group of small objects that are not told apart.
-        keypoints: of a person with joints, (17, 2) in the picture's coordinates, some perhaps hidden or outside.
+        mask: its visible pixels, (H, W) bool at :data:`SUPERSAMPLING` times the picture's size.
+        full_area: number of its pixels in the mask's units if nothing covered it or cut it off.
+        crowd: whether this is a group of small objects with one label.
+        keypoints: of a jointed person, (17, 2) in picture coordinates; some may be hidden or outside.
     """
 
     kind: str
@@ -53,20 +53,20 @@ class Thing:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """(x0, y0, x1, y1) of what is seen, in picture coordinates with half-pixel steps."""
+        """(x0, y0, x1, y1) of the visible part, in picture coordinates with half-pixel steps."""
         rows, cols = np.flatnonzero(self.mask.any(axis=1)), np.flatnonzero(self.mask.any(axis=0))
         corners = (cols[0], rows[0], cols[-1] + 1, rows[-1] + 1)
         return tuple(float(c) / SUPERSAMPLING for c in corners)  # type: ignore[return-value]
 
     @property
     def visible(self) -> float:
-        """Share of the object that can be seen, 0..1."""
+        """Visible share of the object, 0..1."""
         return float(self.mask.sum()) / self.full_area
 
 
 @dataclass
 class Scene:
-    """A picture and what is on it: ``image`` is (height, width, 3) uint8 RGB."""
+    """A picture, (height, width, 3) uint8 RGB, and its objects."""
 
     image: np.ndarray
     things: list[Thing] = field(default_factory=list)
@@ -85,7 +85,7 @@ def clouds(rng: np.random.Generator, height: int, width: int, cell: float) -> np
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Draw a muted background: a gradient, clouds, stripes or blobs between two colours, with fine clouds on top."""
+    """Draw a muted background: a gradient, clouds, stripes or blobs of two colours, with fine clouds on top."""
     first, second = (colour(rng, rng.random(), (0.05, 0.45), (0.25, 0.9)) for _ in range(2))
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle, style = rng.uniform(0, np.pi), rng.choice(["gradient", "clouds", "stripes", "blobs"])
@@ -104,10 +104,10 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def fill(size: tuple[int, ...], parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Fill polygons, given in canvas coordinates, into a bool mask of the given size (H, W)."""
+    """Return a bool mask of the given size (H, W) with filled polygons, which are in canvas coordinates."""
     mask = np.zeros(size, np.uint8)
     for part in parts:
-        # Pixel centres lie at half coordinates; fixed point keeps the rotation smooth.
+        # Pixel centres are at half coordinates; fixed-point coordinates keep rotated edges smooth.
         fixed = np.round((part - 0.5) * 2**_SUBPIXEL_BITS).astype(np.int32)
         cv2.fillPoly(mask, [fixed], 1, shift=_SUBPIXEL_BITS)
     return mask.astype(bool)
@@ -116,17 +116,17 @@ def fill(size: tuple[int, ...], parts: Sequence[np.ndarray]) -> np.ndarray:
 def window(canvas: np.ndarray, parts: Sequence[np.ndarray]) -> tuple[np.ndarray, tuple[slice, slice]]:
     """Return the corner (x, y) and the slices of the part of a canvas that a shape can touch.
 
-    Shapes are small: working in their windows saves half of the time.
+    Drawing only in this part halves the time, because shapes are small.
     """
     corners, limit = np.concatenate(parts), np.array(canvas.shape[1::-1])
-    # One pixel at least, for what lies outside: OpenCV refuses empty arrays.
+    # At least one pixel, also for a shape outside the canvas: OpenCV refuses empty arrays.
     origin = np.clip(np.floor(corners.min(axis=0)).astype(int) - 2, 0, limit - 1)
     right, bottom = np.clip(np.ceil(corners.max(axis=0)).astype(int) + 2, 1, limit)
     return origin, np.s_[origin[1] : bottom, origin[0] : right]
 
 
 def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
-    """Draw things without a name into the canvas: plain rods and pebbles in the hues that objects wear."""
+    """Draw unlabelled things into the canvas: plain rods and pebbles in the hues of the objects."""
     height, width = canvas.shape[:2]
     for _ in range(rng.integers(2, 7)):
         size = rng.uniform(0.05, 0.22) * min(height, width)
@@ -143,7 +143,7 @@ def _paint(rng: np.random.Generator, kind: str, u: np.ndarray, v: np.ndarray) ->
     """Return the colours, (N, 3), of a kind's texture at object coordinates ``u`` and ``v``, (N,), about -0.5..0.5."""
     hue = _KIND_HUE[kind] + rng.uniform(-0.03, 0.03)
     main = colour(rng, hue, (0.65, 1.0), (0.55, 1.0))
-    # The second colour is dark or light of a near hue, so that it does not hide the first.
+    # The second colour is a dark one of a similar hue, or light grey, so that the first stays recognisable.
     second = colour(rng, hue + 0.08, (0.5, 0.9), (0.1, 0.3)) if rng.random() < 0.5 else np.full(3, 235, np.float32)
     period = rng.uniform(0.17, 0.23)
     phase = rng.uniform(0, period)
@@ -173,7 +173,7 @@ def _place(rng: np.random.Generator, height: int, width: int, scale: Range) -> t
 
 
 def _dress(rng: np.random.Generator, canvas: np.ndarray, person: JointedPerson, parts: Sequence[np.ndarray]) -> None:
-    """Paint a person's parts over its silhouette, which is in the canvas and stays where the shirt is."""
+    """Paint a person's parts over its silhouette in the canvas, which remains visible as the shirt."""
     shirt = canvas.copy()
     colours = {
         "skin": colour(rng, rng.uniform(0.04, 0.09), (0.25, 0.6), (0.4, 1.0)),
@@ -190,7 +190,7 @@ def _dress(rng: np.random.Generator, canvas: np.ndarray, person: JointedPerson, 
 
 
 def _shade_rim(canvas: np.ndarray, mask: np.ndarray, light: float) -> None:
-    """Darken the border, as shadows do: without it an object and a like-coloured background run into each other."""
+    """Darken the border, as a shadow does, so that an object stands out from a background of similar colour."""
     rim = mask & ~cv2.erode(mask.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
     canvas[rim] *= light
 
@@ -204,19 +204,19 @@ def put(
     centre: np.ndarray,
     matrix: np.ndarray,
 ) -> Thing | None:
-    """Try to draw one object over the scene at a given place, and take what it hides from the others' masks.
+    """Try to draw one object over the scene at a given place, and remove the pixels it hides from the other masks.
 
     Args:
         rng: source of its colours.
         canvas: (H, W, 3), painted in place.
-        things: what is there already.
-        shape: a kind, or a person with joints.
+        things: the objects drawn so far.
+        shape: a kind, or a jointed person.
         size: the side of the shape's box, in pixels of the canvas.
-        centre: of the shape's box, (2,).
-        matrix: turns, stretches or mirrors the shape, (2, 2).
+        centre: the centre of the shape's box, (2,).
+        matrix: rotates, stretches or mirrors the shape, (2, 2).
 
     Returns:
-        The object; None (and nothing drawn) if it would hide too much or be cut off.
+        The object; None, with nothing drawn, if it would hide too much of another or be cut off.
     """
     person = None if isinstance(shape, str) else shape
     kind, outline = (shape, OUTLINES[shape]) if isinstance(shape, str) else ("person", shape.parts)
@@ -259,7 +259,7 @@ def _draw(
 
 
 def _draw_crowd(rng: np.random.Generator, canvas: np.ndarray, things: list[Thing], kind: str) -> Thing | None:
-    """Draw a herd of small objects of one kind as a single crowd; None if no room was found."""
+    """Draw small objects of one kind as a single crowd; None if there is no room."""
     herd: list[Thing] = []
     for _ in range(12):
         member = _draw(rng, canvas, things + herd, kind, (0.09, 0.12))
@@ -285,16 +285,16 @@ def draw_scene(
         rng: source of every random choice; the same state gives the same picture.
         height: of the picture in pixels.
         width: of the picture in pixels.
-        kinds: what to draw, in order; later things may cover parts of earlier ones. The first is always drawn; a later
-            one is left out if no place is found where enough of everything stays visible.
+        kinds: the objects in order; later ones may cover parts of earlier ones. The first is always drawn; a later one
+            is left out if no place is found where enough of all objects stays visible.
         scale: range of an object's longest side, as a share of the square root of the picture's area.
-        crowd: a kind to draw a crowd of, if any.
-        jointed: whether a person has joints and a pose, instead of the outline of its kind.
+        crowd: the kind of a crowd to draw, or None.
+        jointed: whether persons have joints and a pose, instead of the outline of their kind.
 
     Returns:
         The picture and its objects.
     """
-    # The background has no edges worth supersampling, and a quarter of the pixels is a quarter of the time.
+    # The background has no sharp edges, so it is drawn at the final size in a quarter of the time.
     size = (width * SUPERSAMPLING, height * SUPERSAMPLING)
     canvas = cv2.resize(_background(rng, height, width), size, interpolation=cv2.INTER_LINEAR)
     _clutter(rng, canvas)
@@ -312,7 +312,7 @@ def draw_scene(
 
 
 def develop(rng: np.random.Generator, canvas: np.ndarray, noise: Range) -> np.ndarray:
-    """Average a canvas down to a picture, (height, width, 3) uint8, with some exposure and noise (in grey levels)."""
+    """Average a canvas down to a picture, (height, width, 3) uint8, with random exposure and noise (pixel values)."""
     height, width = (side // SUPERSAMPLING for side in canvas.shape[:2])
     canvas = canvas * np.float32(rng.uniform(0.75, 1.15))
     small: np.ndarray = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)

@@ -1,6 +1,6 @@
-"""What the sample data's objects look like: an outline for each of twenty kinds, and persons with joints.
+"""Shapes of the sample data's objects: an outline for each of twenty kinds, and jointed persons.
 
-All shapes lie in a box of side 1 around the origin; coordinates are (x, y), y downwards.
+All shapes are in a box of side 1 around the origin; coordinates are (x, y), y downwards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def box(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
 
 
 def disc(x: float, y: float, rx: float, ry: float | None = None) -> np.ndarray:
-    """Return an ellipse around (x, y); without ``ry`` a circle."""
+    """Return the corners of an ellipse around (x, y), or of a circle if ``ry`` is None."""
     angle = np.linspace(0, 2 * np.pi, 28, endpoint=False)
     return np.stack([x + rx * np.cos(angle), y + (ry or rx) * np.sin(angle)], axis=1)
 
@@ -33,7 +33,7 @@ def _legs(top: float, *lefts: float) -> Outline:
     return tuple(box(x, top, x + 0.1, 0.44) for x in lefts)
 
 
-# Unions of convex or simple parts, in a box of side 1 around the origin.
+# Each is a union of simple parts.
 OUTLINES: dict[str, Outline] = {
     "aeroplane": (
         poly((0, -0.5), (0.08, -0.36), (0.09, 0.3), (0.04, 0.45), (-0.04, 0.45), (-0.09, 0.3), (-0.08, -0.36)),
@@ -137,18 +137,18 @@ KINDS = tuple(OUTLINES)
 # COCO's seventeen keypoints in its order: nose, then left and right of each.
 PAIRED = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
 KEYPOINTS = ("nose", *(f"{side}_{joint}" for joint in PAIRED for side in ("left", "right")))
-# Where each keypoint is found once the picture is mirrored: left and right change places.
+# Order of the keypoints in a mirrored picture: left and right change places.
 FLIPPED = [0, *(i + 1 if i % 2 else i - 1 for i in range(1, len(KEYPOINTS)))]
 
 
 @dataclass(frozen=True)
 class JointedPerson:
-    """A person in some pose, facing the viewer: its left is on the picture's right.
+    """A person in some pose that faces the viewer, so its left is on the picture's right.
 
     Attributes:
-        parts: its limbs, body and face, those in front last.
-        materials: what each part is made of: ``shirt`` (the texture of its kind), ``skin``, ``trousers`` or ``dark``.
-        keypoints: (17, 2), in the order of :data:`KEYPOINTS`; each lies well inside a part.
+        parts: its limbs, body and face, from back to front.
+        materials: of each part: ``shirt`` (the texture of its kind), ``skin``, ``trousers`` or ``dark``.
+        keypoints: (17, 2), in the order of :data:`KEYPOINTS`; each is well inside a part.
     """
 
     parts: Outline
@@ -161,7 +161,7 @@ def _round(centre: np.ndarray, rx: float, ry: float | None = None) -> np.ndarray
 
 
 def _limb(start: np.ndarray, end: np.ndarray, wide: float, narrow: float) -> np.ndarray:
-    """Return the outline of a limb between two joints, whose radii are ``wide`` and ``narrow``."""
+    """Return the outline of a limb between two joints with the radii ``wide`` and ``narrow``."""
     discs = np.concatenate([_round(start, wide), _round(end, narrow)]).astype(np.float32)
     hull: np.ndarray = cv2.convexHull(discs)[:, 0].astype(np.float64)
     return hull
@@ -172,12 +172,12 @@ def _step(right: float, down: float) -> np.ndarray:
 
 
 def _towards(angle: float, length: float) -> np.ndarray:
-    """Return the step of a given length; angle 0 is straight down, positive ones turn to the picture's right."""
+    """Return a step of a given length; angle 0 is straight down, positive angles turn to the picture's right."""
     return _step(length * np.sin(angle), length * np.cos(angle))
 
 
 def _pose(rng: np.random.Generator, walking: bool) -> dict[str, np.ndarray]:
-    """Draw where the joints are, and ``head`` and ``neck``."""
+    """Draw the places of the joints, of ``head`` and of ``neck``."""
     lean = rng.normal(0, 0.03 if walking else 0.15)
     pelvis = _step(0, 0.03)
     neck = pelvis - _towards(lean, 0.28)
@@ -203,7 +203,7 @@ def jointed_person(rng: np.random.Generator, walking: bool = False) -> JointedPe
 
     Args:
         rng: source of the pose.
-        walking: upright with the arms down, as people are in a street; else anything between that and a jumping jack.
+        walking: upright with the arms down, as in a street; otherwise any pose up to that of a jumping jack.
     """
     at = _pose(rng, walking)
     legs: list[tuple[np.ndarray, str]] = []

@@ -1,8 +1,7 @@
-"""Draws the sample data's streets: road, sidewalk, buildings and trees, and on them cars, persons and the like.
+"""Streets of the sample data: road, sidewalk, buildings and trees, with cars, persons and other objects.
 
-Labels are kept as Cityscapes keeps them: a list of outlines in the order of painting, each over those before it. Sizes
-follow from where a thing stands: the camera is two metres above a flat ground, so that what is nearer is lower in the
-picture and larger.
+Labels are as in Cityscapes: a list of outlines in the order of painting, each over the earlier ones. The camera is two
+metres above a flat ground, so nearer objects are lower in the picture and larger.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 from moco_d2.samples.scenes import SUPERSAMPLING, Range, Thing, clouds, colour, develop, fill, put, window
 from moco_d2.samples.shapes import OUTLINES, JointedPerson, box, disc, jointed_person
 
-# Cityscapes' names, and the side of a shape's box in heights of the camera: a car is four metres long.
+# Cityscapes' names, and the side of a shape's box in units of the camera's height: a car is four metres long.
 TRAFFIC = {"car": ("car", 2.0), "bus": ("bus", 3.0), "bicycle": ("bicycle", 1.0), "motorbike": ("motorcycle", 1.1)}
 PERSON_SIZE = 0.85
 
@@ -26,8 +25,8 @@ class Street:
 
     Attributes:
         image: (height, width, 3) uint8 RGB.
-        outlines: label and polygon, (N, 2) whole pixels (x, y), from back to front. A label that ends in ``group`` is
-            that of several objects which are not told apart.
+        outlines: label and polygon, (N, 2) whole pixels (x, y), from back to front. A label that ends in ``group``
+            stands for several objects together.
     """
 
     image: np.ndarray
@@ -35,7 +34,7 @@ class Street:
 
 
 class _Painter:
-    """A street in the making. Coordinates are those of the picture; only the canvas is larger."""
+    """A street that is being drawn. Coordinates are those of the picture; the canvas is larger."""
 
     def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
         self.rng, self.height, self.width = rng, height, width
@@ -48,7 +47,7 @@ class _Painter:
         self.things: list[Thing] = []
 
     def paint(self, polygon: np.ndarray, hue: float, saturation: Range, value: Range, grain: float = 12) -> np.ndarray:
-        """Paint a polygon and return it in whole pixels; a corner on the last pixel reaches the picture's edge."""
+        """Paint a polygon and return it in whole pixels; a corner on the last pixel extends to the picture's edge."""
         last = np.array([self.width - 1, self.height - 1])
         pixels: np.ndarray = np.clip(np.round(polygon), 0, last).astype(int)
         reach = np.where(pixels == last, last + 1, np.where(pixels == 0, 0.0, pixels + 0.5))
@@ -59,11 +58,11 @@ class _Painter:
         return pixels
 
     def area(self, label: str, polygon: np.ndarray, hue: float, saturation: Range, value: Range) -> None:
-        """Paint a polygon and note its label."""
+        """Paint a polygon and add its outline."""
         self.outlines.append((label, self.paint(polygon, hue, saturation, value)))
 
     def road_edges(self, ground: float) -> tuple[float, float]:
-        """Return where the road begins and ends at some height of the picture."""
+        """Return the x coordinates of the road's edges at a y coordinate."""
         depth = ground - self.horizon
         return self.vanishing - 4 - 2.2 * depth, self.vanishing + 4 + 2.2 * depth
 
@@ -89,7 +88,7 @@ class _Painter:
         """Paint the sidewalk, and the road with its lane marks."""
         bottom, x = self.height, self.vanishing
         self.area("sidewalk", box(0, self.horizon, self.width, bottom), 0.08, (0.05, 0.2), (0.5, 0.7))
-        # Where the road's edges leave the picture.
+        # The y coordinates at which the road's edges leave the picture.
         reach = np.array([x, self.width - x])
         left, right = self.horizon + (reach - 4) / 2.2
         road = [(x - 4, self.horizon), (x + 4, self.horizon), (self.width, right), (self.width, bottom)]
@@ -101,7 +100,7 @@ class _Painter:
             self.paint(np.array(mark), 0.15, (0, 0.1), (0.85, 0.95))
 
     def post(self) -> None:
-        """Put up a pole with a traffic sign or a traffic light beside the road."""
+        """Draw a pole with a traffic sign or a traffic light beside the road."""
         rng, ground = self.rng, self.horizon + self.rng.uniform(10, 22)
         left, right = self.road_edges(ground)
         x = rng.choice([left - 8, right + 8])
@@ -115,7 +114,7 @@ class _Painter:
             self.paint(box(x - 1, ground - tall + lit, x + 2, ground - tall + lit + 3), hue, (0.9, 1), (0.9, 1))
 
     def stand(self, shape: str | JointedPerson, x: float, ground: float, scale: float) -> Thing | None:
-        """Let a thing stand on the ground; None if it would be cut off or hide too much of another."""
+        """Draw a thing that stands on the ground; None if it would be cut off or hide too much of another."""
         size = scale * (ground - self.horizon)
         foot = max(part[:, 1].max() for part in (OUTLINES[shape] if isinstance(shape, str) else shape.parts))
         matrix = np.diag((self.rng.choice([-1.0, 1.0]), 1.0))
@@ -125,14 +124,14 @@ class _Painter:
         return thing
 
     def outline(self, label: str, mask: np.ndarray) -> None:
-        """Note a label with a mask's outline; of several parts the largest counts."""
+        """Add a label with a mask's outline, or that of its largest part."""
         blocks = mask.reshape(self.height, SUPERSAMPLING, self.width, SUPERSAMPLING).sum(axis=(1, 3))
         small = (blocks >= SUPERSAMPLING**2 / 2).astype(np.uint8)
         contours, _ = cv2.findContours(small, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
         self.outlines.append((label, max(contours, key=cv2.contourArea)[:, 0]))
 
     def group(self) -> None:
-        """Let some far persons stand together."""
+        """Draw a group of persons at a distance."""
         ground = self.horizon + self.rng.uniform(14, 18)
         left, right = self.road_edges(ground)
         side, x = self.rng.choice([-1, 1]), self.rng.choice([left, right])
@@ -144,7 +143,7 @@ class _Painter:
             self.outline("persongroup", np.logical_or.reduce(masks))
 
     def traffic(self) -> None:
-        """Draw who is on the way, from far to near."""
+        """Draw vehicles and persons, from far to near."""
         rng = self.rng
         kinds = ["car", "person", "car", "person", *rng.choice(["car", "person", *TRAFFIC], int(rng.integers(1, 5)))]
         grounds = self.horizon + np.sort(rng.uniform(13, self.height - self.horizon - 14, len(kinds)))
@@ -163,7 +162,7 @@ class _Painter:
 
 
 def draw_street(rng: np.random.Generator, height: int, width: int) -> Street:
-    """Draw one picture of a street, as seen over the bonnet of a car.
+    """Draw one picture of a street, seen over the bonnet of a car.
 
     Args:
         rng: source of every random choice; the same state gives the same picture.

@@ -1,5 +1,6 @@
 """The doctor's findings: good ones, and bad ones with their remedy."""
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from hidden_modules import run_without
 
 from moco_d2 import install_detectron2
+from moco_d2.builtin_sets import DATASETS
 from moco_d2.commands import doctor
 from moco_d2.commands.doctor import FAIL, NOTE, OK
 
@@ -21,31 +23,15 @@ def touch(path: Path, text: str = "") -> None:
 
 @pytest.fixture
 def datasets(tmp_path: Path) -> Path:
-    """A complete root with two images everywhere."""
-    for year, splits in (("VOC2007", ("trainval", "test")), ("VOC2012", ("trainval",))):
-        (tmp_path / year / "Annotations").mkdir(parents=True)
-        for name in ("000001", "000002"):
-            touch(tmp_path / year / "JPEGImages" / f"{name}.jpg")
-        for split in splits:
-            touch(tmp_path / year / "ImageSets" / "Main" / f"{split}.txt", "000001\n000002 1\n\n")
-    for split, folder in (("train_aug", "SegmentationClassAug"), ("val", "SegmentationClass")):
-        # Some editions of train_aug.txt list pairs of files.
-        line = "/JPEGImages/000001.jpg /SegmentationClassAug/000001.png\n" if split == "train_aug" else "000001\n"
-        touch(tmp_path / "VOC2012" / "ImageSets" / "Segmentation" / f"{split}.txt", line)
-        touch(tmp_path / "VOC2012" / folder / "000001.png")
-    for split in ("train", "val"):
-        for version in ("v0.5", "v1"):
-            touch(tmp_path / "lvis" / f"lvis_{version}_{split}.json", "{}")
-        touch(tmp_path / "cityscapes" / "leftImg8bit" / split / "ulm" / "ulm_000001_000019_leftImg8bit.png")
-        for kind in ("instanceIds", "labelTrainIds"):
-            touch(tmp_path / "cityscapes" / "gtFine" / split / "ulm" / f"ulm_000001_000019_gtFine_{kind}.png")
-    for split in ("train2017", "val2017"):
-        touch(tmp_path / "coco" / "annotations" / f"instances_{split}.json", "{}")
-        touch(tmp_path / "coco" / "annotations" / f"person_keypoints_{split}.json", "{}")
-        for name in ("1.jpg", "2.jpg"):
-            touch(tmp_path / "coco" / split / name)
-    for name in ("n01/a.JPEG", "n02/b.JPEG", "n02/readme.txt"):
-        touch(tmp_path / "imagenet" / "train" / name)
+    """A complete root with two pictures everywhere."""
+    for record in DATASETS.values():
+        for path in record.files:
+            # Some editions of train_aug.txt list pairs of files, and some lists have further columns.
+            touch(tmp_path / path, "/JPEGImages/1.jpg /SegmentationClassAug/1.png\n2 -1\n\n")
+        for pattern, name in itertools.product((*record.pictures, *record.labels), "12"):
+            path = pattern.replace("*", "ulm", pattern.count("*") - 1).replace("*", name)  # ulm: a city, a class
+            touch(tmp_path / (path if Path(path).suffix else f"{path}.JPEG"))
+    touch(tmp_path / "imagenet/train/ulm/readme.txt")
     return tmp_path
 
 
@@ -53,43 +39,40 @@ def test_complete_datasets_are_counted(datasets: Path) -> None:
     found = list(doctor.check_datasets(datasets))
     assert [finding.level for finding in found] == [OK] * 10
     assert [finding.text for finding in found[1:]] == [
-        "VOC2007: 2 images (trainval 2, test 2)",
-        "VOC2012: 2 images (trainval 2)",
-        "VOC2012 semantic segmentation: label images of train_aug 1, val 1",
-        "coco: images in train2017 2, val2017 2, with instance annotations",
-        "coco keypoints: annotations of train2017, val2017",
-        "LVIS v0.5: annotations of train, val (images: coco)",
-        "LVIS v1: annotations of train, val (images: coco)",
-        "cityscapes: images in train 1, val 1, with fine annotations",
-        "imagenet/train: 2 images in 2 class folders",
+        "ImageNet: imagenet_train (2 images)",
+        "VOC 2007: voc_2007_trainval (2 images), voc_2007_test (2 images)",
+        "VOC 2012: voc_2012_trainval (2 images)",
+        "VOC 2012 semantic segmentation: voc_2012_train_aug_sem_seg (2 images), voc_2012_val_sem_seg (2 images)",
+        "COCO: coco_2017_train (2 images), coco_2017_val (2 images)",
+        "COCO keypoints: keypoints_coco_2017_train (2 images), keypoints_coco_2017_val (2 images)",
+        "LVIS v0.5: lvis_v0.5_train (2 images), lvis_v0.5_val (2 images)",
+        "LVIS v1: lvis_v1_train (2 images), lvis_v1_val (2 images)",
+        "Cityscapes: cityscapes_fine_instance_seg_train (2 images), cityscapes_fine_instance_seg_val (2 images), "
+        "cityscapes_fine_sem_seg_train (2 images), cityscapes_fine_sem_seg_val (2 images)",
     ]
 
 
 @pytest.mark.parametrize(
     ("gone", "message"),
     [
-        ("VOC2007/ImageSets/Main/test.txt", "VOC2007: missing ImageSets/Main/test.txt"),
-        ("VOC2012/JPEGImages/000002.jpg", "VOC2012: missing 1 of the 2 images of trainval (000002.jpg ...)"),
-        ("coco/annotations/instances_val2017.json", "coco: missing annotations/instances_val2017.json"),
+        ("VOC2007/ImageSets/Main/test.txt", "VOC 2007: missing VOC2007/ImageSets/Main/test.txt"),
         (
-            "coco/annotations/person_keypoints_val2017.json",
-            "coco keypoints: missing annotations/person_keypoints_val2017.json",
+            "VOC2012/Annotations/2.xml",
+            "VOC 2012: missing 1 of the 2 files VOC2012/Annotations/*.xml of voc_2012_trainval (2 ...)",
         ),
+        ("coco/annotations/instances_val2017.json", "COCO: missing coco/annotations/instances_val2017.json"),
         ("lvis/lvis_v0.5_train.json", "LVIS v0.5: missing lvis/lvis_v0.5_train.json"),
         (
-            "VOC2012/SegmentationClassAug/000001.png",
-            "VOC2012 semantic segmentation: missing 1 of the 1 label images of train_aug "
-            "(SegmentationClassAug/000001.png ...)",
+            "VOC2012/SegmentationClassAug/1.png",
+            "VOC 2012 semantic segmentation: missing 1 of the 2 files VOC2012/SegmentationClassAug/*.png of "
+            "voc_2012_train_aug_sem_seg (1 ...)",
         ),
         (
-            "VOC2012/ImageSets/Segmentation/val.txt",
-            "VOC2012 semantic segmentation: missing ImageSets/Segmentation/val.txt",
+            "cityscapes/gtFine/val/ulm/1_gtFine_labelTrainIds.png",
+            "Cityscapes: missing 1 of the 2 files cityscapes/gtFine/val/*/*_gtFine_labelTrainIds.png of "
+            "cityscapes_fine_sem_seg_val (ulm/1 ...)",
         ),
-        (
-            "cityscapes/gtFine/val/ulm/ulm_000001_000019_gtFine_labelTrainIds.png",
-            "cityscapes: missing labelTrainIds.png of 1 of the 1 images of val (ulm_000001_000019 ...)",
-        ),
-        ("imagenet/train/n01/a.JPEG", None),
+        ("imagenet/train/ulm/1.JPEG", None),
     ],
 )
 def test_a_missing_part_is_named(datasets: Path, gone: str, message: str | None) -> None:
@@ -103,7 +86,8 @@ def test_folders_without_images_are_no_dataset(datasets: Path) -> None:
     for image in (datasets / "imagenet").rglob("*.JPEG"):
         image.unlink()
     (note,) = [finding for finding in doctor.check_datasets(datasets) if finding.level != OK]
-    assert note.text.startswith("imagenet/train: missing images in class folders")
+    assert note.text == "ImageNet: missing imagenet/train/*/*"
+    assert note.remedy.startswith("get it from https://image-net.org/download.php; datasets/README.md")
 
 
 def test_no_dataset_folder_is_one_note(tmp_path: Path) -> None:
@@ -214,12 +198,12 @@ def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     notes = [finding.text for finding in doctor.check_devices() if finding.level == NOTE]
-    assert "nvidia-smi is here, but torch" in notes[0]
+    assert "nvidia-smi is installed, but torch" in notes[0]
     assert "naiveSyncBN" in notes[1]
 
 
 def test_a_list_in_another_encoding_is_a_note_and_the_others_are_looked_at(datasets: Path) -> None:
     (datasets / "VOC2007/ImageSets/Main/test.txt").write_bytes(b"\xff\xfe")
     found = {finding.text.partition(":")[0]: finding for finding in doctor.check_datasets(datasets)}
-    assert found["VOC2007"].level == NOTE and "cannot be read: 'utf-8' codec" in found["VOC2007"].text
-    assert found["VOC2012"].level == OK
+    assert found["VOC 2007"].level == NOTE and "cannot be read: 'utf-8' codec" in found["VOC 2007"].text
+    assert found["VOC 2012"].level == OK

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from detectron2 import model_zoo
 
-from moco_d2.config import flat, get_cfg, list_configs, load_cfg, mistyped_keys, roles, unread_keys
+from moco_d2.config import get_cfg, list_configs, load_cfg, mistyped_keys, roles, settings, unread_keys
 from moco_d2.config.load import _defaults
 from moco_d2.config.roles import DETECTION, PRETRAINING, UNREAD
 from moco_d2.engine.optim import trajectory
@@ -133,7 +133,7 @@ def test_the_namesake_of_the_detectors_own_head_is_named() -> None:
 
 def test_all_ignored_keys_are_told_at_once_with_what_else_is_wrong() -> None:
     words = [
-        "SSL.ENCODER.WIDTH",
+        "SSL.ENCODER.ARGS.width",
         "0.5",
         "SOLVER.EPOCHS",
         "5",
@@ -190,10 +190,26 @@ def test_trials_and_programs_are_told_the_same(tmp_path: Path) -> None:
 def test_a_resumed_pretraining_compares_what_the_table_calls_its_recipe(schedule: str) -> None:
     cfg = load_cfg(MOCO, ["SOLVER.SCHEDULE", schedule])
     apart = {"SOLVER.IMS_PER_BATCH", "SOLVER.MAX_ITER"}  # the trainer compares batch and length itself
-    wanted = {
-        key
-        for key in DEFAULTS
-        if key.startswith("SOLVER.") and roles.role(key, PRETRAINING) == roles.RECIPE and key not in apart
-        if not roles.turned_off(key, PRETRAINING, flat(cfg), DEFAULTS)
-    }
-    assert set(trajectory(cfg)) == wanted
+    recipe = settings(cfg, PRETRAINING, roles.RECIPE)
+    assert trajectory(cfg) == {k: v for k, v in recipe.items() if k.startswith("SOLVER.") and k not in apart}
+    assert {"SSL.ARGS.temperature", "DATASETS.TRAIN"} <= recipe.keys()
+
+
+def test_what_identifies_a_trial_is_no_place_and_no_machine() -> None:
+    free = {key for key in DEFAULTS if roles.role(key, DETECTION) != UNREAD and not roles.identifies_trial(key)}
+    assert free == {
+        "MODEL.WEIGHTS", "MODEL.DEVICE", "OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "TEST.COCO_BACKEND", "DATA.MAX_PIXELS",
+        "DATA.DRY_RUN_PICTURES",
+    }  # fmt: skip
+    assert roles.identifies_trial("MINE.KEY"), "of a user's program"
+
+
+def test_keys_that_have_an_option_of_run_trials(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["run_trials.py", "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(TOOLS / "run_trials.py"), run_name="__main__")
+    options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    taken = {key: roles.trial_option(key) for key in DEFAULTS if roles.trial_option(key)}
+    assert len(taken) == 5 and taken["SEED"] == "--seeds" and set(taken.values()) <= options

@@ -21,7 +21,7 @@ from moco_d2.facts import BackboneFacts
 from moco_d2.layers.resnet import build_resnet, describe
 
 State = dict[str, torch.Tensor]
-FACTS = {"origin": "a run of the tests", "protocol": "moco_v2_R50_200ep"}
+FACTS = {"origin": "a run of the tests", "recipe": "moco_v2_R50_200ep"}
 
 
 def network(name: str = "resnet50", width: float = 0.25, seed: int = 0) -> nn.Module:
@@ -390,7 +390,7 @@ def _dino(net: nn.Module) -> dict[str, Any]:
 
 LAYOUTS = {
     "own-backbone": Layout("moco_d2", _own_backbone, FACTS["origin"], 0, 0),
-    "own-training": Layout("moco_d2-training", _own_training, FACTS["origin"], 6, 322),
+    "own-training": Layout("moco_d2-training", _own_training, FACTS["origin"], 328, 0),
     "moco-v1-training": Layout("moco", lambda net: _moco_training(net, 1), "MoCo v1", 4, 320),
     "moco-v2-training": Layout("moco", lambda net: _moco_training(net, 2), "MoCo v2", 6, 322),
     "moco-v2-no-module": Layout("moco", lambda net: _moco_training(net, 2, wrapper=""), "MoCo v2", 6, 322),

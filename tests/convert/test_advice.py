@@ -30,11 +30,12 @@ from checkpoint_layouts import (
 )
 from torch import nn
 
+from moco_d2.commands import convert
 from moco_d2.convert import SOURCES, CheckpointError, Choice, Conversion, convert_state
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
-PARSER = runpy.run_path(str(TOOL))["parser"]()
+PARSER = convert.parser()
 
 # "with OPTIONS (words)" or "without OPTIONS (words)"; "with A and without B" names all that is to be typed in A.
 _WAY = re.compile(r"(?<!and )\b(with|without) ((?:--[a-z]+ (?:'[^']*'|\"[^\"]*\"|[^\s()'\"])+ ?)+)(?=\(|and without)")
@@ -368,7 +369,7 @@ def test_what_bake_and_the_way_back_advise(
     files, quick = (tmp_path / "in.pth", tmp_path / "out.pth"), "--no-proof"
     assert run(monkeypatch, *files, quick, "--bake") == 2 and "convert without --bake" in capsys.readouterr().err
     assert run(monkeypatch, *files, "--to", "torchvision") == 2
-    assert "convert this one without --to first, and then what was written" in capsys.readouterr().err
+    assert "convert this one without --to first, and then give the file that was written" in capsys.readouterr().err
     assert run(monkeypatch, *files, quick) == 0
     assert run(monkeypatch, files[1], tmp_path / "back.pth", "--to", "torchvision") == 0
     assert run(monkeypatch, "--list") == 0  # catalog.py's advice
@@ -376,12 +377,9 @@ def test_what_bake_and_the_way_back_advise(
 
 # Text of a message that names an option -> the row of ADVICE, or the test, that types it in.
 COVERED = {
-    ("account.py", "as --drop "): "test_the_tool_drops_and_says_so",
-    ("account.py", " and of --with"): "drop that finds the backbone",
-    ("account.py", "--drop "): "drop that finds nothing",
-    ("back.py", "convert this one without --to first"): "test_what_bake_and_the_way_back_advise",
+    ("back.py", "or convert this one without --to first"): "test_what_bake_and_the_way_back_advise",
     ("bake.py", "convert without --bake"): "test_what_bake_and_the_way_back_advise",
-    ("catalog.py", "tools/convert_checkpoint.py --list"): "test_what_bake_and_the_way_back_advise",
+    ("catalog.py", "moco-d2 convert --list"): "test_what_bake_and_the_way_back_advise",
     ("choice.py", "--source"): "source of another project",
     ("choice.py", "--prefix"): "mistyped prefix",
     ("choice.py", "--norm"): "GroupNorm",
@@ -390,8 +388,11 @@ COVERED = {
     ("choice.py", "--drop "): "test_an_expression_that_is_none_is_told",
     ("convert.py", " (--with "): "test_a_report_offers_only_what_the_file_has",
     ("convert.py", "--source "): "test_a_moving_average_that_a_report_offers_converts",
-    ("refusals.py", "not what --source "): "source of another project",
-    ("refusals.py", ".` (--prefix "): "mistyped prefix",
+    ("keys.py", "as --drop "): "test_the_tool_drops_and_says_so",
+    ("keys.py", " and of --with"): "drop that finds the backbone",
+    ("keys.py", "--drop "): "drop that finds nothing",
+    ("refusals.py", "it does not look like --source "): "source of another project",
+    ("refusals.py", " (--prefix "): "mistyped prefix",
 }
 
 

@@ -95,7 +95,7 @@ def trained_detector(kind: str, files: Path, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "home", "conv5", "note"),
+    ("kind", "prefix", "conv5", "note"),
     [
         ("C4", "backbone.", "roi_heads.", "the norm that the C4 box head adds"),
         ("FPN", "backbone.bottom_up.", "backbone.bottom_up.", ""),
@@ -105,19 +105,19 @@ def trained_detector(kind: str, files: Path, folder: Path) -> dict[str, Any]:
     ],
 )
 def test_a_fine_tuned_detector_gives_its_backbone(
-    kind: str, home: str, conv5: str, note: str, net: nn.Module, files: Path, tmp_path: Path
+    kind: str, prefix: str, conv5: str, note: str, net: nn.Module, files: Path, tmp_path: Path
 ) -> None:
     state = trained_detector(kind, files, tmp_path)
     backbone = restore(tmp_path / "model_final.pth", tmp_path / "out.pth", "torchvision")
     back = torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"]
     assert list(back) == list(trunk(net)) and not same(values(back), values(trunk(net)))
-    assert torch.equal(back["conv1.weight"], state[f"{home}stem.conv1.weight"])
-    assert torch.equal(back["layer3.5.bn2.running_var"], state[f"{home}res4.5.conv2.norm.running_var"])
+    assert torch.equal(back["conv1.weight"], state[f"{prefix}stem.conv1.weight"])
+    assert torch.equal(back["layer3.5.bn2.running_var"], state[f"{prefix}res4.5.conv2.norm.running_var"])
     assert torch.equal(back["layer4.0.downsample.1.bias"], state[f"{conv5}res5.0.shortcut.norm.bias"])
     assert back["layer4.2.bn3.num_batches_tracked"] == state[f"{conv5}res5.2.conv3.norm.num_batches_tracked"] == 3
     # The recipe's name belongs to the weights that the recipe gave.
     said = read_facts(tmp_path / "out.pth")
-    assert said is not None and said == backbone.facts and said.protocol == ""
+    assert said is not None and said == backbone.facts and said.recipe == ""
     assert said.origin == "a run of the tests (moco_v2_R50_200ep), fine-tuned in a detector"
     assert any("fc.weight and fc.bias are missing" in n for n in backbone.notes)
     about_detector = [n for n in backbone.notes if "conv5" in n]
@@ -178,21 +178,21 @@ def test_what_is_missing_is_named(files: Path) -> None:
     converted, backbone = (read_checkpoint(files / name) for name in ("converted.pth", "backbone.pth"))
     c4 = {f"backbone.{k}": v for k, v in converted["model"].items()}
     for content, words in (
-        (without(converted, "model", "res5."), ["no conv5 (res5)", "50 of the 265", "res5.0.conv1.weight"]),
-        (without({**converted, "model": c4}, "model", "res5."), ["no conv5 (res5)", "C4 detector"]),
+        (without(converted, "model", "res5."), ["50 of the 265", "all of conv5 (layer4, res5): res5.0.conv1.weight"]),
+        (without({**converted, "model": c4}, "model", "res5."), ["incomplete Detectron2 detector", "all of conv5"]),
         (without(backbone, "state_dict", "layer2.1.bn1"), ["incomplete", "layer2.1.bn1.weight"]),
-        (without(converted, "model", "running_"), ["incomplete", "106 of the 265"]),  # GroupNorm
-        ({k: v for k, v in converted.items() if k != "facts"}, ["carries no facts", "train_net.py"]),
-        ({"facts": BackboneFacts().as_dict(), "epoch": 3}, ["no ResNet of ours", "facts, epoch"]),
-        (stated(converted, depth=51), ["no such ResNet", "depth is 51"]),
-        (stated(converted, stem_channels=64), ["contradict", "conv1.weight is (16, 3, 7, 7) instead of (64, 3, 7, 7)"]),
+        (without(converted, "model", "running_"), ["with GroupNorm", "no running_mean", "whose norms are BatchNorm"]),
+        ({k: v for k, v in converted.items() if k != "facts"}, ["has no facts", "train_net.py"]),
+        ({"facts": BackboneFacts().as_dict(), "epoch": 3}, ["no known ResNet", "facts, epoch"]),
+        (stated(converted, depth=51), ["no ResNet that can be built", "depth is 51"]),
+        (stated(converted, stem_channels=64), ["contradict", "stem_channels is 16 by the tensors, 64 by the facts"]),
     ):
         with pytest.raises(CheckpointError) as refusal:
             take_back(content, "some.pth")
         assert str(refusal.value).startswith("some.pth: ") and "\n" not in str(refusal.value)
         assert all(word in str(refusal.value) for word in words), str(refusal.value)
     converted["model"]["res3.0.conv1.weight"] = converted["model"]["res3.0.conv1.weight"] / 0
-    with pytest.raises(CheckpointError, match=r"layer2\.0\.conv1\.weight holds NaN"):
+    with pytest.raises(CheckpointError, match=r"hold NaN or infinity: res3\.0\.conv1\.weight"):
         take_back(converted, "some.pth")
 
 

@@ -141,7 +141,7 @@ def test_fetched_checked_converted_once_and_kept(server: Server, entry: Any, cac
     written, source = torch.load(path, weights_only=True), trunk(network())
     assert torch.equal(written["model"]["stem.conv1.weight"], source["conv1.weight"]) and len(written["model"]) == 265
     facts = read_facts(path)
-    assert facts is not None and facts.protocol == "moco_v2_R50_800ep" and facts.stem_channels == 16
+    assert facts is not None and facts.recipe == "moco_v2_R50_800ep" and facts.stem_channels == 16
     assert facts.origin == f"a quarter of MoCo v2, from {server.address}"
     record = json.loads((cache / "quarter.json").read_text())
     assert record["sha256"] == hashlib.sha256(server.content).hexdigest() and record["bytes"] == len(server.content)
@@ -172,7 +172,8 @@ def test_what_is_kept_is_made_anew_when_it_would_be_made_otherwise(
     assert "outdated" in listing()
     server.code = 404
     with pytest.raises(
-        CatalogError, match=r"answers 404 .*quarter\.pth is kept, and would be made otherwise now \("
+        CatalogError,
+        match=r"answers 404 .*has an older file, which would be made differently now \(.*MODEL.WEIGHTS .*quarter\.pth",
     ) as told:
         fetch("quarter")
     assert str(told.value).endswith(f"MODEL.WEIGHTS {cache / 'quarter.pth'}") and "\n" not in str(told.value)
@@ -193,7 +194,7 @@ def test_a_broken_transfer_is_continued(server: Server, entry: Any) -> None:
 
 def test_what_an_interrupted_process_left_is_continued(server: Server, entry: Any, cache: Path) -> None:
     server.breaks = [400_000, 0, 0, 0]
-    with pytest.raises(CatalogError, match=r"cannot be fetched .*0 MB are kept, and the next attempt goes on"):
+    with pytest.raises(CatalogError, match=r"cannot be downloaded .*0 MB are kept, and the next attempt cont"):
         fetch("quarter")
     assert (cache / "quarter.download.part").stat().st_size == 400_000 and not (cache / "quarter.pth").exists()
     server.seen.clear()
@@ -229,7 +230,7 @@ def test_without_checksum_and_version_nothing_is_continued(server: Server, entry
 
 def test_a_wrong_checksum_leaves_nothing(server: Server, entry: Any, cache: Path) -> None:
     entry(checksum="sha256:0123456789")
-    with pytest.raises(CatalogError, match="published is 0123456789; the transfer was damaged, or the file was repl"):
+    with pytest.raises(CatalogError, match="but 0123456789 was published; the download was damaged, or the file was"):
         fetch("quarter")
     assert [p.name for p in cache.iterdir() if not p.name.startswith(".")] == []
     entry()
@@ -249,10 +250,10 @@ def test_an_answer_that_is_no_file_is_told(code: int, words: str, server: Server
 
 def test_without_a_network_the_way_out_is_told(server: Server, entry: Any) -> None:
     entry(url="http://127.0.0.1:9/weights.pth")  # nobody listens there
-    with pytest.raises(CatalogError, match=r"cannot be fetched \(.*refused\).*Without a network, fetch the file elsew"):
+    with pytest.raises(CatalogError, match=r"cannot be downloaded \(.*refused\).*Without a network, download the file"):
         fetch("quarter")
     entry(url="http://nowhere.invalid/weights.pth")
-    with pytest.raises(CatalogError, match=r"nowhere\.invalid.*cannot be fetched.*Without a network"):
+    with pytest.raises(CatalogError, match=r"nowhere\.invalid.*cannot be downloaded.*Without a network"):
         fetch("quarter")
 
 
@@ -265,7 +266,7 @@ def test_a_file_that_is_no_checkpoint_is_told_and_not_kept(
 ) -> None:
     entry(checksum="")
     good, server.content = server.content, content
-    with pytest.raises(CatalogError, match=f"fetched but cannot be converted: .*{words}"):
+    with pytest.raises(CatalogError, match=f"downloaded but cannot be converted: .*{words}"):
         fetch("quarter")
     server.content = good
     fetch("quarter")
@@ -273,7 +274,7 @@ def test_a_file_that_is_no_checkpoint_is_told_and_not_kept(
 
 def test_the_catalogue_says_whose_file_it_is(server: Server, entry: Any) -> None:
     entry(source="simsiam")
-    with pytest.raises(CatalogError, match=r"fetched but cannot be converted: .*not what --source simsiam expects"):
+    with pytest.raises(CatalogError, match=r"downloaded but cannot be converted: .*not look like --source simsiam"):
         fetch("quarter")
     entry(source="")
     fetch("quarter")
@@ -293,7 +294,7 @@ def test_while_another_process_fetches_this_one_waits(
             with caplog.at_level("INFO"):
                 ours = [pool.submit(fetch, "quarter") for _ in range(3)]
                 deadline = time.monotonic() + 20
-                while (waiting := caplog.text.count("is being fetched by another process")) < 3:
+                while (waiting := caplog.text.count("is being downloaded by another process")) < 3:
                     assert time.monotonic() < deadline, f"{waiting} of 3 wait"
                     time.sleep(0.01)
         finally:
@@ -311,10 +312,10 @@ def test_a_detector_starts_from_a_name(server: Server, entry: Any, cache: Path) 
     record = load_weights(DetectionCheckpointer(model), cfg, "moco-d2://quarter")
     assert torch.equal(model.backbone.stem.conv1.weight, trunk(network())["conv1.weight"])
     assert record.path == "moco-d2://quarter" and record.sha256 == sha256(cache / "quarter.pth")
-    assert record.facts.protocol == "moco_v2_R50_800ep" and server.seen == [None]
+    assert record.facts.recipe == "moco_v2_R50_800ep" and server.seen == [None]
     with PathManager.open("moco-d2://quarter", "rb") as file:
         assert hashlib.sha256(file.read()).hexdigest() == record.sha256
-    with pytest.raises(ValueError, match=r"moco-d2://quarte could not be fetched .*nearest: quarter"):
+    with pytest.raises(ValueError, match=r"moco-d2://quarte could not be downloaded .*similar names: quarter"):
         load_weights(DetectionCheckpointer(model), cfg, "moco-d2://quarte")
 
 
@@ -330,14 +331,14 @@ def test_the_file_is_the_same_wherever_it_is_made(
 def test_the_user_s_files_in_a_cache_are_kept(name: str, server: Server, entry: Any, cache: Path) -> None:
     cache.mkdir(exist_ok=True)
     (cache / name).write_text("the user's")
-    with pytest.raises(CatalogError, match=rf"{name}: a file that this command did not write .*; MOCO_D2_CACHE names"):
+    with pytest.raises(CatalogError, match=rf"{name}: a file that this command did not write .*; set MOCO_D2_CACHE to"):
         fetch("quarter")
     assert (cache / name).read_text() == "the user's" and not server.seen, "nothing was fetched"
 
 
 def test_a_cache_that_cannot_be_written_is_named(entry: Any, cache: Path) -> None:
     cache.write_text("a file where the folder should be")
-    with pytest.raises(CatalogError, match="MOCO_D2_CACHE names another folder"):
+    with pytest.raises(CatalogError, match="set MOCO_D2_CACHE to another folder"):
         fetch("quarter")
 
 
@@ -369,7 +370,7 @@ def test_the_shipped_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_unknown_names_and_broken_lists_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CatalogError, match=r"no published weights 'moco_v2_80ep'; nearest: moco_v2_800ep"):
+    with pytest.raises(CatalogError, match=r"no published weights 'moco_v2_80ep'; similar names: moco_v2_800ep"):
         get_entry("moco-d2://moco_v2_80ep")
     own = tmp_path / "own.yaml"
     monkeypatch.setenv("MOCO_D2_CATALOG", str(own))
@@ -378,8 +379,8 @@ def test_unknown_names_and_broken_lists_are_told(tmp_path: Path, monkeypatch: py
         ("- a", "not a list of weights"),
         ("x: {url: u, colour: red}", "unknown ['colour']"),
         ("x: {url: u}", "missing ['recipe', 'title']"),
-        ("x: {url: u, title: t, source: s, recipe: r, checksum: 'crc:12'}", "must be like md5:a04e12f8"),
-        ("../x: {url: u, title: t, source: s, recipe: r}", "must be letters"),
+        ("x: {url: u, title: t, source: s, recipe: r, checksum: 'crc:12'}", "must look like md5:a04e12f8"),
+        ("../x: {url: u, title: t, source: s, recipe: r}", "may have letters"),
     ):
         own.write_text(text)
         with pytest.raises(CatalogError) as refusal:

@@ -33,7 +33,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
-from moco_d2.convert import SOURCES, CheckpointError, Choice, convert_checkpoint, convert_state, read_facts
+from moco_d2.convert import SOURCES, CheckpointError, Choice, convert_checkpoint, convert_state, prove, read_facts
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
 from moco_d2.facts import CAFFE_BGR, IMAGENET_RGB, BackboneFacts
 from moco_d2.layers.resnet import DEPTHS, network_for
@@ -191,6 +191,9 @@ def test_affine_layers_get_their_statistics_back(net: nn.Module) -> None:
         -1, 1, 1
     )
     assert conversion.source.key == "caffe2-affine" and torch.allclose(got, wanted, atol=1e-6)
+    # Every tensor of the network is written, those that the converter adds too; the report lists the file's keys.
+    assert set(conversion.tensors) == set(DETECTRON2.names(50)) and set(conversion.mapped) == set(state)
+    assert len(conversion.mapped) == 159 and max(prove(conversion.facts, tensors, conversion.tensors).values()) < 1e-9
 
 
 def test_group_norm_if_asked(tmp_path: Path) -> None:
@@ -201,6 +204,16 @@ def test_group_norm_if_asked(tmp_path: Path) -> None:
         convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth")
     conversion, differences = convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth", choice=Choice(norm="GN"))
     assert conversion.config()["MODEL.RESNETS.NORM"] == "GN" and max(differences.values()) < 1e-5
+    assert any("GroupNorm is your word" in note for note in conversion.notes)
+
+    torch.save({"state_dict": state, "facts": conversion.facts.as_dict()}, tmp_path / "ours.pth")
+    stated, differences = convert_checkpoint(tmp_path / "ours.pth", tmp_path / "stated.pth")
+    assert stated.config() == conversion.config() and max(differences.values()) < 1e-5
+    assert not any("your word" in note for note in stated.notes)
+    earlier = {key: value for key, value in conversion.facts.as_dict().items() if key != "norm"}
+    torch.save({"state_dict": state, "facts": earlier}, tmp_path / "earlier.pth")
+    again, _ = convert_checkpoint(tmp_path / "earlier.pth", tmp_path / "again.pth", choice=Choice(norm="GN"))
+    assert again.facts == stated.facts
 
 
 @pytest.mark.parametrize("name", ["resnetaa50.pth", "resnet50.pth"])
@@ -323,7 +336,7 @@ def test_stated_stride_and_pixels_are_kept(net: nn.Module, tmp_path: Path) -> No
     torch.save({"state_dict": trunk(net), "facts": stated}, tmp_path / "in.pth")
     conversion, _ = convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pkl")
     assert conversion.facts.as_dict() == read_facts(tmp_path / "out.pkl").as_dict() == stated
-    assert conversion.facts.config()["INPUT.FORMAT"] == "BGR" and conversion.facts.protocol == FACTS["protocol"]
+    assert conversion.facts.config()["INPUT.FORMAT"] == "BGR" and conversion.facts.recipe == FACTS["recipe"]
 
 
 def detector(kind: str, backbone: BackboneFacts) -> nn.Module:
@@ -373,7 +386,7 @@ def cifar(state: State) -> State:
 
 # what the checkpoint is, and the words its refusal must hold
 REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
-    "empty": (lambda s: {}, ["no ResNet", "nothing"]),
+    "empty": (lambda s: {}, ["no known ResNet", "nothing"]),
     "empty-state-dict": (lambda s: {"state_dict": {}, "epoch": 3}, ["state_dict, epoch", "save the state_dict()"]),
     "key-encoder-only": (
         lambda s: {"state_dict": under("module.encoder_k.", s)},
@@ -390,7 +403,7 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
     ),
     "half-of-a-network": (
         lambda s: {key: t for key, t in s.items() if "layer3" in key},
-        ["no ResNet that is known", "layer3.0.*"],
+        ["no known ResNet", "layer3.0.*"],
     ),
     "partial": (
         lambda s: {"state_dict": under("module.encoder_q.", without(s, "layer3.4.conv2", "layer4.0.bn1.bias"))},
@@ -418,7 +431,7 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
         lambda s: {**s, "layer4.0.x.weight": torch.ones(3)},
         ["inside the backbone", "layer4.0.x.weight"],
     ),
-    "both-wrapped-and-not": (lambda s: {**s, **under("module.", s)}, ["same tensor's name"]),
+    "both-wrapped-and-not": (lambda s: {**s, **under("module.", s)}, ["name the same tensor"]),
     "cifar-stem": (cifar, ["CIFAR stem", "(16, 3, 3, 3)"]),
     "two-channels": (lambda s: with_value(s, "conv1.weight", torch.randn(16, 2, 7, 7)), ["3-channel", "(16, 2, 7, 7)"]),
     "wrong-shape": (
@@ -557,7 +570,7 @@ def test_refusals_say_what_was_found(name: str, net: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (torch.Tensor.to_sparse, ["1 tensors are of a kind that is not read (sparse_tensor)", "to_dense()"]),
+        (torch.Tensor.to_sparse, ["1 tensors are of a kind that cannot be read (sparse_tensor)", "to_dense()"]),
         (lambda t: torch.nested.nested_tensor([t[0], t[1]]), ["(nested_tensor)", "save plain tensors"]),
     ],
 )
@@ -625,5 +638,5 @@ assert not any(name.startswith("detectron2.") for name in sys.modules)
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
-    assert "the proof was not made" in run.stderr and "detectron2 is missing" in run.stderr
+    assert "cannot be proved" in run.stderr and "detectron2 is missing" in run.stderr
     assert "proof    not made" in run.stdout and (tmp_path / "out.pth").is_file()

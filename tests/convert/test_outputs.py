@@ -15,8 +15,6 @@ from moco_d2.convert import convert_checkpoint
 from moco_d2.convert.back import restore
 from moco_d2.convert.report import convert_and_report, write_report
 
-TOOLS = Path(__file__).parents[2] / "tools"
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -58,9 +56,7 @@ def test_the_same_conversion_may_be_repeated(source: Path, tmp_path: Path) -> No
 )
 def test_a_config_of_the_user_s_is_kept(text: bytes, source: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(text)
-    with pytest.raises(
-        ValueError, match=r"mine\.yaml: a file that this command did not write has this name, and is kept"
-    ):
+    with pytest.raises(ValueError, match=r"mine\.yaml: this file exists, and this command did not write it"):
         convert(source, tmp_path / "mine.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"] and (tmp_path / "mine.yaml").read_bytes() == text
 
@@ -69,7 +65,7 @@ def test_a_config_that_was_edited_is_kept(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "mine.pth")
     config = tmp_path / "mine.yaml"
     config.write_text(edited := config.read_text() + "SOLVER: {BASE_LR: 0.02}\n")
-    with pytest.raises(ValueError, match=r"mine\.yaml: a file"):
+    with pytest.raises(ValueError, match=r"mine\.yaml: this file exists"):
         convert(source, tmp_path / "mine.pth")
     assert config.read_text() == edited
 
@@ -81,7 +77,7 @@ def test_weights_that_no_conversion_wrote_are_kept(content: object, source: Path
     before = output.read_bytes()
     convert(source, tmp_path / "converted.pth")
     for act in (lambda: convert(source, output), lambda: restore(tmp_path / "converted.pth", output, "torchvision")):
-        with pytest.raises(ValueError, match=r"model_final\.pth: a file that this command did not write"):
+        with pytest.raises(ValueError, match=r"model_final\.pth: this file exists, and this command did not write it"):
             act()
     assert output.read_bytes() == before and not (tmp_path / "model_final.yaml").exists()
 
@@ -100,15 +96,14 @@ def test_the_input_is_kept_under_each_of_its_names(
 def test_a_report_is_refused_before_the_conversion(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import convert_checkpoint as tool
+    from moco_d2.commands import convert as tool
 
     theirs = tmp_path / "labels.json"
     theirs.write_text(json.dumps({"images": [], "annotations": []}))
     words = [str(source), str(tmp_path / "out.pth"), "--no-proof", "--report", str(theirs)]
     monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words])
     assert tool.main() == 2
-    assert capsys.readouterr().err.startswith(f"error: {theirs}: a file that this command did not write")
+    assert capsys.readouterr().err.startswith(f"error: {theirs}: this file exists, and this command did not write it")
     assert [path.name for path in tmp_path.iterdir()] == ["labels.json"]
     for name in ("out.pth", "./out.yaml"):
         monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(tmp_path / name)])

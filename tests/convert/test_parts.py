@@ -242,7 +242,7 @@ def test_baked_and_taken_back(file: dict[str, Any], tmp_path: Path) -> None:
     again = convert_state(written, "out.pth")
     assert again.facts.parts == () and set(again.content()) == set(baked.tensors)
     back = take_back(written, "out.pth")
-    assert back.facts.parts == () and "fpn, box_head has no place in a ResNet" in back.notes[0]
+    assert back.facts.parts == () and "fpn, box_head is no part of a ResNet" in back.notes[0]
 
 
 def without(part: str) -> Callable[[State], State]:
@@ -254,7 +254,7 @@ REFUSALS: dict[str, tuple[Callable[[State], State], tuple[str, ...], str]] = {
     "one level more": (
         lambda s: s | {"module.neck.fpn_convs.4.conv.weight": torch.ones(16, 16, 3, 3)},
         ("fpn",),
-        r"1 keys belong to no layer that is known: neck\.fpn_convs\.4\.conv\.weight",
+        r"1 keys belong to no known layer of it: neck\.fpn_convs\.4\.conv\.weight",
     ),
     "no neck": (without(".neck."), ("fpn",), "holds no fpn: none of its keys looks like neck.lateral_convs.0"),
     "another network's": (
@@ -290,7 +290,7 @@ def test_what_is_not_whole_is_refused(name: str, file: dict[str, Any]) -> None:
 def test_sources_without_parts_say_which_have_them(net: nn.Module) -> None:
     with pytest.raises(CheckpointError, match=r"recognised as MoCo; .* no fpn .*ReSim: fpn; SoCo: fpn, box_head"):
         convert_state(nested("state_dict", "module.encoder_q.")(net), "x.pth", FPN)
-    with pytest.raises(CheckpointError, match=r"recognised as ReSim; its source pretrains fpn, but no box_head"):
+    with pytest.raises(CheckpointError, match=r"recognised as ReSim; its source pretrains fpn, no box_head"):
         convert_state(resim(net, pyramid(0.25, 16, None)), "x.pth", Choice(parts=("box_head",)))
 
 

@@ -67,7 +67,7 @@ def test_not_a_number_fails(conversion: Conversion) -> None:
 
 def test_missing_and_misshapen_tensors_fail(conversion: Conversion) -> None:
     fewer = {key: tensor for key, tensor in conversion.tensors.items() if key != "res2.0.conv1.weight"}
-    with pytest.raises(ProofError, match=r"misses \['res2.0.conv1.weight'\]"):
+    with pytest.raises(ProofError, match=r"lacks \['res2.0.conv1.weight'\]"):
         prove(conversion.facts, conversion.source_tensors, fewer)
     other = {**conversion.tensors, "stem.conv1.weight": torch.ones(16, 3, 3, 3)}
     with pytest.raises(ProofError, match="cannot hold"):

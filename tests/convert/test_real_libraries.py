@@ -260,7 +260,7 @@ def test_transformers_shallow_and_as_a_backbone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "words"),
-    [({"downsample_in_first_stage": True}, "first stage"), ({"hidden_act": "gelu"}, "activation is gelu")],
+    [({"downsample_in_first_stage": True}, "stride 1 in that stage"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'")],
 )
 def test_what_only_config_json_tells_is_refused(option: dict[str, Any], words: str, tmp_path: Path) -> None:
     hugging_face(tmp_path, **option)
@@ -299,7 +299,9 @@ def test_transformers_with_an_image_processor_that_says_nothing(tmp_path: Path) 
     for content in ("{", "[]", '{"size": {"shortest_edge": 224}}'):
         beside.write_text(content)
         conversion, _ = convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out.pth", proof=False)
-        assert conversion.facts.pixels == IMAGENET_RGB and any("says no mean and std" in n for n in conversion.notes)
+        assert conversion.facts.pixels == IMAGENET_RGB and any(
+            "no readable mean and std" in n for n in conversion.notes
+        )
     for std, words in ((0.0, "three finite numbers"), (float("nan"), "nan"), ("x", "'x'"), (10**400, "too large")):
         beside.write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5, std, 0.5]}))
         with pytest.raises(CheckpointError, match=f"model.safetensors: the preprocessor_config.json.*{words}"):

@@ -1,27 +1,38 @@
-"""Recipes as data: published values, torchvision's distributions, and three backends that make the same views."""
+"""Augmentations as data: published values, torchvision's distributions, and three backends that make the same views."""
 
 import dataclasses
 import io
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
 from benchmarks.data import authors_transforms, draw_photo
-from moco_d2.data import BACKENDS, RECIPES, EpochSampler, FileSource, ViewDataset, ViewLoader, build_backend
-from moco_d2.data.augment import Blur, Box, Crop, Flip, Grey, Jitter, Plan, Solarise, Step, View, build_recipe
-from moco_d2.data.backends import CV2_STEPS, PIL_STEPS, to_levels
-from moco_d2.data.batched import DEVICE_STEPS, pack_steps, run_steps
-from moco_d2.data.decode import Picture
+from moco_d2.config import load_cfg
+from moco_d2.data import AUGMENTATIONS, BACKENDS, EpochSampler, FileSource, ViewDataset, ViewLoader, build_backend
+from moco_d2.data.augment import (
+    Apply,
+    Augmentation,
+    Box,
+    Crop,
+    Jitter,
+    Plan,
+    View,
+    build_augmentation,
+    register_augmentation,
+)
+from moco_d2.data.backends import finish, pack, run, to_float
+from moco_d2.data.decode import EncodedImage
+from moco_d2.data.operations import OPERATIONS, SKIP, Op, Operation
 
 CPU = torch.device("cpu")
 SIZE = 224
@@ -43,20 +54,23 @@ def files(photos: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> list
 @pytest.fixture(scope="module")
 def views(photos: list[bytes]) -> np.ndarray:
     """Return (N, H, W, 3) crops."""
-    return np.stack([Picture(data).crops([Plan(Box(20, 30, 300, 320), (), SIZE)])[0] for data in photos])
+    return np.stack([EncodedImage(data).crops([Plan(Box(20, 30, 300, 320), (), SIZE)])[0] for data in photos])
 
 
 PUBLISHED = {  # The order and magnitudes of the authors' code.
-    "moco_v1": (0.2, (Grey(0.2), Jitter(0.4, 0.4, 0.4, 0.4, 1.0), Flip(0.5))),
-    "moco_v2": (0.2, (Jitter(0.4, 0.4, 0.4, 0.1, 0.8), Grey(0.2), Blur(0.1, 2.0, 0.5), Flip(0.5))),
-    "moco_cifar": (0.08, (Flip(0.5), Jitter(0.4, 0.4, 0.4, 0.1, 0.8), Grey(0.2))),
+    "moco_v1": (0.2, (Apply("grey", 0.2), Jitter(0.4, 0.4, 0.4, 0.4, 1.0), Apply("flip", 0.5))),
+    "moco_v2": (
+        0.2,
+        (Jitter(0.4, 0.4, 0.4, 0.1, 0.8), Apply("grey", 0.2), Apply("blur", 0.5, (0.1, 2.0)), Apply("flip", 0.5)),
+    ),
+    "moco_cifar": (0.08, (Apply("flip", 0.5), Jitter(0.4, 0.4, 0.4, 0.1, 0.8), Apply("grey", 0.2))),
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_are_the_published_ones_op_for_op(name: str) -> None:
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_augmentations_are_the_published_ones_op_for_op(name: str) -> None:
     low, ops = PUBLISHED[name]
-    for view in build_recipe(name, SIZE).views:
+    for view in build_augmentation(name, SIZE).views:
         assert view == View(Crop(SIZE, (low, 1.0), (3 / 4, 4 / 3)), ops)
 
 
@@ -64,9 +78,16 @@ def test_recipes_are_the_published_ones_op_for_op(name: str) -> None:
     ("name", "size", "message"),
     [("moco_v9", 224, r"moco_v1, moco_v2, .*; did you mean 'moco_v\d'\?"), ("moco_v2", 0, "at least one")],
 )
-def test_unknown_recipes_and_sizes_are_refused(name: str, size: int, message: str) -> None:
+def test_unknown_augmentations_and_sizes_are_refused(name: str, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_recipe(name, size)
+        build_augmentation(name, size)
+
+
+def test_the_earlier_name_of_the_config_key_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("VERSION: 2\nDATA: {RECIPE: moco_v1}\n")
+    assert load_cfg(str(file)).DATA.AUGMENTATION == "moco_v1"
+    assert load_cfg(str(file), ["DATA.RECIPE", "moco_cifar"]).DATA.AUGMENTATION == "moco_cifar"
 
 
 def test_auto_is_the_device_where_there_is_a_gpu_and_opencv_elsewhere() -> None:
@@ -79,43 +100,39 @@ def test_auto_is_the_device_where_there_is_a_gpu_and_opencv_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.1, 2.5), (2.0, 1.0), (-0.1, 1.0)])
-def test_a_blur_beyond_what_backends_can_do_is_refused(low: float, high: float) -> None:
-    with pytest.raises(ValueError, match=rf"radii are {low} to {high}; they must rise, within \[0, 2\.4\]"):
-        Blur(low, high, 0.5)
+def test_values_that_the_executors_do_not_take_are_refused(low: float, high: float) -> None:
+    with pytest.raises(
+        ValueError, match=rf"values of blur are {low:g} to {high:g}; they must rise, within \[0, 2\.4\]"
+    ):
+        Apply("blur", 0.5, (low, high))
+    with pytest.raises(ValueError, match=r"values of hue are -0\.6 to 0\.6; they must rise, within \[-0\.5, 0\.5\]"):
+        Jitter(0.4, 0.4, 0.4, 0.6)
+    with pytest.raises(ValueError, match=r"no operation 'gray'; the operations are brightness, .* grey"):
+        Apply("gray", 0.2)
 
 
-# Every kind with values over more than its range; in levels, the largest difference and a view's mean.
-PARITY = [
-    ("brightness", (0.0, 0.6, 0.83, 1.2, 1.4), 1, 0.02),
-    ("contrast", (0.0, 0.6, 0.83, 1.2, 1.4), 1, 0.02),
-    ("saturation", (0.0, 0.6, 0.83, 1.2, 1.4), 1, 0.02),
-    ("hue", (-0.4, -0.1, -0.033, 0.0, 0.05, 0.1, 0.4), 6, 0.005),
-    ("grey", (0.0,), 1, 0.005),
-    ("blur", (0.1, 0.3, 0.5, 0.7, 1.0, 1.2, 1.23, 1.5, 1.9, 2.0, 2.4), 2, 0.1),
-    ("flip", (0.0,), 0, 0),
-    ("solarise", (0, 128, 200), 0, 0),
-]
-
-
-@pytest.mark.parametrize("backend", ["cv2", "device"])
-@pytest.mark.parametrize(("kind", "values", "largest", "mean"), PARITY, ids=[row[0] for row in PARITY])
-def test_each_step_agrees_with_pils(
-    kind: str, values: Sequence[float], largest: float, mean: float, backend: str, views: np.ndarray
+@pytest.mark.parametrize("executor", ["cv2", "device"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_executors_of_each_operation_agree_up_to_its_stated_rounding(
+    name: str, executor: str, views: np.ndarray
 ) -> None:
-    for value in values:
-        expected = np.stack([np.asarray(PIL_STEPS[kind](Image.fromarray(view), value)) for view in views]).astype(int)
-        if backend == "cv2":
-            got = np.stack([CV2_STEPS[kind](view, value) for view in views]).astype(int)
+    known = OPERATIONS[name]
+    changed = False
+    for value in np.unique(np.linspace(known.low, known.high, 13)).tolist():
+        expected = np.stack([np.asarray(known.pil(Image.fromarray(view), value)) for view in views]).astype(int)
+        if executor == "cv2":
+            got = np.stack([known.cv2(view, value) for view in views]).astype(int)
         else:
-            levels = to_levels(torch.from_numpy(views))
-            done = DEVICE_STEPS[kind](levels, torch.full((len(views), 1, 1, 1), value, dtype=torch.float64))
-            got = done.permute(0, 2, 3, 1).numpy()
+            values = torch.full((len(views), 1, 1, 1), value, dtype=torch.float64)
+            got = known.device(to_float(torch.from_numpy(views)), values).permute(0, 2, 3, 1).numpy()
         difference = np.abs(got - expected)
-        assert difference.max() <= largest, value
-        assert difference.mean((1, 2, 3)).max() <= mean, value
+        assert difference.max() <= known.largest, value
+        assert difference.mean((1, 2, 3)).max() <= known.mean, value
+        changed = changed or bool((expected != views).any())
+    assert changed, "the operation does something"
 
 
-def test_pil_steps_are_the_transforms_of_the_authors_code(views: np.ndarray) -> None:
+def test_pil_executors_are_the_transforms_of_the_authors_code(views: np.ndarray) -> None:
     image = Image.fromarray(views[0])
     always = {
         "brightness": T.ColorJitter(brightness=(0.7, 0.7)),
@@ -126,21 +143,19 @@ def test_pil_steps_are_the_transforms_of_the_authors_code(views: np.ndarray) -> 
         "flip": T.RandomHorizontalFlip(p=1),
         "solarise": T.RandomSolarize(128, p=1),
         "blur": lambda view: view.filter(ImageFilter.GaussianBlur(radius=1.3)),
-        "skip": lambda view: view,
     }
     values = {"hue": -0.07, "solarise": 128, "blur": 1.3}
-    assert always.keys() == PIL_STEPS.keys() == CV2_STEPS.keys() == {*DEVICE_STEPS, "skip"}
-    for kind, transform in always.items():
-        np.testing.assert_array_equal(PIL_STEPS[kind](image, values.get(kind, 0.7)), transform(image), kind)
+    for name, transform in always.items():
+        np.testing.assert_array_equal(OPERATIONS[name].pil(image, values.get(name, 0.7)), transform(image), name)
 
 
 def test_crops_agree_with_pils(photos: list[bytes]) -> None:
-    recipe = build_recipe("moco_cifar", SIZE)
+    augmentation = build_augmentation("moco_cifar", SIZE)
     for seed in range(20):
-        picture = Picture(photos[seed % len(photos)])
+        picture = EncodedImage(photos[seed % len(photos)])
         whole = Image.fromarray(picture.decode().permute(1, 2, 0).numpy())
         for bicubic in (False, True):
-            plans = recipe.plan(picture.height, picture.width, seed)
+            plans = augmentation.plan(picture.height, picture.width, seed)
             plans = [dataclasses.replace(plan, bicubic=bicubic, size=SIZE // (n + 1)) for n, plan in enumerate(plans)]
             mode = F.InterpolationMode.BICUBIC if bicubic else F.InterpolationMode.BILINEAR
             for plan, crop in zip(plans, picture.crops(plans), strict=True):
@@ -150,20 +165,20 @@ def test_crops_agree_with_pils(photos: list[bytes]) -> None:
                 assert difference.mean() < 0.3, plan
 
 
-def batches(files: list[str], recipe: str, backend: str, count: int = 3, workers: int = 0) -> torch.Tensor:
-    """Return (count, V, N, 3, H, W) levels."""
-    made = build_recipe(recipe, SIZE)  # so large that nothing is decoded at a reduced size
+def batches(files: list[str], name: str, backend: str, count: int = 3, workers: int = 0) -> torch.Tensor:
+    """Return (count, V, N, 3, H, W) pixel values."""
+    made = build_augmentation(name, SIZE)
     dataset = ViewDataset(FileSource(files), made, 5, build_backend(backend, CPU))
     loader = iter(ViewLoader(dataset, EpochSampler(len(files), len(files), seed=5), workers, CPU))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (made.pixels.mean, made.pixels.std))
     return torch.stack([torch.stack(next(loader).images) for _ in range(count)]) * std + mean
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_three_backends_make_the_same_views(recipe: str, files: list[str]) -> None:
-    pil = batches(files, recipe, "pil")
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_three_backends_make_the_same_views(name: str, files: list[str]) -> None:
+    pil = batches(files, name, "pil")
     for backend in ("cv2", "device"):
-        difference = (batches(files, recipe, backend) - pil).abs()
+        difference = (batches(files, name, backend) - pil).abs()
         assert difference.mean((3, 4, 5)).max() < 0.5, "the worst view: a crop's rounding, made larger by jitter"
         assert difference.mean() < 0.1
         assert (difference > 2.5).float().mean() < 0.005, "PIL's 8-bit hue enlarges a crop's rounding"
@@ -177,21 +192,19 @@ def test_worker_processes_change_nothing(backend: str, files: list[str]) -> None
 
 
 def test_normalised_as_by_torchvision(files: list[str]) -> None:
-    recipe = build_recipe("moco_v2", SIZE)
-    dataset = ViewDataset(FileSource(files), recipe, 5, build_backend("pil", CPU))
+    augmentation = build_augmentation("moco_v2", SIZE)
+    dataset = ViewDataset(FileSource(files), augmentation, 5, build_backend("pil", CPU))
     loader = ViewLoader(dataset, EpochSampler(len(files), 1, seed=5), 0, CPU)
     key = next(iter(loader.sampler))[0]
     expected = T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])(F.to_tensor(dataset[key].views[0]))
     torch.testing.assert_close(next(iter(loader)).images[0][0], expected, atol=1e-5, rtol=0)
 
 
-def random_steps(count: int) -> torch.Tensor:
-    """Return packed steps in which every kind occurs in every slot, so that batches differ in size only."""
-    value = {"hue": 0.05, "solarise": 128, "blur": 1.5}
-    kinds = [*DEVICE_STEPS]
-    return pack_steps(
-        [[Step(k := kinds[(i + slot) % 8], value.get(k, 0.8)) for slot in range(8)] for i in range(count)]
-    )
+def random_ops(count: int) -> torch.Tensor:
+    """Return packed operations of which each occurs in every slot, so that batches differ in size only."""
+    every = [Op(name, known.low + 0.6 * (known.high - known.low)) for name, known in OPERATIONS.items()]
+    slots = range(len(every))
+    return pack([[every[(i + slot) % len(every)] for slot in slots] for i in range(count)])
 
 
 class CountKernels(TorchDispatchMode):
@@ -209,26 +222,26 @@ class CountKernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_batched_steps_follow_each_samples_own_order_whatever_the_batch(views: np.ndarray) -> None:
-    levels, steps = to_levels(torch.from_numpy(views)), random_steps(len(views))
-    together = run_steps(levels.clone(), steps)
+def test_batched_operations_follow_each_samples_own_order_whatever_the_batch(views: np.ndarray) -> None:
+    pixels, ops = to_float(torch.from_numpy(views)), random_ops(len(views))
+    together = run(pixels.clone(), ops)
     for i in range(len(views)):
-        assert torch.equal(together[i : i + 1], run_steps(levels[i : i + 1].clone(), steps[i : i + 1]))
-    by_hand = levels[1:2]
-    for number, value in steps[1].tolist():
-        by_hand = [*DEVICE_STEPS.values()][int(number)](by_hand, torch.tensor(value).view(1, 1, 1, 1).double())
+        assert torch.equal(together[i : i + 1], run(pixels[i : i + 1].clone(), ops[i : i + 1]))
+    by_hand = pixels[1:2]
+    for number, value in ops[1].tolist():
+        by_hand = [*OPERATIONS.values()][int(number)].device(by_hand, torch.tensor(value).view(1, 1, 1, 1).double())
     assert torch.equal(together[1:2], by_hand)
 
 
-def test_batched_steps_launch_a_fixed_number_of_kernels_and_read_nothing_back() -> None:
+def test_batched_operations_launch_a_fixed_number_of_kernels_and_read_nothing_back() -> None:
     counts = []
     for size in (8, 64):
         with CountKernels() as kernels:
-            run_steps(torch.zeros(size, 3, 16, 16), random_steps(size))
+            run(torch.zeros(size, 3, 16, 16), random_ops(size))
         counts.append(kernels.count)
         meta = torch.zeros(size, 3, 16, 16, device="meta")  # it has no values: reading one is an error
         with CountKernels() as kernels:
-            assert run_steps(meta, random_steps(size)).shape == meta.shape
+            assert run(meta, random_ops(size)).shape == meta.shape
         assert kernels.waits == 0
     assert counts[0] == counts[1]
 
@@ -282,55 +295,57 @@ def test_where_no_try_fits_the_crop_is_torchvisions_central_one(height: int, wid
 
 def test_jitter_is_distributed_as_torchvisions() -> None:
     count = 12000
-    drawn = [plan.steps for plan in plans(View(Crop(SIZE), (Jitter(0.4, 0.4, 0.4, 0.1, p=0.8),)), count)]
-    applied = [steps for steps in drawn if steps[0].kind != "skip"]
-    assert all(len({step.kind for step in steps}) == (4 if steps in applied else 1) for steps in drawn[:200])
+    drawn = [plan.ops for plan in plans(View(Crop(SIZE), (Jitter(0.4, 0.4, 0.4, 0.1, p=0.8),)), count)]
+    applied = [ops for ops in drawn if ops[0] != SKIP]
+    assert all(len({op.name for op in ops}) == (4 if ops in applied else 1) for ops in drawn[:200])
     assert abs(len(applied) / count - 0.8) < 4 * math.sqrt(0.16 / count)
-    orders = Counter(tuple(step.kind for step in steps) for steps in applied)
+    orders = Counter(tuple(op.name for op in ops) for ops in applied)
     expected = len(applied) / 24
     assert len(orders) == 24
     assert sum((n - expected) ** 2 / expected for n in orders.values()) < 58, "chi square, 23 degrees, p 0.0001"
     torch.manual_seed(3)
     theirs = [T.ColorJitter.get_params([0.6, 1.4], [0.6, 1.4], [0.6, 1.4], [-0.1, 0.1])[1:] for _ in range(count)]
-    for position, kind in enumerate(("brightness", "contrast", "saturation", "hue")):
-        ours = [step.value for steps in applied for step in steps if step.kind == kind]
+    for position, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+        ours = [op.value for ops in applied for op in ops if op.name == name]
         assert same_distribution(ours, [values[position] for values in theirs])
 
 
 def test_a_strength_of_zero_leaves_an_op_out_and_factors_stay_positive() -> None:
-    steps = [step for plan in plans(View(Crop(SIZE), (Jitter(1.5, 0, 0.4, 0),)), 500) for step in plan.steps]
-    assert {step.kind for step in steps} == {"brightness", "saturation", "skip"}
-    bright = [step.value for step in steps if step.kind == "brightness"]
+    ops = [op for plan in plans(View(Crop(SIZE), (Jitter(1.5, 0, 0.4, 0),)), 500) for op in plan.ops]
+    assert {op.name for op in ops} == {"brightness", "saturation", "skip"}
+    bright = [op.value for op in ops if op.name == "brightness"]
     assert 0 <= min(bright) < 0.02 and 2.45 < max(bright) <= 2.5
 
 
 @pytest.mark.parametrize(
-    ("op", "kind"),
-    [(Grey(0.2), "grey"), (Blur(0.1, 2.0, 0.5), "blur"), (Flip(), "flip"), (Solarise(128, 0.2), "solarise")],
+    "record", [Apply("grey", 0.2), Apply("blur", 0.5, (0.1, 2.0)), Apply("solarise", 0.2, 128)], ids=lambda r: r.name
 )
-def test_probabilities_hold(op: Grey | Blur | Flip | Solarise, kind: str) -> None:
-    steps = [plan.steps[0] for plan in plans(View(Crop(SIZE), (op,)), 5000)]
-    done = [step.value for step in steps if step.kind == kind]
-    assert abs(len(done) / 5000 - op.p) < 4 * math.sqrt(op.p * (1 - op.p) / 5000)
-    if kind == "blur":
-        assert same_distribution(done, np.random.default_rng(0).uniform(0.1, 2.0, 5000).tolist())
+def test_probabilities_and_values_hold(record: Apply) -> None:
+    ops = [plan.ops[0] for plan in plans(View(Crop(SIZE), (record,)), 5000)]
+    values = [op.value for op in ops if op != SKIP]
+    assert {op.name for op in ops} == {record.name, "skip"}
+    assert abs(len(values) / 5000 - record.p) < 4 * math.sqrt(record.p * (1 - record.p) / 5000)
+    if isinstance(record.value, tuple):
+        assert same_distribution(values, np.random.default_rng(0).uniform(*record.value, 5000).tolist())
+    else:
+        assert set(values) == {record.value}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pixels_are_distributed_as_by_the_authors_transforms(backend: str, photos: list[bytes]) -> None:
     count, size = 1500, 32
     authors = T.Compose(authors_transforms(size))
-    recipe, made = build_recipe("moco_v2", size), build_backend(backend, CPU)
+    augmentation, made = build_augmentation("moco_v2", size), build_backend(backend, CPU)
     whole = Image.open(io.BytesIO(photos[0])).resize((125, 94))  # small, to be quick
     file = io.BytesIO()
     whole.save(file, "PNG")
-    picture = Picture(file.getvalue())
+    picture = EncodedImage(file.getvalue())
     torch.manual_seed(4)
     random.seed(4)
     theirs = np.stack([np.asarray(authors(whole)) for _ in range(count)]).astype(float)
-    drawn = [recipe.plan(picture.height, picture.width, seed)[0] for seed in range(count)]
+    drawn = [augmentation.plan(picture.height, picture.width, seed)[0] for seed in range(count)]
     prepared = np.stack(made.prepare(picture, drawn))
-    ours = made.finish(torch.from_numpy(prepared), pack_steps([plan.steps for plan in drawn]))
+    ours = finish(torch.from_numpy(prepared), pack([plan.ops if made.on_device else () for plan in drawn]))
     ours = ours.permute(0, 2, 3, 1).numpy().astype(float)
     for statistic in (
         lambda x: x.mean((1, 2, 3)),
@@ -343,18 +358,30 @@ def test_pixels_are_distributed_as_by_the_authors_transforms(backend: str, photo
         assert same_distribution(statistic(ours), statistic(theirs))
 
 
-def test_a_recipe_of_ones_own_runs_on_every_backend(files: list[str]) -> None:
-    recipe = build_recipe("moco_v2", SIZE)
-    solarised = replace(recipe.views[0], ops=(*recipe.views[0].ops, Solarise(128, 1.0)))
-    made = {}
+@pytest.fixture
+def own() -> Iterator[str]:
+    """Register an operation and an augmentation, as a user does in a file of their own."""
+    OPERATIONS["invert"] = Operation(
+        lambda view, _: ImageOps.invert(view), lambda view, _: 255 - view, lambda x, _: 255 - x
+    )
+
+    @register_augmentation
+    def inverted(size: int) -> Augmentation:
+        large = View(Crop(size, bicubic=True), (Apply("invert", 0.5), Jitter(0.4, 0.4, 0.4, 0.1)))
+        return Augmentation((large, large, View(Crop(size // 2), (Apply("solarise", 1.0, 128),)), View(Crop(9), ())))
+
+    yield "inverted"
+    del OPERATIONS["invert"], AUGMENTATIONS["inverted"]
+
+
+def test_an_operation_and_an_augmentation_of_ones_own_run_on_every_backend(own: str, files: list[str]) -> None:
+    made, sizes = {}, [SIZE, SIZE, SIZE // 2, 9]
     for name in BACKENDS:
-        backend = build_backend(name, CPU)
-        dataset = ViewDataset(FileSource(files), replace(recipe, views=(solarised, recipe.views[1])), 0, backend)
-        samples = [dataset[0, i] for i in range(len(files))]
-        for number in range(2):
-            view = torch.from_numpy(np.stack([sample.views[number] for sample in samples]))
-            steps = pack_steps([sample.plans[number].steps for sample in samples])
-            made[name, number] = backend.finish(view, steps)
-    for name, number in made:
-        difference = (made[name, number] - made["pil", number]).abs()
-        assert difference.median() == 0 and difference.mean() < 0.5
+        dataset = ViewDataset(FileSource(files), build_augmentation(own, SIZE), 0, build_backend(name, CPU))
+        loader = ViewLoader(dataset, EpochSampler(len(files), len(files), seed=0), 0, CPU)
+        made[name] = next(iter(loader)).images
+        assert [view.shape for view in made[name]] == [(len(files), 3, size, size) for size in sizes]
+    for name in ("cv2", "device"):
+        for view, expected in zip(made[name], made["pil"], strict=True):
+            difference = 255 * 0.225 * (view - expected).abs()  # about pixel values
+            assert difference.median() < 0.01 and difference.mean() < 0.5

@@ -1,4 +1,4 @@
-"""Files that are no images, not whole or not there any more: named once, replaced; too many of them end the run."""
+"""Files that are not images, damaged or removed: logged once, replaced; too many of them end the run."""
 
 import io
 import itertools
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from moco_d2.config import load_cfg
-from moco_d2.data import EpochSampler, FileSource, SkipLog, ViewDataset, ViewLoader, build_recipe, list_images
+from moco_d2.data import EpochSampler, FileSource, SkipLog, ViewDataset, ViewLoader, build_augmentation, list_images
 from moco_d2.data.backends import BACKENDS, build_backend
 from moco_d2.data.loader import replacements
 from moco_d2.engine.loader import build_loader
@@ -107,7 +107,7 @@ def fill(folder: Path, files: dict[str, bytes], good: int = 0) -> list[str]:
 
 
 def dataset(files: list[str], backend: str = "cv2", size: int = 16) -> ViewDataset:
-    return ViewDataset(FileSource(files), build_recipe("moco_v2", size), 0, build_backend(backend, CPU))
+    return ViewDataset(FileSource(files), build_augmentation("moco_v2", size), 0, build_backend(backend, CPU))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -199,7 +199,8 @@ def test_too_many_end_the_run_and_few_never_do(tmp_path: Path) -> None:
     assert 101 <= many.skips.replaced <= 110 and len(lines(tmp_path / "many")) == 20
     none = load(fill(tmp_path / "none", {f"bad{i}": b"" for i in range(300)}), tmp_path / "none", 1.0)
     with pytest.raises(
-        ValueError, match=r"none that could stand for it; .*none/skipped.jsonl has \d+ paths .*--resume"
+        ValueError,
+        match=r"nor any of those near it .*; .*none/skipped.jsonl has \d+ paths .*--resume",
     ):
         next(iter(none))
     assert len(lines(tmp_path / "none")) > 100, "what was tried is written down before the stop"
@@ -215,8 +216,8 @@ def test_the_stop_ends_all_processes_of_a_run(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, str(root / "tools" / "pretrain_net.py"), "--config-file", "Pretrain/moco_v2_R50_200ep",
                "--num-gpus", "2", "DATASETS.TRAIN", f"('{tmp_path / 'images'}',)", "OUTPUT_DIR", str(tmp_path / "out"),
-               "MODEL.DEVICE", "cpu", "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", "0.125", "DATA.CROP_SIZE",
-               "16", "SOLVER.IMS_PER_BATCH", "8", "SSL.ARGS.queue_size", "64", "SSL.ARGS.dim", "16",
+               "MODEL.DEVICE", "cpu", "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width", "0.125",
+               "DATA.CROP_SIZE", "16", "SOLVER.IMS_PER_BATCH", "8", "SSL.ARGS.queue_size", "64", "SSL.ARGS.dim", "16",
                "SSL.ARGS.bn_groups", "2",
                "DATA.MAX_SKIPPED", "0.01", "DATALOADER.NUM_WORKERS", "0"]  # fmt: skip
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root, check=False)
@@ -290,7 +291,7 @@ def resident() -> float:
 
 def fuzz(count: int, backend: str, workers: int = 0) -> tuple[int, float]:
     """Return how many were refused, and by how many MiB the process grew after the first tenth."""
-    made = ViewDataset(Mutants(2000, 1), build_recipe("moco_v2", 16), 0, build_backend(backend, CPU))  # type: ignore[arg-type]
+    made = ViewDataset(Mutants(2000, 1), build_augmentation("moco_v2", 16), 0, build_backend(backend, CPU))  # type: ignore[arg-type]
     loader, first = ViewLoader(made, EpochSampler(2000, 50, 0), workers, CPU), 0.0
     for number, views in enumerate(itertools.islice(loader, count // 50)):
         if number == count // 500:

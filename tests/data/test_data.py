@@ -15,13 +15,13 @@ from moco_d2.data import (
     FileSource,
     ViewDataset,
     ViewLoader,
+    build_augmentation,
     build_backend,
-    build_recipe,
     list_images,
 )
 from moco_d2.data.augment import Plan
 from moco_d2.data.backends import DeviceBackend
-from moco_d2.data.decode import Picture
+from moco_d2.data.decode import EncodedImage
 
 RNG = np.random.default_rng(0)
 
@@ -53,8 +53,8 @@ def test_folders_trees_and_registered_names(folder: Path, monkeypatch: pytest.Mo
     ("source", "message"),
     [
         ("imagenet_trian", "nearest names: imagenet_train"),
-        ("voc_2007_trainval", "registered but its files are not there.*datasets/README.md"),
-        ("EMPTY", "no images in .* looked for .jpg .* found 1 other"),
+        ("voc_2007_trainval", "the files of the data set 'voc_that_is_missing' are missing.*datasets/README.md"),
+        ("EMPTY", "no images in .* searched for .jpg .* found 1 other"),
     ],
 )
 def test_missing_data_is_an_error_that_says_what_was_looked_for(
@@ -78,21 +78,21 @@ def test_missing_data_is_an_error_that_says_what_was_looked_for(
 
 
 class Watched(DeviceBackend):
-    """Notes how many of the pictures that it was given are still held."""
+    """Notes how many of the images that it was given are still in memory."""
 
     def __init__(self) -> None:
-        self.given: list[weakref.ref[Picture]] = []
+        self.given: list[weakref.ref[EncodedImage]] = []
         self.held: list[int] = []
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[np.ndarray]:
-        self.given.append(weakref.ref(picture))
+    def prepare(self, image: EncodedImage, plans: Sequence[Plan]) -> list[np.ndarray]:
+        self.given.append(weakref.ref(image))
         self.held.append(sum(one() is not None for one in self.given))
-        return super().prepare(picture, plans)
+        return super().prepare(image, plans)
 
 
 def test_a_worker_holds_one_decoded_picture_at_a_time(folder: Path) -> None:
     watched = Watched()
-    dataset = ViewDataset(FileSource(list_images([str(folder)])), build_recipe("moco_v2", 16), 0, watched)
+    dataset = ViewDataset(FileSource(list_images([str(folder)])), build_augmentation("moco_v2", 16), 0, watched)
     together = dataset.__getitems__([(0, index) for index in (3, 1, 4)])
     assert watched.held == [1, 1, 1]
     alone = [dataset[0, index] for index in (3, 1, 4)]
@@ -102,11 +102,11 @@ def test_a_worker_holds_one_decoded_picture_at_a_time(folder: Path) -> None:
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(folder: Path) -> None:
     files = list_images([str(folder)])
-    recipe = build_recipe("moco_v2", 16)
+    augmentation = build_augmentation("moco_v2", 16)
 
     def batches(workers: int, start: int, count: int, seed: int = 3) -> list[torch.Tensor]:
         sampler = EpochSampler(len(files), 4, seed=seed, start=start)
-        dataset = ViewDataset(FileSource(files), recipe, seed, build_backend("cv2", torch.device("cpu")))
+        dataset = ViewDataset(FileSource(files), augmentation, seed, build_backend("cv2", torch.device("cpu")))
         stream = iter(ViewLoader(dataset, sampler, workers, torch.device("cpu")))
         return [torch.stack(next(stream).images) for _ in range(count)]
 
@@ -120,6 +120,6 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(folder: Path) -> None:
     assert not torch.equal(whole[0][0], whole[0][1]), "two views of an image differ"
 
 
-def test_what_does_not_fill_a_batch_is_dropped() -> None:
+def test_images_that_do_not_fill_a_batch_are_dropped() -> None:
     batches = list(itertools.islice(EpochSampler(18, 8, seed=1), 6))
     assert [{epoch for epoch, _ in batch} for batch in batches] == [{0}, {0}, {1}, {1}, {2}, {2}]

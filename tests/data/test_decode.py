@@ -1,4 +1,4 @@
-"""Every kind of image file: the same upright pixels by the fast way and by PIL's, and reduced sizes only where told."""
+"""Every kind of image file: the same upright pixels from the fast decoder and PIL; reduced sizes on request."""
 
 import io
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from moco_d2.data.augment import Box, Plan
-from moco_d2.data.decode import Picture
+from moco_d2.data.decode import EncodedImage
 from moco_d2.io.pictures import read_image
 
 RNG = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def animation() -> bytes:
 def same(data: bytes) -> None:
     """Check that both ways of reading give the same, and that the header told the size."""
     expected = np.asarray(read_image(io.BytesIO(data)))
-    opened = Picture(data)
+    opened = EncodedImage(data)
     assert (opened.height, opened.width) == expected.shape[:2]
     decoded = opened.decode().permute(1, 2, 0).numpy()
     assert decoded.dtype == np.uint8
@@ -134,10 +134,10 @@ def test_a_truncated_jpeg_is_an_error(length: int) -> None:
     data = saved(picture(), "JPEG")
     assert len(data) > 1000
     with pytest.raises(OSError, match=r"(?i)cannot identify|truncated|broken"):
-        Picture(data[:length]).decode()
+        EncodedImage(data[:length]).decode()
 
 
-class Spy(Picture):
+class Spy(EncodedImage):
     """Tells how an image was decoded."""
 
     reduced = 1

@@ -1,4 +1,4 @@
-"""Shards: made, read, streamed, resumed and damaged, over real tars and a real HTTP server."""
+"""Shards: made, read, fetched, resumed and damaged, with real tars and a real HTTP server."""
 
 import contextlib
 import gc
@@ -31,7 +31,7 @@ from moco_d2.data import (
     ShardCache,
     ViewDataset,
     ViewLoader,
-    build_recipe,
+    build_augmentation,
     list_folder,
     open_source,
     packing,
@@ -85,7 +85,7 @@ def test_shards_hold_the_folder_and_any_tar_reader_agrees(images: Path, shards: 
     files = sorted(path.read_bytes() for path in images.rglob("*.jpg"))
     for name in (f"{shards}", f"{shards}/{MANIFEST}", f"{shards}/*.tar", f"{shards}/{{000000..000007}}.tar"):
         source = open_source([name])
-        assert contents(source) == files and source.spans.tolist() == [6] * 7 + [5]
+        assert contents(source) == files and source.lengths.tolist() == [6] * 7 + [5]
     names = subprocess.run(["tar", "-tf", shards / "000000.tar"], check=True, capture_output=True).stdout.splitlines()
     assert len(names) == 6
     source = open_source([str(shards)])
@@ -122,7 +122,7 @@ def test_foreign_tars_are_read(tmp_path: Path, cache: Path, images: Path) -> Non
         tar.addfile(folder)
     assert [name for name, *_ in members(tmp_path / "web.tar")] == ["a.JPG", "b.png", "sub/a.jpeg"]
     source = open_source([f"{tmp_path}/{{gnu,web}}.tar"])
-    assert source.spans.tolist()[0] == 45 and source.read(46) == b"first"
+    assert source.lengths.tolist()[0] == 45 and source.read(46) == b"first"
     assert len(list((cache / "indexes").iterdir())) == 2, "read once, and remembered"
     assert packing.index(tmp_path) == len(source) == len(open_source([str(tmp_path)]))
 
@@ -154,7 +154,7 @@ def test_image_files_that_the_rule_leaves_out_are_said_at_every_start(
             said = [(r.levelname, r.getMessage()) for r in caplog.records if "left out" in r.getMessage()]
             assert [level for level, _ in said] == ["WARNING", "INFO"]
             assert said[0][1].startswith(f"{name}: 3 image file(s) are left out") and "make_shards" in said[0][1]
-            assert said[1][1].startswith(f"{name}: 3 image file(s) are left out whose sample has a picture")
+            assert said[1][1].startswith(f"{name}: 3 image file(s) are left out because their sample has a picture")
     caplog.clear()
     assert packing.index(tmp_path / "set") == 2 and "3 image file(s)" in caplog.text
 
@@ -170,7 +170,7 @@ def test_an_index_that_an_older_rule_made_is_not_taken_over(tmp_path: Path, cach
     with serve(tmp_path) as (url, _):
         shards_cache = ShardCache(tmp_path / "cache", 1e9)
         assert len(open_shards(f"{url}/a.tar", shards_cache)) == 2
-        note = shards_cache.note(f"{url}/a.tar")
+        note = shards_cache.sidecar(f"{url}/a.tar")
         note.write_text(json.dumps({"bytes": tar.stat().st_size, "samples": 1, "problem": ""}))  # as it was kept
         assert len(open_shards(f"{url}/a.tar", shards_cache)) == 2
 
@@ -190,7 +190,7 @@ def test_an_index_that_an_older_rule_made_is_not_taken_over(tmp_path: Path, cach
         ("x.parquet", "a list or table"),
         ("labels.json", "a file of labels.*DATASETS.CUSTOM"),
         ("pictures/*.jpg", "one picture, or a pattern of pictures: name the folder"),
-        ("notes", "a file that is no tar"),
+        ("notes", "a file that is not a tar"),
     ],
 )
 def test_what_people_name_instead_is_told_with_its_remedy(
@@ -209,14 +209,14 @@ def test_what_people_name_instead_is_told_with_its_remedy(
 def test_a_compressed_tar_under_a_plain_name_is_told(mode: str, form: str, tmp_path: Path, images: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", mode) as tar:  # type: ignore[call-overload]
         tar.add(next(images.rglob("*.jpg")), "a.jpg")
-    with pytest.raises(ValueError, match=f"no images in the 1 shard.*a {form} file, no plain tar.*unpack it"):
+    with pytest.raises(ValueError, match=f"no images in the 1 shard.*a {form} file, not a plain tar.*unpack it"):
         open_source([str(tmp_path / "a.tar")])
 
 
 def test_shards_and_folders_mix(images: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moco_d2.data.sources.FILES_IN_A_SPAN", 10)
+    monkeypatch.setattr("moco_d2.data.sources.FILES_IN_A_SHARD", 10)
     source = open_source([str(shards), str(images)])
-    assert len(source) == 94 and source.spans.tolist() == [10] * 4 + [7] + [6] * 7 + [5]
+    assert len(source) == 94 and source.lengths.tolist() == [10] * 4 + [7] + [6] * 7 + [5]
     every = [source.read(i) for i in range(94)]
     assert sorted(every[:47]) == sorted(every[47:]) and source.name(46).startswith(str(images))
     assert source.name(47).startswith(f"{shards}/000000.tar/")
@@ -226,15 +226,15 @@ def test_shards_and_folders_mix(images: Path, shards: Path, monkeypatch: pytest.
     ("name", "message"),
     [
         ("SHARDS/00000.tar", r"nearest: .*/00000\d.tar, "),
-        ("SHARDS/00000x*.tar", "and no file is like it; nearest: .*/00000"),
+        ("SHARDS/00000x*.tar", "which matches no file; nearest: .*/00000"),
         ("SHARDZ/{000000..000007}.tar", "there is no folder .*z; nearest: .*[0-9]$"),
-        ("EMPTIER", "neither a folder, shards, nor a registered dataset; nearest: .*/empty$"),
-        ("SHARDS/{000009..000000}.tar", "runs backwards"),
-        ("SHARDS/000099.tar", "000099.tar', which is not there"),
-        ("SHARDS/none*.tar", "no file is like it"),
+        ("EMPTIER", "neither a folder, nor shards, nor a registered data set; nearest: .*/empty$"),
+        ("SHARDS/{000009..000000}.tar", "counts down; write the smaller number first"),
+        ("SHARDS/000099.tar", "000099.tar', which does not exist"),
+        ("SHARDS/none*.tar", "matches no file"),
         ("pipe:curl http://x/y.tar", "paths or http"),
         ("s3://bucket/x.tar", "paths or http"),
-        ("EMPTY", r"found 1 other file\(s\) \(1 .tar\); tar shards are named as FOLDER/\*.tar"),
+        ("EMPTY", r"found 1 other file\(s\) \(1 .tar\); if it holds tar shards, name them as FOLDER/\*.tar"),
         ("EMPTY/text.tar", "no images in the 1 shard"),
         ("BROKEN", "shards.json is damaged: its format is 'other'"),
     ],
@@ -283,9 +283,9 @@ def test_making_is_deterministic_resumes_and_refuses(images: Path, shards: Path,
     process.join()
     (killed / ".000002.tar.x1_y2z3a.partial").write_bytes(b"what a killed process leaves of a file that it writes")
     begun = {path: path.stat().st_mtime_ns for path in killed.glob("0*.tar")}
-    with pytest.raises(ValueError, match=r"is half made: run tools/make_shards.py again"):
+    with pytest.raises(ValueError, match=r"is unfinished: run moco-d2 shards again"):
         open_source([f"{killed}/*.tar"])
-    with pytest.raises(ValueError, match="is half made"):
+    with pytest.raises(ValueError, match="is unfinished"):
         packing.index(killed)
     packed = make(images, killed, 1)
     assert sum(shard.kept for shard in packed) == len(begun) == 2
@@ -441,7 +441,7 @@ def test_only_what_was_fetched_makes_room(server: tuple[str, type[Handler]], tmp
 def test_a_manifest_of_another_kind_is_kept(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "000000.tar").write_bytes((shards / "000000.tar").read_bytes())
     (tmp_path / "shards.json").write_text('{"my": "notes"}')
-    with pytest.raises(ValueError, match=r"shards\.json: a file that this command did not write"):
+    with pytest.raises(ValueError, match=r"shards\.json: this file exists, and this command did not write it"):
         packing.index(tmp_path)
     with pytest.raises(ValueError, match="holds shards of other files"):
         list(pack([], tmp_path, tmp_path, 6, seed=-1))
@@ -474,16 +474,16 @@ def test_workers_behind_the_sampler_find_their_shards(server: tuple[str, type[Ha
 
     url, handler = server
     source = open_shards(f"{url}/{{000000..000003}}.tar", ShardCache(tmp_path, 0))
-    assert len(set(source.stream_sizes)) == 1
+    assert len(set(source.remote_sizes)) == 1
     cfg = load_cfg("", ["DATA.SHUFFLE_SHARDS", "1", "SOLVER.IMS_PER_BATCH", "1", "DATALOADER.NUM_WORKERS", "1"])
     for shards_held in (1, 2, 3, 4):  # the smallest cache that is accepted
-        cfg.DATA.CACHE_GB = (shards_held * max(source.stream_sizes) + 1) / 1e9
+        cfg.DATA.CACHE_GB = (shards_held * max(source.remote_sizes) + 1) / 1e9
         with contextlib.suppress(ValueError):
             check_cache(source, cfg, lanes=1)
             break
     source.cache.limit = cfg.DATA.CACHE_GB * 1e9
     behind: list[list[tuple[int, int]]] = []
-    stream = iter(EpochSampler(source.spans, 1, 1, window=1, prepare=source.prepare))
+    stream = iter(EpochSampler(source.lengths, 1, 1, window=1, prepare=source.prepare))
     for _ in range(17):  # until the next epoch begins to be fetched
         behind.append(next(stream))
         time.sleep(0.01)
@@ -499,22 +499,22 @@ def test_the_window_ahead_is_fetched_in_time_and_only_by_whom_it_concerns(
 ) -> None:
     url, handler = server
     source = open_shards(f"{url}/{{000000..000007}}.tar", ShardCache(tmp_path, 1e9))
-    sampler = EpochSampler(source.spans, 4, 1, rank=0, world_size=2, window=2, lanes=2, prepare=source.prepare)
+    sampler = EpochSampler(source.lengths, 4, 1, rank=0, world_size=2, window=2, streams=2, prepare=source.prepare)
     stream = iter(sampler)
-    plan = [span for window in sampler.plan(0, 0) for span, *_ in window]
+    plan = [shard for window in sampler.plan(0, 0) for shard, *_ in window]
     next(stream)
     wait_for(lambda: len(list(tmp_path.glob("*.tar"))) >= 4)
-    assert set(handler.asked) - {MANIFEST} == {f"{span:06d}.tar" for span in plan[:4]}, "this window and the next"
+    assert set(handler.asked) - {MANIFEST} == {f"{shard:06d}.tar" for shard in plan[:4]}, "this window and the next"
 
 
-def batches(source: object, start: int, count: int, workers: int, world: int, lanes: int) -> list[torch.Tensor]:
+def batches(source: object, start: int, count: int, workers: int, world: int, streams: int) -> list[torch.Tensor]:
     """What all processes see, step by step."""
     loaders = []
     for rank in range(world):
         sampler = EpochSampler(
-            source.spans, 8, 3, rank, world, start, window=2, lanes=lanes, prepare=source.prepare  # type: ignore[attr-defined]
+            source.lengths, 8, 3, rank, world, start, window=2, streams=streams, prepare=source.prepare  # type: ignore[attr-defined]
         )  # fmt: skip
-        dataset = ViewDataset(source, build_recipe("moco_v2", 16), 3, build_backend("cv2", CPU))  # type: ignore[arg-type]
+        dataset = ViewDataset(source, build_augmentation("moco_v2", 16), 3, build_backend("cv2", CPU))  # type: ignore[arg-type]
         loaders.append(iter(ViewLoader(dataset, sampler, workers, CPU)))
     return [torch.cat([torch.stack(next(loader).images) for loader in loaders], 1) for _ in range(count)]
 
@@ -523,10 +523,10 @@ def test_a_resumed_stream_is_the_uninterrupted_one_whoever_reads_it(
     server: tuple[str, type[Handler]], shards: Path, tmp_path: Path
 ) -> None:
     disk = open_shards(str(shards), ShardCache(tmp_path, 1e9))
-    whole = batches(disk, 0, 12, 0, 1, lanes=2)  # two epochs and two steps
+    whole = batches(disk, 0, 12, 0, 1, streams=2)  # two epochs and two steps
     for cache, (start, workers, world) in enumerate([(3, 2, 1), (7, 0, 2), (5, 1, 2), (9, 0, 4)]):
         stream = open_shards(f"{server[0]}/", ShardCache(tmp_path / str(cache), 1e9))
-        resumed = batches(stream, start, 3, workers, world, lanes=2)
+        resumed = batches(stream, start, 3, workers, world, streams=2)
         assert all(torch.equal(a, b) for a, b in zip(whole[start : start + 3], resumed, strict=True))
 
 
@@ -539,7 +539,7 @@ def test_lost_and_short_shards_cost_their_own_images(
     os.truncate(tmp_path / "000003.tar", table[2][1] + 100)
     with caplog.at_level(logging.WARNING):
         source = open_source([str(tmp_path)])
-    assert "000003.tar has" in caplog.text and "counts as unreadable" in caplog.text
+    assert "000003.tar has" in caplog.text and "count as unreadable" in caplog.text
     os.remove(tmp_path / "000005.tar")
     lost = []
     for index in range(47):
@@ -579,13 +579,13 @@ def test_a_stream_without_manifest_is_looked_into_once(
     assert contents(first) == contents(open_source([str(shards)]))
     handler.asked.clear()
     again = open_shards(f"{url}/{{000000..000007}}.tar", ShardCache(tmp_path / "c", 2 * size))
-    assert handler.asked == [MANIFEST] and again.spans.tolist() == [6] * 7 + [5]
-    with pytest.raises(ValueError, match=r"cannot be had: .*000009.tar: the server answers 404"):
+    assert handler.asked == [MANIFEST] and again.lengths.tolist() == [6] * 7 + [5]
+    with pytest.raises(ValueError, match=r"cannot be fetched: .*000009.tar: the server answers 404"):
         open_shards(f"{url}/000009.tar", ShardCache(tmp_path / "c", 2 * size))
 
 
 def test_a_stream_wants_a_folder(server: tuple[str, type[Handler]]) -> None:
-    with pytest.raises(ValueError, match=r"cannot be kept \(.*/dev/null/x.*set DATA.CACHE_FOLDER"):
+    with pytest.raises(ValueError, match=r"cannot be cached \(.*/dev/null/x.*set DATA.CACHE_FOLDER"):
         open_shards(f"{server[0]}/", ShardCache(Path("/dev/null/x"), 1e9))
 
 
@@ -618,7 +618,7 @@ def test_a_shard_that_was_replaced_is_looked_into_again(
         (kept,) = (tmp_path / "c").glob("*.tar")
         kept.unlink()
         open_shards(f"{url}/a.tar", ShardCache(tmp_path / "c", 1e9)).read(0)
-        assert "replaced since it was looked into" in caplog.text
+        assert "replaced since it was first read" in caplog.text
         assert len(open_shards(f"{url}/a.tar", ShardCache(tmp_path / "c", 1e9))) == 5
 
 
@@ -661,16 +661,18 @@ def test_what_only_has_the_name_of_an_image_neither_blocks_nor_fills_the_memory(
             FileSource([str(tmp_path / f"{name}.jpg")]).read(0)
 
 
-def test_a_list_of_files_is_checked_before_they_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    from make_shards import read_list
+def test_a_list_of_files_is_checked_before_they_are_packed(tmp_path: Path) -> None:
+    from moco_d2.commands.shards import read_list
 
     names = tmp_path / "list.txt"
     (tmp_path / "a.jpg").touch()
     for content, message in (
-        (b"\xff\xfe", "is no text"),
+        (b"\xff\xfe", "is not text"),
         (b"\n", "names no file"),
-        (b"a.jpg\nb.jpg\n", r"names 1 files that are not there \(\S*b\.jpg, \.\.\.\); its paths start at the folder"),
+        (
+            b"a.jpg\nb.jpg\n",
+            r"names 1 files that do not exist \(\S*b\.jpg, \.\.\.\); relative paths start at the folder",
+        ),
     ):
         names.write_bytes(content)
         with pytest.raises(ValueError, match=rf"^--list \S*list\.txt {message}[^\n]*$"):

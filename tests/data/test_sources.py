@@ -1,4 +1,4 @@
-"""Folders that are listed once and then remembered, and an order of spans that any process can start anywhere."""
+"""Folders that are listed once and then cached, and an order of shards that any process can start anywhere."""
 
 import itertools
 import json
@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moco_d2.data import EpochSampler, list_folder, listing, open_source, stream_seed
+from moco_d2.data import EpochSampler, list_folder, listing, open_source
 from moco_d2.data.listing import Listing, Paths
 from moco_d2.detection.labels.voc import walk
+from moco_d2.seeding import stream_seed
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +120,7 @@ def test_a_damaged_or_forbidden_cache_costs_time_only(
         assert Listing(root).files == files
     monkeypatch.setenv("MOCO_D2_CACHE", "/dev/null/nowhere")
     assert Listing(root).files == files
-    assert "MOCO_D2_CACHE names another folder" in caplog.text
+    assert "set MOCO_D2_CACHE to another folder" in caplog.text
     for name in ("MOCO_D2_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # as in a container under a number without a name
@@ -178,7 +179,7 @@ def test_hidden_copies_are_left_out_in_both_stages_and_all_that_is_left_out_is_s
     (said,) = caplog.records
     assert said.levelname == "WARNING", "five files beside three pictures are many"
     kinds = "5 hidden, 2 .heic, 1 .jpg_large, 1 .txt, 1 without extension"
-    assert said.getMessage().endswith(f"hidden: {kinds}") and str(messy) in said.getMessage()
+    assert said.getMessage().endswith(f"extension: {kinds}") and str(messy) in said.getMessage()
     assert {str(path) for _, path in walk(messy, set()) if path.suffix.lower() in listing.EXTENSIONS} == set(
         list_folder(messy)
     ), "as fine-tuning finds them"
@@ -191,7 +192,7 @@ def test_hidden_copies_are_left_out_in_both_stages_and_all_that_is_left_out_is_s
 
 
 def test_a_folder_without_pictures_says_what_it_has(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no images in .* and found nothing; tar"):
+    with pytest.raises(ValueError, match=r"no images in .* and found nothing; if it holds tar"):
         list_folder(tmp_path)
     for name in ("a.heic", "b.heic", ".c.jpg"):
         (tmp_path / name).touch()
@@ -254,13 +255,13 @@ def flat(lists: Iterable[list[Any]]) -> list[Any]:
     return list(itertools.chain.from_iterable(lists))
 
 
-SPANS = [5, 0, 7, 20, 3, 11, 30, 2, 2]
+SHARDS = [5, 0, 7, 20, 3, 11, 30, 2, 2]
 
 
-@pytest.mark.parametrize(("window", "lanes"), [(0, 1), (2, 1), (2, 2), (3, 4), (1, 8)])
-def test_the_order_of_spans_is_a_function_of_seed_epoch_and_step(window: int, lanes: int) -> None:
+@pytest.mark.parametrize(("window", "streams"), [(0, 1), (2, 1), (2, 2), (3, 4), (1, 8)])
+def test_the_order_of_shards_is_a_function_of_seed_epoch_and_step(window: int, streams: int) -> None:
     def stream(start: int = 0, rank: int = 0, world: int = 1) -> Iterator[list[tuple[int, int]]]:
-        return iter(EpochSampler(SPANS, 8, 3, rank, world, start, window, lanes))
+        return iter(EpochSampler(SHARDS, 8, 3, rank, world, start, window, streams))
 
     whole = stream()
     batches = [next(whole) for _ in range(30)]  # three epochs of ten steps
@@ -276,40 +277,40 @@ def test_the_order_of_spans_is_a_function_of_seed_epoch_and_step(window: int, la
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_one_span_is_a_plain_permutation() -> None:
+def test_one_shard_is_a_plain_permutation() -> None:
     drawn = np.random.default_rng(stream_seed(5, 2)).permutation(100)
     assert [index for _, index in next(iter(EpochSampler(100, 10, 5, start=27)))] == drawn[70:80].tolist()
 
 
-def test_a_window_holds_the_images_of_its_spans_only() -> None:
-    spans = [10] * 20
+def test_a_window_holds_the_images_of_its_shards_only() -> None:
+    shards = [10] * 20
     firsts = np.arange(20) * 10
     heard: list[tuple[list[int], list[int]]] = []
-    sampler = EpochSampler(spans, 10, 1, window=4, prepare=lambda now, ahead: heard.append((now, ahead)))
+    sampler = EpochSampler(shards, 10, 1, window=4, prepare=lambda now, ahead: heard.append((now, ahead)))
     batches = iter(sampler)
     for step in range(40):
-        spans_met = {int(np.searchsorted(firsts, index, side="right")) - 1 for _, index in next(batches)}
+        met = {int(np.searchsorted(firsts, index, side="right")) - 1 for _, index in next(batches)}
         now = heard[-1][0]
-        assert spans_met <= set(now) and len(spans_met) > 1, f"step {step}"
+        assert met <= set(now) and len(met) > 1, f"step {step}"
     assert len(heard) == 10 and all(len(now) == 4 for now, _ in heard)
     assert [ahead for _, ahead in heard[:-1]] == [now for now, _ in heard[1:]], "also from epoch to epoch"
     assert sorted(flat(now for now, _ in heard[:5])) == list(range(20))
 
 
-def test_a_process_needs_the_spans_of_its_own_lanes() -> None:
+def test_a_process_needs_the_shards_of_its_own_streams() -> None:
     needed: list[set[int]] = []
     for rank in range(4):
-        spans: set[int] = set()
+        shards: set[int] = set()
         batches = iter(
             EpochSampler(
-                [50] * 64, 32, 1, rank, 4, window=2, lanes=8, prepare=lambda now, _, met=spans: met.update(now)
+                [50] * 64, 32, 1, rank, 4, window=2, streams=8, prepare=lambda now, _, met=shards: met.update(now)
             )
         )
         for _ in range(100):
             next(batches)
-        needed.append(spans)
-    # 64 shards for 8 lanes: 16 for each process, and the cuts between lanes fall between shards.
-    assert [len(spans) for spans in needed] == [16] * 4 and len(set.union(*needed)) == 64
+        needed.append(shards)
+    # 64 shards for 8 streams: 16 for each process, and the cuts between streams fall between shards.
+    assert [len(shards) for shards in needed] == [16] * 4 and len(set.union(*needed)) == 64
 
 
 def test_a_billion_images_are_sampled_from_little_memory() -> None:
@@ -317,7 +318,7 @@ def test_a_billion_images_are_sampled_from_little_memory() -> None:
 
     tracemalloc.start()
     try:
-        batches = iter(EpochSampler(np.full(100_000, 10_000), 4096, 1, 5, 64, start=123_456, window=16, lanes=64))
+        batches = iter(EpochSampler(np.full(100_000, 10_000), 4096, 1, 5, 64, start=123_456, window=16, streams=64))
         keys = [next(batches) for _ in range(50)]
         peak = tracemalloc.get_traced_memory()[1]
     finally:

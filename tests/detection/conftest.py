@@ -21,7 +21,7 @@ def backbone_file(tmp_path_factory):
     torch.manual_seed(0)
     network = build_resnet("resnet50", width=0.25)
     state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
-    facts = describe(network, IMAGENET_RGB, origin="a test", protocol="moco_test")
+    facts = describe(network, IMAGENET_RGB, origin="a test", recipe="moco_test")
     path = tmp_path_factory.mktemp("weights") / "backbone.pth"
     torch.save({"state_dict": state, "facts": facts.as_dict()}, path)
     return path

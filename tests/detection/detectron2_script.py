@@ -1,11 +1,9 @@
-"""A training script as users of Detectron2 have one. Of this project it has nothing but the import."""
+"""A training script as users of Detectron2 have one. It knows nothing of this project."""
 
 import detectron2.engine
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.evaluation import PascalVOCDetectionEvaluator
-
-import moco_d2  # noqa: F401
 
 
 class Trainer(detectron2.engine.DefaultTrainer):

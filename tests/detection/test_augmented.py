@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.anchor_generator import build_anchor_generator
+from detectron2.solver import build_lr_scheduler
 from recorded_cfg import RecordedCfg
 from small_detector import COCO_C4, COCO_FPN, SHORT, small_cfg
 
-from moco_d2.config import flat, get_cfg, roles
-from moco_d2.config.load import _defaults
+from moco_d2.config import flat, load_cfg, roles
 from moco_d2.config.roles import DETECTION
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.dry_run import rehearse
+from moco_d2.detection.evaluation import Evaluation
 from moco_d2.detection.preflight import check_run, run_problems
 from moco_d2.detection.segmentation import build_segmentation_mapper
-from moco_d2.detection.trainer import TransferTrainer, evaluate, joined
+from moco_d2.detection.trainer import TransferTrainer, evaluate
 from moco_d2.reports.summary import build_tables, find_runs, heading
 
 pytestmark = [
@@ -106,7 +108,9 @@ def test_results_log_and_report_have_both_evaluations(trained: tuple[Path, Any, 
 
 def test_results_of_several_sets_are_joined_set_by_set() -> None:
     plain, augmented = ({name: {task: {"AP": 1.0}} for name in "ab"} for task in ("bbox", "bbox_TTA"))
-    assert joined(plain, augmented) == {name: {**plain[name], **augmented[name]} for name in "ab"}
+    both = Evaluation(plain, dict.fromkeys("ab", "hotcoco 1")).joined(Evaluation(augmented, {"b": "pycocotools 2"}))
+    assert both.metrics == both.by_task() == {name: {**plain[name], **augmented[name]} for name in "ab"}
+    assert both.libraries == {"a": "hotcoco 1", "b": "pycocotools 2"}
 
 
 @pytest.mark.parametrize("config", [RETINANET, SEGMENTER, KEYPOINTS])
@@ -114,7 +118,7 @@ def test_detectors_without_test_time_augmentation_are_refused_by_name(config: st
     cfg = small_cfg(config, *SHORT, *SETS, *AUGMENTED)
     said = "MODEL.KEYPOINT_ON True" if config == KEYPOINTS else f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}"
     (problem,) = (problem for problem in run_problems(cfg, 1) if "TEST.AUG" in problem)
-    assert f"does not know {said}: pass TEST.AUG.ENABLED False" in problem
+    assert f"of GeneralizedRCNN, not {said}: pass TEST.AUG.ENABLED False" in problem
 
 
 def test_a_dry_run_evaluates_with_it_at_one_size(tiny: None, tmp_path: Path) -> None:
@@ -131,14 +135,14 @@ def test_a_dry_run_evaluates_with_it_at_one_size(tiny: None, tmp_path: Path) -> 
         ("DATALOADER.NUM_WORKERS", -1, "it must be 0 (no worker processes) or more"),
         ("SOLVER.MAX_ITER", 0, "it must be positive"),
         ("SOLVER.MOMENTUM", 1.5, "it must be in [0, 1)"),
-        ("SOLVER.STEPS", (20, 10), "it must be iterations that rise"),
+        ("SOLVER.STEPS", (20, 10), "it must be iterations in rising order"),
         ("SOLVER.STEPS", ("10",), "it must be a list or tuple"),
         ("SOLVER.BASE_LR", float("nan"), "it must be finite"),
         ("MODEL.PIXEL_MEAN", ["x", 0.0, 0.0], "it must be a list or tuple"),
-        ("TEST.AUG.MIN_SIZES", (), "it must name the short sides"),
+        ("TEST.AUG.MIN_SIZES", (), "it must be one or more short sides in pixels"),
         ("TEST.DETECTIONS_PER_IMAGE", 0, "it must be positive"),
-        ("TEST.EXPECTED_RESULTS", [["bbox", "AP", 1]], "it must be of [task, metric, value, tolerance]"),
-        ("INPUT.MIN_SIZE_TRAIN", (), "it must be short sides in pixels"),
+        ("TEST.EXPECTED_RESULTS", [["bbox", "AP", 1]], "it must be a list of [task, metric, value, tolerance]"),
+        ("INPUT.MIN_SIZE_TRAIN", (), "it must be one or more short sides in pixels, above 0"),
         ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "foo", "it must be choice or range"),
         ("INPUT.RANDOM_FLIP", "foo", "it must be one of horizontal, vertical, none"),
         ("INPUT.MAX_SIZE_TRAIN", 0, "it must be positive"),
@@ -159,12 +163,16 @@ def test_values_that_cannot_be_are_named_before_anything_is_built(key: str, valu
     [
         ("DATASETS.TRAIN", ({"tiny": 1},), "it must hold names and paths, as text"),
         ("INPUT.FORMAT", "GBR", "it must be RGB or BGR"),
-        ("INPUT.MIN_SIZE_TRAIN", (0,), "it must be of sizes above 0"),
+        ("INPUT.MIN_SIZE_TRAIN", (0,), "it must be one or more short sides in pixels, above 0"),
         ("INPUT.MIN_SIZE_TEST", -1, "it must be positive, or 0"),
         ("INPUT.CROP.SIZE", [0.9], "it must be height and width"),
         ("MODEL.PIXEL_MEAN", [1.0], "it must be three numbers"),
         ("MODEL.PIXEL_STD", [0.0, 1.0, 1.0], "it must be three numbers above 0"),
         ("MODEL.BACKBONE.FREEZE_AT", 9, "it must be 0 (nothing is frozen) to 5"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[]], "it must be one list of positive numbers for all feature maps, or one"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", [[32.0], [64.0]], "one list for each of the 1 in MODEL.RPN.IN_FEATURES"),
+        ("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, -1.0]], "it must be one list of positive numbers"),
+        ("MODEL.RPN.IN_FEATURES", [], "it must name one or more feature maps"),
         ("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 0, "it must be positive"),
         ("SOLVER.GAMMA", -1.0, "it must be positive"),
     ],
@@ -176,6 +184,18 @@ def test_values_of_which_detectron2_would_fail_later_are_named_first(
     cfg.merge_from_list([key, value])
     found = [problem for problem in run_problems(cfg, 1) if "classes" not in problem]
     assert len(found) == 1 and found[0].startswith(f"{key} is {value!r}; ") and said in found[0]
+
+
+def test_anchors_are_equally_many_on_all_feature_maps_of_rpn_and_retinanet(tiny: None) -> None:
+    for config, sizes, count in ((COCO_FPN, [[32], [64], [128], [256], [512, 640]], "3 or 6"), (RETINANET, [[8]], "")):
+        cfg = small_cfg(config, *SHORT, *SETS, "MODEL.ANCHOR_GENERATOR.SIZES", sizes)
+        found = [problem for problem in run_problems(cfg, 1) if "classes" not in problem]
+        assert len(found) == bool(count) and all(f" gives {count} anchors a position" in problem for problem in found)
+    cfg.merge_from_list(
+        ["MODEL.RETINANET.IN_FEATURES", ["p3", "p4"], "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32]]]
+    )
+    (problem,) = (problem for problem in run_problems(cfg, 1) if "classes" not in problem)
+    assert problem.endswith("one list for each of the 2 in MODEL.RETINANET.IN_FEATURES")
 
 
 def test_the_table_of_roles_says_what_detectors_read(trained: tuple[Path, Any, set[str]]) -> None:
@@ -201,6 +221,9 @@ def test_the_table_of_roles_says_what_detectors_read(trained: tuple[Path, Any, s
     DatasetMapper(RecordedCfg(small_cfg(COCO_FPN, "MODEL.LOAD_PROPOSALS", "True")), is_train=False)
     rotated = RecordedCfg(small_cfg(COCO_FPN, "MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"))
     build_anchor_generator(rotated, [ShapeSpec(stride=4)] * 5)
+    for schedule in ("WarmupCosineLR", "WarmupStepWithFixedGammaLR"):
+        own = RecordedCfg(small_cfg(COCO_FPN, *SHORT, "SOLVER.LR_SCHEDULER_NAME", schedule))
+        build_lr_scheduler(own, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
     read |= RecordedCfg.read
 
     _check(cfg, in_training)
@@ -213,7 +236,7 @@ def test_the_table_of_roles_says_what_detectors_read(trained: tuple[Path, Any, s
 
 def _check(cfg: Any, read: set[str], group: str = "", but: tuple[str, ...] = ()) -> None:
     """Assert that a detector read every key of a group that the table calls read, switches considered."""
-    values, defaults = flat(cfg), _defaults(get_cfg())
+    values, defaults = flat(cfg), flat(load_cfg())
     wanted = {
         key
         for key in values

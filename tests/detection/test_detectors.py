@@ -144,7 +144,7 @@ def test_extra_norm_is_applied_last(c4):
 
 def test_heads_without_a_norm_are_refused():
     cfg = small_cfg(VOC_C4, "MODEL.RESNETS.NORM", "")
-    with pytest.raises(ValueError, match=r"needs MODEL\.RESNETS\.NORM"):
+    with pytest.raises(ValueError, match=r"MODEL\.RESNETS\.NORM is empty"):
         build_model(cfg)
 
 

@@ -25,41 +25,45 @@ ROOT = Path(__file__).parents[2]
 QUICK = "configs/quick_schedules/faster_rcnn_R_50_C4_quick.yaml"
 
 
-@pytest.fixture
-def plain():
-    """Return Detectron2's defaults as they are without this project."""
+def documented():
+    """Return the Python code in docs/detectron2.md: the line for Detectron2's scripts, and the prediction."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs/detectron2.md").read_text(), re.DOTALL)
+
+
+def test_keys_are_added_once_and_what_is_there_stays():
     cfg = detectron2.config.get_cfg()
-    for key in ("PROTOCOL", "SSL", "DATA", "ENGINE"):
-        del cfg[key]
-    for group, key in (("SOLVER", "ACCUMULATE"), ("DATASETS", "CUSTOM"), ("TEST", "COCO_BACKEND")):
-        del cfg[group][key]
-    return cfg
-
-
-def test_keys_are_added_once_and_what_is_there_stays(plain):
-    plain.SOLVER.EPOCHS = 7
-    plain.SSL = CfgNode({"METHOD": "mine"})
-    add_config(plain)
-    assert (plain.SOLVER.EPOCHS, plain.SSL.METHOD, plain.SSL.ENCODER.NAME) == (7, "mine", "resnet50")
-    plain.SOLVER.EPOCHS, plain.SSL.METHOD = get_cfg().SOLVER.EPOCHS, get_cfg().SSL.METHOD
-    assert plain == get_cfg() == detectron2.config.get_cfg()
-    plain.SOLVER.ACCUMULATE = 3
+    cfg.SOLVER.EPOCHS = 7
+    cfg.SSL = CfgNode({"METHOD": "mine"})
+    add_config(cfg)
+    assert (cfg.SOLVER.EPOCHS, cfg.SSL.METHOD, cfg.SSL.ENCODER.NAME) == (7, "mine", "resnet50")
+    cfg.SOLVER.EPOCHS, cfg.SSL.METHOD = get_cfg().SOLVER.EPOCHS, get_cfg().SSL.METHOD
+    add_config(cfg)
+    assert cfg == get_cfg()
+    cfg.SOLVER.ACCUMULATE = 3
     assert get_cfg().SOLVER.ACCUMULATE == 1, "a copy's values are its own"
 
 
-def test_a_program_that_only_imports_the_package_reads_every_config_and_trains(dataset_root, converted_file, tmp_path):
+def test_detectron2s_scripts_read_every_config_and_train_with_the_documented_line(
+    dataset_root, converted_file, tmp_path
+):
     files = [str(ROOT / "configs" / f"{name}.yaml") for name in list_configs()]
     read = (
-        "import sys, moco_d2; from detectron2.config import get_cfg\n"
-        "for path in sys.argv[1:]:\n cfg = get_cfg()\n cfg.merge_from_file(path)\n assert cfg.PROTOCOL"
+        "import sys, detectron2.config, moco_d2.config\n"
+        "for path in sys.argv[1:]:\n cfg = detectron2.config.get_cfg()\n moco_d2.config.add_config(cfg)\n"
+        " cfg.merge_from_file(path)\n assert cfg.PROTOCOL"
     )
+    line, _ = documented()
+    kept, removed = re.fullmatch(r"(from moco_d2.*\S) +# in place of: (from detectron2.*)\n", line).groups()
+    script = Path(__file__).with_name("detectron2_script.py").read_text()
+    assert script.count(f"{removed}\n") == 1 and "moco_d2" not in script
+    mine = tmp_path / "train_net.py"
+    mine.write_text(script.replace(removed, kept))
     opts = [*SHORT, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(converted_file), "OUTPUT_DIR", str(tmp_path / "out")]
-    trains = [str(Path(__file__).with_name("detectron2_script.py")), "--config-file", QUICK, *opts]
     environment = os.environ | {
         "DETECTRON2_DATASETS": str(dataset_root), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    for words in (["-c", read, *files], trains):
+    for words in (["-c", read, *files], [str(mine), "--config-file", QUICK, *opts]):
         done = subprocess.run(
             [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
@@ -89,7 +93,7 @@ def test_the_documented_prediction_from_a_runs_folder_names_its_classes(dataset_
     shutil.rmtree(data)
     shutil.rmtree(run / "datasets", ignore_errors=True)
 
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/detectron2.md").read_text(), re.DOTALL)
+    _, code = documented()
     monkeypatch.chdir(tmp_path)
     shutil.copy(dataset_root / "VOC2007/JPEGImages/000000.jpg", "picture.jpg")
     try:

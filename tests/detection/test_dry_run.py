@@ -54,7 +54,7 @@ def test_a_run_that_will_work_is_told_what_to_expect(tool, converted_file, tmp_p
     assert ("data", "voc_2012_trainval: 4 pictures") in found
     assert said["evaluator"].startswith("voc_2007_test: pascal_voc")
     assert "fills the whole backbone" in said["weights"]
-    assert "reckoned from 50% of a batch" in said["training"]
+    assert "extrapolated from 50% of a batch" in said["training"]
     assert said["checkpoint"].endswith("read back bit for bit")
     assert not list(tmp_path.iterdir())  # nothing is left behind
 
@@ -70,13 +70,13 @@ def tiny_voc(dataset_root, tmp_path):
     MetadataCatalog.remove("tiny_voc")
 
 
-def test_the_time_of_a_whole_run_is_reckoned_from_a_little_of_it(tiny_voc, monkeypatch):
+def test_the_time_of_a_whole_run_is_extrapolated_from_a_little_of_it(tiny_voc, monkeypatch):
     # A step, with half of the pictures, and the evaluation, of two of the four pictures, take 3 seconds by this clock.
     monkeypatch.setattr(dry_run, "IMAGES", 2)
     assert len(dry_run.Rehearsal.build_test_loader(tiny_voc, "tiny_voc").dataset) == 2
     monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=itertools.count(0, 3).__next__))
     said = dict(rehearse(tiny_voc))
-    assert said["training"].endswith("6.00 s a step (reckoned from 50% of a batch)")
+    assert said["training"].endswith("6.00 s a step (extrapolated from 50% of a batch)")
     assert said["ETA"] == "training 1:40:00, each evaluation 0:00:06, at this speed"
 
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_that_differs_from_the_detector_is_noticed(tiny_voc):
     assert dry_run._reload(trainer).endswith("bit for bit")
     with torch.no_grad():
         trainer.model.backbone.stem.conv1.weight[0, 0, 0, 0] += 1
-    with pytest.raises(ValueError, match=r"does not hold what was saved: backbone\.stem\.conv1\.weight"):
+    with pytest.raises(ValueError, match=r"differs from the detector: backbone\.stem\.conv1\.weight"):
         dry_run._reload(trainer)
 
 
@@ -108,11 +108,11 @@ def test_all_problems_are_told_at_once_a_line_each_with_its_remedy(tool, backbon
     error = done.stderr.partition("error: ")[2].strip().splitlines()
     assert "Traceback" not in done.stderr
     for line, said in zip(error, [
-        "SOLVER.IMS_PER_BATCH is 2; it must be a multiple of the 1 processes times SOLVER.ACCUMULATE 3",
+        "SOLVER.IMS_PER_BATCH is 2; it must be a multiple of 1 (the number of processes) times 3 (SOLVER.ACCUMULATE)",
         "did you mean 'voc_2007_trainval",
         "pass MODEL.ROI_HEADS.NUM_CLASSES 80",
         "TEST.COCO_BACKEND",
-        "Convert it first: python tools/convert_checkpoint.py",
+        "Convert it first: moco-d2 convert",
     ], strict=True):  # fmt: skip
         assert said in line
 

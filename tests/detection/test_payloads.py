@@ -29,7 +29,7 @@ from moco_d2.detection.weights import load_weights
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.reports import trials
 from moco_d2.reports.pictures import load_predictor
-from moco_d2.running.checkpoints import last_whole, recorded_seed
+from moco_d2.running.checkpoints import last_intact, recorded_seed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning"),
@@ -144,7 +144,7 @@ def pretraining(path, folder):
 
 def resuming_pretraining(path, folder):
     as_last_checkpoint(path, folder)
-    last_whole(folder)
+    last_intact(folder)
 
 
 def the_pretraining_checkpointer(path, folder):

@@ -104,7 +104,7 @@ FAULTS = {
     "gone": (Path.unlink, "is not there"),
     "a folder": (folder, "is a folder"),
     "floats": (lambda path: Image.fromarray(np.zeros((90, 120), np.float32)).save(path, "TIFF"), "mode F.*save it"),
-    "of another size": (turn, "labels say 120 x 90 pixels, but the picture has 90 x 120"),
+    "of another size": (turn, "labels give the size 120 x 90, but the picture has 90 x 120 pixels"),
 }
 
 
@@ -217,11 +217,20 @@ def test_a_training_set_without_objects_is_a_mistake_in_one_line(opts: tuple[obj
     for item in content["annotations"]:
         item["iscrowd"] = 1
     labels.write_text(json.dumps(content))
-    said = "no picture of coco has an object to train on .*: a crowd is none"
+    said = "no picture of coco has an object to train on: it needs one that is not a crowd"
     with pytest.raises(ValueError, match=f"^{said}"):
         TransferTrainer.build_train_loader(coco_cfg(root, *opts))
     with pytest.raises(ValueError, match=said):
         list(rehearse(coco_cfg(root, *opts)))
+
+
+def test_a_crowd_flag_that_would_drop_an_object_is_refused_in_any_registered_set(root: Path) -> None:
+    labels = root / "coco/annotations/instances_val2017.json"
+    content = json.loads(labels.read_text())
+    content["annotations"][1]["iscrowd"] = None
+    labels.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"\.jpg: an annotation \(bbox \[.*\]\) has iscrowd None; it must be 0 or"):
+        build_loader(coco_cfg(root), seed=0)
 
 
 def test_results_are_kept_where_the_second_test_set_fails_and_where_a_writer_does(root: Path, monkeypatch) -> None:
@@ -262,9 +271,9 @@ def test_the_dry_run_names_every_picture_and_annotation_at_once(root: Path) -> N
         list(rehearse(coco_cfg(root, "DATALOADER.NUM_WORKERS", 1)))
     lines = str(caught.value).splitlines()
     for line, said in zip(lines, [
-        r"data set 'coco': 1 of the 4 files that it lists are not there: ",
+        r"data set 'coco': 1 of the 4 files that its labels name do not exist: ",
         "000000000001.jpg: image file is truncated",
-        "000000000002.jpg: the labels say 96 x 128 pixels, but the picture has 128 x 96",
+        "000000000002.jpg: the labels give the size 96 x 128, but the picture has 128 x 96",
         "000000000004.jpg: its annotation number 0, counted from 0, and bbox [20, 20, 50, 40] cannot be used",
     ], strict=True):  # fmt: skip
         assert said in line
@@ -287,8 +296,9 @@ def test_files_that_a_list_names_are_looked_for_before_any_work(root: Path) -> N
     (root / "coco/val2017/000000000004.jpg").unlink()
     with pytest.raises(ValueError) as caught:
         check_run(cfg, world_size=1)
-    for said in ("'voc': 1 of the 8 files that it lists are not there: ", "Annotations/000001.xml", "'voc_again': 1 of",
-                 "JPEGImages/000003.jpg", "'coco': 1 of the 4", "val2017/000000000004.jpg"):  # fmt: skip
+    for said in ("'voc': 1 of the 8 files that its labels name do not exist: ", "Annotations/000001.xml",
+                 "'voc_again': 1 of", "JPEGImages/000003.jpg", "'coco': 1 of the 4",
+                 "val2017/000000000004.jpg"):  # fmt: skip
         assert said in str(caught.value)
     with pytest.raises(ValueError, match=r"data set 'coco': 1 of the 4 .*000000000004\.jpg"):
         build_loader(coco_cfg(root), seed=0)  # a training set's, as soon as its labels are read
@@ -297,12 +307,12 @@ def test_files_that_a_list_names_are_looked_for_before_any_work(root: Path) -> N
 def test_labels_of_registered_sets_that_cannot_be_read_are_named_by_file_and_record(root: Path) -> None:
     (root / "VOC2012/Annotations/000002.xml").write_text("<annotation>\n<object>")
     cfg = voc_cfg(root, "MODEL.ROI_HEADS.NUM_CLASSES", 20, "DATASETS.TEST", "('voc_again',)")
-    with pytest.raises(ValueError, match=r"'voc_again' cannot be read: .*Annotations/000002\.xml:2: no valid XML"):
+    with pytest.raises(ValueError, match=r"'voc_again' cannot be read: .*Annotations/000002\.xml:2: not valid XML"):
         check_run(cfg, world_size=1)
     labels = root / "coco/annotations/instances_val2017.json"
     content = json.loads(labels.read_text())
     for changes, said in (
-        ({"category_id": 999}, r":\d+: annotations\[1\] .* unknown class category_id 999"),
+        ({"category_id": 999}, r":\d+: annotations\[1\] .* unknown category_id 999"),
         ({"id": content["annotations"][0]["id"]}, r":\d+: annotations\[1\] .* has the id of another annotation"),
     ):
         first, second, *others = content["annotations"]
@@ -321,7 +331,7 @@ def test_labels_that_no_library_can_evaluate_are_a_mistake_in_one_line(root: Pat
     found = Instances((90, 120), pred_boxes=Boxes(torch.tensor([[20.0, 20, 70, 60]])))
     found.scores, found.pred_classes = torch.ones(1), torch.zeros(1, dtype=torch.long)
     evaluator.process([DatasetCatalog.get("coco")[0]], [{"instances": found}])
-    with pytest.raises(ValueError, match=rf"^{labels}: annotation 1 has an area or box that is not finite, and pycoco"):
+    with pytest.raises(ValueError, match=rf"^{labels}: annotation 1 has a non-finite area or box, and pycoco"):
         evaluator.evaluate()
 
 

@@ -82,7 +82,7 @@ def test_no_code_of_a_file_of_proposals_runs(ids, tmp_path):
         lambda: Rehearsal.build_test_loader(cfg_of(path), NAME),
     )
     for use in uses:
-        with pytest.raises(ValueError, match=rf"^{path} names code that is not in it \([^\n]*touch"):
+        with pytest.raises(ValueError, match=rf"^{path} refers to code \([^\n]*touch"):
             use()
     assert not mark.exists()
 
@@ -90,12 +90,16 @@ def test_no_code_of_a_file_of_proposals_runs(ids, tmp_path):
 @pytest.mark.parametrize(
     ("what", "more", "message"),
     [
-        (lambda ids: content(ids, x=Attack(Path("never"))), (), "names code that is not in it"),
-        (lambda ids: {"ids": ids}, (), "is no file of proposals"),
+        (lambda ids: content(ids, x=Attack(Path("never"))), (), "refers to code"),
+        (lambda ids: {"ids": ids}, (), "is not a file of proposals"),
         (lambda ids: [1], (), "holds a list"),
-        (lambda ids: content(ids) | {"ids": ids[1:]}, (), "not of one length"),
+        (lambda ids: content(ids) | {"ids": ids[1:]}, (), "differ in length"),
         (lambda ids: content(ids, bbox_mode="x"), (), "bbox_mode"),
-        (content, ("DATASETS.PROPOSAL_FILES_TEST", ()), "PROPOSAL_FILES_TEST names 0 files; it must name 1"),
+        (
+            content,
+            ("DATASETS.PROPOSAL_FILES_TEST", ()),
+            "PROPOSAL_FILES_TEST names 0 files; it must name one per",
+        ),
         (content, ("MODEL.PROPOSAL_GENERATOR.NAME", "RPN"), "MODEL.PROPOSAL_GENERATOR.NAME is RPN"),
         (content, ("DATASETS.PROPOSAL_FILES_TEST", ("nowhere.pkl",)), "the file of proposals nowhere.pkl does not"),
     ],

@@ -65,7 +65,7 @@ def test_checkpoints_to_keep_stay_multiples_of_the_scaled_period():
 
 def test_what_cannot_be_scaled_or_shared_is_refused():
     with pytest.raises(
-        ValueError, match=r"IMS_PER_BATCH is 4, no multiple of the 8 .* pass SOLVER\.REFERENCE_WORLD_SIZE 0"
+        ValueError, match=r"IMS_PER_BATCH is 4; it must be a multiple of the 8 .* pass SOLVER\.REFERENCE_WORLD_SIZE 0"
     ):
         scale_to_processes(small_cfg(VOC_C4, "SOLVER.IMS_PER_BATCH", 4), 1)
     opts = ["SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.ACCUMULATE", 3, "ENGINE.AUTOCAST", "float16"]

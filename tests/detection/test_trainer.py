@@ -16,6 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 from small_detector import COCO_C4, COCO_FPN, QUARTER, SHORT, VOC_C4, small_cfg
 
+from moco_d2.config import roles
 from moco_d2.detection.hooks import RepeatablePreciseBN
 from moco_d2.detection.metrics.coco import ExactCOCOEvaluator
 from moco_d2.detection.metrics.evaluators import build_evaluator
@@ -67,7 +68,7 @@ def test_voc_training_evaluation_resuming_and_evaluation_only(converted_file, tm
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["protocol"] == "voc0712_faster_rcnn_R_50_C4_24k"
     assert result["weights"]["path"] == str(converted_file)
-    assert result["weights"]["facts"]["protocol"] == "moco_test"
+    assert result["weights"]["facts"]["recipe"] == "moco_test"
     scores = result["metrics"]["tiny_voc"]["bbox"]
     by_class = [ap for name, ap in scores.items() if name.startswith("AP-")]
     assert {"AP", "AP50", "AP75", "AP-dog"} <= set(scores) and len(by_class) == 20
@@ -92,17 +93,51 @@ def test_a_resume_with_another_lr_says_that_the_checkpoints_goes_on(converted_fi
     TransferTrainer(small_cfg(VOC_C4, *opts)).checkpointer.save("model_0000000", iteration=0)
     again = TransferTrainer(small_cfg(VOC_C4, *opts, "SOLVER.BASE_LR", 0.01, "SOLVER.GAMMA", 0.5))
     again.resume_or_load(resume=True)
-    warnings = [record.getMessage() for record in caplog.records if "goes on" in record.getMessage()]
+    warnings = [record.getMessage() for record in caplog.records if " was " in record.getMessage()]
     assert len(warnings) == 2
-    assert warnings[0].endswith("not as it would have gone: SOLVER.GAMMA was 0.1 and is 0.5")
+    assert warnings[0].endswith("resumed with other settings than before: SOLVER.GAMMA was 0.1 and is 0.5")
     assert (
-        "checkpoint's optimizer goes on, whatever the config says: SOLVER.BASE_LR was 0.001 and is 0.01." in warnings[1]
+        "keeps the checkpoint's optimizer settings, not the config's: SOLVER.BASE_LR was 0.001 and is 0.01."
+        in (warnings[1])
     )
     assert {group["initial_lr"] for group in again.optimizer.param_groups} == {0.001}
     again.train()
     result = json.loads((tmp_path / "results.json").read_text())
     assert result["schedule"]["BASE_LR"] == 0.001
     assert "SOLVER.BASE_LR=0.001 (kept on resuming)" in result["config_changes"]
+
+
+def test_resuming_compares_the_keys_that_the_table_of_roles_says(tmp_path, caplog, monkeypatch):
+    opts = [*SHORT, *VOC_SETS, "DATASETS.TEST", "()", "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path]
+    # What the version before the table recorded, and Detectron2's own trainer, which records no settings.
+    before = {
+        "SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.MOMENTUM", "SOLVER.NESTEROV", "SOLVER.WEIGHT_DECAY",
+        "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS", "SOLVER.LR_SCHEDULER_NAME", "SOLVER.MAX_ITER",
+        "SOLVER.STEPS", "SOLVER.GAMMA", "SOLVER.NUM_DECAYS", "SOLVER.BASE_LR_END", "SOLVER.RESCALE_INTERVAL",
+        "SOLVER.WARMUP_FACTOR", "SOLVER.WARMUP_ITERS", "SOLVER.WARMUP_METHOD", "SEED", "SOLVER.IMS_PER_BATCH",
+        "SOLVER.ACCUMULATE", "number of images", "number of processes",
+    }  # fmt: skip
+    monkeypatch.setitem(roles.ROLES, "INPUT.MAX_SIZE_TRAIN", roles.ROLES["SOLVER.GAMMA"])
+    trainer = TransferTrainer(small_cfg(VOC_C4, *opts))
+    state = trainer.state_dict()
+    assert state["run"].keys() >= before and state["run"]["INPUT.MAX_SIZE_TRAIN"] == 1333
+    other = TransferTrainer(
+        small_cfg(VOC_C4, *opts, "INPUT.MAX_SIZE_TRAIN", 999, "SOLVER.CLIP_GRADIENTS.ENABLED", True)
+    )
+    for run, said in (
+        (
+            state["run"],
+            ["INPUT.MAX_SIZE_TRAIN was 1333 and is 999", "SOLVER.CLIP_GRADIENTS.ENABLED was False and is True"],
+        ),
+        ({key: state["run"][key] for key in before}, []),
+        ({}, []),
+    ):
+        caplog.clear()
+        other.load_state_dict(
+            {**state, "run": run} if run else {k: state[k] for k in state.keys() - {"run", "weights"}}
+        )
+        (warned,) = [r.getMessage() for r in caplog.records if " was " in r.getMessage()] or [""]
+        assert sorted(warned.rpartition(": ")[2].split("; ")) == (said or [""])
 
 
 def test_a_resumed_run_names_the_weights_that_it_began_with(converted_file, tmp_path):
@@ -124,7 +159,7 @@ def test_a_resume_with_another_batch_is_refused(tmp_path):
     opts += ["SOLVER.IMS_PER_BATCH", 16, "SOLVER.REFERENCE_WORLD_SIZE", 8]
     TransferTrainer(small_cfg(VOC_C4, *opts, "SOLVER.ACCUMULATE", 8)).checkpointer.save("model_0000000", iteration=0)
     with pytest.raises(
-        ValueError, match=r"16 images a step \(1 .*ACCUMULATE 8\) cannot go on with 2 images a step \(1 "
+        ValueError, match=r"16 images a step \(1 .*ACCUMULATE 8\) cannot be resumed with 2 images a step \(1 "
     ):
         TransferTrainer(small_cfg(VOC_C4, *opts)).resume_or_load(resume=True)
 
@@ -230,7 +265,7 @@ def test_missing_data_are_refused_with_the_expected_files():
 
 def test_a_batch_that_processes_cannot_share_is_refused():
     cfg = small_cfg(VOC_C4, *VOC_SETS)
-    with pytest.raises(ValueError, match="IMS_PER_BATCH is 16; it must be a multiple of the 3 processes"):
+    with pytest.raises(ValueError, match="IMS_PER_BATCH is 16; it must be a multiple of 3 "):
         check_run(cfg, world_size=3)
 
 

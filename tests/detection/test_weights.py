@@ -56,7 +56,7 @@ def test_a_converted_file_fills_all_265_tensors(name, prefix, converted_file):
         held = key.removeprefix("roi_heads.").removeprefix("backbone.").removeprefix("bottom_up.")
         assert torch.equal(state[key], source[held]), key
     assert record.path == str(converted_file)
-    assert record.facts.protocol == "moco_test"
+    assert record.facts.recipe == "moco_test"
 
 
 def test_pickled_numpy_form_passes(converted_file, tmp_path):
@@ -102,7 +102,7 @@ def test_a_detector_holds_the_parts_that_a_file_carries(name, parts, count, with
     path = with_parts(*parts)
     with caplog.at_level("INFO", logger="moco_d2"):
         model, record = load(small_cfg(name), path)
-    assert record.facts.parts == parts and "another protocol than a pretrained backbone" in caplog.text
+    assert record.facts.parts == parts and "another protocol than with a backbone alone" in caplog.text
     source, state = torch.load(path)["model"], model.state_dict()
     held = [key for key in source if key.startswith(("backbone.fpn_", "roi_heads.box_head."))]
     assert len(held) == count and all(torch.equal(state[key], source[key]) for key in held)
@@ -115,7 +115,7 @@ def test_a_detector_holds_the_parts_that_a_file_carries(name, parts, count, with
 @pytest.mark.parametrize(
     ("name", "opts", "parts", "words"),
     [
-        (VOC_C4, (), ("fpn",), ["fpn_lateral2.weight is not in the detector", "without --with, or take a detector"]),
+        (VOC_C4, (), ("fpn",), ["fpn_lateral2.weight is not in the detector", "without --with, or use a detector"]),
         (COCO_FPN, ("MODEL.FPN.NORM", ""), ("fpn",), ["lateral2.norm.weight is not", 'pass MODEL.FPN.NORM "SyncBN"']),
         (COCO_FPN, (), ("fpn", "box_head"), ["roi_heads.box_head.conv1.weight is not", 'ROI_BOX_HEAD.NUM_CONV "4"',
                                              'ROI_BOX_HEAD.NUM_FC "1"', 'ROI_BOX_HEAD.NORM "SyncBN"']),
@@ -160,9 +160,9 @@ def test_a_partial_file_is_refused_with_the_keys(altered):
     path = altered(lambda c: [c["model"].pop(k) for k in list(c["model"]) if k.startswith("res5.2.")])
     message = refusal(small_cfg(VOC_C4), path)
     assert "fills 250 of 265 tensors; 15 would stay random" in message
-    assert "roi_heads.res5.2.conv1.weight is not in the file" in message
-    assert "... and 5 more" in message
-    assert "tools/convert_checkpoint.py" in message
+    assert re.search(r"not in the file: roi_heads\.res5\.2\.conv1\.weight, .* and 12 more\.$", message, re.MULTILINE)
+    assert message.count("\n") == 1
+    assert "moco-d2 convert" in message
 
 
 @pytest.mark.parametrize("norm", ["naiveSyncBN", "FrozenBN"])
@@ -242,12 +242,29 @@ def test_a_file_without_facts_loads_and_the_assumption_is_logged(altered, caplog
     path = altered(lambda c: c.pop("facts"))
     with caplog.at_level("INFO", logger="moco_d2"):
         load(small_cfg(VOC_C4), path)
-    assert "carries no facts: it is assumed to want what the config says (RGB" in caplog.text
+    assert "carries no facts, so the config's are assumed (RGB" in caplog.text
 
 
 def test_an_unconverted_backbone_is_refused(backbone_file):
     message = refusal(small_cfg(VOC_C4), backbone_file)
-    assert f"Convert it first: python tools/convert_checkpoint.py {backbone_file}" in message
+    assert f"Convert it first: moco-d2 convert {backbone_file}" in message
+
+
+@pytest.mark.parametrize(("prefix", "source"), [("online_encoder.", "model_0000009.pth"), (None, "backbone.pth")])
+def test_a_training_checkpoint_of_any_method_is_refused_with_the_command(prefix, source, backbone_file, tmp_path):
+    backbone = torch.load(backbone_file)
+    content = {
+        "model": {f"{prefix}{name}": tensor for name, tensor in backbone["state_dict"].items()},
+        "facts": backbone["facts"], "backbone": {"method": "Invented", "prefix": prefix}, "trainer": {"iteration": 9},
+    }  # fmt: skip
+    path = tmp_path / "model_0000009.pth"
+    torch.save(content, path)
+    message = f"{path} is a training checkpoint of Invented; a detector starts from its converted backbone.\n"
+    command = f"  Convert it first: moco-d2 convert {tmp_path / source} converted.pth"
+    assert refusal(small_cfg(VOC_C4), path) == message + command
+    del content["backbone"]  # as of earlier versions
+    torch.save(content, path)
+    assert f"Convert it first: moco-d2 convert {path} " in refusal(small_cfg(VOC_C4), path)
 
 
 def test_an_official_training_checkpoint_is_refused(backbone_file, tmp_path):
@@ -255,7 +272,8 @@ def test_an_official_training_checkpoint_is_refused(backbone_file, tmp_path):
     path = tmp_path / "checkpoint_0199.pth.tar"
     torch.save({"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {}}, path)
     message = refusal(small_cfg(COCO_FPN), path)
-    assert "not in Detectron2's form: epoch, arch, state_dict and 1 more are no tensors" in message
+    assert "not in Detectron2's form" in message
+    assert "epoch, arch, state_dict and 1 more are not tensors" in message
     assert "Convert it first" in message
 
 
@@ -264,7 +282,7 @@ def test_torchvision_names_are_refused_with_a_look_at_them(backbone_file, tmp_pa
     torch.save(torch.load(backbone_file)["state_dict"], path)
     message = refusal(small_cfg(VOC_C4), path)
     assert "fills 0 of 265" in message
-    assert "names such as conv1.weight" in message
+    assert "has names such as conv1.weight" in message
     assert "Convert it first" in message
 
 
@@ -302,7 +320,7 @@ def test_a_whole_detector_is_needed_to_evaluate(converted_file, tmp_path):
     cfg = small_cfg(VOC_C4)
     model, record = load(cfg, converted_file)
     message = refusal(cfg, converted_file, all_names)
-    assert "proposal_generator.rpn_head.conv.weight is not in the file" in message
+    assert "not in the file: proposal_generator.rpn_head.conv.weight, " in message
     keeper = DetectionCheckpointer(model, str(tmp_path), facts=record)
     keeper.save("model_final")
     path = tmp_path / "model_final.pth"
@@ -333,12 +351,12 @@ def test_a_fresh_start_does_not_overwrite_a_run(tmp_path):
     torch.save({"model": {}, "trainer": {}}, tmp_path / "model_0000001.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     assert starting_point(cfg, resume=True) == (str(tmp_path / "model_0000001.pth"), True)
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="contains a run already"):
         starting_point(cfg, resume=False)
     torch.save({"model": {}}, tmp_path / "model_0000001.pth")
-    with pytest.raises(ValueError, match=r"no checkpoint of a run that could go on: it holds no trainer; start a new"):
+    with pytest.raises(ValueError, match="not a checkpoint that a run can resume from: it has no trainer; start"):
         check_weights(cfg, resume=True)
-    with pytest.raises(ValueError, match="it holds no trainer"):
+    with pytest.raises(ValueError, match="it has no trainer"):
         check_resume(cfg)
 
 
@@ -354,7 +372,7 @@ def test_a_fresh_start_does_not_overwrite_a_run(tmp_path):
 def test_what_no_detector_can_be_built_of_is_told_in_one_line(key, value, message):
     cfg = small_cfg(VOC_C4, "MODEL.WEIGHTS", "", key, value)
     for build in (check_weights, TransferTrainer.build_model):
-        with pytest.raises(ValueError, match=rf"^{message}[^\n]*; correct the keys of MODEL that it follows from$"):
+        with pytest.raises(ValueError, match=rf"^{message}[^\n]*; correct the keys of MODEL that cause it$"):
             build(cfg)
 
 
@@ -406,7 +424,7 @@ def test_safetensors_of_a_detector_and_of_a_converted_backbone(detector, convert
     content = torch.load(converted_file)
     safetensors.torch.save_file(content["model"], path, metadata={"facts": json.dumps(content["facts"])})
     _, record = load(small_cfg(COCO_FPN), path)
-    assert record.facts.protocol == "moco_test"
+    assert record.facts.recipe == "moco_test"
     assert "INPUT.FORMAT is BGR" in refusal(small_cfg(VOC_C4 + "_supervised"), path)
     safetensors.torch.save_file({f"layer1.{n}.weight": torch.zeros(2) for n in range(3)}, path)
     assert "Convert it first" in refusal(small_cfg(VOC_C4), path)
@@ -415,7 +433,7 @@ def test_safetensors_of_a_detector_and_of_a_converted_backbone(detector, convert
 def test_detectron2s_query_for_its_heuristics(altered):
     path = altered(lambda c: c.pop("matching_heuristics"))
     load(small_cfg(COCO_FPN), f"{path}?matching_heuristics=True")
-    assert "only matching_heuristics=True is known" in refusal(small_cfg(COCO_FPN), f"{path}?other=1")
+    assert "the only option after '?' is matching_heuristics=True" in refusal(small_cfg(COCO_FPN), f"{path}?other=1")
 
 
 def test_a_pickle_of_facebooks_pycls_is_matched_as_detectron2_does(converted_file, tmp_path):
@@ -454,12 +472,12 @@ def test_a_file_that_names_code_is_refused_with_a_call_that_writes_the_weights_a
     torch.save({place: detector, **beside} if place else {**detector, "x.settings": Settings()}, path)
     message = refusal(small_cfg(VOC_C4), path, all_names)
     if place:
-        assert "names code that is not in it (test_weights.Settings)" in message and "\n" not in message
+        assert "refers to Python code (test_weights.Settings)" in message and "\n" not in message
         follow(message)
         model, _ = load(small_cfg(VOC_C4), tmp_path / "my file_weights.pth", all_names)
         assert torch.equal(model.backbone.stem.conv1.weight, detector["backbone.stem.conv1.weight"])
     else:
-        assert "x.settings is no tensor" in message
+        assert "x.settings is not a tensor" in message
 
 
 def test_a_runs_folder_is_told_its_checkpoint(detector, tmp_path):

@@ -43,7 +43,7 @@ def test_the_table_of_roles_says_what_pretraining_reads(tmp_path: Path) -> None:
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
     words = [
         "DATASETS.TRAIN", f'("{tmp_path}",)', "OUTPUT_DIR", tmp_path / "out", "SOLVER.IMS_PER_BATCH", 4,
-        "DATA.CROP_SIZE", 32, "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", 0.125, "SSL.ARGS.queue_size", 8,
+        "DATA.CROP_SIZE", 32, "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width", 0.125, "SSL.ARGS.queue_size", 8,
         "SSL.ARGS.bn_groups", 2, "SOLVER.EPOCHS", 1, "DATALOADER.NUM_WORKERS", 0, "MODEL.DEVICE", "cpu", "SEED", 7,
     ]  # fmt: skip
     (tmp_path / "out").mkdir()

@@ -16,6 +16,7 @@ from moco_d2.config import load_cfg
 from moco_d2.engine.optim import (
     IMPLIED,
     OPTIMIZERS,
+    OptimizerKind,
     ScheduledOptimizer,
     build_clipper,
     build_optimizer,
@@ -23,7 +24,7 @@ from moco_d2.engine.optim import (
     trajectory,
 )
 from moco_d2.engine.preflight import config_problems
-from moco_d2.engine.schedules import lr_factor, weight_decay
+from moco_d2.engine.schedules import SCHEDULES, lr_factor, weight_decay
 from moco_d2.layers.lars import Lars
 from moco_d2.layers.views import Views
 from moco_d2.methods import SSLMethod
@@ -55,6 +56,46 @@ def larc(p: torch.Tensor, g: torch.Tensor, v: torch.Tensor, lr: float) -> tuple[
         g = (g + DECAY * p) * TRUST * p.norm() / (g.norm() + DECAY * p.norm() + 1e-8)
     v = MOMENTUM * v + g
     return p - lr * v, v
+
+
+def sgd(p: torch.Tensor, g: torch.Tensor, v: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+    v = MOMENTUM * v + g + DECAY * p
+    return p - lr * v, v
+
+
+def nesterov(p: torch.Tensor, g: torch.Tensor, v: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+    v = MOMENTUM * v + g + DECAY * p
+    return p - lr * (g + DECAY * p + MOMENTUM * v), v
+
+
+def adamw(p: torch.Tensor, g: torch.Tensor, v: torch.Tensor, lr: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its state is the first moment, the second, and the number of steps, stacked."""
+    first, second, steps = 0.9 * v[0] + 0.1 * g, 0.999 * v[1] + 0.001 * g * g, v[2] + 1
+    p = p - lr * DECAY * p  # decoupled from the gradient
+    p = p - lr * (first / (1 - 0.9**steps)) / ((second / (1 - 0.999**steps)).sqrt() + 1e-8)
+    return p, torch.stack([first, second, steps])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("update", [sgd, nesterov, adamw])
+def test_sgd_and_adamw_are_their_equations_with_a_kernel_or_without(update: Update, fused: bool) -> None:
+    name = "adamw" if update is adamw else "sgd"
+    cfg = config("SOLVER.OPTIMIZER", name, "SOLVER.NESTEROV", update is nesterov, "SOLVER.WEIGHT_DECAY", DECAY,
+                 "SOLVER.BASE_LR", 0.05, "ENGINE.FUSED_SGD", fused)  # fmt: skip
+    torch.manual_seed(0)
+    optimizer = build_optimizer(cfg, Net().double())
+    assert all(group["fused"] == (fused or None) for group in optimizer.param_groups)
+    groups = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    weights = [p.detach().clone() for p, _ in groups]
+    states = [torch.zeros(3, *w.shape).double() if update is adamw else torch.zeros_like(w) for w in weights]
+    for step in range(4):
+        for i, (parameter, group) in enumerate(groups):
+            group["lr"] = 0.05 / (1 + step)
+            parameter.grad = torch.randn_like(weights[i])
+            weights[i], states[i] = update(weights[i], parameter.grad, states[i], group["lr"])
+        optimizer.step()
+        for (parameter, _), expected in zip(groups, weights, strict=True):
+            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("update", [lars, lars_classic, larc])
@@ -136,7 +177,7 @@ def test_groups_have_the_rates_and_decays_that_method_and_config_ask_for() -> No
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers_learn_resume_and_are_torchs_where_torch_has_them(name: str) -> None:
+def test_optimizers_learn_and_resume(name: str) -> None:
     cfg = config("SOLVER.OPTIMIZER", name, "SOLVER.TRUST", 0.1, "SOLVER.BASE_LR", 0.002)
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
 
@@ -159,18 +200,20 @@ def test_optimizers_learn_resume_and_are_torchs_where_torch_has_them(name: str) 
     resumed = build_optimizer(cfg, second)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert run(5, first, optimizer) == run(5, second, resumed) < start
-    if name in ("sgd", "adamw"):
-        torch.manual_seed(0)
-        third = Net()
-        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
-        more = {"momentum": 0.9} if name == "sgd" else {}
-        plain = kind(
-            [{"params": third.body.parameters()}, {"params": third.predictor.parameters(), "lr": 0.02}],
-            lr=0.002, weight_decay=0.1, **more,
-        )  # fmt: skip
-        run(10, third, plain)
-        for ours, theirs in zip(first.parameters(), third.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_third_party_adds_an_optimizer_and_a_schedule_from_its_own_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(groups: list[dict[str, object]], cfg: CfgNode) -> torch.optim.Optimizer:
+        return torch.optim.RMSprop(groups, lr=scaled_lr(cfg), momentum=cfg.SOLVER.MOMENTUM)
+
+    monkeypatch.setitem(OPTIMIZERS, "rmsprop", OptimizerKind(build, ("MOMENTUM",)))
+    monkeypatch.setitem(SCHEDULES, "linear", (lambda t, length, solver: 1 - t / length, ()))
+    cfg = config("SOLVER.OPTIMIZER", "rmsprop", "SOLVER.SCHEDULE", "linear", "SOLVER.WARMUP", 2)
+    assert config_problems(cfg, 1) == []
+    optimizer = build_optimizer(cfg, Net())
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.4, 0.1), (4.0, 0.1)]
+    assert [lr_factor(cfg, 4 * epoch, 4) for epoch in (1, 2, 6)] == [0.5, 1, 0.5], "behind the warm-up"
+    assert changed_settings(trajectory(cfg), trajectory(config())).keys() >= {"SOLVER.OPTIMIZER", "SOLVER.SCHEDULE"}
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("norm", 0.5), ("value", None)])
@@ -201,6 +244,8 @@ def test_schedules_follow_their_closed_forms() -> None:
     assert [lr_factor(cfg, 4 * epoch, 4) for epoch in range(2, 10)] == pytest.approx([1, 0.1, 0.1, 0.1] + [0.01] * 4)
     cfg.SOLVER.SCHEDULE = "constant"
     assert {lr_factor(cfg, iteration, 4) for iteration in range(8, 40)} == {1}
+    cfg = config("SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", 40)
+    assert [lr_factor(cfg, iteration, 4) for iteration in (0, 20)] == pytest.approx([1, 0.5]), "without epochs"
 
 
 def test_weight_decay_follows_its_cosine_and_excluded_groups_keep_none() -> None:

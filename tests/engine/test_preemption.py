@@ -41,9 +41,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 def options(images: str, output: Path, iterations: int, *more: object) -> list[str]:
     opts = [
         "DATASETS.TRAIN", f'("{images}",)', "OUTPUT_DIR", output, "SOLVER.IMS_PER_BATCH", 8, "DATA.CROP_SIZE", 32,
-        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", 0.125, "SSL.ARGS.queue_size", 64, "SSL.ARGS.bn_groups", 1,
-        "SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", iterations, "DATALOADER.NUM_WORKERS", 1, "MODEL.DEVICE", "cpu",
-        "SEED", 7, *more,
+        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width", 0.125, "SSL.ARGS.queue_size", 64,
+        "SSL.ARGS.bn_groups", 1, "SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", iterations, "DATALOADER.NUM_WORKERS", 1,
+        "MODEL.DEVICE", "cpu", "SEED", 7, *more,
     ]  # fmt: skip
     return ["--config-file", "Pretrain/moco_v2_R50_200ep", "--resume", *map(str, opts)]
 
@@ -79,7 +79,7 @@ def test_the_tool_saves_says_so_and_goes_on(images: str, tmp_path: Path, signum:
     saved = int((tmp_path / "run/last_checkpoint").read_text()[6:13])
     assert 9 <= saved < 399
     text = log.read_text()
-    assert text.count(f"asked to stop: iteration {saved} is saved; continue with --resume (exit code 75)") == 1
+    assert text.count(f"asked to stop: saved iteration {saved}; continue with --resume (exit code 75)") == 1
     assert "Traceback" not in text
     assert begin(log, *command).wait(300) == 0, log.read_text()[-3000:]
     assert f"resuming at iteration {saved + 1} of 400" in log.read_text()
@@ -97,9 +97,9 @@ def test_an_error_after_a_request_is_an_error(tmp_path: Path) -> None:
     """A cluster that starts every job with code 75 again would go on with a mistake for ever."""
     script = f"""
         import sys
-        sys.path[:0] = {[str(ROOT / "tools"), str(Path(__file__).parent)]}
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
         import test_preemption; from moco_d2.commands import cli
-        args = cli.launch_parser(None).parse_args(["--config-file", "Pretrain/moco_v2_R50_200ep"])
+        args = cli.launch_parser("pretrain", None).parse_args(["--config-file", "Pretrain/moco_v2_R50_200ep"])
         cli.run(test_preemption.failing_after_a_request, args)
     """
     log = tmp_path / "log"
@@ -116,11 +116,10 @@ def test_a_second_signal_does_not_end_the_wait_for_what_is_saved(tmp_path: Path)
         "signal.signal(signal.SIGTERM, save)\npathlib.Path('ready').touch()\nsignal.pause()\n"
     )
     script = f"""
-        import pathlib, re, signal, sys
-        sys.path.insert(0, {str(ROOT / "tools")!r})
-        import run_trials; from moco_d2.commands import cli
-        run_trials.heed()
-        cli.follow([{str(training)!r}], pathlib.Path("log"), re.compile("x"), cwd={str(tmp_path)!r})
+        import pathlib, re
+        from moco_d2.commands import cli, trials
+        with trials.stop_on_signals():
+            cli.follow([{str(training)!r}], pathlib.Path("log"), re.compile("x"), cwd={str(tmp_path)!r})
     """
     log = tmp_path / "log"
     process = begin(log, "-c", textwrap.dedent(script).replace('"log"', repr(str(tmp_path / "training_log"))))
@@ -202,7 +201,7 @@ def test_torchrun_hands_a_request_on(images: str, tmp_path: Path) -> None:
         said = [log.read_text() for log in logs]
         saved = int((tmp_path / "run/last_checkpoint").read_text()[6:13])
         assert all(codes) and saved < 399, said
-        assert f"asked to stop: iteration {saved} is saved; continue with --resume (exit code 75)" in said[0]
+        assert f"asked to stop: saved iteration {saved}; continue with --resume (exit code 75)" in said[0]
         assert all("death signal" in text for text in said), "what the script looks for"
         processes = [start(0), start(1)]
         assert [process.wait(300) for process in processes] == [0, 0], logs[0].read_text()[-3000:]

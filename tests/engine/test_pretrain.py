@@ -18,7 +18,6 @@ from detectron2.utils import comm
 from PIL import Image
 
 from moco_d2.config import flat, get_cfg, load_cfg
-from moco_d2.data import stream_seed
 from moco_d2.engine.optim import scaled_lr
 from moco_d2.engine.schedules import lr_factor
 from moco_d2.engine.trainer import PretrainTrainer, recipe_changes
@@ -27,6 +26,7 @@ from moco_d2.layers.resnet import network_for
 from moco_d2.methods.moco import MoCo, to_official
 from moco_d2.model_zoo import pretraining_changes
 from moco_d2.running.seeds import StepSeed
+from moco_d2.seeding import stream_seed
 
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain_net.py"
 
@@ -42,7 +42,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 def options(images: str, output: Path, *more: object) -> list[str]:
     small = [
         "DATASETS.TRAIN", f'("{images}",)', "OUTPUT_DIR", str(output), "SOLVER.IMS_PER_BATCH", 8, "DATA.CROP_SIZE", 32,
-        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", 0.125, "SSL.ARGS.queue_size", 24, "SSL.ARGS.dim", 16,
+        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width", 0.125, "SSL.ARGS.queue_size", 24, "SSL.ARGS.dim", 16,
         "SSL.ARGS.bn_groups", 2, "SOLVER.EPOCHS", 3, "SOLVER.CHECKPOINT_PERIOD", 3, "DATALOADER.NUM_WORKERS", 0,
         "MODEL.DEVICE", "cpu", "SEED", 7, *more,
     ]  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(images: str, tmp_pat
 
 def test_only_the_whole_recipe_bears_its_name(images: str, tmp_path: Path) -> None:
     train(options(images, tmp_path, "PROTOCOL", "moco_v2_R50_200ep"))
-    names = [torch.load(tmp_path / f"model_{n}.pth")["facts"]["protocol"] for n in ("0000002", "final")]
+    names = [torch.load(tmp_path / f"model_{n}.pth")["facts"]["recipe"] for n in ("0000002", "final")]
     assert names == ["moco_v2_R50_200ep (unfinished, modified)", "moco_v2_R50_200ep (modified)"]
     recipe = load_cfg("Pretrain/moco_v2_R50_200ep", ["OUTPUT_DIR", "x", "SEED", "1", "DATALOADER.NUM_WORKERS", "9"])
     assert pretraining_changes(recipe) == []
@@ -111,6 +111,22 @@ def test_a_run_of_reduced_pictures_is_not_continued_with_whole_ones(images: str,
     with pytest.raises(ValueError, match=r"DATA\.REDUCED_DECODING was True and is False"):
         trainer().load_state_dict(state)
     trainer("DATA.REDUCED_DECODING", "True").load_state_dict(state)
+    state["run"]["DATA.RECIPE"] = state["run"].pop("DATA.AUGMENTATION")  # the key's name in earlier checkpoints
+    trainer("DATA.REDUCED_DECODING", "True").load_state_dict(state)
+    with pytest.raises(ValueError, match=r"exactly: DATA\.AUGMENTATION was moco_v2 and is moco_v1\."):
+        trainer("DATA.REDUCED_DECODING", "True", "DATA.RECIPE", "moco_v1").load_state_dict(state)
+
+
+def test_a_run_goes_on_with_its_encoder_and_so_does_one_of_an_earlier_version(images: str, tmp_path: Path) -> None:
+    def trainer(*words: object) -> PretrainTrainer:
+        return PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", options(images, tmp_path, *words)))
+
+    state = trainer().state_dict()
+    synchronised = trainer("SSL.ENCODER.ARGS.norm", "SyncBN", "SSL.ARGS.bn_groups", 0)
+    for run in (state["run"], {key: value for key, value in state["run"].items() if "SSL.ENCODER" not in key}):
+        with pytest.raises(ValueError, match=r"SSL\.ENCODER\.ARGS\.norm was BN and is SyncBN"):
+            synchronised.load_state_dict({**state, "run": run})
+        trainer().load_state_dict({**state, "run": run})
 
 
 def test_what_the_processes_make_of_the_method_is_recorded_and_must_be_the_same_to_resume(
@@ -121,7 +137,7 @@ def test_what_the_processes_make_of_the_method_is_recorded_and_must_be_the_same_
     with caplog.at_level("INFO"), pytest.raises(Killed):
         train(words, stop_at=1)
     assert "number of BN groups in all processes: 8" in caplog.text
-    assert "holds the keys of 1.2 epochs of your 20 images" in caplog.text and "100% what it was" in caplog.text
+    assert "holds the keys of 1.2 epochs of your 20 images" in caplog.text and "100% of the key encoder" in caplog.text
     caplog.clear()
 
     # Three processes would make six groups. Nothing else here needs the other two.
@@ -130,10 +146,10 @@ def test_what_the_processes_make_of_the_method_is_recorded_and_must_be_the_same_
         patch.setattr(MoCo, "check_batch", lambda *_: None)
         recipe = load_cfg("Pretrain/moco_v2_R50_200ep")
         trainer = PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", words))
-        assert recipe_changes(recipe, trainer.method) == ["6 BN groups in all 3 process(es), not 8"]
-        assert "6 BN groups in all 3 process(es), not 8: the weights will say" in caplog.text
+        assert recipe_changes(recipe, trainer.method) == ["6 BN groups in 3 process(es) instead of 8"]
+        assert "6 BN groups in 3 process(es) instead of 8: the weights will say" in caplog.text
         trainer.cfg = recipe
-        assert trainer.facts().protocol == "moco_v2_R50_200ep (unfinished, modified)"
+        assert trainer.facts().recipe == "moco_v2_R50_200ep (unfinished, modified)"
         with pytest.raises(ValueError, match=r"number of BN groups in all processes was 8 and is 6\. Restore"):
             PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", words)).resume_or_load(True)
 
@@ -163,7 +179,7 @@ def test_every_checkpoint_comes_with_a_backbone_that_any_torchvision_user_can_lo
     trainer = train(options(images, tmp_path, "PROTOCOL", "mine"))
     saved = torch.load(tmp_path / "backbone.pth", weights_only=True)
     facts = BackboneFacts.from_dict(saved["facts"])
-    assert (facts.depth, facts.stem_channels, facts.protocol, facts.pixels.order) == (18, 8, "mine", "RGB")
+    assert (facts.depth, facts.stem_channels, facts.recipe, facts.pixels.order) == (18, 8, "mine", "RGB")
     assert "6 of 6 iterations" in facts.origin
     network_for(facts).load_state_dict(saved["state_dict"])
     for key, value in saved["state_dict"].items():
@@ -198,8 +214,8 @@ def test_official_training_checkpoints_are_continued(images: str, tmp_path: Path
         tmp_path / "a/backbone.pth": "not a checkpoint of this MoCo",
         tmp_path / "a": f"give the checkpoint in it: {tmp_path}/a/model_final.pth",
         tmp_path / "nothing.pth": "does not exist",
-        "moco-d2://moco_v2_800ep": "converted backbones, for detectors; pretraining starts from a checkpoint of",
-        "catalog://nothing": "could not be fetched",
+        "moco-d2://moco_v2_800ep": "converted backbones, for detectors. Pretraining starts from a checkpoint of",
+        "catalog://nothing": "could not be downloaded",
     }.items():
         trainer.cfg.MODEL.WEIGHTS = str(weights)
         with pytest.raises(ValueError, match=words):
@@ -210,7 +226,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(imag
     cfg = load_cfg("Pretrain/moco_v2_R50_200ep", options(images, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1))
     cfg.SOLVER.BASE_LR = 1e30
     trainer = PretrainTrainer(cfg)
-    with pytest.raises(FloatingPointError, match=r"last good checkpoint is kept: .*model_0000000.pth.*SOLVER.BASE_LR"):
+    with pytest.raises(FloatingPointError, match=r"kept: .*_0000000.pth.*SOLVER.BASE_LR or a higher SSL.ARGS.temp"):
         trainer.train()
     kept = torch.load(tmp_path / "model_0000000.pth")["model"]
     assert all(value.isfinite().all() for key, value in kept.items() if "encoder_k" in key)
@@ -271,8 +287,10 @@ def test_resuming_with_another_recipe_is_refused(images: str, tmp_path: Path) ->
     train(options(images, tmp_path, "SOLVER.EPOCHS", 1))
     with pytest.raises(ValueError, match=r"SOLVER\.IMS_PER_BATCH was 8 and is 4"):
         train(options(images, tmp_path, "SOLVER.EPOCHS", 1, "SOLVER.IMS_PER_BATCH", 4), resume=True)
-    recipe = ("SSL.ARGS.temperature", 0.1, "DATA.RECIPE", "moco_v1")
-    with pytest.raises(ValueError, match=r"temperature was 0\.2 and is 0\.1; DATA\.RECIPE was moco_v2 and is moco_v1"):
+    recipe = ("SSL.ARGS.temperature", 0.1, "DATA.AUGMENTATION", "moco_v1")
+    with pytest.raises(
+        ValueError, match=r"temperature was 0\.2 and is 0\.1; DATA\.AUGMENTATION was moco_v2 and is moco_v1"
+    ):
         train(options(images, tmp_path, "SOLVER.EPOCHS", 1, *recipe), resume=True)
     other = ("SOLVER.BASE_LR", 0.01, "SOLVER.MOMENTUM", 0.8, "SOLVER.SCHEDULE", "step", "SOLVER.STEPS", ())
     with pytest.raises(ValueError, match=r"MODEL\.WEIGHTS") as refused:
@@ -291,8 +309,8 @@ def test_weights_alone_are_not_resumed(images: str, tmp_path: Path) -> None:
     train(options(images, tmp_path, "SOLVER.EPOCHS", 1))
     run = torch.load(tmp_path / "model_final.pth", weights_only=True)
     for content, message in (
-        ({"model": run["model"]}, "it holds no trainer"),
-        ({"state_dict": run["model"]}, "it holds no model and no trainer"),
+        ({"model": run["model"]}, "it has no trainer"),
+        ({"state_dict": run["model"]}, "it has no model and no trainer"),
         ({**run, "trainer": {"_trainer": 1, "iteration": "x"}}, "cannot resume exactly"),
         ({**run, "trainer": {**run["trainer"], "_trainer": 1}}, "a checkpoint of another model or run"),
     ):
@@ -338,7 +356,7 @@ def test_pretraining_configs_state_the_published_recipes() -> None:
     for name, recipe in published.items():
         cfg = load_cfg(f"Pretrain/{name}")
         args, solver = cfg.SSL.ARGS, cfg.SOLVER
-        assert (solver.EPOCHS, args.temperature, args.mlp, cfg.DATA.RECIPE, solver.SCHEDULE) == recipe
+        assert (solver.EPOCHS, args.temperature, args.mlp, cfg.DATA.AUGMENTATION, solver.SCHEDULE) == recipe
         assert (args.dim, args.queue_size, args.momentum, args.shuffle, args.symmetric) == (
             128,
             65536,
@@ -399,7 +417,7 @@ def test_the_tool_reports_mistakes_in_one_line_and_refuses_to_overwrite(images: 
     )
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
     again = run_tool(*options(images, tmp_path))
-    assert again.returncode == 2 and "holds a run already (model_0000009.pth)" in again.stderr
+    assert again.returncode == 2 and "contains a run already (model_0000009.pth)" in again.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_checkpoint"], "nothing was written over it"
 
 

@@ -1,4 +1,4 @@
-"""The rehearsal of pretraining, as a user runs it."""
+"""The dry run of pretraining, as a user runs it."""
 
 import itertools
 import os
@@ -28,8 +28,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def dry_run(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
     small = [
-        "SOLVER.IMS_PER_BATCH", 64, "DATA.CROP_SIZE", 32, "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", 0.125,
-        "SSL.ARGS.queue_size", 128, "DATALOADER.NUM_WORKERS", 1, "MODEL.DEVICE", "cpu",
+        "SOLVER.IMS_PER_BATCH", 64, "DATA.CROP_SIZE", 32, "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width",
+        0.125, "SSL.ARGS.queue_size", 128, "DATALOADER.NUM_WORKERS", 1, "MODEL.DEVICE", "cpu",
     ]  # fmt: skip
     command = [sys.executable, TOOL, "--config-file", "Pretrain/moco_v2_R50_200ep", "--dry-run", *words, *small]
     return subprocess.run(
@@ -39,7 +39,7 @@ def dry_run(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_rehearsal_says_what_the_run_will_be(images: str, tmp_path: Path, processes: int) -> None:
+def test_a_dry_run_says_what_the_run_will_be(images: str, tmp_path: Path, processes: int) -> None:
     lanes = 32  # the smaller batch has to suit them
     done = dry_run(
         tmp_path, "--num-gpus", processes, "DATASETS.TRAIN", f'("{images}",)', "SSL.ARGS.bn_groups", 4,
@@ -52,11 +52,11 @@ def test_a_rehearsal_says_what_the_run_will_be(images: str, tmp_path: Path, proc
         "bottleneck", "ETA", "dry run",
     ]  # fmt: skip
     assert lines["recipe"].startswith("moco_v2_R50_200ep, modified: ")
-    assert "SSL.ENCODER.WIDTH=0.125" in lines["recipe"] and lines["data"] == f"{images}: 70 images"
+    assert "SSL.ENCODER.ARGS.width=0.125" in lines["recipe"] and lines["data"] == f"{images}: 70 images"
     assert lines["schedule"] == "200 epochs, 200 iterations of 64 images, lr 0.0075"
     assert "advice      the queue (SSL.ARGS.queue_size 128) holds the keys of 1.8 epochs of your 70" in done.stdout
-    assert lines["advice"].startswith("after all 200 steps the key encoder is still to 82% what it was")
-    assert f"(reckoned from {lanes} images of 64)" in lines["training"]
+    assert lines["advice"].startswith("after all 200 steps, 82% of the key encoder is still its initial weights")
+    assert f"(extrapolated from {lanes} of 64 images)" in lines["training"]
     assert lines["checkpoint"].endswith("saved and resumed to the same weights, bit for bit")
     speeds = re.search(r"network ([\d.]+) images/s, loader ([\d.]+) images/s", lines["bottleneck"])
     eta = re.search(r"at ([\d.]+) images/s", lines["ETA"])
@@ -126,7 +126,8 @@ def test_pictures_that_cannot_be_decoded_are_named_and_too_many_are_refused(imag
     assert subject == "pictures" and said.startswith("68 of 70 can be decoded; left out: ")
     assert f"{folder}/3.jpg: image file is truncated" in said and f"{folder}/44.jpg: " in said
     with pytest.raises(
-        ValueError, match=r"^68 of 70 can be decoded; DATA.MAX_SKIPPED is 0.01.*\n.*/3.jpg.*\n.*/44.jpg"
+        ValueError,
+        match=r"^68 of 70 can be decoded, but DATA.MAX_SKIPPED allows a fraction of 0.01 .*\n.*/3.jpg.*\n.*/44.jpg",
     ):
         check("DATA.MAX_SKIPPED", 0.01)
     assert check("DATA.DRY_RUN_PICTURES", 2) == [("pictures", "2 of 2 can be decoded")]

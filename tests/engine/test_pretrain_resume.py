@@ -23,7 +23,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 def options(images: str, processes: int, iterations: int) -> list[Any]:
     return [
         "DATASETS.TRAIN", f'("{images}",)', "SOLVER.IMS_PER_BATCH", 8, "DATA.CROP_SIZE", 32, "SSL.ENCODER.NAME",
-        "resnet18", "SSL.ENCODER.WIDTH", 0.5, "SSL.ARGS.queue_size", 4096, "SSL.ARGS.bn_groups", 2 // processes,
+        "resnet18", "SSL.ENCODER.ARGS.width", 0.5, "SSL.ARGS.queue_size", 4096, "SSL.ARGS.bn_groups", 2 // processes,
         "SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINT_KEEP", 3,
         "DATALOADER.NUM_WORKERS", 0, "MODEL.DEVICE", "cpu", "SEED", 7,
     ]  # fmt: skip

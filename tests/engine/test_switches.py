@@ -1,4 +1,4 @@
-"""ENGINE's switches: what each may move, that a resume keeps them, and that the loop never waits for the device."""
+"""ENGINE's performance options: what each may change, that a resume keeps them, and that the loop never waits."""
 
 import contextlib
 import itertools
@@ -37,7 +37,7 @@ def config(images: str, output: Path, *more: object) -> CfgNode:
     # The last feature maps have 4 x 4 places: batch statistics over few values magnify rounding from step to step.
     small = [
         "DATASETS.TRAIN", f'("{images}",)', "OUTPUT_DIR", output, "SOLVER.IMS_PER_BATCH", 32, "DATA.CROP_SIZE", 32,
-        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.WIDTH", 0.125, "SSL.ENCODER.STEM", "cifar",
+        "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width", 0.125, "SSL.ENCODER.ARGS.stem", "cifar",
         "SSL.ARGS.queue_size", 256, "SSL.ARGS.dim", 16, "SSL.ARGS.bn_groups", 2, "SOLVER.REFERENCE_BATCH", 0,
         "SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", STEPS, "SOLVER.CHECKPOINT_PERIOD", STEPS // 2,
         "DATALOADER.NUM_WORKERS", 0, "MODEL.DEVICE", "cpu", "SEED", 7, *more,
@@ -137,7 +137,7 @@ def test_momentum_follows_the_weights_into_another_memory_order(
 def test_the_loss_scale_is_resumed(images: str, tmp_path: Path) -> None:
     short = (
         "ENGINE.AUTOCAST", "float16", "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2,
-        "SSL.ENCODER.STEM", "imagenet", "SOLVER.IMS_PER_BATCH", 4,
+        "SSL.ENCODER.ARGS.stem", "imagenet", "SOLVER.IMS_PER_BATCH", 4,
     )  # fmt: skip
     whole = train(config(images, tmp_path, *short))._trainer.grad_scaler.state_dict()
     expected = weights(tmp_path)
@@ -192,7 +192,7 @@ class CountWaits(HookBase):
 def test_the_host_waits_for_the_device_only_where_numbers_are_written(
     images: str, tmp_path: Path, autocast: str
 ) -> None:
-    short = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 100, "SSL.ENCODER.STEM", "imagenet")
+    short = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 100, "SSL.ENCODER.ARGS.stem", "imagenet")
     trainer = PretrainTrainer(config(images, tmp_path, *short, "ENGINE.AUTOCAST", autocast, "SOLVER.IMS_PER_BATCH", 4))
     views = next(iter(trainer.data_loader))  # which is made on the CPU
     trainer._trainer._data_loader_iter_obj = itertools.repeat(views)

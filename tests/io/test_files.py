@@ -59,7 +59,7 @@ def test_a_named_file_replaces_only_what_such_a_command_wrote(tmp_path: Path) ->
     assert tree(tmp_path) == {"new/out": b"ours 2"}
     path.write_bytes(b"the user's")
     with (
-        pytest.raises(ValueError, match="did not write has this name, and is kept"),
+        pytest.raises(ValueError, match="this file exists, and this command did not write it"),
         files.named_file(path, ours) as file,
     ):
         file.write(b"ours 3")
@@ -72,7 +72,10 @@ def test_links_do_not_lead_into_the_user_s_files(tmp_path: Path) -> None:
     (tmp_path / "soft").symlink_to(mine)
     (tmp_path / "hard").hardlink_to(mine)
     for name in ("soft", "hard"):
-        with pytest.raises(ValueError, match="is kept"), files.named_file(tmp_path / name, ours) as file:
+        with (
+            pytest.raises(ValueError, match="command did not write it"),
+            files.named_file(tmp_path / name, ours) as file,
+        ):
             file.write(b"ours")
         with files.atomic_write(tmp_path / name) as file:  # a name of ours, which somebody made a link
             file.write(b"ours")
@@ -101,14 +104,14 @@ def test_what_cannot_be_written_is_told_in_one_line_before_the_work(path: str, t
 
 def test_only_noted_entries_are_overwritten(tmp_path: Path) -> None:
     (tmp_path / "theirs.json").write_text("the user's")
-    with pytest.raises(ValueError, match=r"holds theirs\.json"):
+    with pytest.raises(ValueError, match=r"contains theirs\.json"):
         files.claim(tmp_path, [files.exactly("theirs.json")], "--output")
     assert tree(tmp_path) == {"theirs.json": b"the user's"}, "a refusal leaves no note"
     files.claim(tmp_path, [files.exactly("[ab].json"), "log.*"], "--output")
     (tmp_path / "[ab].json").write_text("ours")
     (tmp_path / "a.json").write_text("the user's")
     files.claim(tmp_path, [files.exactly("[ab].json"), "log.*"], "--output")
-    with pytest.raises(ValueError, match=r"holds a\.json"):
+    with pytest.raises(ValueError, match=r"contains a\.json"):
         files.claim(tmp_path, [files.exactly("a.json")], "--output")
 
 
@@ -127,11 +130,11 @@ def test_only_a_folder_of_ours_is_replaced_or_emptied(tmp_path: Path) -> None:
         lambda: files.replaced_folder(folder, "OUT").__enter__(),
         lambda: files.fresh_folder(folder, ["x"], "OUT"),
     ):
-        with pytest.raises(ValueError, match="holds JPEGImages, which this command did not put there"):
+        with pytest.raises(ValueError, match="contains JPEGImages, which this command did not write"):
             use()
     (folder / "JPEGImages").rmdir()
     (folder / "Annotations/a/mine.xml").write_text("the user's")
-    with pytest.raises(ValueError, match=r"holds Annotations/a/mine\.xml, which this command did not put there"):
+    with pytest.raises(ValueError, match=r"contains Annotations/a/mine\.xml, which this command did not write"):
         files.replaced_folder(folder, "OUT").__enter__()
     (folder / "Annotations/a/mine.xml").unlink()
     (folder / "JPEGImages").mkdir()
@@ -151,7 +154,7 @@ def test_a_folder_that_is_emptied_is_looked_through(tmp_path: Path) -> None:
     with files.replaced_folder(out / "datasets", "OUT") as new:
         files.write_text(new, "a.txt", "ours")
     (out / "datasets" / "mine").mkdir()
-    with pytest.raises(ValueError, match="holds mine, which"):
+    with pytest.raises(ValueError, match="contains mine, which"):
         files.fresh_folder(out, ["datasets"], "--output")
     (out / "datasets" / "mine").rmdir()
     files.fresh_folder(out, ["datasets"], "--output")
@@ -191,7 +194,7 @@ def test_only_names_of_ours_are_removed_or_moved_over(name: str, tmp_path: Path)
         assert not list(tmp_path.iterdir())
         return
     for act in (lambda: files.remove(tmp_path / name), lambda: files.move(tmp_path / "new", tmp_path / name)):
-        with pytest.raises(ValueError, match=r"is not removed|is kept"):
+        with pytest.raises(ValueError, match=r"is not removed|did not write it"):
             act()
     files.remove_leftovers(tmp_path)
     assert tree(tmp_path) == {name: b"old", "new": b"new"}

@@ -67,22 +67,22 @@ FIRST, SECOND = (f"model-{n:05d}-of-00002.safetensors" for n in (1, 2))
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"c": "../../etc/passwd"}, "names the part '../../etc/passwd'; parts must be files beside the index"),
-        ({"c": "/etc/passwd"}, "parts must be files beside the index"),
-        ({"c": ".."}, "parts must be files beside the index"),
-        ({"c": "x\\y"}, "parts must be files beside the index"),
-        ({"c": "gone.safetensors"}, r"1 of 3 parts are not there \(gone.safetensors\); download them"),
-        ({"c": 3}, "must give a part for each tensor"),
-        ({"c": FIRST}, rf"{FIRST} lacks what the index says it holds \(c\)"),
+        ({"c": "../../etc/passwd"}, "names the part '../../etc/passwd'; it must be the name of a file in the folder"),
+        ({"c": "/etc/passwd"}, "must be the name of a file in the folder of the index"),
+        ({"c": ".."}, "must be the name of a file in the folder of the index"),
+        ({"c": "x\\y"}, "must be the name of a file in the folder of the index"),
+        ({"c": "gone.safetensors"}, r"1 of 3 parts are missing \(gone.safetensors\); download them"),
+        ({"c": 3}, "must name a part for each tensor"),
+        ({"c": FIRST}, rf"{FIRST} lacks tensors that the index says it holds \(c\)"),
         (
             {SECOND: {"b.weight": STATE["b.weight"], "a.bias": STATE["a.bias"]}},
-            r"again what another part holds \(a.bias",
+            r"holds tensors that another part holds too \(a.bias",
         ),
         ({"text": "{"}, "not an index of parts"),
         ({"text": "[]"}, "not an index of parts"),
         ({"text": "[" * 100_000}, "not an index of parts"),
-        ({"text": '{"weight_map": {}}'}, "must give a part for each tensor"),
-        ({"text": f'{{"weight_map": {{"a.bias": "{FIRST}", "a.bias": "{SECOND}"}}}}'}, "a name stands in it twice"),
+        ({"text": '{"weight_map": {}}'}, "must name a part for each tensor"),
+        ({"text": f'{{"weight_map": {{"a.bias": "{FIRST}", "a.bias": "{SECOND}"}}}}'}, "it has a name twice"),
     ],
 )
 def test_an_index_that_cannot_be_followed_is_told(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_part_that_is_hostile_or_cut_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"{part}: damaged or truncated"):
         read_checkpoint(index)
     part.write_bytes(pickle.dumps({"x": eval}))
-    with pytest.raises(CheckpointError, match=f"{part}: refused: reading it would run builtins.eval"):
+    with pytest.raises(CheckpointError, match=f"{part}: refused: opening it would run builtins.eval"):
         read_checkpoint(tmp_path / "net")
 
 
@@ -256,7 +256,7 @@ FORMS: dict[Callable[[Path], Path], str] = {
     script: "a TorchScript program",
     exported: "a program of torch.export",
     distributed: "a distributed checkpoint",
-    distributed_part: "a part of a distributed checkpoint",
+    distributed_part: "one part of a distributed checkpoint",
     deepspeed: "DeepSpeed",
     deepspeed_step: "DeepSpeed",
     deepspeed_part: "DeepSpeed",

@@ -13,8 +13,7 @@ import yaml
 
 from moco_d2.config import flat, get_cfg, load_cfg, roles
 from moco_d2.convert import catalog
-from moco_d2.data import listing
-from moco_d2.io.paths import expand, expand_datasets_root
+from moco_d2.io.paths import cache_folder, expand, expand_datasets_root
 from moco_d2.model_zoo import get_config
 
 ENTRY = {"name": "$mine", "format": "coco"}
@@ -80,7 +79,7 @@ def test_config_files_and_their_bases_may_lie_under_a_variable(home: Path) -> No
 
 def test_environment_variables_are_expanded_or_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOCO_D2_CACHE", "$ROOT/cache")
-    assert listing.cache_folder() == catalog.cache_folder() == home / "disk/cache"
+    assert cache_folder() == catalog.cache_folder() == home / "disk/cache"
     for name in ("MOCO_D2_CACHE", "MOCO_D2_CATALOG", "DETECTRON2_DATASETS"):
         monkeypatch.setenv(name, "$NOWHERE/x")
         with pytest.raises(
@@ -94,17 +93,17 @@ def test_environment_variables_are_expanded_or_named(home: Path, monkeypatch: py
 
 
 def test_detectron2s_data_sets_lie_under_a_variable_too(home: Path) -> None:
-    code = "import moco_d2.detection; from detectron2.data import MetadataCatalog as M"
-    code += "; print(M.get('voc_2007_test').dirname); print(M.get('voc_2012_val_sem_seg').image_root)"
+    code = "from moco_d2.config import get_cfg; get_cfg(); from detectron2.data import MetadataCatalog as M"
+    code += "; print(M.get('voc_2007_test').dirname)"
+    code += "; print(M.get('voc_2012_val_sem_seg').image_root)"
     environment = {**os.environ, "DETECTRON2_DATASETS": "$ROOT", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == [f"{home}/disk/VOC2007", f"{home}/disk/VOC2012/JPEGImages"], done.stderr
 
 
 def test_arguments_of_tools_are_expanded_or_refused_with_the_reason(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
     from moco_d2.commands import cli
 
     parser = argparse.ArgumentParser()

@@ -86,7 +86,7 @@ def test_hostile_files_are_refused_by_name_and_run_nothing(
 ) -> None:
     mark = tmp_path / "mark"
     write({"state_dict": {"weight": WEIGHT}, "attack": HOSTILE[name](mark)}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match=f"refused: reading it would run .*{name.rpartition('.')[2]}"):
+    with pytest.raises(CheckpointError, match=f"refused: opening it would run .*{name.rpartition('.')[2]}"):
         read_checkpoint(tmp_path / "x.pth")
     assert not mark.exists()
 
@@ -222,7 +222,7 @@ def test_compressed_torch_files_are_not_inflated(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="compressed"):
         read_checkpoint(tmp_path / "x.pth")
     np.savez_compressed(tmp_path / "x.npz", w=np.zeros(1 << 20))
-    with pytest.raises(CheckpointError, match="inflate"):
+    with pytest.raises(CheckpointError, match="decompress to"):
         read_checkpoint(tmp_path / "x.npz")
 
 
@@ -346,7 +346,7 @@ def test_python2_and_old_numpy_pickles(tmp_path: Path) -> None:
 
 
 def test_facts_round_trip(tmp_path: Path) -> None:
-    facts = BackboneFacts(depth=101, pixels=CAFFE_BGR, stride_in_1x1=True, origin="here", protocol="p")
+    facts = BackboneFacts(depth=101, pixels=CAFFE_BGR, stride_in_1x1=True, origin="here", recipe="p")
     torch.save({"model": {"w": WEIGHT}, "facts": facts.as_dict()}, tmp_path / "a.pth")
     assert read_facts(tmp_path / "a.pth") == facts
     torch.save({"model": {"w": WEIGHT}}, tmp_path / "b.pth")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from moco_d2.convert.prove import read_picture
-from moco_d2.data.decode import Picture
+from moco_d2.data.decode import EncodedImage
 from moco_d2.detection.mapper import read_pixels
 from moco_d2.io.pictures import PictureError, picture_size, read_image
 
@@ -115,7 +115,7 @@ def test_both_stages_see_the_same_from_black_to_white(kind: str, tmp_path: Path)
     assert (expected.min(), expected.max()) == (0, 255)
     path = tmp_path / "picture.any"
     path.write_bytes(data)
-    pretraining = Picture(data).decode().permute(1, 2, 0).numpy()
+    pretraining = EncodedImage(data).decode().permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(pretraining, expected)
     np.testing.assert_array_equal(np.asarray(read_image(path)), expected)
     np.testing.assert_array_equal(read_pixels(str(path), "RGB"), expected)
@@ -139,7 +139,7 @@ def test_both_stages_turn_pictures_alike(form: str, orientation: int, tmp_path: 
     path = tmp_path / "picture"
     path.write_bytes(data)
     assert picture_size(path) == (expected.shape[1], expected.shape[0])
-    for seen in (Picture(data).decode().permute(1, 2, 0).numpy(), read_pixels(str(path), "RGB")):
+    for seen in (EncodedImage(data).decode().permute(1, 2, 0).numpy(), read_pixels(str(path), "RGB")):
         np.testing.assert_array_equal(seen, expected)
 
 
@@ -147,7 +147,7 @@ def test_exif_that_nobody_can_read_leaves_a_picture_as_it_is_stored(tmp_path: Pa
     path = tmp_path / "a.jpg"
     path.write_bytes(saved(bars(), "JPEG", exif=b"Exif\0\0no TIFF header"))
     assert picture_size(path) == read_image(path).size == (WIDTH, HEIGHT)
-    assert Picture(path.read_bytes()).decode().shape == (3, HEIGHT, WIDTH)
+    assert EncodedImage(path.read_bytes()).decode().shape == (3, HEIGHT, WIDTH)
 
 
 def test_a_dark_picture_of_a_16_bit_set_has_the_scale_of_the_others(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_what_has_no_certain_black_and_white_is_refused_by_name(kind: str, tmp_p
             read(path)
         assert "\n" not in str(caught.value)
     with pytest.raises(OSError, match="save it"):
-        Picture(path.read_bytes())
+        EncodedImage(path.read_bytes())
 
 
 def flood(form: str) -> bytes:
@@ -188,7 +188,7 @@ def test_the_limit_is_the_keys_and_not_pils(form: str, tmp_path: Path, monkeypat
     path = tmp_path / "large"
     path.write_bytes(flood(form))
     assert read_image(path, 120_000).size == picture_size(path) == (400, 300)
-    assert Picture(path.read_bytes(), 120_000).decode().shape == (3, 300, 400)
+    assert EncodedImage(path.read_bytes(), 120_000).decode().shape == (3, 300, 400)
     assert read_pixels(str(path), "RGB", 120_000).shape == (300, 400, 3)
     for read in (read_image, lambda file, most: read_pixels(str(file), "RGB", most)):
         with pytest.raises(PictureError, match=r"large: 400 x 300 pixels are more than DATA.MAX_PIXELS 119999; raise"):

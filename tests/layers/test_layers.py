@@ -244,7 +244,9 @@ def test_the_cifar_stem_begins_as_the_authors_demo_and_the_rest_as_torchvision()
     [
         ({"name": "resnet5"}, "did you mean 'resnet50'"),
         ({"width": 0.3}, "64 \\* width must be"),
-        ({"stem": "deep"}, "'imagenet' or 'cifar'"),
+        ({"width": 0.25, "norm": "GN"}, "must be a multiple of 0.5"),
+        ({"norm": "SynchBN"}, "did you mean 'SyncBN'"),
+        ({"stem": "deep"}, "stem is 'deep'; it must be one of imagenet, cifar"),
     ],
 )
 def test_impossible_encoders_are_refused(arguments: dict, message: str) -> None:

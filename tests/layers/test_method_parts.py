@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from moco_d2.layers.batch_norm import SyncBatchNorm2d
 from moco_d2.layers.distributed import gather, sum_over_processes, wrap_ddp
 from moco_d2.layers.ema import cosine_momentum
 from moco_d2.layers.encode import by_resolution, feature_map
@@ -175,7 +176,29 @@ def shared_work(process: int, processes: int) -> dict[str, Any]:
     bank.update(features[mine], index[mine])
     results["bank"] = [bank.features]
     results["codes"] = [(mine, sinkhorn(scores[mine]))]
+    results["synchronised encoder"] = synchronised_step(mine)
     return results
+
+
+def synchronised_step(mine: slice) -> list[torch.Tensor]:
+    """Return gradients and running statistics of a ResNet with SyncBN, after a step on a part of 8 images."""
+    torch.manual_seed(2)
+    encoder = wrap_ddp(build_resnet("resnet18", num_classes=5, width=0.125, norm="SyncBN").double())
+    x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    encoder(x[mine]).square().sum(1).mean().backward()
+    statistics = [value for name, value in encoder.state_dict().items() if "running" in name]
+    return [*(p.grad for p in encoder.parameters()), *statistics]
+
+
+def uneven_norm(norm: nn.Module, part: slice) -> list[torch.Tensor]:
+    """Return what a norm and its backward pass make of a part of 7 images: per image, per channel, statistics."""
+    generator = torch.Generator().manual_seed(3)
+    x, grad = (torch.randn(7, 3, 5, 4, dtype=torch.float64, generator=generator) * 2 + 9 for _ in range(2))
+    x = x[part].requires_grad_()
+    for _ in range(2):
+        y = norm(x)
+    y.backward(grad[part])
+    return [y.detach(), x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var]
 
 
 def run_rank(process: int, folder: str) -> None:
@@ -186,6 +209,8 @@ def run_rank(process: int, folder: str) -> None:
     features = unit(30, 4)
     part = features[:20] if process == 0 else features[20:]  # uneven parts
     results["kmeans"] = spherical_kmeans(part, 3, 5, torch.Generator().manual_seed(0))
+    norms = (SyncBatchNorm2d(3).double(), SyncBatchNorm2d(3, momentum=None).double())
+    results["uneven"] = [uneven_norm(norm, slice(0, 2) if process == 0 else slice(2, 7)) for norm in norms]
     torch.save(results, f"{folder}/{process}.pth")
     dist.barrier()
     dist.destroy_process_group()
@@ -196,10 +221,17 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=False) for rank in (0, 1))
     alone = shared_work(0, 1)
-    for name in ("nt_xent", "correlation", "bank"):
+    for i, norm in enumerate((nn.BatchNorm2d(3).double(), nn.BatchNorm2d(3, momentum=None).double())):
+        expected = uneven_norm(norm, slice(7))
+        one, other = first["uneven"][i], second["uneven"][i]
+        joined = [torch.cat([one[0], other[0]]), torch.cat([one[1], other[1]]), one[2] + other[2], one[3] + other[3]]
+        for got, wanted in zip([*joined, *one[4:], *other[4:]], [*expected, *expected[4:]], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    for name in ("nt_xent", "correlation", "bank", "synchronised encoder"):
         for results in (first, second):
             for got, expected in zip(results[name], alone[name], strict=True):
-                torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14, msg=name)
+                tolerance = 1e-9 if name == "synchronised encoder" else 1e-12  # 18 layers of sums in another order
+                torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance / 100, msg=name)
     for results in (first, second):
         ((rows, codes),) = results["codes"]
         torch.testing.assert_close(codes, alone["codes"][0][1][rows], rtol=1e-12, atol=1e-15)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+import moco_d2
 from moco_d2.layers.distributed import rank, world_size, wrap_ddp
 from moco_d2.layers.resnet import build_resnet
 from moco_d2.layers.views import Views
@@ -180,7 +181,7 @@ def test_an_official_checkpoint_without_the_pointer_fills_its_queue_from_the_beg
     del official["module.queue_ptr"]
     target.load_state_dict(target.adapt_state_dict(official))
     assert target.queue.pointer.tolist() == [0] and torch.equal(target.queue.features, source.queue.features)
-    assert "no queue_ptr" in caplog.text
+    assert "a queue but no queue_ptr" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -200,7 +201,7 @@ def test_values_out_of_range_are_refused(arguments: dict, message: str) -> None:
 def test_other_mistakes_are_explained(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ValueError, match="8 images per process cannot be split into 3 BN groups"):
         make(bn_groups=3)(make_views(0))
-    with pytest.raises(ValueError, match="Linear called fc, got Identity"):
+    with pytest.raises(ValueError, match="fc, must be a Linear layer; it is Identity"):
         MoCo(_headless, dim=4)
     with pytest.raises(ValueError, match="did you mean 'temperature'"):
         build_method("MoCo", small, {"temprature": 0.1})
@@ -211,20 +212,32 @@ def test_other_mistakes_are_explained(caplog: pytest.LogCaptureFixture) -> None:
     assert "shuffling BN has no effect" in caplog.text
 
 
+@pytest.mark.parametrize("norm", ["SyncBN", "GN"])
+def test_an_encoder_without_batch_norm_of_each_process_has_no_groups(
+    norm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = functools.partial(build_resnet, "resnet18", width=0.5, norm=norm)
+    with pytest.raises(ValueError, match=r"bn_groups is 8; it must be 0 with SSL\.ENCODER\.ARGS\.norm SyncBN or GN"):
+        MoCo(encoder, bn_groups=8)
+    with caplog.at_level(logging.WARNING):
+        model = MoCo(encoder, dim=8, queue_size=16)
+    assert "shuffling BN has no effect with" in caplog.text and "set SSL.ARGS.shuffle False" in caplog.text
+    assert model.total_bn_groups == 1 and model.departures() == []
+    model(as_views([torch.rand(3, 3, 32, 32) for _ in range(2)]))["loss_contrast"].backward()  # 3: any batch
+
+
 @pytest.mark.parametrize(
     ("processes", "bn_groups", "in_all", "departs"),
-    [(1, 0, 8, False), (8, 0, 8, False), (3, 0, 6, True), (16, 0, 16, True), (1, 8, 8, False), (2, 8, 16, True),
-     (8, 1, 8, False), (1, 2, 2, False), (1, 1, 1, False), (2, 1, 2, True)],
+    [(1, 0, 8, False), (2, 0, 8, False), (8, 0, 8, False), (3, 0, 6, True), (16, 0, 16, True), (1, 8, 8, False),
+     (2, 8, 16, True), (8, 1, 8, False), (1, 2, 2, False), (1, 1, 1, False), (2, 1, 2, True)],
 )  # fmt: skip
-def test_bn_groups_in_all_processes_are_known_and_told_where_they_are_not_as_published(
+def test_the_total_of_bn_groups_is_a_setting_and_departs_from_the_recipe_if_it_is_not_the_papers(
     processes: int, bn_groups: int, in_all: int, departs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moco_d2.methods.moco.world_size", lambda: processes)
     model = make(bn_groups=bn_groups)
     assert model.settings() == {"number of BN groups in all processes": in_all}
-    assert [said.startswith(f"{in_all} BN groups in all {processes} ") for said in model.departures()] == [
-        True
-    ] * departs
+    assert [text.startswith(f"{in_all} BN groups in {processes} ") for text in model.departures()] == [True] * departs
 
 
 @pytest.mark.parametrize(
@@ -235,10 +248,10 @@ def test_bn_groups_in_all_processes_are_known_and_told_where_they_are_not_as_pub
         ({"queue_size": 4096, "symmetric": True}, 2048, 32, 10**4, []),  # both views' keys are queued
         ({"queue_size": 4096}, 500, 256, 10**4, ["8.2 epochs.*queue_size 64 and SOLVER.IMS_PER_BATCH 64 or less$"]),
         ({"queue_size": 4096}, 3, 2, 10**4, ["1,365.3 epochs.*these are too few images$"]),
-        ({"momentum": 0.999, "queue_size": 8}, 5000, 256, 200, ["82% what it was at the start: take 4603 steps or"]),
-        ({"momentum": 1.0, "queue_size": 8}, 5000, 256, 10**6, ["100% what.*start: lower SSL.ARGS.momentum, 1$"]),
+        ({"momentum": 0.999, "queue_size": 8}, 5000, 256, 200, ["82% of the key encoder.* train for 4603 steps or"]),
+        ({"momentum": 1.0, "queue_size": 8}, 5000, 256, 10**6, ["100% of.*: lower SSL.ARGS.momentum, which is 1$"]),
         ({"momentum": 0.0, "queue_size": 8}, 5000, 256, 1, []),
-        ({"bn_groups": 8, "queue_size": 8}, 5000, 8, 10**5, ["each of the 8 BN groups has one image"]),
+        ({"bn_groups": 8, "queue_size": 8}, 5000, 8, 10**5, ["each of the 8 BN groups has a single image"]),
     ],
 )  # fmt: skip
 def test_runs_that_will_not_learn_much_are_warned_of_with_a_remedy(
@@ -264,6 +277,22 @@ def _headless(num_classes: int) -> nn.Module:
     network = small(num_classes=num_classes)
     network.fc = nn.Identity()
     return network
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_a_methods_own_is_named_in_its_file_alone(name: str) -> None:
+    """A stage that reads one method's arguments, diagnostics or networks fails with every other method."""
+    with torch.device("meta"):
+        method = build_method(name, small, {})
+    words = {re.escape(f"SSL.ARGS.{key}") for key in default_args(name)}
+    words |= {one.key for one in method.diagnostics()} - {"total_loss"}
+    words |= {rf"{child}\." for child, _ in method.named_children() if "_" in child}
+    found = {}
+    for room in ("engine", "reports", "running"):
+        for path in Path(moco_d2.__file__).parent.joinpath(room).rglob("*.py"):
+            if hits := re.findall(rf"\b(?:{'|'.join(words)})", path.read_text()):
+                found[path.name] = hits
+    assert len(words) >= 10 and found == {}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -6,10 +6,10 @@ import json
 
 VOC_C4 = "voc0712_faster_rcnn_R_50_C4_24k"
 WEIGHTS = {
-    "moco_v2": {"path": "/w/moco_v2.pth", "sha256": "ab" * 32, "facts": {"protocol": "moco_v2_R50_200ep"}},
+    "moco_v2": {"path": "/w/moco_v2.pth", "sha256": "ab" * 32, "facts": {"recipe": "moco_v2_R50_200ep"}},
     "supervised": {"path": "detectron2://ImageNetPretrained/MSRA/R-50.pkl", "sha256": "cd" * 32,
-                   "facts": {"protocol": "", "origin": "ImageNet-supervised, MSRA (Caffe)"}},
-    "random": {"path": "", "sha256": None, "facts": {"protocol": "", "origin": "random initialisation"}},
+                   "facts": {"recipe": "", "origin": "ImageNet-supervised, MSRA (Caffe)"}},
+    "random": {"path": "", "sha256": None, "facts": {"recipe": "", "origin": "random initialisation"}},
 }  # fmt: skip
 
 

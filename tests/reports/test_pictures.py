@@ -66,7 +66,7 @@ def test_pretraining_curve(tmp_path: Path, figures: list[Figure]) -> None:
 
 
 def test_views_are_shown_in_their_own_colours(photos: Path, tmp_path: Path, figures: list[Figure]) -> None:
-    cfg = load_cfg(opts=["DATASETS.TRAIN", f"('{photos}',)", "DATA.RECIPE", "moco_v1", "DATA.CROP_SIZE", "32"])
+    cfg = load_cfg(opts=["DATASETS.TRAIN", f"('{photos}',)", "DATA.AUGMENTATION", "moco_v1", "DATA.CROP_SIZE", "32"])
     pictures.draw_view_pairs(cfg, tmp_path / "views.png", count=4)
     assert len(figures[0].axes) == 8
     black = figures[0].axes[0].images[0].get_array()

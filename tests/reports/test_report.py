@@ -92,23 +92,25 @@ def test_other_experiments_have_tables_of_their_own_and_no_published_row(tmp_pat
     record(tmp_path / "short", "moco_v2", 0, _voc(40.0), changes=["SOLVER.MAX_ITER=9000"])
     record(tmp_path / "coco", "moco_v2", 0, _voc(39.0), protocol="coco_mask_rcnn_R_50_C4_1x", test_set="coco_2017_val")
     record(tmp_path / "mine", "moco_v2", 0, _voc(20.0), protocol="my_own")
-    more = {"path": "/w/soco.pth", "sha256": "12" * 32, "facts": {"protocol": "", "parts": ["fpn", "box_head"]}}
+    more = {"path": "/w/soco.pth", "sha256": "12" * 32, "facts": {"recipe": "", "parts": ["fpn", "box_head"]}}
     record(tmp_path / "more", "moco_v2", 0, _voc(58.0), weights=more)
     older = record(tmp_path / "older", "moco_v2", 0, _voc(50.0))
     result = json.loads((older / "results.json").read_text())
+    result["weights"]["facts"] = {"protocol": result["weights"]["facts"]["recipe"]}  # the field's name in those days
     (older / "results.json").write_text(json.dumps({key: result[key] for key in ("protocol", "weights", "metrics")}))
     tables = summary.build_tables(summary.find_runs([tmp_path]))
     said = {(table.name, table.variant): table for table in tables}
     assert len(tables) == len(said) == 6 and all(len(table.rows) == 1 for table in tables)
     voc = "voc0712_faster_rcnn_R_50_C4_24k"
     assert said[voc, ""].comparable and said[voc, ""].differences
-    beyond = "pretrained beside the backbone: fpn, box_head"
+    beyond = "pretrained in addition to the backbone: fpn, box_head"
     for variant in ("modified: SOLVER.MAX_ITER=9000", "config not recorded", beyond):
         assert not (said[voc, variant].comparable or said[voc, variant].differences or said[voc, variant].published)
     assert said["my_own", ""].protocol is None
     # A run of before config_changes were written is compared through its config.yaml.
     (older / "config.yaml").write_text(load_cfg(get_protocol(voc).config, ["SOLVER.MAX_ITER", "9000"]).dump())
-    assert summary.read_run(older).changes == ("SOLVER.MAX_ITER=9000",)
+    read = summary.read_run(older)
+    assert read.changes == ("SOLVER.MAX_ITER=9000",) and read.init == "moco_v2_R50_200ep"
 
 
 def test_a_result_of_no_shipped_protocol_is_read_and_compared_with_nothing(tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_a_result_of_no_shipped_protocol_is_read_and_compared_with_nothing(tmp_p
 
 
 def test_a_trial_of_a_supervised_file_is_the_supervised_baseline(tmp_path: Path) -> None:
-    weights = {"path": "/w/R-50.pkl", "sha256": "ef" * 32, "facts": {"protocol": "", "origin": "unknown"}}
+    weights = {"path": "/w/R-50.pkl", "sha256": "ef" * 32, "facts": {"recipe": "", "origin": "unknown"}}
     folder = record(tmp_path / "a", "supervised", 0, _voc(53.0), weights=weights)
     assert summary.read_run(folder).init == ""
     (folder / "trial.json").write_text(json.dumps({"init": {"label": "supervised", "kind": "supervised"}}))
@@ -133,7 +135,7 @@ def test_weights_of_one_name_but_other_content_are_not_averaged(tmp_path: Path) 
     record(tmp_path / "c", "moco_v2", 0, _voc(57.5))
     (table,) = summary.build_tables(summary.find_runs([tmp_path]))
     assert [(row.label, len(row.runs)) for row in table.rows] == [("moco_v2 [01234567]", 1), ("moco_v2 [abababab]", 2)]
-    assert any("seed 0 is there more than once" in note for note in table.notes)
+    assert any("several runs have seed 0" in note for note in table.notes)
 
 
 def test_a_curve_of_a_resumed_run(tmp_path: Path) -> None:
@@ -164,8 +166,30 @@ def test_accumulation_is_told_and_compared_and_switches_are_noted(tmp_path: Path
             engine={"AUTOCAST": autocast, "CHANNELS_LAST": False, "ACCUMULATE": 8},
         )  # fmt: skip
     (table,) = summary.build_tables(summary.find_runs([tmp_path]))
-    assert table.variant == "fitted to 1 process(es) of 8 batches a step: NUM_ITER 200 -> 1600" and table.comparable
-    assert table.notes == ("moco_v2: its runs had other switches on: AUTOCAST bfloat16; none",)
+    assert table.variant == "scaled to 1 process(es) with 8 batches per step: NUM_ITER 200 -> 1600" and table.comparable
+    assert table.notes == ("moco_v2: its runs differ in their performance options: AUTOCAST bfloat16; none",)
+
+
+def test_an_evaluation_alone_has_a_table_of_its_own(tmp_path: Path) -> None:
+    curve = [(9, {"total_loss": 1.0}), (19, {"total_loss": 0.5})]
+    run = record(tmp_path / "runs/a", "random", 0, _voc(33.0), curve=curve)
+    detector = {"path": f"{run}/model_0000009.pth", "sha256": "56" * 32, "facts": WEIGHTS["random"]["facts"]}
+    evaluated = record(tmp_path / "elsewhere", "random", 0, _voc(31.0), weights=detector)
+    result = json.loads((evaluated / "results.json").read_text())
+    kept = {key: value for key, value in result.items() if key not in ("iterations", "scaled", "config_changes")}
+    (run / "results_eval_only.json").write_text(json.dumps(kept))
+    tables = {table.variant: table for table in summary.build_tables(summary.find_runs([tmp_path / "runs"]))}
+    assert set(tables) == {"", "evaluation alone (--eval-only); config not recorded"}
+    (run / "eval_only").mkdir()
+    (run / "eval_only/config.yaml").write_text(load_cfg(get_protocol(result["protocol"]).config).dump())
+    tables = {table.variant: table for table in summary.build_tables(summary.find_runs([tmp_path / "runs"]))}
+    table = tables["evaluation alone (--eval-only)"]
+    assert not (table.comparable or table.published or table.differences)
+    assert [(row.label, str(row.cells["bbox/AP"])) for row in table.rows] == [("a/model_0000009", "31.00 (1)")]
+    report.write_report([tmp_path / "runs"], tmp_path / "report")
+    page = _Page((tmp_path / "report/report.html").read_text())
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids) and len(set(page.ids)) == len(page.ids)
+    assert sum(name.startswith("run-") for name in page.ids) == 2
 
 
 def test_what_makes_a_mean_doubtful_is_noted(tmp_path: Path) -> None:
@@ -174,7 +198,7 @@ def test_what_makes_a_mean_doubtful_is_noted(tmp_path: Path) -> None:
     (table,) = summary.build_tables(summary.find_runs([tmp_path]))
     assert table.rows[0].cells["bbox/AP75"].n == 1
     assert table.notes == (
-        "moco_v2: some of its 2 runs lack a metric; n is in parentheses", "the runs are of 2 different commits",
+        "moco_v2: some of its 2 runs lack a metric; n is in parentheses", "the runs come from 2 different commits",
     )  # fmt: skip
 
 
@@ -262,12 +286,12 @@ def test_the_rows_compared_by_class_can_be_chosen(tmp_path: Path) -> None:
     runs = _comparison(tmp_path / "runs")
     report.write_report([runs], tmp_path / "report", ["supervised", "random"])
     assert "supervised minus random" in (tmp_path / "report/report.html").read_text()
-    with pytest.raises(ValueError, match="no run was started from 'imagenet'; there are moco_v2, random, supervised"):
+    with pytest.raises(ValueError, match="no run was initialised from 'imagenet'; the runs are moco_v2, random"):
         report.write_report([runs], tmp_path / "report", ["imagenet", "random"])
 
 
 def test_folders_without_a_finished_run_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no finished run"):
+    with pytest.raises(ValueError, match="contains no finished run"):
         report.write_report([tmp_path], tmp_path / "report")
 
 
@@ -299,7 +323,7 @@ def test_a_result_of_another_program_is_left_out_by_name(text: str, tmp_path: Pa
     other = tmp_path / "runs/other/results.json"
     other.parent.mkdir(parents=True)
     other.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=rf"runs holds no finished run that can be read:\n{other} (is|cannot)"):
+    with pytest.raises(ValueError, match=rf"runs contains no finished run that can be read:\n{other} (is|was|cannot)"):
         report.write_report([tmp_path / "runs"], tmp_path / "report")
     record(tmp_path / "runs/ours", "random", 0, _voc(33.8))
     left_out: list[str] = []
@@ -324,6 +348,6 @@ def test_what_was_left_out_is_in_the_report_and_in_the_log(tmp_path: Path, caplo
     ]  # fmt: skip
     for name in ("report.md", "report.html"):
         text = (tmp_path / "report" / name).read_text()
-        assert "2 left out" in text and "runs/a/trial.json is not as tools/run_trials.py writes it: init" in text
+        assert "2 left out" in text and "runs/a/trial.json was not written by moco-d2 trials: wrong init" in text
     (run,) = summary.find_runs([tmp_path / "runs"], print)
     assert run.curve("total_loss") == [(9, 1.0), (19, 0.5)]

@@ -19,7 +19,9 @@ from detectron2.data.datasets import register_pascal_voc
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from moco_d2.commands import trials as run_trials
 from moco_d2.config import load_cfg
+from moco_d2.config.keys import RENAMED
 from moco_d2.detection.subsets import FILE, select, training_set
 from moco_d2.io.provenance import sha256
 from moco_d2.reports import trials
@@ -116,12 +118,8 @@ def test_a_killed_comparison_goes_on_and_repeats_nothing(start, tmp_path, monkey
     assert json.loads((base / "seed1/trial.json").read_text())["seed"] == 1
     assert "PyTorch" in (base / "seed1/environment.txt").read_text()
 
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import run_trials
-
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    monkeypatch.setattr(sys, "argv", ["run_trials.py", *words])
-    assert run_trials.main() == 0
+    assert run_trials.main(words) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "1 done before"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -155,7 +153,7 @@ def test_a_trial_overwrites_nothing_of_the_user_s(name, plan):
     (trial,) = plan(["random"])
     trial.folder.mkdir(parents=True)
     (trial.folder / name).write_text("the user's")
-    with pytest.raises(ValueError, match=f"holds {name}, which was not written by this command"):
+    with pytest.raises(ValueError, match=f"contains {name}, which this command did not write"):
         trials.prepare(trial)
     assert (trial.folder / name).read_text() == "the user's"
     (trial.folder / name).unlink()
@@ -168,24 +166,38 @@ def test_what_differs_is_refused_and_nothing_is_mixed(plan, tmp_path):
     (trial,) = plan(["random"])
     finish(trial, path="", sha256=None)
     assert trials.state(plan(["random"])[0]) == "done"
-    for words in (["DATALOADER.NUM_WORKERS", "3"], ["TEST.COCO_BACKEND", "pycocotools"]):
+    for words in (["DATALOADER.NUM_WORKERS", "3"], ["TEST.COCO_BACKEND", "pycocotools"], ["DATA.MAX_PIXELS", "99999"]):
         assert trials.state(plan(["random"], *words)[0]) == "done", "no part of the experiment"
-    with pytest.raises(ValueError, match=r"holds another run.*\n +SOLVER\.BASE_LR: 0\.02 there, 0\.01 asked for"):
+    with pytest.raises(ValueError, match=r"another run.*\n +SOLVER\.BASE_LR: 0\.02 in the folder, 0\.01 requested"):
         plan(["random"], "SOLVER.BASE_LR", "0.01")
     finish(trial, path="x.pth", sha256="f" * 64)
-    with pytest.raises(ValueError, match=r"results\.json names SHA-256 ffffffffffff, asked for is none"):
+    with pytest.raises(ValueError, match=r"SHA-256 ffffffffffff in results\.json, none requested"):
         plan(["random"])
     for content, message in (
         ("{", "is damaged"),
-        ('{"init": {"kind": 3}}', "writes it: init"),
+        ('{"init": {"kind": 3}}', "wrong init"),
         ('{"seed": 1}', "lacks config"),
     ):
         (trial.folder / "trial.json").write_text(content)
         with pytest.raises(ValueError, match=rf"trial\.json .*{message}"):
             trials.state(trial)
     (trial.folder / "trial.json").unlink()
-    with pytest.raises(ValueError, match="holds a run that run_trials did not start"):
+    with pytest.raises(ValueError, match=r"holds a run that tools/run_trials\.py did not start"):
         plan(["random"])
+
+
+def test_a_record_with_earlier_names_of_keys_is_compared_under_the_present_ones(
+    plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trial,) = plan(["random"])
+    finish(trial, path="", sha256=None)
+    record = json.loads((trial.folder / "trial.json").read_text())
+    record["config"]["SOLVER.DECAY"] = record["config"].pop("SOLVER.WEIGHT_DECAY")
+    (trial.folder / "trial.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"SOLVER\.DECAY: 0\.0001 in the folder, None requested"):
+        trials.state(trial)
+    monkeypatch.setitem(RENAMED, "SOLVER.DECAY", "SOLVER.WEIGHT_DECAY")
+    assert trials.state(trial) == "done"
 
 
 def test_other_weights_of_the_same_name_are_refused(plan, tmp_path):
@@ -202,7 +214,7 @@ def test_other_weights_of_the_same_name_are_refused(plan, tmp_path):
             finish(trial)
             assert (trial.init.label, trial.init.sha256) == ("mine", sha256(path))
             assert trials.state(plan([str(path)])[0]) == "done"
-    with pytest.raises(ValueError, match=r"weights: \S+mine\.pth \(SHA-256 \w{12}\) there"):
+    with pytest.raises(ValueError, match=r"weights: \S+mine\.pth \(SHA-256 \w{12}\) in the folder"):
         plan([str(path)])
     both = plan([f"other={path}", "random"], seeds=(0, 1))
     assert [t.name for t in both] == ["other seed 0", "random seed 0", "other seed 1", "random seed 1"]
@@ -212,9 +224,9 @@ def test_other_weights_of_the_same_name_are_refused(plan, tmp_path):
 
 
 @pytest.mark.parametrize(("weights", "more", "message"), [
-    (["random", "random"], {}, r"2 weights would be called 'random'.*LABEL=PATH"),
+    (["random", "random"], {}, r"2 --weights have the name 'random'.*LABEL=PATH"),
     (["randm"], {}, "MODEL.WEIGHTS randm does not exist"),
-    (["random=x.pth"], {}, "'random' starts from no file"),
+    (["random=x.pth"], {}, "'random' means no file"),
     (["a/b=x.pth"], {}, "the label 'a/b' cannot be a folder's name"),
     (["random"], {"protocol": "quick_voc_faster_rcnn"}, f"nearest: .*{PROTOCOL}"),
     (["random"], {"percents": (0.0, 1.0)}, r"DATASETS\.FRACTION is 0\.0"),

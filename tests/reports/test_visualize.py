@@ -17,20 +17,12 @@ from detectron2.modeling import build_model
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from moco_d2.builtin_sets import voc_colors
 from moco_d2.config import load_cfg
-from moco_d2.detection.datasets import LabelIndexHandler, voc_colors
+from moco_d2.detection.label_images import LabelIndexHandler
 from moco_d2.reports.pictures import Scene, draw_scene
-from moco_d2.reports.visualize import (
-    Outcome,
-    Verdict,
-    best_threshold,
-    detections_page,
-    f1,
-    match,
-    mean_iou,
-    rank,
-    samples_page,
-)
+from moco_d2.reports.ranking import Outcome, Rating, best_threshold, f1, match, mean_iou, rank
+from moco_d2.reports.visualize import detections_page, samples_page
 
 # Detectron2's anchors call meshgrid in the old way, and its masks are handed to numpy in the old way.
 pytestmark = [
@@ -103,10 +95,10 @@ def test_mean_iou_of_a_picture():
 
 
 def test_the_order_of_a_page():
-    first = [Verdict(q, e, f, "") for q, e, f in [(0.5, 1, 1), (0, 5, 0), (1, 0, 1), (0, 9, 0), (1, 0, 4)]]
+    first = [Rating(q, e, f, "") for q, e, f in [(0.5, 1, 1), (0, 5, 0), (1, 0, 1), (0, 9, 0), (1, 0, 4)]]
     assert rank([first], ["a"], 2) == {"Worst": [3, 1], "Best": [4, 2]}
     assert rank([first], ["a"], 4) == {"Worst": [3, 1, 0, 2], "Best": [4]}  # nothing twice
-    second = [Verdict(q, e, 0, "") for q, e in [(0.5, 1), (0.5, 5), (0.8, 0), (0, 7), (1, 0)]]
+    second = [Rating(q, e, 0, "") for q, e in [(0.5, 1), (0.5, 5), (0.8, 0), (0, 7), (1, 0)]]
     assert rank([first, second], ["a", "b"], 3) == {"b worse than a": [2], "b better than a": [1, 3]}
 
 
@@ -207,13 +199,13 @@ def test_pages_of_boxes_masks_and_keypoints(folders, parts):
     page = detections_page({"masks": masks}, folders / "one", count=2)
     assert len(pictures_of(page)) == 2 * 2 * 2  # worst and best, labels and detections
     text = page.read_text()
-    assert "6 pictures of parts_with_points" in text
+    assert "6 images of parts_with_points" in text
     assert text.index("<h2>Worst</h2>") < text.index("<h2>Best</h2>")
     with pytest.raises(ValueError, match="one is not empty"):
         detections_page({"masks": masks}, folders / "one")
 
     page = detections_page({"masks": masks, "<points>": points}, folders / "two", count=2, pictures=4)
-    assert "4 pictures" in page.read_text()
+    assert "4 images" in page.read_text()
     assert "&lt;points&gt; better than masks" in page.read_text()
     pictures_of(page)
 

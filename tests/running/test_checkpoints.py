@@ -23,7 +23,7 @@ from moco_d2.running.checkpoints import (
     NotWrittenError,
     PeriodicCheckpoint,
     damage,
-    last_whole,
+    last_intact,
     recorded_seed,
     write_tensors,
 )
@@ -68,13 +68,13 @@ def test_damage_anywhere_in_a_checkpoint_is_found(tmp_path: Path) -> None:
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(tmp_path: Path, caplog, harm: str) -> None:
     run_of(tmp_path, 3)
     last = tmp_path / "model_0000002.pth"
-    assert last_whole(tmp_path) == str(last)
+    assert last_intact(tmp_path) == str(last)
     data = bytearray(last.read_bytes())
     data[len(data) // 2] ^= 1
     contents = {"cut": bytes(data[: len(data) // 2]), "altered": bytes(data), "emptied": b""}
     last.unlink() if harm == "gone" else last.write_bytes(contents[harm])
     with caplog.at_level(logging.WARNING):
-        chosen = last_whole(tmp_path)
+        chosen = last_intact(tmp_path)
     assert chosen == str(tmp_path / "model_0000001.pth")
     assert f"{last} is damaged" in caplog.text
     model = nn.Linear(8, 8)
@@ -82,8 +82,8 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(tmp_path: Path, c
     assert model.weight.eq(1).all()
     for path in tmp_path.glob("model_*"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"none of the . checkpoints in .* is whole"):
-        last_whole(tmp_path)
+    with pytest.raises(ValueError, match=r"all . checkpoints in .* are damaged"):
+        last_intact(tmp_path)
 
 
 def test_the_seed_is_found_without_reading_the_tensors(tmp_path: Path) -> None:
@@ -110,11 +110,11 @@ def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
 
 
 def test_a_pointer_that_was_not_written_in_time_does_not_matter(tmp_path: Path) -> None:
-    assert last_whole(tmp_path) == ""
+    assert last_intact(tmp_path) == ""
     run_of(tmp_path, 2)
     for text in ("", "model_00000", "\0\0\0"):
         (tmp_path / "last_checkpoint").write_text(text)
-        assert last_whole(tmp_path) == str(tmp_path / "model_0000001.pth")
+        assert last_intact(tmp_path) == str(tmp_path / "model_0000001.pth")
 
 
 def test_the_newest_and_every_mth_are_kept_over_restarts(tmp_path: Path) -> None:
@@ -133,13 +133,13 @@ def test_what_is_later_than_the_place_of_a_resume_neither_displaces_new_checkpoi
     hook.trainer = SimpleNamespace(iter=3, max_iter=9)
     hook.after_step()
     last = tmp_path / "model_0000003.pth"
-    assert last_whole(tmp_path) == str(last)
+    assert last_intact(tmp_path) == str(last)
     assert [path.name[-5] for path in sorted(tmp_path.glob("model_*"))] == ["3", "4", "5"]
     run_of(tmp_path / "again", 6)
     last = tmp_path / "again/model_0000003.pth"
     (tmp_path / "again/last_checkpoint").write_text(last.name)
     last.write_bytes(b"")
-    assert last_whole(tmp_path / "again") == str(tmp_path / "again/model_0000002.pth")
+    assert last_intact(tmp_path / "again") == str(tmp_path / "again/model_0000002.pth")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -154,14 +154,14 @@ DISK_FULL = """
     import sys, torch
     from torch import nn
     from moco_d2.detection.trainer import TransferCheckpointer
-    from moco_d2.running.checkpoints import NotWrittenError, damage, last_whole
+    from moco_d2.running.checkpoints import NotWrittenError, damage, last_intact
     folder, size = sys.argv[1], int(sys.argv[2])
     TransferCheckpointer(nn.Linear(size // 8, 1), folder).save("model_0000000")
     try:
         TransferCheckpointer(nn.Linear(size, 1), folder).save("model_0000001")
     except NotWrittenError as error:
         print(error)
-    print(last_whole(folder), repr(damage(last_whole(folder))))
+    print(last_intact(folder), repr(damage(last_intact(folder))))
 """
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: what may lie there, who may write there; and the user's data sets through ``train_net.main``."""
+"""A run's folder: what may lie there, who may write there; and the user's data sets through ``moco-d2 train``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from moco_d2.detection.datasets import check_copies, register_custom
 from moco_d2.io import files, locks
 from moco_d2.running import folder
 
-TOOLS = Path(__file__).parents[2] / "tools"
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 
 
@@ -53,9 +52,9 @@ def test_a_fresh_run_does_not_mix_with_another(left: str, tmp_path: Path) -> Non
         if ours:
             files.claim(tmp_path, folder._TRAINING, "OUTPUT_DIR", trusted=True)
         before = tree(tmp_path)
-        with pytest.raises(ValueError, match=r"holds a run already \(.*with --resume, or choose another OUTPUT_DIR"):
+        with pytest.raises(ValueError, match=r"contains a run already \(.*with --resume, or choose another OUTPUT_DIR"):
             folder.claim(str(tmp_path))
-        with pytest.raises(ValueError, match="holds a run already"):
+        with pytest.raises(ValueError, match="contains a run already"):
             folder.check(str(tmp_path))
         assert tree(tmp_path) == before
     folder.claim(str(tmp_path), resume=True)
@@ -68,9 +67,7 @@ def test_a_fresh_run_does_not_mix_with_another(left: str, tmp_path: Path) -> Non
 def test_the_user_s_own_files_are_not_taken_for_a_run_s(theirs: str, resume: bool, tmp_path: Path) -> None:
     write(tmp_path / theirs)
     for act in (folder.check, folder.claim):
-        with pytest.raises(
-            ValueError, match=f"holds {theirs.partition('/')[0]}, which was not written by this command"
-        ):
+        with pytest.raises(ValueError, match=f"contains {theirs.partition('/')[0]}, which this command did not write"):
             act(str(tmp_path), resume)
     assert {name: text for name, text in tree(tmp_path).items() if text} == {theirs: b"the user's"} | lock_text(
         tmp_path
@@ -102,7 +99,7 @@ def test_an_evaluation_takes_its_own_names_only(tmp_path: Path) -> None:
     locks._forget_locks()
     folder.claim(str(tmp_path), evaluates=True)
     locks._forget_locks()
-    with pytest.raises(ValueError, match=r"holds config\.yaml"):
+    with pytest.raises(ValueError, match=r"contains config\.yaml"):
         folder.claim(str(tmp_path))
 
 
@@ -121,9 +118,9 @@ def test_nothing_is_written_through_a_link(link: Callable[[Path, Path], None], t
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {}}, "no checkpoint of a run that could go on: it holds no trainer"),
-        ({"trainer": {}, "model": 1}, "it holds no model"),
-        ({"model": {}, "trainer": {}, "x": argparse.Namespace()}, r"none of the 1 checkpoints .*argparse\.Namespace"),
+        ({"model": {}}, "is not a checkpoint that a run can resume from: it has no trainer"),
+        ({"trainer": {}, "model": 1}, "it has no model"),
+        ({"model": {}, "trainer": {}, "x": argparse.Namespace()}, r"all 1 checkpoints .*argparse\.Namespace"),
     ],
 )
 def test_a_dry_run_looks_at_what_would_be_resumed(content: Any, message: str, tmp_path: Path) -> None:
@@ -148,7 +145,7 @@ def test_an_unusable_folder_is_told_in_one_line(path: str, tmp_path: Path) -> No
     write(tmp_path / "file")
     for act in (folder.claim, folder.check):
         with pytest.raises(
-            ValueError, match=r"^OUTPUT_DIR .*: cannot be written to \(.*\); make room there or name another$"
+            ValueError, match=r"^OUTPUT_DIR .*: cannot be written to \(.*\); make it writable, or choose another$"
         ):
             act(str(tmp_path / path))
 
@@ -167,7 +164,7 @@ time.sleep(60)
 
 
 def test_a_second_command_is_refused_while_the_first_one_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "PATIENCE", 0.2)
+    monkeypatch.setattr(folder, "RESUME_TIMEOUT", 0.2)
     command = [sys.executable, "-c", OTHER, str(tmp_path), locks.__file__]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() != "None\n"
@@ -187,10 +184,9 @@ def test_a_second_command_is_refused_while_the_first_one_lives(tmp_path: Path, m
 @pytest.fixture
 def train_net(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import train_net
+    from moco_d2.commands import train
 
-    return train_net
+    return train
 
 
 VOC_XML = """<annotation><filename>{name}.jpg</filename><size><width>96</width><height>64</height></size>
@@ -274,7 +270,7 @@ def test_a_copy_never_comes_into_the_place_of_the_user_s_files(
         entry["json"] = "labels.json"
     before = tree(tmp_path)
     with pytest.raises(ValueError, match=r"is a path, not a name|choose another OUTPUT_DIR") as caught:
-        train_net.main(arguments(words(entry, output), dry_run))
+        train_net.train(arguments(words(entry, output), dry_run))
     # A dry run tells all problems: DATASETS.TRAIN, too, names a set that there is not.
     assert len(str(caught.value).splitlines()) == 1 + (dry_run and case == "named by its path")
     assert tree(tmp_path) == before
@@ -288,7 +284,7 @@ def test_only_copies_of_ours_are_written_anew(kind: str, tmp_path: Path, monkeyp
     theirs = copy / "Annotations/0.xml" if kind == "voc" else copy
     write(theirs)
     for act in (check_copies, register_custom):  # a dry run says it, too
-        with pytest.raises(ValueError, match=r"parts\S* holds Annotations|holds parts\.json"):
+        with pytest.raises(ValueError, match=r"parts\S* contains Annotations|contains parts\.json"):
             act(cfg)
     assert theirs.read_text() == "the user's"
     theirs.unlink()
@@ -327,14 +323,14 @@ def test_a_run_beside_its_data_leaves_them_as_they_are(train_net: ModuleType, tm
     write(tmp_path / "model_zoo.pth")
     before = tree(tmp_path)
     opts = [*words(entry, "."), "MODEL.RPN.POST_NMS_TOPK_TEST", "10", "MODEL.RPN.PRE_NMS_TOPK_TEST", "20"]
-    train_net.main(arguments(opts))
+    train_net.train(arguments(opts))
     assert before.items() <= tree(tmp_path).items()
     assert (tmp_path / "inference/mine").is_dir() and (tmp_path / "datasets/mine/Annotations/0.xml").is_file()
     for name in ("last_checkpoint", "model_final.pth", "results.json"):
         (tmp_path / name).unlink()
     before = tree(tmp_path)
-    with pytest.raises(ValueError, match=r"holds a run already \(metrics\.json\)"):
-        train_net.main(arguments(opts))
+    with pytest.raises(ValueError, match=r"contains a run already \(metrics\.json\)"):
+        train_net.train(arguments(opts))
     assert tree(tmp_path) == before
     DatasetCatalog.remove("mine")
     MetadataCatalog.remove("mine")

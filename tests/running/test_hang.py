@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from moco_d2.data import EpochSampler, FileSource, ViewDataset, ViewLoader, build_recipe
+from moco_d2.data import EpochSampler, FileSource, ViewDataset, ViewLoader, build_augmentation
 from moco_d2.data.augment import Plan
 from moco_d2.data.backends import PilBackend
-from moco_d2.data.decode import Picture
+from moco_d2.data.decode import EncodedImage
 from moco_d2.io import timeouts
 from moco_d2.running import launch
 
@@ -103,7 +103,7 @@ def test_the_documented_figures_are_those_tested() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("signum", "to_all", "code"), [(signal.SIGKILL, False, -9), (signal.SIGTERM, True, 75)])
 def test_a_signal_while_the_ranks_import(signum: int, to_all: bool, code: int, tmp_path: Path) -> None:
-    """A launcher that is gone is missed, and a request to stop is heeded, before the ranks have read their code."""
+    """A launcher that is gone is missed, and a request to stop is obeyed, before the ranks have read their code."""
     log = tmp_path / "out"
     launcher = begin(log, "ask")
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
@@ -117,7 +117,7 @@ def test_a_signal_while_the_ranks_import(signum: int, to_all: bool, code: int, t
 class HangingBackend(PilBackend):
     """Never comes back, for what is never here."""
 
-    def prepare(self, picture: Picture, plans: Sequence[Plan]) -> list[np.ndarray]:
+    def prepare(self, image: EncodedImage, plans: Sequence[Plan]) -> list[np.ndarray]:
         time.sleep(1.5)
         raise AssertionError("nobody waits for this")
 
@@ -125,7 +125,7 @@ class HangingBackend(PilBackend):
 def test_a_worker_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     source = FileSource([str(tmp_path / "a.png")])
-    dataset = ViewDataset(source, build_recipe("moco_v2", 16), 0, HangingBackend())
+    dataset = ViewDataset(source, build_augmentation("moco_v2", 16), 0, HangingBackend())
     monkeypatch.setattr(timeouts, "_limit", 0.5)
     with pytest.raises(RuntimeError, match=r"timed out after 0\.5 s"):
         next(iter(ViewLoader(dataset, EpochSampler(1, 1, seed=0), 1, torch.device("cpu"))))

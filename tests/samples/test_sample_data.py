@@ -411,7 +411,7 @@ def test_only_its_own_folder_is_replaced(maker: ModuleType, tmp_path: Path, monk
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match=r"holds thesis\.tex, which this command did not put there"):
+    with pytest.raises(ValueError, match=r"contains thesis\.tex, which this command did not write"):
         maker.make_all(theirs, seed=0)
     with pytest.raises(ValueError, match="is a file"):
         maker.make_all(theirs / "thesis.tex", seed=0)
@@ -423,11 +423,11 @@ def test_only_its_own_folder_is_replaced(maker: ModuleType, tmp_path: Path, monk
     maker.make_all(ours, seed=0)
     assert _files(ours) == before
     (ours / "VOC2007" / "mine.jpg").write_text("")
-    with pytest.raises(ValueError, match=r"holds VOC2007/mine\.jpg, which"):
+    with pytest.raises(ValueError, match=r"contains VOC2007/mine\.jpg, which"):
         maker.make_all(ours, seed=0)
     (ours / "VOC2007" / "mine.jpg").unlink()
     (ours / "my_photos").mkdir()
-    with pytest.raises(ValueError, match="holds my_photos, which"):
+    with pytest.raises(ValueError, match="contains my_photos, which"):
         maker.make_all(ours, seed=0)
     assert (ours / "my_photos").is_dir()
 

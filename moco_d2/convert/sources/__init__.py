@@ -1,43 +1,47 @@
-"""Which checkpoints are understood: one record per project and form of file, in the order of precedence.
+"""Known checkpoints: one record per project and form of file, in the order of precedence.
 
-To add a source, add a record to the file of its place. The first whose network is complete decides which network is
-taken: how many keys match never does, because many files hold the same network twice. Of the sources that keep it in
-the same place, those whose marks show are taken before those without marks; if they disagree about pixels or strides,
-the user is asked.
+To add a source, add its record to one file of this folder. The first record whose network is complete decides which
+network is taken; the number of matching keys never does, because many files hold the same network twice. Of the records
+that keep it in the same place, those whose signature is in the file come before those without a signature. If those
+that remain disagree about pixels or strides, the user is asked.
 """
 
 from __future__ import annotations
 
+from moco_d2.convert.names import Naming
 from moco_d2.convert.sources.backbone import BACKBONE
 from moco_d2.convert.sources.bare import BARE
 from moco_d2.convert.sources.detection import DETECTORS
 from moco_d2.convert.sources.encoder import ENCODER
 from moco_d2.convert.sources.frameworks import FACEBOOK, OTHER_NAMES
-from moco_d2.convert.sources.lookalikes import LOOKALIKES, Lookalike
 from moco_d2.convert.sources.momentum import MOMENTUM
 from moco_d2.convert.sources.online import ONLINE_NETWORKS
 from moco_d2.convert.sources.record import (
     ANY,
-    COMPANIONS,
     COUNTERS,
     DETECTOR_HEADS,
     INSIDE_HEADS,
+    TARGET_NETWORKS,
     WRAPPERS,
     CheckpointSource,
+    unwrap,
 )
+from moco_d2.convert.sources.unsupported import UNSUPPORTED, Unsupported
 
 __all__ = [
     "ANY",
-    "COMPANIONS",
     "COUNTERS",
     "DETECTOR_HEADS",
     "INSIDE_HEADS",
-    "LOOKALIKES",
+    "INVISIBLE",
+    "NAMINGS",
     "SOURCES",
-    "UNSEEN",
+    "TARGET_NETWORKS",
+    "UNSUPPORTED",
     "WRAPPERS",
     "CheckpointSource",
-    "Lookalike",
+    "Unsupported",
+    "unwrap",
 ]
 
 # The order is the precedence, here and in each file.
@@ -52,8 +56,11 @@ SOURCES: tuple[CheckpointSource, ...] = (
     *BARE,
 )
 
-# What nobody can see in a ResNet's weights; said in every report.
-UNSEEN = (
-    "the same names and shapes fit anti-aliased twins (timm's resnetaa50, resnetblur50), dilated networks and other "
-    "strides or paddings; none of these is assumed"
+# Every spelling of a ResNet's tensors that a record uses.
+NAMINGS: tuple[Naming, ...] = tuple(dict.fromkeys(source.naming for source in SOURCES))
+
+# Stated in every report.
+INVISIBLE = (
+    "weights do not show anti-aliasing (timm's resnetaa50, resnetblur50), dilation, other strides or other padding: "
+    "the same names and shapes fit them; none of these is assumed"
 )

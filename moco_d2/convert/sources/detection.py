@@ -1,4 +1,4 @@
-"""Detectron2's own files: weights, and detectors that hold a backbone."""
+"""Detectron2's own files: backbones and detectors."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from moco_d2.convert.parts import LEVELS, Layer, Part
 from moco_d2.convert.sources.record import CAFFE_ASSUMED, DETECTOR, RESIM_BIASES, CheckpointSource
 from moco_d2.facts import CAFFE_BGR, IMAGENET_RGB
 
-# What the authors' own converters make of a pyramid or a box head; the originals are in encoder.py and momentum.py.
+# Files that the authors of SoCo and ReSim converted themselves; their training files are in encoder.py and momentum.py.
 _PUBLISHED = (
     CheckpointSource(
         name="SoCo, converted by its authors",
         key="soco-detectron2",
         origin="SoCo",
         arxiv="2106.02637",
-        nest=("model",),
+        containers=("model",),
         naming=DETECTRON2,
-        marks=(r"^fpn_lateral\d\.norm\.", r"^box_head\.conv\d\.norm\."),
+        signature=(r"^fpn_lateral\d\.norm\.", r"^box_head\.conv\d\.norm\."),
         parts=(
             Part(
                 name="fpn",
@@ -44,9 +44,9 @@ _PUBLISHED = (
         key="resim-detectron2",
         origin="ReSim",
         arxiv="2103.12902",
-        nest=("model",),
+        containers=("model",),
         naming=DETECTRON2,
-        marks=(r"^backbone\.fpn_lateral3\.weight$", r"^stem\.fc\."),
+        signature=(r"^backbone\.fpn_lateral3\.weight$", r"^stem\.fc\."),
         dropped=((r"^stem\.fc\.", "contrastive head"),),
         parts=(
             Part(
@@ -68,11 +68,11 @@ DETECTORS = _PUBLISHED + tuple(
         name=f"Detectron2 {what}, {words}",
         key=f"detectron2{place}-{key}",
         origin=f"Detectron2 {what}",
-        nest=("model", ""),
+        containers=("model", ""),
         prefix=prefix,
         naming=naming,
-        trait=trait,
-        marks=marks,
+        fingerprint=fingerprint,
+        signature=signature,
         dropped=(DETECTOR, (r"^stem\.fc\.", "classifier"), (r"^fc1000\.", "classifier")),
         pixels=pixels,
         stride_in_1x1=stride,
@@ -84,7 +84,7 @@ DETECTORS = _PUBLISHED + tuple(
         ("-backbone", "detector", "backbone.", DETECTRON2),
         ("-c4", "C4 detector", "", DETECTRON2_C4),
     )
-    for key, words, trait, marks, pixels, stride in (
+    for key, words, fingerprint, signature, pixels, stride in (
         ("caffe", "Caffe's input", "caffe", (), CAFFE_BGR, True),
         ("caffe-unseen", "Caffe's input (not shown by the weights)", "", (), CAFFE_BGR, True),
         ("torchvision", "torchvision's input", "", (), IMAGENET_RGB, False),

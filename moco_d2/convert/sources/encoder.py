@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from moco_d2.convert.names import HUGGING_FACE
 from moco_d2.convert.parts import LEVELS, Layer, Part
+from moco_d2.convert.sidecars import read_transformers
 from moco_d2.convert.sources.record import HEADS, LIGHTNING, QUEUE, UNIT_RGB, CheckpointSource, without_fc
 
 # hologerry/SoCo contrast/models/fpn.py with the options of tools/SoCo_FPN_*.sh: four levels from conv2 to conv5, and
-# mmcv's ConvModule, whose convolution has no bias where a norm follows. Same epsilon as Detectron2's BN.
+# mmcv's ConvModule, whose convolution has no bias if a norm follows. Same epsilon as Detectron2's BN.
 _SOCO_FPN = Part(
     name="fpn",
     what="SoCo's FPN",
@@ -26,9 +27,10 @@ _SOCO_BOX_HEAD = Part(
     layers=(*(Layer(f"conv{n}", f"head.conv{n}", f"head.bn{n}") for n in range(1, 5)), Layer("fc1", "head.fc1")),
 )
 
-_BESIDE = (
-    "`downsample_in_bottleneck` (stride in the 1x1 convolution) is read from the config.json beside the file, mean and "
-    "std from the preprocessor_config.json; without them, strides in the 3x3 convolution and ImageNet's are assumed"
+_SIDECARS = (
+    "`downsample_in_bottleneck` (stride in the 1x1 convolution) is read from the config.json in the file's folder, "
+    "mean and std from the preprocessor_config.json; without them, strides in the 3x3 convolution and ImageNet's mean "
+    "and std are assumed"
 )
 
 ENCODER = (
@@ -37,30 +39,32 @@ ENCODER = (
         key="transformers",
         origin="transformers' ResNet",
         arxiv="1512.03385",
-        nest=("",),
+        containers=("",),
         naming=HUGGING_FACE,
         dropped=((r"^classifier\.", "classifier"),),
-        notes=(_BESIDE,),
+        sidecars=read_transformers,
+        notes=(_SIDECARS,),
     ),
     CheckpointSource(
         name="Hugging Face ResNet with a head",
         key="transformers-head",
         origin="transformers' ResNet with a classifier",
         arxiv="1512.03385",
-        nest=("",),
+        containers=("",),
         prefix="resnet.",
         naming=HUGGING_FACE,
         dropped=((r"^classifier\.", "classifier"),),
-        notes=(_BESIDE,),
+        sidecars=read_transformers,
+        notes=(_SIDECARS,),
     ),
     CheckpointSource(
         name="SimSiam",
         key="simsiam",
         origin="SimSiam",
         arxiv="2011.10566",
-        nest=("state_dict",),
+        containers=("state_dict",),
         prefix="encoder.",
-        marks=(r"^predictor\.|^encoder\.fc\.[1-7]\.",),
+        signature=(r"^predictor\.|^encoder\.fc\.[1-7]\.",),
         dropped=(without_fc("encoder.", "projector"), (r"^predictor\.", "predictor")),
     ),
     CheckpointSource(
@@ -68,9 +72,9 @@ ENCODER = (
         key="pixpro",
         origin="PixPro",
         arxiv="2011.10043",
-        nest=("model",),
+        containers=("model",),
         prefix="encoder.",
-        marks=(r"^(value_transform|projector_instance)\.|^projector\.linear1\.weight$",),
+        signature=(r"^(value_transform|projector_instance)\.|^projector\.linear1\.weight$",),
         never=r"^(neck|head)\.",
         dropped=(HEADS, (r"^(projector|predictor)(_\w+)?\.", "head of pretraining")),
         encoder="encoder is what PixPro transfers; encoder_k is its moving average",
@@ -80,9 +84,9 @@ ENCODER = (
         key="soco",
         origin="SoCo",
         arxiv="2106.02637",
-        nest=("model",),
+        containers=("model",),
         prefix="encoder.",
-        marks=(r"^(neck\.(lateral|fpn)_convs|head\.(conv|fc)\d|projector\.linear1)",),
+        signature=(r"^(neck\.(lateral|fpn)_convs|head\.(conv|fc)\d|projector\.linear1)",),
         never=r"^value_transform\.",
         dropped=((r"^(projector|predictor)\.", "head of pretraining"), QUEUE),
         parts=(_SOCO_FPN, _SOCO_BOX_HEAD),
@@ -93,9 +97,9 @@ ENCODER = (
         key="pycontrast",
         origin="PyContrast (InfoMin, PIRL, InsDis or MoCo)",
         arxiv="2005.10243, 1912.01991, 1805.01978",
-        nest=("model",),
+        containers=("model",),
         prefix="encoder.",
-        marks=(r"^head(_jig)?\.",),
+        signature=(r"^head(_jig)?\.",),
         never=r"^neck\.",
         dropped=((r"^head(_jig)?\.", "contrastive head"),),
         variants=((r"^head_jig\.", "PIRL or InfoMin of PyContrast", "1912.01991, 2005.10243"),),
@@ -107,7 +111,7 @@ ENCODER = (
         key="pycontrast-ema",
         origin="PyContrast, moving average",
         arxiv="2005.10243, 1912.01991, 1805.01978",
-        nest=("model_ema",),
+        containers=("model_ema",),
         prefix="encoder.",
         dropped=((r"^head(_jig)?\.", "contrastive head"),),
         on_request=True,
@@ -117,10 +121,10 @@ ENCODER = (
         key="cmc",
         origin="InsDis or MoCo of the CMC repository",
         arxiv="1906.05849",
-        nest=("model",),
+        containers=("model",),
         prefix="encoder.",
-        beside=("contrast|opt",),
-        marks=(r"^encoder\.fc\.",),
+        top_level=("contrast|opt",),
+        signature=(r"^encoder\.fc\.",),
         dropped=(without_fc("encoder."),),
         encoder="model is what is transferred; model_ema is its moving average",
     ),
@@ -129,10 +133,10 @@ ENCODER = (
         key="simclr-spijkervet",
         origin="SimCLR of Spijkervet",
         arxiv="2002.05709",
-        nest=("",),
+        containers=("",),
         prefix="encoder.",
-        # Many networks have an encoder and a projector; linear layers without biases are this code's.
-        marks=(r"^projector\.0\.weight$", r"^projector\.2\.weight$"),
+        # Many networks have an encoder and a projector; only this code's linear layers have no biases.
+        signature=(r"^projector\.0\.weight$", r"^projector\.2\.weight$"),
         never=r"^projector\.([02]\.bias|1\.|3\.)",
         dropped=((r"^projector\.", "projection head"), without_fc("encoder.", "classifier")),
         pixels=UNIT_RGB,
@@ -143,10 +147,10 @@ ENCODER = (
         key="solo-old",
         origin="solo-learn",
         arxiv="2108.01775",
-        nest=("state_dict",),
+        containers=("state_dict",),
         prefix="encoder.",
-        beside=(LIGHTNING,),
-        marks=(r"^(momentum_encoder|projector|classifier)\.",),
+        top_level=(LIGHTNING,),
+        signature=(r"^(momentum_encoder|projector|classifier)\.",),
         dropped=(
             HEADS,
             QUEUE,
@@ -160,16 +164,16 @@ ENCODER = (
         key="bolts-simclr",
         origin="SimCLR of lightning-bolts",
         arxiv="2002.05709",
-        nest=("state_dict",),
+        containers=("state_dict",),
         prefix="encoder.",
-        marks=(r"^projection\.",),
+        signature=(r"^projection\.",),
         dropped=(without_fc("encoder.", "classifier, which was not trained"), (r"^projection\.", "projection head")),
     ),
     CheckpointSource(
         name="network under `encoder.`",
         key="encoder",
         origin="a file with `encoder.*`, no method's mark",
-        nest=("state_dict", "model"),
+        containers=("state_dict", "model"),
         prefix="encoder.",
         dropped=(HEADS, QUEUE, without_fc("encoder.", "head")),
     ),
@@ -178,9 +182,9 @@ ENCODER = (
         key="bolts-swav",
         origin="SwAV of lightning-bolts",
         arxiv="2006.09882",
-        nest=("state_dict",),
+        containers=("state_dict",),
         prefix="model.",
-        marks=(r"^model\.prototypes\.",),
+        signature=(r"^model\.prototypes\.",),
         dropped=((r"^model\.(projection_head|prototypes)\.", "head of pretraining"), QUEUE),
     ),
 )

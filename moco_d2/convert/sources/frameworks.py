@@ -1,18 +1,15 @@
-"""Names that are a framework's own: VISSL, Classy Vision, TensorFlow, JAX and Caffe2."""
+"""Frameworks with their own names: VISSL, Classy Vision, TensorFlow, JAX and Caffe2."""
 
 from __future__ import annotations
 
-from moco_d2.convert.names import CAFFE2, CAFFE2_AFFINE, CAFFE2_SHORT, CLASSY_VISION, HAIKU, SEPARIUS, TENSORFLOW
-from moco_d2.convert.sources.record import CLASSIFIER, ONLINE, UNIT_RGB, CheckpointSource, without_fc
+from moco_d2.convert.names import CAFFE2, CAFFE2_AFFINE, CAFFE2_SHORT, CLASSY_VISION, SEPARIUS, TENSORFLOW
+from moco_d2.convert.sources.byol import BYOL
+from moco_d2.convert.sources.record import CLASSIFIER, UNIT_RGB, CheckpointSource, without_fc
 from moco_d2.facts import CAFFE_BGR
 
 _SAME_POOLING = (
     "the source pads its max-pooling on the right and below only (TensorFlow's SAME); Detectron2 pads on all sides, so "
-    "its features lie half a stem pixel beside the source's"
-)
-_SAME_PADDING = (
-    "the source pads the stem, the max-pooling and the strided 3x3 convolutions more on the right and below "
-    "(JAX's SAME); Detectron2 pads evenly, so its features lie up to a pixel beside the source's"
+    "its features are shifted by half a stem pixel"
 )
 
 FACEBOOK = (
@@ -20,30 +17,29 @@ FACEBOOK = (
         name="VISSL",
         key="vissl",
         origin="VISSL",
-        nest=("classy_state_dict.base_model.model.trunk", "model_state_dict"),
+        containers=("classy_state_dict.base_model.model.trunk", "model_state_dict"),
         prefix="_feature_blocks.",
         dropped=(without_fc("_feature_blocks.", "classifier"),),
-        encoder="the trunk; a momentum encoder, if any, lies in the file's `loss`",
+        encoder="the backbone; a momentum encoder, if any, is in the file's `loss`",
     ),
     CheckpointSource(
-        name="VISSL, trunk in a base model",
+        name="VISSL, backbone in a base model",
         key="vissl-base",
         origin="VISSL",
-        nest=("classy_state_dict.base_model.model.trunk", "model_state_dict", ""),
+        containers=("classy_state_dict.base_model.model.trunk", "model_state_dict", ""),
         prefix="base_model._feature_blocks.",
         dropped=(without_fc("base_model._feature_blocks.", "classifier"),),
-        encoder="the trunk; a momentum encoder, if any, lies in the file's `loss`",
+        encoder="the backbone; a momentum encoder, if any, is in the file's `loss`",
     ),
     CheckpointSource(
         name="Classy Vision",
         key="classy_vision",
         origin="Classy Vision",
-        nest=("classy_state_dict.base_model.model.trunk", "model_state_dict", ""),
+        containers=("classy_state_dict.base_model.model.trunk", "model_state_dict", ""),
         naming=CLASSY_VISION,
         dropped=((r"^(_heads|heads|head)\.", "head"),),
     ),
 )
-
 
 OTHER_NAMES = (
     CheckpointSource(
@@ -51,7 +47,7 @@ OTHER_NAMES = (
         key="simclr-separius",
         origin="SimCLR v2 of Separius",
         arxiv="2006.10029",
-        nest=("resnet",),
+        containers=("resnet",),
         naming=SEPARIUS,
         dropped=(CLASSIFIER,),
         pixels=UNIT_RGB,
@@ -61,7 +57,7 @@ OTHER_NAMES = (
         key="simclr",
         origin="SimCLR v1 or v2",
         arxiv="2002.05709, 2006.10029",
-        nest=("",),
+        containers=("",),
         prefix="base_model/",
         naming=TENSORFLOW,
         dropped=(
@@ -80,7 +76,7 @@ OTHER_NAMES = (
         key="simclr-ema",
         origin="SimCLR v2, moving average",
         arxiv="2006.10029",
-        nest=("",),
+        containers=("",),
         prefix="ema_model/base_model/",
         naming=TENSORFLOW,
         dropped=((r"/(Momentum|Adam|Adam_1)$", "optimizer"),),
@@ -89,28 +85,14 @@ OTHER_NAMES = (
         notes=(_SAME_POOLING,),
         on_request=True,
     ),
-    CheckpointSource(
-        name="DeepMind's BYOL",
-        key="byol",
-        origin="BYOL",
-        arxiv="2006.07733",
-        nest=("experiment_state.online",),
-        naming=HAIKU,
-        dropped=(
-            (r"^(projector|predictor|classifier)\b", "head"),
-            (r"_ema\|(hidden|counter)$", "state of the moving averages in norms"),
-        ),
-        padding="all",
-        encoder=ONLINE,
-        notes=(_SAME_PADDING,),
-    ),
+    BYOL,
     *(
         CheckpointSource(
             name="Caffe2 ResNet (MSRA)",
             key=key,
             origin="Caffe2 names (MSRA)",
             arxiv="1512.03385",
-            nest=("", "blobs"),
+            containers=("", "blobs"),
             naming=naming,
             dropped=(
                 (r"^(fc1000|pred|cls_score)_[wb]$", "classifier"),

@@ -1,9 +1,14 @@
-"""Pairs of a query encoder and its moving average."""
+"""Pairs of a query encoder and its moving average, and this project's own pretraining files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from moco_d2.convert.parts import Layer, Part
-from moco_d2.convert.sources.record import LIGHTNING, QUERY, QUEUE, RESIM_BIASES, CheckpointSource, without_fc
+from moco_d2.convert.sources.record import LIGHTNING, QUERY, QUEUE, RESIM_BIASES, CheckpointSource, unwrap, without_fc
+from moco_d2.io.checkpoints import CheckpointError, backbone_in
 
 # Tete-Xiao/ReSim moco/models.py: laterals of conv3 to conv5, outputs on conv3 and conv4 only. The published files were
 # trained without --fpn-bn; with it, a convolution and its norm are an nn.Sequential.
@@ -21,32 +26,54 @@ _RESIM_FPN = tuple(
     for conv, norm, note in (("", "", RESIM_BIASES), (".0", ".1", ""))
 )
 
+
+def _declared(source: CheckpointSource, checkpoint: Mapping[Any, Any], path: Any) -> CheckpointSource:
+    """Take the prefix from the file, which names its method; files without this entry are older and MoCo's."""
+    found = backbone_in(checkpoint, path)
+    if found is None:
+        return source
+    if found.prefix is None:
+        raise CheckpointError(
+            f"{path}: a training checkpoint of {found.method}, whose backbone is no sub-module of the method; convert "
+            "the backbone.pth in the same folder, which pretraining wrote with it"
+        )
+    prefix = unwrap(found.prefix)
+    return replace(
+        source,
+        prefix=prefix,
+        encoder=f"the backbone that {found.method} transfers",
+        declared=f"its entry `backbone` says that {found.method}'s backbone is under `{prefix}` in `model`",
+    )
+
+
 MOMENTUM = (
     CheckpointSource(
         name="moco_d2 backbone",
         key="moco_d2",
         origin="moco_d2",
-        nest=("state_dict",),
-        beside=("facts",),
-        marks=(r"^conv1\.weight$",),
+        containers=("state_dict",),
+        top_level=("facts",),
+        signature=(r"^conv1\.weight$",),
     ),
     CheckpointSource(
         name="moco_d2 training checkpoint",
         key="moco_d2-training",
         origin="moco_d2",
-        nest=("model",),
+        containers=("model",),
         prefix="encoder_q.",
-        dropped=(without_fc("encoder_q."), (r"^queue\.", "queue of keys")),
+        rest="the rest of the method's training checkpoint",
+        others=r"^model\.",
         encoder=QUERY,
+        adapt=_declared,
     ),
     CheckpointSource(
         name="ReSim",
         key="resim",
         origin="ReSim",
         arxiv="2103.12902",
-        nest=("state_dict", ""),
+        containers=("state_dict", ""),
         prefix="encoder_q.",
-        marks=(r"^(encoder_q\.)?fpn_(lateral|output)\d",),
+        signature=(r"^(encoder_q\.)?fpn_(lateral|output)\d",),
         dropped=(without_fc("encoder_q."), QUEUE),
         parts=_RESIM_FPN,
         encoder=QUERY,
@@ -56,9 +83,9 @@ MOMENTUM = (
         key="bolts-moco",
         origin="MoCo v2 of lightning-bolts",
         arxiv="2003.04297",
-        nest=("state_dict",),
+        containers=("state_dict",),
         prefix="encoder_q.",
-        beside=(LIGHTNING,),
+        top_level=(LIGHTNING,),
         dropped=(without_fc("encoder_q."), QUEUE),
         encoder=QUERY,
     ),
@@ -67,7 +94,7 @@ MOMENTUM = (
         key="moco",
         origin="MoCo v1 or v2 (no head in the file to tell)",
         arxiv="1911.05722, 2003.04297",
-        nest=("state_dict", ""),
+        containers=("state_dict", ""),
         prefix="encoder_q.",
         dropped=(without_fc("encoder_q."), QUEUE),
         variants=(
@@ -81,7 +108,7 @@ MOMENTUM = (
         key="pcl",
         origin="PCL v1 or v2",
         arxiv="2005.04966",
-        nest=("state_dict",),
+        containers=("state_dict",),
         prefix="encoder_q.",
         dropped=(without_fc("encoder_q."), QUEUE),
         encoder=QUERY,
@@ -91,7 +118,7 @@ MOMENTUM = (
         key="moco_v3",
         origin="MoCo v3",
         arxiv="2104.02057",
-        nest=("state_dict",),
+        containers=("state_dict",),
         prefix="base_encoder.",
         dropped=(without_fc("base_encoder.", "projector"), (r"^predictor\.", "predictor")),
         encoder="base_encoder is what MoCo v3 transfers; momentum_encoder is its moving average",

@@ -1,4 +1,4 @@
-"""Pairs of an online network and its target, and OpenSelfSup's without their third copy."""
+"""Pairs of an online network and its target, and OpenSelfSup's files without the third copy of the network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ONLINE_NETWORKS = (
         key="bolts-byol",
         origin="BYOL or SimSiam of lightning-bolts",
         arxiv="2006.07733, 2011.10566",
-        nest=("state_dict",),
+        containers=("state_dict",),
         prefix="online_network.encoder.",
         dropped=(
             (r"^(online_network\.)?(projector|predictor)\.", "head of pretraining"),
@@ -24,7 +24,7 @@ ONLINE_NETWORKS = (
         key="byol-lucidrains",
         origin="BYOL of lucidrains",
         arxiv="2006.07733",
-        nest=("", "state_dict"),
+        containers=("", "state_dict"),
         prefix="online_encoder.net.",
         dropped=(
             without_fc("online_encoder.net.", "classifier, which was not trained"),
@@ -39,9 +39,9 @@ ONLINE_NETWORKS = (
         key="byol-lucidrains-net",
         origin="BYOL of lucidrains",
         arxiv="2006.07733",
-        nest=("", "state_dict"),
+        containers=("", "state_dict"),
         prefix="net.",
-        marks=(r"^(online_encoder|online_predictor|target_encoder)\.",),
+        signature=(r"^(online_encoder|online_predictor|target_encoder)\.",),
         dropped=(
             without_fc("net.", "classifier, which was not trained"),
             (r"^online_predictor\.", "head of pretraining"),
@@ -54,7 +54,7 @@ ONLINE_NETWORKS = (
         key="openselfsup-byol",
         origin="BYOL of OpenSelfSup",
         arxiv="2006.07733",
-        nest=("state_dict",),
+        containers=("state_dict",),
         prefix="online_net.0.",
         dropped=((r"^online_net\.1\.", "neck"), HEADS),
         encoder=ONLINE,
@@ -64,7 +64,7 @@ ONLINE_NETWORKS = (
         key="openselfsup-moco",
         origin="MoCo of OpenSelfSup",
         arxiv="1911.05722, 2003.04297",
-        nest=("state_dict",),
+        containers=("state_dict",),
         prefix="encoder_q.0.",
         dropped=((r"^encoder_q\.1\.", "neck"), QUEUE),
         encoder=QUERY,
@@ -74,7 +74,7 @@ ONLINE_NETWORKS = (
         key="byol-sthalles",
         origin="BYOL of sthalles",
         arxiv="2006.07733",
-        nest=("online_network_state_dict",),
+        containers=("online_network_state_dict",),
         prefix="encoder.",
         naming=SEQUENTIAL,
         dropped=((r"^proje(c)?tion\.", "projection head"),),

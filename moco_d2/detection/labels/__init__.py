@@ -1,1 +1,1 @@
-"""Data sets of the user's own: labels are read, validated and normalised to the form that Detectron2 expects."""
+"""Labels of the user's own data sets: readers that validate them and normalise them to what Detectron2 expects."""

@@ -1,4 +1,4 @@
-"""COCO files as labelling tools write them, read, checked and normalised."""
+"""Reader of COCO files as labelling tools write them: validates and normalises them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from unicodedata import normalize
 
 from moco_d2.data.listing import EXTENSIONS
-from moco_d2.detection.labels import masks as custom_masks
+from moco_d2.detection.labels import masks
 from moco_d2.detection.labels.categories import Categories, read_categories
-from moco_d2.detection.labels.fields import Ids, known_ids, plain_record, replaced
+from moco_d2.detection.labels.fields import Ids, known_ids, normalised, replaced
 from moco_d2.detection.labels.files import JsonFile, shown
-from moco_d2.detection.labels.keypoints import keypoint_metadata, plain_keypoints, without_keypoints
+from moco_d2.detection.labels.keypoints import keypoint_metadata, normalised_keypoints, without_keypoints
 from moco_d2.detection.labels.sets import Entry, Needs, Report, box_problem, size_problem
 from moco_d2.io.pictures import picture_size
 
 __all__ = ["CocoLabels", "keypoint_metadata", "picture_name", "read_coco"]
 
 Record = dict[str, Any]
-# A larger id loses its last digits in programs that read it as a float.
+# Programs that read an id as a float lose the last digits of a larger one.
 _LARGEST_ID = 2**53
 
 
@@ -31,12 +31,12 @@ class CocoLabels:
     """A normalised COCO file.
 
     Attributes:
-        content: images, categories and, unless the file has no labels at all, annotations.
-        changed: whether it differs from the file.
-        classes: in the order of the detector's outputs.
-        own_ids: of ``image_id`` and ``category_id``, where they differ: plain id -> the file's own id.
-        left_out_ids: the file's ids of categories whose objects are left out.
-        notes: what was left out on purpose, and the like, for the log.
+        content: images, categories and, unless the file has no labels, annotations.
+        changed: whether ``content`` differs from the file.
+        classes: their names, in the order of the detector's outputs.
+        own_ids: ``image_id`` and ``category_id``, if they differ from the file's: normalised id -> id in the file.
+        left_out_ids: ids, in the file, of the categories whose objects are left out.
+        notes: what was left out or recognised, for the log.
     """
 
     content: dict[str, list[Record]]
@@ -48,14 +48,16 @@ class CocoLabels:
 
 
 def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
-    """Read and check COCO labels; None when the file cannot be read at all."""
+    """Read and validate COCO labels; None if the file cannot be read at all."""
     path, folder = entry.json, entry.images
     assert folder is not None
     if path is None:
-        report(f"data set {entry.name!r}: json is missing, the file with the labels (or give root and split)")
+        report(
+            f"data set {entry.name!r}: json is missing; it must be the file with the labels (or give root and split)"
+        )
         return None
     if not folder.is_dir():
-        report(f"data set {entry.name!r}: {folder} is no folder; images must be the folder of its pictures")
+        report(f"data set {entry.name!r}: {folder} is not a folder; images must be the folder of the pictures")
         return None
     try:
         file = JsonFile(path, report)
@@ -65,17 +67,20 @@ def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
     categories = read_categories(file, entry, needs, report)
     images, new_image = _images(file, folder, needs)
     annotations, left_out = _annotations(file, needs, categories, images, new_image)
-    content = {"images": images, "annotations": annotations, "categories": categories.plain}
+    content = {"images": images, "annotations": annotations, "categories": categories.records}
     notes = categories.notes + [f"{count} objects of {name} are left out" for name, count in sorted(left_out.items())]
     if not images:
-        report(f"{path}: empty split: no image of it can be used")
+        report(f"{path}: no usable image; the list images must name at least one")
     elif not needs.trains and not file.content.get("annotations"):
         del content["annotations"]  # which tells Detectron2 that there is nothing to evaluate
-        notes.append("it has no labels: detections are saved, and there is nothing to evaluate")
+        notes.append("no labels: detections are saved, but not evaluated")
     elif not annotations:
-        report(f"{path}: empty split: none of its {len(images)} images has a usable object")
-    elif needs.trains and all(record["iscrowd"] for record in annotations):
-        report(f"{path}: empty split: none of its {len(images)} images has an object, other than crowds")
+        report(f"{path}: none of the {len(images)} images has a usable object")
+    elif all(record["iscrowd"] for record in annotations):
+        report(
+            f"{path}: all objects of the {len(images)} images are crowds, which are neither trained on nor evaluated; "
+            "set iscrowd to 0 for single objects" + ", or remove annotations to save detections" * (not needs.trains)
+        )
     if needs.masks:
         notes += _blank_masks(images, annotations)
     own_ids = {
@@ -83,7 +88,7 @@ def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
         for key, ids in (("image_id", new_image), ("category_id", categories.new))
         if any(own != new for own, new in ids.items())
     }
-    changed = not file.plain or any(
+    changed = not file.utf8 or any(
         (key in content) != (key in file.content) or not _same(content.get(key), file.content.get(key))
         for key in ("images", "annotations", "categories")
     )
@@ -91,33 +96,33 @@ def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
 
 
 def _blank_masks(images: Iterable[Record], annotations: Iterable[Record]) -> list[str]:
-    """Tell of objects whose polygons cover no pixel."""
+    """Return a note on the objects whose polygons cover no pixel, if any."""
     by_id = {image["id"]: image for image in images}
     blank = []
     for record in annotations:
         image, mask = by_id[record["image_id"]], record["segmentation"]
         drawn = isinstance(mask, list) and not record["iscrowd"]
-        if drawn and custom_masks.is_blank(mask, (image["width"], image["height"])):
+        if drawn and masks.is_blank(mask, (image["width"], image["height"])):
             blank.append(f"bbox {record['bbox']} in {image['file_name']}")
     if not blank:
         return []
     return [
         f"number of objects whose polygons cover no pixel: {len(blank)}, the first with {blank[0]}; no detection can "
-        "match such a mask, and with INPUT.MASK_FORMAT bitmask the object is left out of training"
+        "match such a mask, and with INPUT.MASK_FORMAT bitmask the object is not trained on"
     ]
 
 
 def _same(plain: list[Record] | None, own: Any) -> bool:
-    """Return whether a list holds the file's own records: a record that was changed is a new object."""
+    """Return whether a list holds the file's own records; a changed record is a new object."""
     if plain is None or not isinstance(own, list):
         return plain is own
     return len(plain) == len(own) and all(a is b for a, b in zip(plain, own, strict=True))
 
 
 def picture_name(folder: Path, name: str) -> str | None:
-    """Return how a COCO file's picture is called on this disk, relative to ``images``, or None if it is not there.
+    """Return a picture's file name on this disk, relative to ``images``, or None if it does not exist.
 
-    A name with backslashes was written on Windows; macOS may compose accented letters from other characters.
+    Names written on Windows have backslashes; macOS may compose accented letters from other characters.
     """
     slashes = name.replace("\\", "/")
     for option in dict.fromkeys((name, slashes, normalize("NFC", slashes), normalize("NFD", slashes))):
@@ -127,30 +132,30 @@ def picture_name(folder: Path, name: str) -> str | None:
 
 
 def missing_picture(folder: Path, name: str) -> str:
-    """Return the complaint about a picture that is not there, with one of nearly its name that is."""
+    """Return the message for a missing picture; it names an existing one with nearly the same name."""
     path = folder / name.replace("\\", "/")
     stem = path.parent / (path.stem if path.suffix.lower() in EXTENSIONS else path.name)
     endings = [ending for extension in EXTENSIONS for ending in (extension, extension.upper())]
     near = [str(folder / path.name), *(f"{stem}{ending}" for ending in endings)]
     there = next((option for option in near if os.path.isfile(option)), None)
-    hint = f"; there is {there}: set file_name or images so that they join" if there else ""
-    return f"missing image {path}{hint}"
+    hint = f"; {there} exists: correct file_name, or images in the entry of DATASETS.CUSTOM" if there else ""
+    return f"missing image: {path} does not exist{hint}"
 
 
 def _images(file: JsonFile, folder: Path, needs: Needs) -> tuple[list[Record], dict[Any, int]]:
-    """Return plain images, and the file's ids -> plain ids."""
+    """Return the normalised images, and id in the file -> normalised id."""
     found: dict[Any, Record] = {}
     names: set[str] = set()
     for index, record in file.records("images"):
-        plain, problem = plain_record("images", record)
+        plain, problem = normalised("images", record)
         if not problem and not {"id", "file_name"} <= plain.keys():
             problem = "needs an id and a file_name"
         elif not problem and plain["id"] in found:
-            problem = "has the id of another image: duplicate id"
+            problem = "has the id of another image; give it its own"
         elif not problem:
             plain, problem = _image(plain, folder, needs)
         if not problem and plain["file_name"] in names:
-            problem = f"has the file_name {plain['file_name']} of another image: duplicate id"
+            problem = f"has the file_name {plain['file_name']} of another image; list each picture once"
         if problem:
             file.problem("images", index, problem)
         else:
@@ -163,7 +168,7 @@ def _images(file: JsonFile, folder: Path, needs: Needs) -> tuple[list[Record], d
 
 
 def _image(record: Record, folder: Path, needs: Needs) -> tuple[Record, str | None]:
-    """Return an image with its picture's name and a size, and its problem or None."""
+    """Return an image with its picture's file name and its size, and its problem or None."""
     name = picture_name(folder, record["file_name"])
     if name is None:
         return record, missing_picture(folder, record["file_name"])
@@ -174,7 +179,7 @@ def _image(record: Record, folder: Path, needs: Needs) -> tuple[Record, str | No
         except (OSError, ValueError) as error:
             return record, f"{path} cannot be read as a picture: {error}"
         if (width or found[0], height or found[1]) != found:
-            return record, f"has width {width} and height {height}, but {path} has {found[0]} x {found[1]}"
+            return record, f"has width {width} and height {height}, but {path} has {found[0]} x {found[1]} pixels"
         width, height = found
     elif needs.sizes and (problem := size_problem(path, (width, height))):
         return record, problem
@@ -184,9 +189,9 @@ def _image(record: Record, folder: Path, needs: Needs) -> tuple[Record, str | No
 def _annotations(
     file: JsonFile, needs: Needs, categories: Categories, images: Iterable[Record], new_image: Mapping[Any, int]
 ) -> tuple[list[Record], Counter[str]]:
-    """Return the plain annotations, and how many objects of each class in ``leave_out`` were left out.
+    """Return the normalised annotations, and how many objects of each class in ``leave_out`` were left out.
 
-    Those of images that were a problem are left out, too.
+    Annotations of images that were reported are left out as well.
     """
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
     image_ids = Ids(known_ids(file.values("images", "id")))
@@ -194,36 +199,36 @@ def _annotations(
     ids: set[int | str] = set()
     left_out: Counter[str] = Counter()
     for index, record in file.records("annotations"):
-        plain, problem = plain_record("annotations", record)
+        plain, problem = normalised("annotations", record)
         image = category = None
         if not problem:
             image, category = image_ids.find(plain.get("image_id")), categories.ids.find(plain.get("category_id"))
             if plain.get("id") in ids:
-                problem = "has the id of another annotation: duplicate id"
+                problem = "has the id of another annotation; give it its own"
             elif image is None:
-                said = shown(record.get("image_id"))
-                problem = f"belongs to image_id {said}, which is not among the images; their ids are {image_ids}"
+                missing = shown(record.get("image_id"))
+                problem = f"has image_id {missing}, but no image has that id; the ids of the images are {image_ids}"
             else:
                 problem = categories.problem(category, record.get("category_id"))
         if not problem:
             ids |= {plain["id"]} if "id" in plain else set()
             if category in categories.left_out:
                 left_out[categories.left_out[category]] += 1
-            elif image in new_image and category in categories.new:  # or else they were a problem already
+            elif image in new_image and category in categories.new:  # otherwise they were reported themselves
                 new = {"image_id": new_image[image], "category_id": categories.new[category]}
                 names = categories.keypoints[new["category_id"]]
                 plain, problem = _object(replaced(plain, **new), sizes[new["image_id"]], needs, names)
                 found += [] if problem else [plain]
         if problem:
             file.problem("annotations", index, problem)
-    # pycocotools takes an id of 0 for "not matched".
+    # For pycocotools an id of 0 means "not matched".
     if not all(type(a.get("id")) is int and 0 < a["id"] < _LARGEST_ID for a in found):
         found = [replaced(plain, id=number) for number, plain in enumerate(found, 1)]
     return found, left_out
 
 
 def _object(record: Record, size: tuple[int, int], needs: Needs, names: Iterable[str]) -> tuple[Record, str | None]:
-    """Return an object whose missing fields of certain meaning are filled in, and its problem or None."""
+    """Return an object with its optional fields filled in, and its problem or None."""
     if "bbox" not in record:
         return record, f"has bbox {record.get('bbox')!r}; it must be [x, y, width, height], four numbers"
     x, y, width, height = record["bbox"]
@@ -231,38 +236,38 @@ def _object(record: Record, size: tuple[int, int], needs: Needs, names: Iterable
     if problem:
         return record, f"has a box {record['bbox']} that {problem}"
     if record.get("ignore"):
-        return record, "has ignore set, which Detectron2 does not support; mark regions to ignore with iscrowd"
+        return record, "has ignore set, which Detectron2 does not support; mark regions to ignore with iscrowd 1"
     record = replaced(record, ignore=None, iscrowd=record.get("iscrowd", 0))
     record, problem = _with_mask(record, size, needs)
     if problem:
         return record, problem
     if "area" not in record:
         mask = record.get("segmentation")
-        record = replaced(record, area=custom_masks.area(mask, size) if mask else float(width * height))
+        record = replaced(record, area=masks.area(mask, size) if mask else float(width * height))
     elif record["area"] > (size[0] + 2) * (size[1] + 2):
-        pixels = f"{size[0]} x {size[1]}"
-        return record, f"has area {record['area']}, and its image {pixels} pixels; leave it out, and it is computed"
+        pixels = f"{size[0]} x {size[1]} pixels"
+        return record, f"has area {record['area']}, but its image has {pixels}; if you remove area, it is computed"
     if needs.keypoints:
-        return plain_keypoints(record, size, needs.keypoints, tuple(names))
+        return normalised_keypoints(record, size, needs.keypoints, tuple(names))
     return without_keypoints(record), None
 
 
 def _with_mask(record: Record, size: tuple[int, int], needs: Needs) -> tuple[Record, str | None]:
-    """Return an object with a plain mask or, where none is needed, without one that Detectron2 could not read."""
+    """Return an object with a normalised mask, or without an unreadable mask that is not needed; and its problem."""
     mask = record.get("segmentation")
     if not mask:
         if not needs.masks:
             return replaced(record, segmentation=None) if "segmentation" in record and mask is None else record, None
         if not record["iscrowd"]:
-            return record, "has no segmentation, which MODEL.MASK_ON needs"
-        # Of a crowd nobody learns the mask, but the evaluation asks for its pixels.
+            return record, "has no segmentation; add a mask, or pass MODEL.MASK_ON False"
+        # A crowd's mask is not learned, but the evaluation needs its pixels.
         x, y, width, height = record["bbox"]
         return replaced(record, segmentation=[[x, y, x + width, y, x + width, y + height, x, y + height]]), None
     if isinstance(mask, dict) and needs.masks and needs.polygons and not record["iscrowd"]:
-        return record, "has a run-length mask: set INPUT.MASK_FORMAT bitmask"
+        return record, "has a run-length mask; pass INPUT.MASK_FORMAT bitmask"
     try:
-        plain = (custom_masks.run_lengths if isinstance(mask, dict) else custom_masks.polygons)(mask, size)
+        plain = (masks.run_lengths if isinstance(mask, dict) else masks.polygons)(mask, size)
     except ValueError as error:
-        # Detectron2 would leave out the box with the mask.
+        # With such a mask Detectron2 would leave out the box, too.
         return (record, f"has {error}") if needs.masks else (replaced(record, segmentation=None), None)
     return replaced(record, segmentation=plain), None

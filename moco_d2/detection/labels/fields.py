@@ -1,8 +1,8 @@
-"""Rules of the fields of labels: which values are allowed, and which of them are normalised.
+"""Rules for the fields of labels: which values are valid, and how they are normalised.
 
-Every field of an image, an annotation or a category of a COCO file passes :func:`plain_record`; XML's texts pass the
-same rules. ``null`` means that the field is absent. A number may be text (``"12"``), because its meaning is certain;
-a value of uncertain meaning is a problem.
+All images, annotations and categories of a COCO file pass :func:`normalised`; VOC's XML uses the same rules. ``null``
+means that a field is absent. A number may be text (``"12"``), because its meaning is certain; a value whose meaning
+is not certain is a problem.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 
 from moco_d2.detection.labels.files import shown
 
-# No picture, box or area is larger. Beyond it floats no longer tell neighbouring numbers apart.
+# No picture, box or area is larger, and a float cannot represent every whole number beyond it.
 _LIMIT = 2**53
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _FLAGS = {"0": 0, "false": 0, "1": 1, "true": 1}
 
 
 def number(value: Any) -> float:
-    """Return a finite number; text of one is that number.
+    """Return a finite number; text such as ``"12"`` is converted.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not a finite number.
     """
     if isinstance(value, str) and len(value) < 40 and _NUMBER.fullmatch(value):
         value = int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
@@ -34,10 +34,10 @@ def number(value: Any) -> float:
 
 
 def numbers(values: Any) -> list[float]:
-    """Return a list of finite numbers, the same object if it is one already.
+    """Return a list of finite numbers; the same object if nothing needs conversion.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not a list of finite numbers.
     """
     if not isinstance(values, list):
         raise ValueError(values)
@@ -50,7 +50,7 @@ def whole(value: Any) -> int:
     """Return a whole number; 12.0 and "12" are 12.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not a whole number.
     """
     found = number(value)
     if found != math.floor(found):
@@ -59,10 +59,10 @@ def whole(value: Any) -> int:
 
 
 def side(value: Any) -> int | None:
-    """Return a picture's width or height, or None for 0, which tools write for a size that they do not know.
+    """Return a picture's width or height; None for 0, which tools write if they do not know it.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is negative, or not a whole number.
     """
     found = whole(value)
     if found < 0:
@@ -74,7 +74,7 @@ def flag(value: Any) -> int:
     """Return 0 or 1; false and true, also as text, are 0 and 1.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: the value is not a flag.
     """
     if isinstance(value, bool):
         return int(value)
@@ -90,7 +90,7 @@ def identity(value: Any) -> int | str:
     """Return an id: a whole number of any size, or text.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not an id.
     """
     if type(value) is int or (isinstance(value, str) and value):
         return value
@@ -103,7 +103,7 @@ def text(value: Any) -> str:
     """Return text that is not empty.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is not text, or is empty.
     """
     if isinstance(value, str) and value.strip() and "\0" not in value:
         return value
@@ -134,33 +134,33 @@ RULES: Mapping[str, Mapping[str, _Rule]] = {
     "annotations": {
         "id": _ID, "image_id": _ID, "category_id": _ID, "iscrowd": _FLAG, "ignore": _FLAG,
         "bbox": (_box, "it must be [x, y, width, height], four numbers"),
-        "area": (_area, "it must be a number, at least 0; leave it out, and it is computed"),
+        "area": (_area, "it must be a number of at least 0; if you remove it, it is computed"),
     },
     "categories": {"id": _ID, "name": _TEXT},
 }  # fmt: skip
 
 
-def plain_record(kind: str, record: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Return a record with plain fields, and its first problem or None.
+def normalised(kind: str, record: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Return a record with normalised fields, and its first problem or None.
 
     Args:
         kind: ``images``, ``annotations`` or ``categories``.
-        record: is not changed; it is returned itself if nothing in it needs a change.
+        record: not changed; the same object is returned if no field needs a change.
     """
     values = {}
-    for field, (rule, said) in RULES[kind].items():
+    for field, (rule, requirement) in RULES[kind].items():
         if field not in record:
             continue
         value = record[field]
         try:
             values[field] = None if value is None else rule(value)
         except ValueError:
-            return record, f"has {field} {shown(value)}; {said}"
+            return record, f"has {field} {shown(value)}; {requirement}"
     return replaced(record, **values), None
 
 
 def replaced(record: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """Return a record with other values, of which None takes the field away; the same object if none differs."""
+    """Return a record with other values; None removes a field. It is the same object if no value differs."""
     different = {
         field: value
         for field, value in values.items()
@@ -173,15 +173,14 @@ def replaced(record: dict[str, Any], **values: Any) -> dict[str, Any]:
 
 
 def _same(old: Any, new: Any) -> bool:
-    # Python takes True, 1 and 1.0 for equal, also in lists; other programs that read the labels do not.
+    # For Python True, 1 and 1.0 are equal, but not for other programs that read the labels.
     return old is new is not None or (isinstance(new, (int, float, str)) and type(old) is type(new) and old == new)
 
 
 class Ids:
-    """Ids of one list, which another list refers to.
+    """The ids of one list, to which another list refers.
 
-    A reference that is text where the id is a number, or the other way round, is found by its text, unless two ids of
-    the list have the same text.
+    A reference may be text where the id is a number, or a number where it is text, unless two ids have the same text.
     """
 
     def __init__(self, ids: Mapping[int | str, Any]) -> None:
@@ -189,19 +188,19 @@ class Ids:
         self._ids, self._by_text = ids, by_text if len(by_text) == len(ids) else {}
 
     def find(self, reference: int | str | None) -> int | str | None:
-        """Return the id that is meant, or None."""
+        """Return the id of a reference, or None if there is none."""
         if reference is None or reference in self._ids:
             return reference
         return self._by_text.get(str(reference))
 
     def __str__(self) -> str:
-        """Tell what the ids are like."""
+        """Return a few of the ids, for a message."""
         few = ", ".join(shown(known, 30) for known in list(self._ids)[:3])
         return f"{few}, ... ({len(self._ids)} in all)" if len(self._ids) > 3 else few or "none"
 
 
 def known_ids(values: Iterable[Any]) -> dict[int | str, None]:
-    """Return what of the values is an id, in order."""
+    """Return the values that are valid ids, in order."""
     found: dict[int | str, None] = {}
     for value in values:
         try:

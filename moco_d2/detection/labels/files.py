@@ -1,6 +1,6 @@
-"""Label files as text: JSON, XML and lists in any encoding, and the line on which a record stands.
+"""Readers of label files: JSON, XML and lists in any encoding, with the line of each record.
 
-Every label file is opened here. What cannot be read is a ``ValueError`` that names the file and the remedy.
+All label files are opened here. A file that cannot be read raises ``ValueError`` with its path and the remedy.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-# Longer marks first: UTF-32's begins with UTF-16's.
+# Byte order marks. UTF-32's come first, because they begin with UTF-16's.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
 )  # fmt: skip
-# Programs name the smaller set of characters and write the larger one.
+# Programs declare the smaller character set and write the larger one.
 _WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"}
 _DECLARED = re.compile(rb"""\A\s*<\?xml[^>]*?\bencoding\s*=\s*["']([^"']*)["']""")
 
@@ -28,19 +28,19 @@ class Text(NamedTuple):
     """The text of a file.
 
     Attributes:
-        text: without a byte order mark.
-        plain: whether it is UTF-8 without a mark, which every program reads.
+        text: the text, without a byte order mark.
+        utf8: whether the file is UTF-8 without a byte order mark, which every program reads.
     """
 
     text: str
-    plain: bool
+    utf8: bool
 
 
 def read_text(path: Path, declared: str = "") -> Text:
-    """Read a file by its byte order mark, by its zero bytes (UTF-16), by a declared encoding, or else as UTF-8.
+    """Read a text file. The encoding follows from its byte order mark, zero bytes (UTF-16) or ``declared``; else UTF-8.
 
     Raises:
-        ValueError: it cannot be read, or is of another encoding.
+        ValueError: the file cannot be read, or has another encoding.
     """
     return _decode(path, _read(path), declared)
 
@@ -54,20 +54,18 @@ def _read(path: Path) -> bytes:
 
 def _decode(path: Path, data: bytes, declared: str) -> Text:
     mark, encoding = next(((mark, name) for mark, name in _MARKS if data.startswith(mark)), (b"", ""))
-    if not encoding and b"\0" in data[:2]:  # UTF-16 begins with a character of ASCII, one of whose bytes is zero
+    if not encoding and b"\0" in data[:2]:  # UTF-16: one byte of an ASCII character is zero
         encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
     try:
         encoding = encoding or _python_name(declared)
         text = _text_of(data[len(mark) :], encoding)
     except LookupError:
-        raise ValueError(
-            f"{path}:1: declares the encoding {declared!r}, which Python does not know: save the file as UTF-8"
-        ) from None
+        raise ValueError(f"{path}:1: the declared encoding {declared!r} is not known; save the file as UTF-8") from None
     except UnicodeError as error:
         line = data.count(b"\n", 0, getattr(error, "start", 0)) + 1
-        said = f"is not {declared!r}, the encoding that it declares" if declared else "is not UTF-8"
-        hint = " (an XML file may declare another encoding in its first line)" if path.suffix.lower() == ".xml" else ""
-        raise ValueError(f"{path}:{line}: {said}: save the file as UTF-8{hint}") from None
+        problem = f"not in the declared encoding {declared!r}" if declared else "not in UTF-8"
+        hint = ", or declare its encoding in the first line" if path.suffix.lower() == ".xml" and not declared else ""
+        raise ValueError(f"{path}:{line}: the text is {problem}; save the file as UTF-8{hint}") from None
     return Text(text, not mark and encoding in ("utf-8", "ascii"))
 
 
@@ -77,7 +75,7 @@ def _python_name(declared: str) -> str:
     if not re.fullmatch(r"[A-Za-z][\w.:+-]*", declared, re.ASCII):
         raise LookupError(declared)
     name = codecs.lookup(declared).name.replace("-", "_")
-    # UTF-16 would have shown by its zero bytes: Windows programs declare it and write UTF-8.
+    # UTF-16 has been recognised by its zero bytes; Windows programs declare it and write UTF-8.
     return "utf-8" if name.startswith(("utf_16", "utf_32", "utf_8")) else name
 
 
@@ -94,37 +92,37 @@ def read_json(path: Path) -> tuple[Any, Text]:
     """Return the content of a JSON file, and its text.
 
     Raises:
-        ValueError: it cannot be read, or is no JSON.
+        ValueError: the file cannot be read, or is not valid JSON.
     """
     text = read_text(path)
     try:
         return json.loads(text.text), text
     except RecursionError:
-        raise ValueError(f"{path}: no valid JSON: too many levels of brackets") from None
+        raise ValueError(f"{path}: not valid JSON: brackets are nested too deeply") from None
     except ValueError as error:
-        said = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: no valid JSON: {said}") from None
+        reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: not valid JSON: {reason}") from None
 
 
 class JsonFile:
-    """The lists of a COCO file, and messages that name a record's line, index and id."""
+    """The lists of a COCO file, with messages that name a record's line, index and id."""
 
     def __init__(self, path: Path, report: Callable[[str], None]) -> None:
         """Read the file.
 
         Raises:
-            ValueError: it cannot be read, or is no JSON.
+            ValueError: the file cannot be read, or is not valid JSON.
         """
         self.path, self._report = path, report
         self.content, self._text = read_json(path)
-        self.plain = self._text.plain
+        self.utf8 = self._text.utf8
         self._lines: dict[str, list[int]] = {}
         if not isinstance(self.content, dict):
-            report(f"{path}:1: COCO labels are an object with images, annotations and categories")
+            report(f"{path}:1: not COCO labels; they must be an object with images, annotations and categories")
             self.content = {}
 
     def records(self, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield index and record of a list; what is no record is reported."""
+        """Yield index and record of each object in a list; items that are not objects are reported."""
         records = self.content.get(key) or []
         if not isinstance(records, list):
             self._report(f"{self.path}: {key} must be a list")
@@ -133,10 +131,10 @@ class JsonFile:
             if isinstance(record, dict):
                 yield index, record
             else:
-                self.problem(key, index, f"is {shown(record)} instead of an object")
+                self.problem(key, index, f"is {shown(record)}; it must be an object")
 
     def values(self, key: str, field: str) -> Iterator[Any]:
-        """Yield a field of each record of a list that has it; nothing is checked or reported."""
+        """Yield a field of each record that has it; nothing is checked or reported."""
         records = self.content.get(key)
         for record in records if isinstance(records, list) else ():
             if isinstance(record, dict) and record.get(field) is not None:
@@ -144,15 +142,15 @@ class JsonFile:
 
     def problem(self, key: str, index: int, what: str) -> None:
         """Report a problem of a record."""
-        if key not in self._lines:  # only now: good files never pay for it
+        if key not in self._lines:  # The lines are searched for only if there is a problem.
             self._lines[key] = record_lines(self._text.text, key)
         record = self.content[key][index]
-        said = f" (id {shown(record.get('id'))})" if isinstance(record, dict) else ""
-        self._report(f"{self.path}:{self._lines[key][index]}: {key}[{index}]{said} {what}")
+        own_id = f" (id {shown(record.get('id'))})" if isinstance(record, dict) else ""
+        self._report(f"{self.path}:{self._lines[key][index]}: {key}[{index}]{own_id} {what}")
 
 
 def shown(value: object, most: int = 80) -> str:
-    """Return a value as a message gives it: on one line, and not a polygon of thousands of points."""
+    """Return a value for a message: on one line, at most ``most`` characters of it."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
@@ -174,7 +172,7 @@ def record_lines(text: str, key: str) -> list[int]:
         if name != key:
             at = skip(decode(text, at)[1])
             continue
-        lines, line, counted = [], 1, 0  # of a key that is given twice the last one counts, as for json.loads
+        lines, line, counted = [], 1, 0  # json.loads, too, takes the last of equal keys.
         at = skip(at + 1)
         while text[at] != "]":
             line, counted = line + text.count("\n", counted, at), at
@@ -188,32 +186,33 @@ class Xml(NamedTuple):
     """A parsed XML file.
 
     Attributes:
-        root: each element says its line in the attribute ``line``.
-        plain: whether every parser reads the same in the file: it is UTF-8, says nothing else, and has no namespaces.
+        root: the root element; each element has its line in the attribute ``line``.
+        standard: whether every parser reads the file in the same way: it is UTF-8, declares nothing else, and has no
+            namespaces.
     """
 
     root: ElementTree.Element
-    plain: bool
+    standard: bool
 
 
 def parse_xml(path: Path) -> Xml:
     """Parse an XML file in any encoding that Python knows.
 
-    Entities are refused where they are declared: labels need none, and a few lines of them can stand for gigabytes or
-    for other files of this machine.
+    Declarations of entities are refused: labels need none, and a few lines of them can expand to gigabytes or read
+    other files of this machine.
 
     Raises:
-        ValueError: it cannot be read, or is not well-formed.
+        ValueError: the file cannot be read, is not well-formed, or declares an entity.
     """
     data = _read(path)
     declared = _DECLARED.match(data)
     text = _decode(path, data, declared[1].decode("latin-1") if declared else "")
-    # An encoding that is given here overrides the declared one.
+    # This encoding overrides the declared one.
     builder, parser = ElementTree.TreeBuilder(), expat.ParserCreate("utf-8")
 
     def refuse(name: str, *_: object) -> None:
         raise ValueError(
-            f"{path}:{parser.CurrentLineNumber}: declares the entity {name!r}, and labels have none: remove its DOCTYPE"
+            f"{path}:{parser.CurrentLineNumber}: declares the entity {name!r}; remove the DOCTYPE, labels need none"
         )
 
     parser.StartElementHandler = lambda tag, attributes: builder.start(
@@ -225,7 +224,7 @@ def parse_xml(path: Path) -> Xml:
     try:
         parser.Parse(text.text.encode("utf-8", "surrogatepass"), True)
     except expat.ExpatError as error:
-        raise ValueError(f"{path}:{error.lineno}: no valid XML: {error}") from None
-    said = declared[1].lower() if declared else b"utf-8"
-    plain = text.plain and said in (b"utf-8", b"us-ascii", b"ascii") and "xmlns" not in text.text
-    return Xml(builder.close(), plain)
+        raise ValueError(f"{path}:{error.lineno}: not valid XML: {error}") from None
+    encoding = declared[1].lower() if declared else b"utf-8"
+    standard = text.utf8 and encoding in (b"utf-8", b"us-ascii", b"ascii") and "xmlns" not in text.text
+    return Xml(builder.close(), standard)

@@ -1,4 +1,4 @@
-"""Keypoints of labels: their values, and which point is the mirror image of which."""
+"""Keypoints of labels: their values, and the pairs that change places in a mirrored picture."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ from moco_d2.detection.labels.fields import numbers, replaced, whole
 from moco_d2.detection.labels.files import shown
 from moco_d2.detection.labels.sets import listed, outside
 
-# The words of a name: lEye, L_EYE, "left eye", eye.L, LEye.
+# A word within a name: lEye, L_EYE, "left eye", eye.L, LEye.
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_]+|\d+")
 _SIDES = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
-def plain_keypoints(
+def normalised_keypoints(
     record: dict[str, Any], size: tuple[int, int], wanted: int, names: Sequence[str]
 ) -> tuple[dict[str, Any], str | None]:
-    """Return an object whose keypoints are plain and counted, and its problem or None.
+    """Return an object with normalised and counted keypoints, and its problem or None.
 
     Args:
         record: an annotation.
         size: width and height of its image.
-        wanted: number of keypoints that the detector has.
-        names: of the object's category.
+        wanted: the detector's number of keypoints.
+        names: the names of the keypoints of the object's category.
     """
     if len(names) != wanted:
-        return record, (
-            f"has a category of {len(names)} keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {wanted}"
-        )
+        return record, f"has a category of {len(names)} keypoints; MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {wanted}"
     given = record.get("keypoints")
     points = [0] * 3 * wanted if given is None else _unseen_at_zero(given)
     try:
@@ -37,29 +35,27 @@ def plain_keypoints(
     except ValueError:
         points = []
     if len(points) != 3 * wanted:
-        return record, (
-            f"has keypoints {shown(given)}; it must be one list of {wanted} times three numbers (x, y, visibility)"
-        )
+        return record, f"has keypoints {shown(given)}; it must be one list of x, y, visibility of {wanted} keypoints"
     for name, x, y, seen in zip(names, points[::3], points[1::3], points[2::3], strict=True):
         if seen not in (0, 1, 2):
-            return record, f"has the keypoint {name!r} of visibility {seen!r}; it must be 0 (unknown), 1 (hidden) or 2"
+            return record, f"has the keypoint {name!r} with visibility {seen!r}; it must be 0, 1 or 2"
         if seen and outside((x, y, x, y), *size):
             return record, (
-                f"has the keypoint {name!r} at ({x:g}, {y:g}), which lies outside the image of {size[0]} x {size[1]}; "
-                "such a point has visibility 0"
+                f"has the keypoint {name!r} at ({x:g}, {y:g}), outside the image of {size[0]} x {size[1]}; correct it, "
+                "or set its visibility to 0"
             )
     try:
-        said = whole(record.get("num_keypoints") or 0)
+        stated = whole(record.get("num_keypoints") or 0)
     except ValueError:
-        said = -1
-    if said < 0:
-        return record, f"has num_keypoints {shown(record['num_keypoints'])}; leave it out, and they are counted"
+        stated = -1
+    if stated < 0:
+        return record, f"has num_keypoints {shown(record['num_keypoints'])}; remove it, and they are counted"
     count = sum(seen > 0 for seen in points[2::3])
     return replaced(record, keypoints=points, num_keypoints=count), None
 
 
 def _unseen_at_zero(points: Any) -> Any:
-    """Return keypoints in which a point that is not seen has numbers: some tools write null, null, 0."""
+    """Return keypoints with numbers for points that are not visible; some tools write null, null, 0."""
     if not isinstance(points, list) or None not in points:
         return points
     triples = [points[start : start + 3] for start in range(0, len(points), 3)]
@@ -67,7 +63,7 @@ def _unseen_at_zero(points: Any) -> Any:
 
 
 def without_keypoints(record: dict[str, Any]) -> dict[str, Any]:
-    """Return an object without keypoints that nobody needs and Detectron2 could not read."""
+    """Return an object without keypoints that Detectron2 could not read; the detector does not need them."""
     try:
         points = record.get("keypoints")
         if points is None or len(numbers(points)) % 3 == 0:
@@ -79,28 +75,28 @@ def without_keypoints(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def category_problem(category: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with a category's names of keypoints or its skeleton, or None."""
+    """Return what is wrong with a category's keypoint names or skeleton, or None."""
     names, bones = category.get("keypoints") or [], category.get("skeleton") or []
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         return f"has keypoints {shown(names)}; it must be a list of names"
     if len({*names}) < len(names):
-        return f"has two keypoints of the name {next(name for name in names if names.count(name) > 1)!r}"
+        return f"has two keypoints named {next(name for name in names if names.count(name) > 1)!r}; rename one of them"
     try:
         if all(isinstance(bone, list) and len([whole(end) for end in bone]) == 2 for bone in bones):
             return None
     except (ValueError, TypeError):
         pass
-    return f"has skeleton {shown(bones)}; it must be a list of pairs of keypoints' numbers, from 1"
+    return f"has skeleton {shown(bones)}; it must be a list of pairs of keypoint numbers, which start at 1"
 
 
 def keypoint_metadata(
     categories: Sequence[Mapping[str, Any]], mirror: Sequence[tuple[str, str]] | None = None
 ) -> dict[str, Any]:
-    """Return Detectron2's metadata on keypoints, from the names and skeleton of the first category that has them.
+    """Return Detectron2's metadata of keypoints, from the first category that has keypoints.
 
     Args:
-        categories: plain ones.
-        mirror: pairs of names, each the other's mirror image; None recognises left and right in the names.
+        categories: normalised categories.
+        mirror: pairs of names that change places in a mirrored picture; None recognises left and right in the names.
     """
     category = next((c for c in categories if c.get("keypoints")), None)
     if category is None:
@@ -116,11 +112,11 @@ def keypoint_metadata(
 
 
 def mirror_problem(names: Sequence[str], mirror: Sequence[tuple[str, str]] | None, flip: str) -> str | None:
-    """Return why pictures with these keypoints must not be flipped, or None.
+    """Return why pictures with these keypoints must not be mirrored, or None.
 
     Args:
-        names: of the keypoints.
-        mirror: the entry's pairs; None leaves them to the names.
+        names: the names of the keypoints.
+        mirror: the entry's pairs; None recognises them by their names.
         flip: ``INPUT.RANDOM_FLIP``.
     """
     pairs, halves = mirror_pairs(names)
@@ -128,30 +124,30 @@ def mirror_problem(names: Sequence[str], mirror: Sequence[tuple[str, str]] | Non
         pairs, halves = list(mirror), []
         unknown = [name for pair in mirror for name in pair if name not in names]
         if unknown:
-            return f"mirror names {unknown[0]!r}, which is no keypoint; they are {listed(names)}"
+            return f"mirror names {unknown[0]!r}, which is not a keypoint; the keypoints are {listed(names)}"
     if flip == "none":
         return None
     if flip == "vertical" and pairs:
-        return "INPUT.RANDOM_FLIP vertical mirrors pictures without exchanging left and right keypoints; set it none"
-    say = "write mirror: [[left, right], ...] into the entry, or mirror: [] if no point has a mirror image"
+        return "INPUT.RANDOM_FLIP vertical mirrors pictures without exchanging left and right keypoints; set it to none"
+    remedy = "add mirror: [[left, right], ...] to the entry, or mirror: [] if no keypoint has a mirror image"
     if halves:
         return (
             f"INPUT.RANDOM_FLIP {flip} mirrors pictures, and the keypoint {halves[0]!r} looks like one of a left and a "
-            f"right point, but the other one is not certain; {say}"
+            f"right one, but the other is not certain; {remedy}"
         )
     if not pairs and mirror is None:
         return (
-            f"INPUT.RANDOM_FLIP {flip} mirrors pictures, and the names of the keypoints ({listed(names)}) do not say "
-            f"which are left and right; {say}"
+            f"INPUT.RANDOM_FLIP {flip} mirrors pictures, and the names of the keypoints ({listed(names)}) do not tell "
+            f"which are left and right; {remedy}"
         )
     return None
 
 
 def mirror_pairs(names: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Return the pairs (left, right) of keypoints by their names, and the names that look like half of a pair.
+    """Return the pairs (left, right) of keypoints, and the names that look like half of a pair.
 
-    A side is a word of the name (left, L, r, ...), or it is part of one (lefteye, lhip, eyel) if the mirrored name
-    exists, too.
+    A side is a word of the name (left, L, r, ...), or a part of a word (lefteye, lhip, eyel) if the mirrored name
+    exists as well.
     """
     partners = {name: [other for other in dict.fromkeys(_mirrored(name)) if other in names] for name in names}
     sure = {name: found[0] for name, found in partners.items() if len(found) == 1}
@@ -166,7 +162,7 @@ def mirror_pairs(names: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]
 
 
 def _mirrored(name: str) -> Iterator[str]:
-    """Yield what the mirror image of a keypoint may be called."""
+    """Yield the possible names of a keypoint's mirror image."""
     words = [match for match in _WORD.finditer(name) if match.group().lower() in _SIDES]
     for chosen in [[word] for word in words] + ([words] if len(words) > 1 else []):
         other = name

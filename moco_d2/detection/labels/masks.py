@@ -1,4 +1,4 @@
-"""Masks of labels and detections: what may be handed to pycocotools, which reads past the end of malformed ones."""
+"""Masks of labels and detections, validated because pycocotools reads past the end of malformed ones."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pycocotools import mask as mask_api
 
 from moco_d2.detection.labels.fields import numbers, whole
 
-# A run of 2^35 pixels needs seven characters.
+# Characters of a packed number: seven hold a run of 2^35 pixels.
 _LONGEST = 7
 
 
 def polygons(value: Any, size: tuple[int, int]) -> list[list[float]]:
-    """Return a mask's polygons, the same object if they are plain.
+    """Return a mask's polygons; the same object if nothing needs conversion.
 
     Args:
-        value: what the labels have.
+        value: the mask in the labels.
         size: width and height of the picture.
 
     Raises:
-        ValueError: they are none; the message completes "has ...".
+        ValueError: the value is not a list of polygons; the message completes "has ...".
     """
     try:
         found = [numbers(polygon) for polygon in value] if isinstance(value, list) else None
@@ -34,8 +34,9 @@ def polygons(value: Any, size: tuple[int, int]) -> list[list[float]]:
             "a segmentation that is neither a list of polygons [[x, y, x, y, ...], ...] nor a run-length mask"
         )
     if not all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in found):
-        raise ValueError("a polygon without three (x, y) points")
-    # Points beside the picture are cut off. One in another country takes pycocotools a day and all memory to draw.
+        raise ValueError("a polygon of fewer than three points (x, y), or with half a point")
+    # Points outside the picture are clipped, but drawing a polygon that is far larger takes pycocotools hours and all
+    # memory.
     for polygon in found:
         for along, length in zip((polygon[::2], polygon[1::2]), size, strict=True):
             if min(along) < -length or max(along) > 2 * length:
@@ -44,15 +45,15 @@ def polygons(value: Any, size: tuple[int, int]) -> list[list[float]]:
 
 
 def run_lengths(value: Mapping[str, Any], size: tuple[int, int], empty: bool = False) -> Mapping[str, Any]:
-    """Return a run-length mask, the same object if it is plain.
+    """Return a run-length mask; the same object if nothing needs conversion.
 
     Args:
-        value: what the labels have.
+        value: the mask in the labels.
         size: width and height of the picture.
-        empty: whether it may be without a pixel: a detection's may, an object's would be left out of training.
+        empty: whether the mask may have no pixel. A detection's may; an object's would be left out of training.
 
     Raises:
-        ValueError: it is none of this picture; the message completes "has ...".
+        ValueError: the value is not a mask of this picture; the message completes "has ...".
     """
     height_width, counts = [size[1], size[0]], value.get("counts") or ()
     if not isinstance(value.get("size"), list) or value["size"] != height_width:
@@ -64,7 +65,7 @@ def run_lengths(value: Mapping[str, Any], size: tuple[int, int], empty: bool = F
     if len(runs) and runs.min() < 0:
         raise ValueError("a run-length mask with a negative count")
     if (total := sum(runs.tolist())) != size[0] * size[1]:
-        raise ValueError(f"a run-length mask of {total} pixels in an image of {size[0]} x {size[1]}")
+        raise ValueError(f"a run-length mask of {total} pixels for an image of {size[0]} x {size[1]}")
     if not empty and not runs[1::2].any():
         raise ValueError("a run-length mask without a pixel")
     if isinstance(counts, str) or {*map(type, counts)} == {int}:
@@ -75,8 +76,8 @@ def run_lengths(value: Mapping[str, Any], size: tuple[int, int], empty: bool = F
 def unpacked(counts: str) -> npt.NDArray[np.int64]:
     """Return the run lengths that COCO packs into text.
 
-    Each character holds five bits, the lowest first, and says whether another one follows; the top bit of the last one
-    is the sign. From the fourth number on each is the difference to the last but one.
+    Each character holds five bits of a number, lowest first, and a flag that another character follows. The top bit of
+    the last character is the sign. From the fourth number on, each is the difference to the number two before it.
 
     Raises:
         ValueError: the text is malformed.
@@ -100,7 +101,7 @@ def unpacked(counts: str) -> npt.NDArray[np.int64]:
 
 
 def packed(mask: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run-length mask with its counts as text, which libraries want of detections."""
+    """Return a run-length mask with its counts packed as text, the form that libraries expect of detections."""
     if isinstance(mask["counts"], str):
         return dict(mask)
     code = mask_api.frPyObjects(dict(mask), *mask["size"])
@@ -108,15 +109,15 @@ def packed(mask: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def area(mask: Any, size: tuple[int, int]) -> float:
-    """Return the number of pixels of a mask that has been checked."""
+    """Return the number of pixels of a validated mask."""
     if isinstance(mask, Mapping):
         return float(mask_api.area(packed(mask)))
     return float(mask_api.area(mask_api.merge(mask_api.frPyObjects(mask, size[1], size[0]))))
 
 
 def is_blank(value: Sequence[Sequence[float]], size: tuple[int, int]) -> bool:
-    """Return whether polygons that have been checked cover no pixel of a picture of (width, height)."""
-    # Drawing every polygon of a large data set takes minutes: only thin ones, and those that leave the picture, are.
+    """Return whether validated polygons cover no pixel of a picture of (width, height)."""
+    # Drawing all polygons of a large data set takes minutes, so only those that are thin or cross the border are drawn.
     return not any(_is_broad(polygon, size) for polygon in value) and area(value, size) == 0
 
 

@@ -1,12 +1,12 @@
-"""Users' own data sets (``DATASETS.CUSTOM``): the entries, and what checks of VOC and COCO labels have in common.
+"""Entries of ``DATASETS.CUSTOM``, and checks that VOC and COCO labels share.
 
-Labels are read, checked and normalised to what Detectron2's loaders, pycocotools and the evaluators expect.
-What a file leaves out is filled in where its meaning is certain (``iscrowd``, ``area``, ``difficult``, ids that are
-words or start at 0); all else is a problem, named by file, line and record. Problems go to ``report``, which collects
-them or raises: one path serves the run that stops at the first and ``--dry-run``, which tells all.
+Labels are read, validated and normalised to the form that Detectron2's loaders, pycocotools and the evaluators expect.
+A missing or unusual value is filled in or converted if its meaning is certain (``iscrowd``, ``area``, ``difficult``,
+ids that are text or start at 0). Anything else is a problem, reported with file, line and record. ``report`` either
+raises at the first problem (a run) or collects them all (``--dry-run``).
 
-``label_files.py`` opens the files, ``custom_fields.py`` holds the rules of their fields, ``custom_coco.py`` and
-``custom_voc.py`` read the two formats.
+``files.py`` opens label files, ``fields.py`` holds the rules of their fields, ``coco.py`` and ``voc.py`` read the two
+formats.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from moco_d2.messages import did_you_mean
 Report = Callable[[str], None]
 
 _KEYS = ("name", "format", "root", "json", "images", "split", "classes", "leave_out", "mirror")
-# Pixels by which a box may leave its image: tools round, and some write VOC boxes from 0 instead of 1.
+# Pixels by which a box may extend beyond its image: tools round, and some count VOC's coordinates from 0, not from 1.
 _SLACK = 1.0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One item of ``DATASETS.CUSTOM``; see ``moco_d2/config/__init__.py`` for the meaning of its fields."""
+    """One item of ``DATASETS.CUSTOM``; its fields are explained in ``moco_d2/config/keys.py``."""
 
     name: str
     format: str
@@ -47,14 +47,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the config wants of labels.
+    """What a config requires of labels.
 
     Attributes:
-        masks: every object needs one.
+        masks: every object needs a mask.
         polygons: masks must be polygons.
-        keypoints: their number; 0 for none.
-        sizes: compare every picture with the size in its labels, which opens all of them.
-        trains: the set is trained on: it must have objects.
+        keypoints: number of keypoints of an object; 0 if none are needed.
+        sizes: compare each picture's size with its labels; this opens every picture.
+        trains: the data set is trained on, so it must have objects.
         flip: how pictures are mirrored in training (``INPUT.RANDOM_FLIP``).
     """
 
@@ -74,13 +74,13 @@ class Needs:
 
 
 def parse_entries(items: Sequence[Any], report: Report) -> list[Entry]:
-    """Read ``DATASETS.CUSTOM``; items that cannot be understood are reported and left out."""
+    """Read ``DATASETS.CUSTOM``; invalid items are reported and left out."""
     entries: dict[str, Entry] = {}
     for number, item in enumerate(items):
         where = f"DATASETS.CUSTOM[{number}]"
         problems = list(_entry_problems(item))
         if not problems and item["name"] in entries:
-            problems = [f"the name {item['name']!r} is used twice"]
+            problems = [f"another entry has the name {item['name']!r}; choose a new one"]
         for problem in problems:
             report(f"{where}: {problem}")
         if not problems:
@@ -90,30 +90,30 @@ def parse_entries(items: Sequence[Any], report: Report) -> list[Entry]:
 
 def _entry_problems(item: Any) -> Iterator[str]:
     if not isinstance(item, Mapping):
-        yield f"{item!r} is no mapping; write {{name: ..., format: voc or coco, root: ...}}"
+        yield f"{item!r} is not a mapping; write {{name: ..., format: voc or coco, root: ...}}"
         return
     for key in item:
         if key not in _KEYS:
-            yield f"no key {key!r}{did_you_mean(key, _KEYS)}; the keys are {', '.join(_KEYS)}"
+            yield f"unknown key {key!r}{did_you_mean(key, _KEYS)}; the keys are {', '.join(_KEYS)}"
     for key in ("name", "format"):
         if not isinstance(item.get(key), str) or not item[key]:
-            yield f"{key} is missing"
-    # A path is refused, not rewritten: DATASETS.TRAIN and the results name the set, too, and would say something else.
+            yield f"{key} is missing; it must be text"
+    # A path is refused, not shortened, because DATASETS.TRAIN and the results use the same name.
     if isinstance(item.get("name"), str) and item["name"] and (problem := name_problem(item["name"])):
         last = Path(item["name"]).name
         plain = last if name_problem(last) is None else "mine"
-        yield f"name {item['name']!r} {problem}; it becomes a file's name: give a plain one, such as {plain!r}"
+        yield f"name {item['name']!r} {problem}; files are named after it: choose a plain name such as {plain!r}"
     if isinstance(item.get("format"), str) and item["format"] not in ("voc", "coco"):
         yield f"format is {item['format']!r}; it must be voc or coco"
     for key in ("root", "json", "images", "split"):
         if not isinstance(item.get(key, ""), str):
             yield f"{key} is {item[key]!r}; it must be text"
     if item.get("format") == "voc" and not item.get("root"):
-        yield "root is missing: the folder that holds Annotations and JPEGImages"
+        yield "root is missing; it must be the folder that holds Annotations and JPEGImages"
     if item.get("format") == "voc" and item.get("json"):
-        yield "json is for format coco"
+        yield "json is a key of format coco; remove it, or change format"
     if item.get("format") == "coco" and not any(item.get(key) for key in ("json", "split", "images")):
-        yield "json is missing: the file with the labels (or give root and split)"
+        yield "json is missing; it must be the file with the labels (or give root and split)"
     for key in ("classes", "leave_out"):
         names = item.get(key, [])
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
@@ -123,7 +123,7 @@ def _entry_problems(item: Any) -> Iterator[str]:
             yield f"{key} names {next(c for c in names if list(names).count(c) > 1)!r} twice"
     for name in item.get("leave_out", []):
         if name in item.get("classes", []):
-            yield f"leave_out names {name!r}, which is one of classes"
+            yield f"leave_out names {name!r}, and so does classes; remove it from one of them"
     yield from _mirror_problems(item)
 
 
@@ -132,12 +132,12 @@ def _mirror_problems(item: Mapping[str, Any]) -> Iterator[str]:
     if pairs is None:
         return
     if item.get("format") == "voc":
-        yield "mirror is for format coco: the VOC format has no keypoints"
+        yield "mirror is a key of format coco, because VOC labels have no keypoints; remove it"
     if not isinstance(pairs, (list, tuple)) or not all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
         for pair in pairs
     ):
-        yield f"mirror is {pairs!r}; it must be a list of pairs of keypoints' names, [[left, right], ...]"
+        yield f"mirror is {pairs!r}; it must be a list of pairs of keypoint names, [[left, right], ...]"
         return
     names = [name for pair in pairs for name in pair]
     if len({*names}) != len(names):
@@ -162,30 +162,35 @@ def _entry(item: Mapping[str, Any]) -> Entry:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names as a message gives them: not all of COCO's eighty."""
+    """Return names for a message, at most ten of them."""
     return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "") or "none"
 
 
-def size_problem(path: Path, said: tuple[int, int]) -> str | None:
-    """Return how a picture differs from the (width, height) that its labels say, or None."""
+def size_problem(path: Path, labelled: tuple[int, int]) -> str | None:
+    """Return how a picture differs from the (width, height) in its labels, or None."""
     try:
         found = picture_size(path)
     except OSError as error:
         return f"{path} cannot be read as a picture: {describe(error)}"
-    if found != said:
-        return f"says {said[0]} x {said[1]} pixels, but {path} has {found[0]} x {found[1]} (EXIF rotation applied)"
-    return None
+    if found == labelled:
+        return None
+    return (
+        f"gives the size {labelled[0]} x {labelled[1]}, but {path} has {found[0]} x {found[1]} pixels (EXIF rotation "
+        "applied); correct the labels, or save the picture upright"
+    )
 
 
 def box_problem(box: Sequence[float], width: float, height: float) -> str | None:
-    """Return what is wrong with a box (x0, y0, x1, y1) of an image, or None."""
+    """Return what is wrong with a box (x0, y0, x1, y1) of an image, or None; it completes "has a box that ..."."""
     x0, y0, x1, y1 = box
     if x1 <= x0 or y1 <= y0:
-        return "has zero area"
-    return f"lies outside the image of {width:g} x {height:g}" if outside(box, width, height) else None
+        return "has zero area; correct it, or remove the object"
+    if outside(box, width, height):
+        return f"lies outside the image of {width:g} x {height:g}; correct it, or remove the object"
+    return None
 
 
 def outside(box: Sequence[float], width: float, height: float) -> bool:
-    """Return whether a box (x0, y0, x1, y1) leaves its image by more than a pixel."""
+    """Return whether a box (x0, y0, x1, y1) extends beyond its image by more than a pixel."""
     x0, y0, x1, y1 = box
     return min(x0, y0) < -_SLACK or x1 > width + _SLACK or y1 > height + _SLACK

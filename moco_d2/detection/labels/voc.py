@@ -1,4 +1,4 @@
-"""VOC folders as labelling tools write them, read, checked and normalised."""
+"""Reader of VOC folders as labelling tools write them: validates and normalises them."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ class VocLabels:
     """A normalised VOC folder.
 
     Attributes:
-        records: in Detectron2's format; each annotation also says whether it is ``difficult``. Without annotations if
-            the folder has no labels.
-        classes: in the order of the detector's outputs.
-        plain: whether the evaluator, too, can read the folder as it stands.
-        labelled: False if the folder has no labels: there is nothing to evaluate.
-        notes: what was left out on purpose, for the log.
+        records: in Detectron2's format; annotations also have ``difficult``. If the folder has no labels, the records
+            have no annotations.
+        classes: their names, in the order of the detector's outputs.
+        changed: whether the evaluator cannot read the folder as it is.
+        labelled: False if the folder has no labels, so that nothing can be evaluated.
+        notes: what was left out, for the log.
     """
 
     records: list[Record]
     classes: list[str]
-    plain: bool
+    changed: bool
     labelled: bool
     notes: list[str]
 
 
 class VocFolder:
-    """A folder in VOC's layout or near it: where its annotations, pictures and lists are.
+    """A folder in VOC's layout or a similar one: the places of its annotations, pictures and lists.
 
-    Without ``Annotations`` the XML files lie in the root itself; without ``JPEGImages`` the pictures do.
+    If there is no ``Annotations`` the XML files are in the root; if there is no ``JPEGImages`` the pictures are.
     """
 
     def __init__(self, entry: Entry) -> None:
@@ -57,11 +57,11 @@ class VocFolder:
         self.labels = labels if labels.is_dir() else entry.root
         pictures = entry.images or entry.root / "JPEGImages"
         self.pictures = pictures if entry.images or pictures.is_dir() else entry.root
-        self.hidden: set[Path] = set()  # what the folders below hold and is left out
+        self.hidden: set[Path] = set()  # hidden files and folders, which are left out
 
     @property
     def split_file(self) -> Path | None:
-        """The list of the split's images; None when all images are meant."""
+        """The list of the split's images; None if the split is all images."""
         split = self.entry.split
         if not split:
             return None
@@ -72,13 +72,13 @@ class VocFolder:
         """The text of the split's list.
 
         Raises:
-            ValueError: it is no text.
+            ValueError: the file cannot be read as text.
         """
         return read_text(self.split_file) if self.split_file else Text("", True)
 
     @cached_property
     def files(self) -> dict[str, list[Path]]:
-        """The pictures by their path in the folder without extension, which several may share."""
+        """The pictures by their path in the folder without extension; several pictures may share it."""
         found: dict[str, list[Path]] = {}
         for key, path in walk(self.pictures, self.hidden):
             if path.suffix.lower() in EXTENSIONS:
@@ -91,19 +91,20 @@ class VocFolder:
         return {key: path for key, path in walk(self.labels, self.hidden) if path.suffix.lower() == ".xml"}
 
     @cached_property
-    def plain(self) -> bool:
-        """Whether annotations and list are where VOC has them, and a line of the list is a name, no more."""
+    def standard(self) -> bool:
+        """Whether annotations and list are at VOC's places, and each line of the list is a name and nothing else."""
         if self.labels == self.entry.root or self.split_file is None or self.entry.split.endswith(".txt"):
             return False
         lines = filter(None, map(str.strip, self.listing.text.splitlines()))
-        return self.listing.plain and list(lines) == [name for _, name in self.names(self.xml_files)]
+        return self.listing.utf8 and list(lines) == [name for _, name in self.names(self.xml_files)]
 
     def names(self, known: Collection[str]) -> Iterator[tuple[str, str]]:
-        """Yield (where it is named, name) of each image of the split.
+        """Yield (place of the name, name) of each image of the split.
 
         Args:
-            known: names that exist. A line may hold further columns and a name may hold spaces: the longest beginning
-                of the line that is a known name counts, with a picture's extension or without, or else its first word.
+            known: names that exist. Lines may have further columns, and names may contain spaces: the name is the
+                longest beginning of the line that is known, with or without a picture's extension, or else the first
+                word.
         """
         path = self.split_file
         if path is None:
@@ -116,23 +117,23 @@ class VocFolder:
                 options = [o for start in starts for o in (start, _without_extension(start))]
                 yield f"{path}:{row}", next((option for option in options if option in known), options[-1])
 
-    def picture(self, name: str, said: str) -> Path:
+    def picture(self, name: str, filename: str) -> Path:
         """Return the picture of an image.
 
-        It has the name of the annotation; if several pictures have it, ``<filename>`` decides, with its extension.
+        The picture has the annotation's name. If several pictures have it, ``<filename>`` with its extension decides.
         If none has it, ``<filename>`` names the picture.
 
         Args:
             name: the annotation's path in its folder without extension.
-            said: ``<filename>``, which programs write with folders of other machines, or not at all.
+            filename: ``<filename>``; it may have folders of another machine, or be empty.
 
         Raises:
-            ValueError: there is none, or several and no telling which.
+            ValueError: there is no such picture, or there are several and ``filename`` does not decide.
         """
-        said = said.replace("\\", "/")
-        named = PurePosixPath(said).name
+        filename = filename.replace("\\", "/")
+        named = PurePosixPath(filename).name
         stem, own = _without_extension(named), _without_extension(name)
-        for key in (name, own, _without_extension(said), os.path.join(os.path.dirname(name), stem), stem):
+        for key in (name, own, _without_extension(filename), os.path.join(os.path.dirname(name), stem), stem):
             found = self.files.get(key, [])
             if key == own != name:  # a.jpg.xml, or a.jpg in a list
                 found = [path for path in found if path.name == os.path.basename(name)]
@@ -142,30 +143,30 @@ class VocFolder:
                 if len(found) != 1:
                     several = ", ".join(path.name for path in self.files[key])
                     raise ValueError(
-                        f"several pictures are called {key} ({several}), and no <filename> of an annotation says which "
-                        f"is meant{f' (it is {said!r})' if said else ''}: name it there, or move the others elsewhere"
+                        f"several pictures are called {key} ({several}), and <filename> in the annotation is "
+                        f"{filename!r}; set it to one of them, or move the others to another folder"
                     )
             if found:
                 return found[0]
-        raise ValueError(f"missing image {self.pictures / name} with any of {' '.join(EXTENSIONS)}")
+        raise ValueError(f"missing image: {self.pictures / name} exists with none of {' '.join(EXTENSIONS)}")
 
     def unlabelled(self) -> Iterator[tuple[str, str]]:
-        """Yield (where it is named, name) of each image of the split, without need of an annotation.
+        """Yield (place of the name, name) of each image of the split, with or without an annotation.
 
-        Of several pictures of a name those are left out that an annotation's ``<filename>`` does not mean.
+        If several pictures share a name, only the one in ``<filename>`` of the annotation is yielded.
         """
         if self.split_file is not None:
             yield from self.names({*self.files, *(k + p.suffix for k, paths in self.files.items() for p in paths)})
             return
         for key, paths in self.files.items():
             meant = paths
-            if len(paths) > 1 and (said := self.filename(key)):
+            if len(paths) > 1 and (filename := self.filename(key)):
                 with contextlib.suppress(ValueError):  # it names none of them
-                    meant = [self.picture(key, said)]
+                    meant = [self.picture(key, filename)]
             yield from ((str(path), key + path.suffix if len(paths) > 1 else key) for path in meant)
 
     def filename(self, name: str) -> str:
-        """Return the ``<filename>`` of an annotation, or nothing if it cannot be read."""
+        """Return the ``<filename>`` of an annotation; empty if there is none or it cannot be read."""
         try:
             return _text(parse_xml(self.xml_files[name]).root, "filename")
         except (KeyError, ValueError):
@@ -177,7 +178,7 @@ def _without_extension(name: str) -> str:
 
 
 def walk(folder: Path, hidden: set[Path]) -> Iterator[tuple[str, Path]]:
-    """Yield (path in the folder without extension, path) of all files, sorted; ``hidden`` gets what is left out."""
+    """Yield (path in the folder without extension, path) of all files, sorted; hidden ones are added to ``hidden``."""
     for parent, folders, names in os.walk(folder, followlinks=True):
         hidden |= {Path(parent, name) for name in (*folders, *names) if is_hidden(name)}
         folders[:] = sorted(name for name in folders if not is_hidden(name) and not _leads_up(Path(parent, name)))
@@ -187,20 +188,20 @@ def walk(folder: Path, hidden: set[Path]) -> Iterator[tuple[str, Path]]:
 
 
 def _leads_up(folder: Path) -> bool:
-    """Return whether a folder is a link to one above it, which would be walked again and again."""
+    """Return whether a folder is a link to one above it, which would make the walk endless."""
     return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def read_voc(entry: Entry, needs: Needs, report: Report) -> VocLabels | None:
-    """Read and check VOC labels; None when there is nothing to read."""
+    """Read and validate VOC labels; None if the folder cannot be read at all."""
     folder = VocFolder(entry)
     for path, there in ((entry.root, Path.is_dir), (folder.split_file, Path.is_file), (folder.pictures, Path.is_dir)):
         if path is not None and not there(path):
-            what = f"is no {'file' if there is Path.is_file else 'folder'}" if path.exists() else "is not there"
+            what = f"is not a {'file' if there is Path.is_file else 'folder'}" if path.exists() else "does not exist"
             report(f"data set {entry.name!r}: {path} {what}")
             return None
     try:
-        folder.listing  # noqa: B018  read here, so that everything below may rely on it
+        folder.listing  # noqa: B018  read here, so that later uses cannot fail
     except ValueError as error:
         report(str(error))
         return None
@@ -208,7 +209,7 @@ def read_voc(entry: Entry, needs: Needs, report: Report) -> VocLabels | None:
     labels = _read_pictures(folder, report) if without else _read_labels(folder, needs, report)
     if folder.hidden:
         few = ", ".join(sorted(path.name for path in folder.hidden)[:3])
-        labels.notes.append(f"{len(folder.hidden)} hidden files and folders are left out, such as {few}")
+        labels.notes.append(f"{len(folder.hidden)} hidden files and folders are left out, for example {few}")
     return labels
 
 
@@ -217,7 +218,7 @@ def _read_pictures(folder: VocFolder, report: Report) -> VocLabels:
     records: dict[str, Record] = {}
     for where, name in folder.unlabelled():
         if name in records:
-            report(f"{where}: {name!r} is listed twice: duplicate id")
+            report(f"{where}: {name!r} is listed twice; remove one line")
             continue
         try:
             picture = folder.picture(name, folder.filename(name))
@@ -228,50 +229,50 @@ def _read_pictures(folder: VocFolder, report: Report) -> VocLabels:
         records[name] = {"file_name": str(picture), "image_id": name, "height": height, "width": width}
     entry = folder.entry
     if not records:
-        report(f"{folder.split_file or folder.pictures}: empty split: no image of it can be used")
+        report(f"{folder.split_file or folder.pictures}: no usable image")
     if not entry.classes:
-        report(f"data set {entry.name!r} has no labels: write classes, the names of the detector's, into its entry")
-    note = "it has no labels: detections are saved, and there is nothing to evaluate"
-    return VocLabels(list(records.values()), list(entry.classes), True, False, [note])
+        report(f"data set {entry.name!r} has no labels; add classes, the names of the detector's classes, to its entry")
+    note = "no labels: detections are saved, but not evaluated"
+    return VocLabels(list(records.values()), list(entry.classes), False, False, [note])
 
 
 def _read_labels(folder: VocFolder, needs: Needs, report: Report) -> VocLabels:
     entry = folder.entry
     if needs.masks or needs.keypoints:
-        what = "masks: set MODEL.MASK_ON False" if needs.masks else "keypoints: set MODEL.KEYPOINT_ON False"
-        report(f"data set {entry.name!r}: the VOC format has no {what}")
+        what = "masks; pass MODEL.MASK_ON False" if needs.masks else "keypoints; pass MODEL.KEYPOINT_ON False"
+        report(f"data set {entry.name!r}: VOC labels have no {what}")
     classes = list(entry.classes) or voc_classes(folder, report)
     records: dict[str, Record] = {}
     left_out: Counter[str] = Counter()
-    plain, owners = folder.plain, dict[str, Path]()
+    standard, owners = folder.standard, dict[str, Path]()
     for where, name in folder.names(folder.xml_files):
         if name in records:
-            report(f"{where}: {name!r} is listed twice: duplicate id")
+            report(f"{where}: {name!r} is listed twice; remove one line")
         elif name not in folder.xml_files:
-            report(f"{where}: missing annotation {folder.labels / name}.xml")
+            report(f"{where}: missing annotation: {folder.labels / name}.xml does not exist")
         elif name != name.strip() or re.search(r"[\r\n]", name):
             own = str(folder.xml_files[name])
-            report(f"{own!r}: no list can hold a name that begins or ends with a space, or has a line break: rename it")
+            report(f"{own!r}: a name must have no line break, and no space at either end; rename it")
         else:
             record = _voc_record(folder, name, classes, needs, report)
             if record:
-                plain &= record.pop("plain")
+                standard &= record.pop("standard")
                 left_out.update(record.pop("left_out"))
                 records[name] = record
                 path, picture = folder.xml_files[name], record["file_name"]
                 if owners.setdefault(picture, path) != path:
-                    report(f"{path}:1: has the picture of {owners[picture]}, {picture}: move one of the two away")
-    said = folder.split_file or folder.labels
+                    report(f"{path}:1: has the picture of {owners[picture]}, {picture}; remove one annotation")
+    source = folder.split_file or folder.labels
     if not records:
-        report(f"{said}: empty split: no image of it can be used")
+        report(f"{source}: no usable image")
     elif not any(record["annotations"] for record in records.values()):
-        report(f"{said}: empty split: none of its {len(records)} images has a usable object")
+        report(f"{source}: none of the {len(records)} images has a usable object")
     notes = [f"{count} objects of {name} are left out" for name, count in sorted(left_out.items())]
-    return VocLabels(list(records.values()), classes, plain, True, notes)
+    return VocLabels(list(records.values()), classes, not standard, True, notes)
 
 
 def voc_classes(folder: VocFolder, report: Report) -> list[str]:
-    """Return the sorted names of all objects in the folder, whatever the split, so that splits agree."""
+    """Return the sorted class names of all objects in the folder, not just the split's, so that splits agree."""
     names = set()
     for path in folder.xml_files.values():
         try:
@@ -282,20 +283,20 @@ def voc_classes(folder: VocFolder, report: Report) -> list[str]:
     for name in entry.leave_out:
         if name not in names:
             near = did_you_mean(name, names)
-            report(f"data set {entry.name!r}: leave_out names {name!r}, which {folder.labels} does not have{near}")
+            report(f"data set {entry.name!r}: leave_out names {name!r}, but {folder.labels} has no such object{near}")
     return sorted(names - {"", *entry.leave_out})
 
 
 def _voc_record(folder: VocFolder, name: str, classes: Sequence[str], needs: Needs, report: Report) -> Record | None:
     path = folder.xml_files[name]
     try:
-        tree, plain = parse_xml(path)
+        tree, standard = parse_xml(path)
     except ValueError as error:
         report(str(error))
         return None
     items = list(tree.iter("object"))
     if tree.tag != "annotation" and not items:
-        report(f"{path}:1: is no VOC annotation: it holds <{tree.tag}>, not <annotation>")
+        report(f"{path}:1: not a VOC annotation; the root must be <annotation>, not <{tree.tag}>")
         return None
     try:
         picture = folder.picture(name, _text(tree, "filename"))
@@ -305,6 +306,7 @@ def _voc_record(folder: VocFolder, name: str, classes: Sequence[str], needs: Nee
     except ValueError as error:
         report(f"{path}:1: {error}")
         return None
+    direct = items == tree.findall("object")  # The evaluator reads no others.
     left_out = [item for item in items if _text(item, "name") in folder.entry.leave_out]
     annotations = [_voc_object(i, path, (width, height), classes, report) for i in items if i not in left_out]
     return {
@@ -313,33 +315,32 @@ def _voc_record(folder: VocFolder, name: str, classes: Sequence[str], needs: Nee
         "height": height,
         "width": width,
         "annotations": [annotation for annotation in annotations if annotation],
-        # The evaluator looks for NAME.xml, and for objects directly below its root.
-        "plain": plain and path.suffix == ".xml" and items == tree.findall("object") and all(map(_is_plain, items)),
+        "standard": standard and path.suffix == ".xml" and direct and all(map(_is_standard, items)),
         "left_out": Counter(_text(item, "name") for item in left_out),
     }
 
 
 def _size(tree: ElementTree.Element, picture: Path) -> tuple[int, int]:
-    """Return width and height as the annotation says, or where it does not as the picture has them.
+    """Return width and height from the annotation, or from the picture if the annotation does not give them.
 
     Raises:
-        ValueError: the annotation says no size, or the picture cannot be read.
+        ValueError: the annotation's size is not valid, or the picture cannot be read.
     """
     texts = [_text(tree, f"size/{which}") for which in ("width", "height")]
     try:
-        said = [side(text) if text else None for text in texts]
+        sides = [side(text) if text else None for text in texts]
     except ValueError:
         raise ValueError(f"has size {texts}; width and height must be positive whole numbers") from None
-    if said[0] is not None and said[1] is not None:
-        return said[0], said[1]
+    if sides[0] is not None and sides[1] is not None:
+        return sides[0], sides[1]
     try:
         return picture_size(picture)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot tell the size of {picture}: {error}") from None
+        raise ValueError(f"the size of {picture} cannot be read: {error}") from None
 
 
-def _is_plain(item: ElementTree.Element) -> bool:
-    """Return whether the evaluator reads an object as we do."""
+def _is_standard(item: ElementTree.Element) -> bool:
+    """Return whether the evaluator reads an object in the same way."""
     return item.findtext("difficult", "0").strip() in ("0", "1") and item.findtext("name") == _text(item, "name")
 
 
@@ -349,7 +350,7 @@ def _voc_object(
     where = f"{path}:{item.get('line')}"
     name = _text(item, "name")
     if name not in classes:
-        way_out = f"; to leave its objects out, write leave_out: [{name}] into the entry of DATASETS.CUSTOM"
+        way_out = f"; to ignore its objects add leave_out: [{name}] to the entry of DATASETS.CUSTOM"
         hint = did_you_mean(name, classes) or (way_out if name else "")
         report(f"{where}: unknown class {name!r}{hint}; the classes are {listed(classes)}")
         return None
@@ -359,10 +360,10 @@ def _voc_object(
     except ValueError:
         report(f"{where}: object {name!r} has bndbox {texts}; xmin, ymin, xmax and ymax must be numbers")
         return None
-    # Coordinates count from 1 and include the last pixel. A box with xmin = xmax would be one pixel wide, but tools
-    # write it for a click without a drag.
+    # Coordinates start at 1 and include the last pixel, so a box with xmin = xmax would be one pixel wide. But
+    # tools write it for a click without a drag.
     box = [x0 - 1, y0 - 1, x1, y1]
-    problem = "has zero area" if x1 <= x0 or y1 <= y0 else box_problem(box, *size)
+    problem = box_problem(box if x1 > x0 and y1 > y0 else [0.0] * 4, *size)
     if problem:
         report(f"{where}: object {name!r} has a box {[x0, y0, x1, y1]} that {problem}")
         return None

@@ -1,8 +1,8 @@
-"""COCO's metrics by the fastest library at hand whose numbers are those of pycocotools.
+"""COCO's metrics by the fastest installed library whose numbers equal those of pycocotools.
 
-``TEST.COCO_BACKEND`` chooses among :data:`BACKENDS`. Their equality is tested on files that are plain: every id is
-given, and given once, every number is finite. Some libraries read other files in their own way, or mend them; such a
-file is therefore left to pycocotools, and the log says so.
+``TEST.COCO_BACKEND`` chooses among :data:`BACKENDS`. They agree on well-formed files: every id is present and unique,
+every number is finite. Other files are interpreted or repaired by each library in its own way, so pycocotools evaluates
+those, and the log says so.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Backend:
     Attributes:
         name: the value of ``TEST.COCO_BACKEND``.
         package: its name for pip.
-        module: what has to be there.
-        classes: returns its classes COCO and COCOeval, which belong together.
+        module: the module to import.
+        classes: returns its classes COCO and COCOeval, which must be used together.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Backend:
     @property
     def installed(self) -> bool:
         """Whether it can be used here."""
-        if self.name == "detectron2":  # the compiled part may be there and not load
+        if self.name == "detectron2":  # the compiled part may exist and fail to load
             return coco_evaluation.COCOeval_opt is not COCOeval
         return importlib.util.find_spec(self.module) is not None
 
@@ -70,9 +70,9 @@ def _faster() -> tuple[Any, Any]:
     library = import_module("faster_coco_eval")
 
     def evaluation(labels: Any, found: Any, task: str) -> Any:
-        made = library.COCOeval_faster(labels, found, task)
-        made.params.catIds = sorted(labels.getCatIds())  # for keypoints it leaves out categories without objects
-        return made
+        evaluator = library.COCOeval_faster(labels, found, task)
+        evaluator.params.catIds = sorted(labels.getCatIds())  # for keypoints it omits categories without objects
+        return evaluator
 
     return library.COCO, evaluation
 
@@ -86,18 +86,15 @@ BACKENDS = (
 )
 REFERENCE = BACKENDS[-1]
 
-# What each task compares.
+# The field of a record that each task compares.
 _FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
-
-# What evaluated a data set last in this process, by its name: what describe_backend() reports.
-evaluated_with: dict[str, str] = {}
 
 
 def choose_backend(name: str) -> Backend:
-    """Return the backend that ``TEST.COCO_BACKEND`` names; ``auto`` is the fastest that is installed.
+    """Return the backend that ``TEST.COCO_BACKEND`` names; ``auto`` is the fastest installed one.
 
     Raises:
-        ValueError: no such backend, or not installed.
+        ValueError: the backend does not exist or is not installed.
     """
     if name == "auto":
         return next(backend for backend in BACKENDS if backend.installed)
@@ -114,45 +111,48 @@ def choose_backend(name: str) -> Backend:
 
 
 class SavedDetections(DatasetEvaluator):
-    """What the evaluators of COCO and LVIS add to Detectron2's, before which they name this class among their bases.
+    """A mixin for Detectron2's COCO and LVIS evaluators; it must precede them among the bases.
 
-    Detections are saved and can be evaluated again from the file. What libraries might read in different ways is left
-    to the reference.
+    Detections are saved to a file, which can be evaluated again. If labels or detections are not well-formed, the
+    reference library evaluates them.
 
     Attributes:
         results_file: name of the file.
-        first_id: category id of class 0 where the metadata have none.
-        reference: the library whose numbers are right.
+        first_id: category id of class 0 if the metadata do not map classes to ids.
+        reference: the library whose numbers define the metric.
     """
 
     results_file: str
     first_id = 0
     reference: Any
 
-    def _begin(
+    def _set_up(
         self, dataset_name: str, backend: Any, labels: Any, check: Callable[[Mapping[str, Any]], str | None]
     ) -> None:
         self._name, self._backend, self._labels = dataset_name, backend, labels
         self._problem = check(labels.dataset) if self._do_evaluation else None
         if self._problem:
-            self._leave_to_reference(f"{self._metadata.json_file}: {self._problem}")
+            self._use_reference(f"{self._metadata.json_file}: {self._problem}")
+
+    @property
+    def library(self) -> str:
+        """The library and its version: before an evaluation the chosen one, afterwards the one that computed."""
+        return str(self._backend)
 
     def evaluate_file(self, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
-        """Return what ``evaluate`` returns for the detections that it saved to this file, or others in COCO's form.
+        """Return what ``evaluate`` returns for detections that it saved to a file, or for others in COCO's format.
 
         Raises:
-            ValueError: the file does not hold detections of this data set in COCO's form.
+            ValueError: the file does not hold detections of this data set in COCO's format.
         """
         if not self._do_evaluation:
             raise ValueError(f"{self._name!r} has no labels: nothing to evaluate")
-        images, categories = (
-            self._own_ids("image_id", self._labels.imgs),
-            self._own_ids("category_id", self._labels.cats),
-        )
+        images = self._own_ids("image_id", self._labels.imgs)
+        categories = self._own_ids("category_id", self._labels.cats)
         results = read_detections(
             path,
-            {own: self._labels.imgs[plain] for own, plain in images.items()},
-            {own: self._labels.cats[plain]["name"] for own, plain in categories.items()},
+            {own: self._labels.imgs[used] for own, used in images.items()},
+            {own: self._labels.cats[used]["name"] for own, used in categories.items()},
             self._name,
             self._metadata.get("left_out_ids", ()),
         )
@@ -162,19 +162,19 @@ class SavedDetections(DatasetEvaluator):
         return self._score(results, [task for task in tasks if self._can_be_evaluated(task, results)])
 
     def _own_ids(self, key: str, ids: Iterable[int]) -> dict[Any, int]:
-        """Return the ids of the user's file -> the ids of the labels as they are read, which may be numbered anew."""
+        """Map the ids of the user's file to those of the normalised labels, which may be renumbered."""
         own = self._metadata.get("own_ids", {}).get(key, {})
-        return {own.get(plain, plain): plain for plain in sorted(ids)}
+        return {own.get(used, used): used for used in sorted(ids)}
 
     def _can_be_evaluated(self, task: str, results: Sequence[Mapping[str, Any]]) -> bool:
-        """Return whether labels and detections of a file have what a task compares; a warning says if not.
+        """Return whether the labels have the field that a task compares; warn if they do not.
 
         Raises:
-            ValueError: their numbers of keypoints differ.
+            ValueError: labels and detections have different numbers of keypoints.
         """
         field, labels = _FIELDS[task], self._labels.dataset["annotations"]
         if without := sum(not label.get(field) for label in labels):
-            logger.warning("%s: %d objects have no %s: %s is left out", self._name, without, field, task)
+            logger.warning("%s: %d objects have no %s, so %s is not evaluated", self._name, without, field, task)
             return False
         if task == "keypoints" and results and labels:
             counts = [len(self._kpt_oks_sigmas) or 17, len(labels[0][field]) // 3, len(results[0][field]) // 3]
@@ -190,7 +190,7 @@ class SavedDetections(DatasetEvaluator):
         tasks = self._tasks or self._tasks_from_predictions(results)
         to_dataset_ids(results, self._metadata.get("thing_dataset_id_to_contiguous_id"), self.first_id)
         if self._output_dir:
-            own = self._metadata.get("own_ids", {})  # the file is for other programs, too
+            own = self._metadata.get("own_ids", {})  # other programs read the file, too
             saved = [found | {key: ids[found[key]] for key, ids in own.items()} for found in results]
             with atomic_write(os.path.join(self._output_dir, self.results_file)) as file:
                 file.write(json.dumps(saved).encode())
@@ -199,8 +199,8 @@ class SavedDetections(DatasetEvaluator):
             return
         self._results.update(self._score(results, tasks, **options))
 
-    def _nothing(self, task: str) -> list[dict[str, Any]]:
-        """Return a detection that meets no object: libraries do not take none at all, whose AP is 0."""
+    def _false_positive(self, task: str) -> list[dict[str, Any]]:
+        """Return a detection that matches no object. It stands for an empty list, which libraries refuse: AP 0."""
         image, category = next(iter(self._labels.imgs.values())), min(self._labels.cats)
         found = {"image_id": image["id"], "category_id": category, "score": 0.0, "bbox": [0.0, 0.0, 0.0, 0.0]}
         height, width = image.get("height", 1), image.get("width", 1)
@@ -216,7 +216,7 @@ class SavedDetections(DatasetEvaluator):
         if foreign := {found["image_id"] for found in results} - set(self._labels.imgs):
             raise ValueError(f"a detection is of image {min(foreign, key=str)!r}, which is not in {self._name!r}")
         if problem := detections_problem(results):
-            self._leave_to_reference(problem)
+            self._use_reference(problem)
         scores = {}
         for task in sorted(tasks):
             try:
@@ -224,26 +224,25 @@ class SavedDetections(DatasetEvaluator):
             except Exception as error:
                 if self._backend == self.reference and self._problem:
                     raise ValueError(
-                        f"{self._metadata.json_file}: {self._problem}, and {self.reference} cannot evaluate that: "
-                        "correct it, or name the file in DATASETS.CUSTOM, which fills in what is certain"
+                        f"{self._metadata.json_file}: {self._problem}, and {self.reference} cannot evaluate that. "
+                        "Correct the file, or list it in DATASETS.CUSTOM, which fills in values that are certain"
                     ) from error
                 if self._backend == self.reference:
                     raise
-                self._leave_to_reference(f"{self._backend} failed ({type(error).__name__}: {error})")
+                self._use_reference(f"{self._backend} failed ({type(error).__name__}: {error})")
                 scores[task] = self._score_task(results, task, **options)
-            evaluated_with[self._name] = str(self._backend)
             logger.info("%s, %s: evaluated with %s", self._name, task, self._backend)
         return scores
 
-    def _leave_to_reference(self, why: str) -> None:
-        """Take the reference from here on, also where another was asked for: after days of training figures count."""
+    def _use_reference(self, why: str) -> None:
+        """Switch to the reference library, even if the config names another: days of training may depend on it."""
         if self._backend != self.reference:
-            logger.warning("%s: %s evaluates instead of %s, and slowly", why, self.reference, self._backend)
+            logger.warning("%s: %s evaluates instead of %s, and is slower", why, self.reference, self._backend)
             self._backend = self.reference
 
 
 class ExactCOCOEvaluator(SavedDetections, COCOEvaluator):
-    """Detectron2's ``COCOEvaluator`` with a choice of the library that computes, none of which changes the numbers."""
+    """Detectron2's ``COCOEvaluator`` with a choice of libraries, all of which give the same numbers."""
 
     results_file = "coco_instances_results.json"
     reference = REFERENCE
@@ -260,7 +259,7 @@ class ExactCOCOEvaluator(SavedDetections, COCOEvaluator):
             ValueError: see :func:`choose_backend`.
         """
         super().__init__(dataset_name, use_fast_impl=False, **kwargs)
-        self._begin(dataset_name, choose_backend(backend), self._coco_api, labels_problem)
+        self._set_up(dataset_name, choose_backend(backend), self._coco_api, labels_problem)
 
     def _score_task(
         self, results: list[dict[str, Any]], task: str, img_ids: Sequence[int] | None = None
@@ -268,7 +267,7 @@ class ExactCOCOEvaluator(SavedDetections, COCOEvaluator):
         path, evaluated = PathManager.get_local_path(self._metadata.json_file), None
         labels = self._labels.dataset["annotations"]
         if results or (labels and all(_FIELDS[task] in label for label in labels)):
-            results = results or self._nothing(task)
+            results = results or self._false_positive(task)
             options = {"kpt_oks_sigmas": self._kpt_oks_sigmas, "img_ids": img_ids}
             evaluated = evaluate_coco(self._backend, path, results, task, **options)
         classes = self._metadata.get("thing_classes")
@@ -277,33 +276,33 @@ class ExactCOCOEvaluator(SavedDetections, COCOEvaluator):
 
 
 def evaluate_coco(backend: Backend, labels: str, results: list[dict[str, Any]], task: str, **options: Any) -> Any:
-    """Return a backend's COCOeval after evaluation, its table in the log.
+    """Evaluate with a backend, log its table, and return its COCOeval.
 
     Args:
-        backend: what computes.
+        backend: the library.
         labels: path of the COCO file.
-        results: detections in COCO's form, not empty.
+        results: detections in COCO's format, not empty.
         task: ``bbox``, ``segm`` or ``keypoints``.
         **options: those of Detectron2's ``_evaluate_predictions_on_coco``.
     """
     dataset, evaluation = backend.classes()
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         evaluated = coco_evaluation._evaluate_predictions_on_coco(
             dataset(labels), results, task, cocoeval_fn=evaluation, **options
         )
-    table = [line for line in said.getvalue().splitlines() if "@[" in line]
-    if table:  # some libraries print past Python
+    table = [line for line in printed.getvalue().splitlines() if "@[" in line]
+    if table:  # libraries that print from C code cannot be captured
         logger.info("%s by %s:\n%s", task, backend, "\n".join(table))
     return evaluated
 
 
 def to_dataset_ids(results: Iterable[dict[str, Any]], contiguous: Mapping[int, int] | None, first: int = 0) -> None:
-    """Replace, in place, the detector's class indices by the data set's category ids.
+    """Replace the detector's class indices by the data set's category ids, in place.
 
     Args:
-        results: detections in COCO's form.
+        results: detections in COCO's format.
         contiguous: ``thing_dataset_id_to_contiguous_id`` of the metadata.
-        first: the category id of class 0 where the metadata have none; the others follow.
+        first: category id of class 0 if the metadata have no such mapping; the others follow.
     """
     back = {index: category for category, index in contiguous.items()} if contiguous else None
     for found in results:
@@ -314,7 +313,7 @@ def to_dataset_ids(results: Iterable[dict[str, Any]], contiguous: Mapping[int, i
 
 
 def labels_problem(dataset: Mapping[str, Any], crowds: bool = True) -> str | None:
-    """Return what keeps labels in COCO's form from being plain, or None.
+    """Return why labels in COCO's format are not well-formed, or None if they are.
 
     Args:
         dataset: the file's content.
@@ -324,26 +323,26 @@ def labels_problem(dataset: Mapping[str, Any], crowds: bool = True) -> str | Non
     for label in dataset["annotations"]:
         if missing := [key for key in needed if key not in label]:
             return f"annotation {label.get('id')!r} lacks {', '.join(missing)}"
-        # pycocotools takes a detection matched with id 0 for one that is not matched.
+        # pycocotools counts a detection that matches id 0 as unmatched.
         if not isinstance(label["id"], int) or label["id"] < 1:
-            return f"an annotation has the id {label['id']!r}, which is no positive number"
+            return f"an annotation has the id {label['id']!r}, which is not a positive integer"
         if not all(isinstance(value, (int, float)) and np.isfinite(value) for value in (label["area"], *label["bbox"])):
-            return f"annotation {label['id']} has an area or box that is not finite"
+            return f"annotation {label['id']} has a non-finite area or box"
     for key in ("annotations", "categories", "images"):
         ids = [record["id"] for record in dataset[key]]
         if not all(isinstance(number, int) for number in ids):
-            return f"ids of {key} are no whole numbers"
+            return f"ids of {key} are not integers"
         if len(set(ids)) < len(ids):
             return f"ids of {key} are not unique"
     return None
 
 
 def detections_problem(results: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return what keeps detections from being plain, or None."""
+    """Return why detections are not well-formed, or None if they are."""
     for key in ("bbox", "keypoints"):
         numbers = np.fromiter(itertools.chain.from_iterable(found.get(key, ()) for found in results), float)
         if not np.isfinite(numbers).all():
-            return f"detections with a {key} that is not finite"
+            return f"detections with a non-finite {key}"
     if not np.isfinite(np.array([found["score"] for found in results], float)).all():
-        return "detections with a score that is not finite"
+        return "detections with a non-finite score"
     return None

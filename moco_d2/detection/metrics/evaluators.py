@@ -1,4 +1,4 @@
-"""The evaluator of a test set, chosen by what the data set says about itself (``evaluator_type`` in its metadata)."""
+"""The evaluator of a test set, chosen by ``evaluator_type`` in the data set's metadata."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 import moco_d2
-from moco_d2.detection.metrics.coco import ExactCOCOEvaluator, SavedDetections, choose_backend, evaluated_with
+from moco_d2.detection.metrics.coco import ExactCOCOEvaluator, SavedDetections, choose_backend
 from moco_d2.detection.metrics.lvis import ExactLVISEvaluator, choose_lvis_library
 from moco_d2.detection.metrics.old_numpy import old_numpy_names
 from moco_d2.detection.metrics.voc import VOCEvaluator
@@ -32,10 +32,10 @@ from moco_d2.io.pictures import naming
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    """Build the evaluator that a test set asks for.
+    """Build the evaluator of a test set.
 
     Args:
-        cfg: config of the detector; its tasks, ``TEST`` and ``OUTPUT_DIR`` are used.
+        cfg: config of the detector; its tasks, ``TEST`` and ``OUTPUT_DIR`` are read.
         dataset_name: a registered data set.
 
     Raises:
@@ -45,25 +45,28 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
 
 
 def evaluator_type(dataset_name: str, cfg: CfgNode | None = None) -> str:
-    """Return the ``evaluator_type`` of a data set, having checked that its evaluator exists and can run here.
+    """Return the ``evaluator_type`` of a data set after checking that its evaluator exists and can run.
 
     Args:
         dataset_name: a registered data set.
-        cfg: config of the detector; given, what it asks of the evaluator is checked, too.
+        cfg: config of the detector; if given, it is checked against the evaluator, too.
 
     Raises:
         ValueError: there is no such evaluator, a package that it needs is not installed, or the config does not fit it.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in EVALUATORS:
-        said = f"evaluator_type {kind!r}" if kind else "no evaluator_type"
+        found = f"evaluator_type {kind!r}" if kind else "no evaluator_type"
         raise ValueError(
-            f"test set {dataset_name!r} has {said} in its metadata; it must be one of {', '.join(sorted(EVALUATORS))}. "
-            f"Set it where the data set is registered: MetadataCatalog.get({dataset_name!r}).evaluator_type = ..."
+            f"test set {dataset_name!r} has {found} in its metadata; it must be one of "
+            f"{', '.join(sorted(EVALUATORS))}. Set it where the data set is registered: "
+            f"MetadataCatalog.get({dataset_name!r}).evaluator_type = ..."
         )
     missing = " ".join(package for package in EVALUATORS[kind].needs if importlib.util.find_spec(package) is None)
     if missing:
-        raise ValueError(f"test set {dataset_name!r} needs {missing} to be read and evaluated: pip install {missing}")
+        raise ValueError(
+            f"test set {dataset_name!r} cannot be read and evaluated without {missing}: pip install {missing}"
+        )
     if cfg is not None and kind in ("coco", "lvis"):
         choose_backend(cfg.TEST.COCO_BACKEND)
     if cfg is not None and kind == "cityscapes_instance" and not cfg.MODEL.MASK_ON:
@@ -71,34 +74,42 @@ def evaluator_type(dataset_name: str, cfg: CfgNode | None = None) -> str:
     return kind
 
 
-def evaluate_file(cfg: CfgNode, dataset_name: str, path: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
-    """Return the metrics of detections in a file, which are those of the evaluation that saved it.
+def evaluate_file(
+    cfg: CfgNode, dataset_name: str, path: str | os.PathLike[str]
+) -> tuple[dict[str, dict[str, float]], str]:
+    """Evaluate the detections in a file; the metrics equal those of the evaluation that saved it.
 
     Args:
-        cfg: config; its ``TEST`` and ``OUTPUT_DIR`` are used.
+        cfg: config; its ``TEST`` and ``OUTPUT_DIR`` are read.
         dataset_name: a registered data set.
-        path: the file, as the data set's evaluator saves it.
+        path: the file, in the format in which the data set's evaluator saves detections.
+
+    Returns:
+        The metrics by task, and the library that computed them.
 
     Raises:
-        ValueError: the file is of another form or another data set, or no file can be evaluated on this one.
+        ValueError: the file has another format or belongs to another data set, or this data set's evaluator does not
+            save detections.
     """
     evaluator = build_evaluator(cfg, dataset_name)
     if not isinstance(evaluator, (SavedDetections, VOCEvaluator)):
         raise ValueError(
             f"{dataset_name!r} (evaluator_type {evaluator_type(dataset_name)}) cannot be evaluated from a file"
         )
-    return evaluator.evaluate_file(path)
+    metrics = evaluator.evaluate_file(path)
+    return metrics, library(cfg, dataset_name, evaluator)
 
 
-def describe_backend(cfg: CfgNode) -> dict[str, str]:
-    """Return, for each test set, the library that computes its metrics and the library's version.
+def library(cfg: CfgNode, dataset_name: str, evaluator: DatasetEvaluator | None = None) -> str:
+    """Return the library that computes a test set's metrics, with its version.
 
-    After an evaluation it is what was used, which for a COCO file that is not plain differs from what the config says.
+    Args:
+        cfg: config; ``TEST.COCO_BACKEND`` is read.
+        dataset_name: a registered data set.
+        evaluator: if given, it has evaluated: it knows whether the reference library took over.
     """
-    return {
-        name: evaluated_with.get(name) or EVALUATORS[evaluator_type(name)].library(cfg.TEST.COCO_BACKEND)
-        for name in cfg.DATASETS.TEST
-    }
+    used = getattr(evaluator, "library", "")
+    return used or EVALUATORS[evaluator_type(dataset_name)].library(cfg.TEST.COCO_BACKEND)
 
 
 def _folder(cfg: CfgNode, dataset_name: str) -> str:
@@ -106,8 +117,7 @@ def _folder(cfg: CfgNode, dataset_name: str) -> str:
 
 
 def _tasks(cfg: CfgNode) -> tuple[str, ...]:
-    # The tasks are named, because Detectron2 would infer them from the predictions: a detector that finds nothing would
-    # then lose its mask columns.
+    # Detectron2 would infer the tasks from the predictions: a detector that finds nothing would lose its mask columns.
     return ("bbox", *["segm"] * cfg.MODEL.MASK_ON, *["keypoints"] * cfg.MODEL.KEYPOINT_ON)
 
 
@@ -133,7 +143,7 @@ def _pascal_voc(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
 class _CityscapesInstanceEvaluator(CityscapesInstanceEvaluator):
     def evaluate(self) -> Any:
         scripts = import_module("cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling")
-        # They would write matches.json to the working directory, and fail at it with NumPy's whole numbers.
+        # Without the patch the scripts write matches.json to the working directory, and fail on NumPy's integers.
         with old_numpy_names(), mock.patch.object(scripts, "writeDict2JSON"):
             return super().evaluate()
 
@@ -144,36 +154,32 @@ class _CityscapesSemSegEvaluator(CityscapesSemSegEvaluator):
             return super().evaluate()
 
 
-def _cityscapes_instance(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    return _CityscapesInstanceEvaluator(dataset_name)
-
-
-def _cityscapes_sem_seg(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    return _CityscapesSemSegEvaluator(dataset_name)
-
-
 def _sem_seg(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     return SemSegEvaluator(dataset_name, output_dir=_folder(cfg, dataset_name), sem_seg_loading_fn=_read_labels)
 
 
 def _read_labels(path: str, dtype: Any = int) -> Any:
-    """Read a picture of class indices; Detectron2's own function asks NumPy 2 for what it refuses (``copy=False``)."""
+    """Read a picture of class indices. Detectron2's own function fails with NumPy 2 (``copy=False``)."""
     with naming(path), PathManager.open(path, "rb") as file:
         return np.array(Image.open(file), dtype=dtype)
 
 
 class Evaluator(NamedTuple):
-    """What belongs to an ``evaluator_type``."""
+    """An ``evaluator_type``.
+
+    Attributes:
+        build: maps (config, data set's name) to the evaluator.
+        library: maps ``TEST.COCO_BACKEND`` to the library that computes, with its version.
+        needs: packages without which the data cannot be read or evaluated.
+    """
 
     build: Callable[[CfgNode, str], DatasetEvaluator]
-    # Names the library that computes, given TEST.COCO_BACKEND.
     library: Callable[[str], str]
-    # Packages without which the data cannot be read or evaluated.
     needs: tuple[str, ...] = ()
 
 
-def _version(package: str) -> str:
-    return f"{package} {metadata.version(package)}"
+def _cityscapes_version(_: str) -> str:
+    return f"cityscapesscripts {metadata.version('cityscapesscripts')}"
 
 
 EVALUATORS: dict[str, Evaluator] = {
@@ -181,10 +187,10 @@ EVALUATORS: dict[str, Evaluator] = {
     "lvis": Evaluator(_lvis, lambda backend: str(choose_lvis_library(backend)), ("lvis",)),
     "pascal_voc": Evaluator(_pascal_voc, lambda _: f"moco_d2 {moco_d2.__version__}"),
     "cityscapes_instance": Evaluator(
-        _cityscapes_instance, lambda _: _version("cityscapesscripts"), ("cityscapesscripts", "shapely")
+        lambda _, name: _CityscapesInstanceEvaluator(name), _cityscapes_version, ("cityscapesscripts", "shapely")
     ),
     "cityscapes_sem_seg": Evaluator(
-        _cityscapes_sem_seg, lambda _: _version("cityscapesscripts"), ("cityscapesscripts",)
+        lambda _, name: _CityscapesSemSegEvaluator(name), _cityscapes_version, ("cityscapesscripts",)
     ),
     "sem_seg": Evaluator(_sem_seg, lambda _: f"detectron2 {detectron2.__version__}"),
 }

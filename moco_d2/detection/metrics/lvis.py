@@ -1,9 +1,9 @@
-"""LVIS's metrics: the numbers of the ``lvis`` package, by hotcoco where it is installed.
+"""LVIS's metrics with the numbers of the ``lvis`` package, computed by hotcoco if it is installed.
 
-The labels are federated. In an image only some categories were looked for: those with objects there, and a negative
-set; detections of others do not count. Some were not labelled exhaustively: unmatched detections of those do not
-count either. Detectron2 reads the data sets, v0.5 and v1, through ``lvis``, so that it is needed in any case. Its own
-evaluation is written in Python loops, for NumPy 1.
+The labels are federated. Each image was searched for some categories only: those with objects in it, and a negative
+set; detections of other categories do not count. Some categories were not labelled exhaustively; their unmatched
+detections do not count either. The ``lvis`` package is always needed, because Detectron2 reads the data sets (v0.5
+and v1) with it. Its own evaluation consists of Python loops and needs names of NumPy 1.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def _labels_problem(dataset: Mapping[str, Any]) -> str | None:
         if not {"neg_category_ids", "not_exhaustive_category_ids"} <= image.keys():
             return f"image {image['id']} lacks neg_category_ids or not_exhaustive_category_ids"
     if any(label.get("ignore") or label.get("iscrowd") for label in dataset["annotations"]):
-        return "annotations to be ignored, which LVIS does not know"
+        return "annotations are marked ignore or iscrowd, which LVIS does not have"
     return labels_problem(dataset, crowds=False)
 
 
 def _without_boxes(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return detections whose area is that of the mask, not of the box."""
+    """Drop the boxes, so that a detection's area is its mask's."""
     return [{key: value for key, value in found.items() if key != "bbox"} for found in results]
 
 
@@ -57,13 +57,13 @@ def _by_lvis(labels: Any, results: Sequence[Mapping[str, Any]], task: str, limit
 
 
 def _by_hotcoco(labels: Any, results: Sequence[Mapping[str, Any]], task: str, limit: int) -> Mapping[str, float]:
-    """Evaluate with hotcoco, which has LVIS's rules but for one: ``lvis`` overlooks what has no area."""
+    """Evaluate with hotcoco. It has all rules of ``lvis`` but one: ``lvis`` ignores objects without area."""
     hotcoco = import_module("hotcoco")
 
-    plain = dict(labels.dataset)
-    plain["annotations"] = [label for label in plain["annotations"] if label["area"] > 0]
+    content = dict(labels.dataset)
+    content["annotations"] = [label for label in content["annotations"] if label["area"] > 0]
     capped = [found for found in _capped(results, limit) if _area(found, task) > 0]
-    dataset = hotcoco.COCO(plain)
+    dataset = hotcoco.COCO(content)
     evaluation = hotcoco.LVISEval(dataset, hotcoco.LVISResults(dataset, capped, max_dets=-1), task)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.run()
@@ -72,7 +72,7 @@ def _by_hotcoco(labels: Any, results: Sequence[Mapping[str, Any]], task: str, li
 
 
 def _capped(results: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
-    """Keep the best detections of each image over all categories; the order decides between equal scores."""
+    """Keep the ``limit`` best detections of each image, over all categories; of equal scores, the first ones."""
     if limit < 0:
         return list(results)
     images: dict[int, list[Mapping[str, Any]]] = {}
@@ -92,7 +92,7 @@ def _area(found: Mapping[str, Any], task: str) -> float:
 
 @dataclass(frozen=True)
 class Library:
-    """A package that computes LVIS's metrics, and how."""
+    """A package that computes LVIS's metrics, and the function that calls it."""
 
     package: str
     evaluate: Callable[[Any, Sequence[Mapping[str, Any]], str, int], Mapping[str, float]]
@@ -105,12 +105,12 @@ HOTCOCO, REFERENCE = Library("hotcoco", _by_hotcoco), Library("lvis", _by_lvis)
 
 
 def choose_lvis_library(backend: str) -> Library:
-    """Return what evaluates LVIS under a ``TEST.COCO_BACKEND``: hotcoco for it and ``auto``, else lvis."""
+    """Return LVIS's library for a ``TEST.COCO_BACKEND``: hotcoco for ``hotcoco`` and ``auto``, otherwise lvis."""
     return HOTCOCO if backend in ("auto", "hotcoco") and BACKENDS[0].installed else REFERENCE
 
 
 class ExactLVISEvaluator(SavedDetections, LVISEvaluator):
-    """Detectron2's ``LVISEvaluator`` on today's NumPy, and fast."""
+    """Detectron2's ``LVISEvaluator``, made fast and compatible with NumPy 2."""
 
     results_file = "lvis_instances_results.json"
     first_id = 1
@@ -125,12 +125,12 @@ class ExactLVISEvaluator(SavedDetections, LVISEvaluator):
             **kwargs: see :class:`detectron2.evaluation.LVISEvaluator`.
         """
         super().__init__(dataset_name, **kwargs)
-        self._begin(dataset_name, choose_lvis_library(backend), self._lvis_api, _labels_problem)
+        self._set_up(dataset_name, choose_lvis_library(backend), self._lvis_api, _labels_problem)
 
     def _score_task(self, results: list[dict[str, Any]], task: str) -> dict[str, float]:
         if not self._lvis_api.dataset["annotations"]:
             return dict.fromkeys(METRICS, float("nan"))
-        results = results or self._nothing(task)
+        results = results or self._false_positive(task)
         limit = MAX_DETECTIONS if self._max_dets_per_image is None else self._max_dets_per_image
         found = self._backend.evaluate(
             self._lvis_api, _without_boxes(results) if task == "segm" else results, task, limit

@@ -1,4 +1,4 @@
-"""NumPy's former names, for packages that still use them: lvis (0.5.3) and cityscapesscripts (2.3.0)."""
+"""Names that NumPy 2 removed, for packages that still use them: lvis (0.5.3) and cityscapesscripts (2.3.0)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 @contextmanager
 def old_numpy_names() -> Iterator[None]:
-    """Give NumPy the names back, where it lacks them, until the block ends."""
+    """Restore the removed names until the block ends."""
     with ExitStack() as stack:
         for name, value in (("float", float), ("in1d", _in1d)):
             if name not in vars(np):

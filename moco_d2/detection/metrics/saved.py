@@ -1,6 +1,6 @@
-"""Detections in files, ours or anyone's, read and checked before they are evaluated.
+"""Detections in files, from this project or others, read and checked before they are evaluated.
 
-A detection of no category, or with a box that is none, would otherwise count as a miss, or end in a library.
+Without the check, a detection with an unknown category or an invalid box would count as a miss or crash a library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moco_d2.detection.labels.sets import listed
 
 Detection = dict[str, Any]
 _NEEDED = ("image_id", "category_id", "score")
-# What a detection is, at least one of them.
+# A detection has at least one of these.
 _SHAPES = ("bbox", "segmentation", "keypoints")
 
 
@@ -28,23 +28,23 @@ def read_detections(
     name: str,
     left_out: Collection[Any] = (),
 ) -> list[Detection]:
-    """Return the detections of a file in COCO's form; those of categories that are left out are left out.
+    """Return the detections of a file in COCO's format.
 
     Args:
         path: the file.
         images: the data set's images by id.
         categories: the names of its categories by id.
-        name: the data set's.
-        left_out: ids of categories whose objects are left out.
+        name: the data set's name.
+        left_out: ids of categories whose objects, and detections, are left out.
 
     Raises:
-        ValueError: it holds something else; names the first record that is wrong, and how many are.
+        ValueError: the file has another format, or records are wrong: names the first and tells their number.
     """
     content, _ = read_json(Path(path))
     if not isinstance(content, list) or not all(isinstance(found, dict) for found in content):
         raise ValueError(
-            f"{path} does not hold detections in COCO's form: a list of objects with {', '.join(sorted(_NEEDED))} and "
-            "bbox, segmentation or keypoints"
+            f"{path} does not hold detections in COCO's format: a list of objects with {', '.join(sorted(_NEEDED))} "
+            "and bbox, segmentation or keypoints"
         )
     reader = _Reader(name, images, categories, left_out, content)
     detections, wrong = [], []
@@ -63,7 +63,7 @@ def read_detections(
 
 
 class _Reader:
-    """The rules of a detection in COCO's form."""
+    """The rules for a detection in COCO's format."""
 
     def __init__(
         self,
@@ -75,52 +75,52 @@ class _Reader:
     ) -> None:
         self.name, self.images, self.categories = name, images, categories
         self.image_ids, self.category_ids = Ids(images), Ids({**categories, **dict.fromkeys(left_out)})
-        # Libraries look at the first detection to see what all are.
+        # Libraries infer from the first detection what all of them have, so all must have the same.
         self.shapes = [key for key in _SHAPES if any(found.get(key) is not None for found in content)]
         self.points = next((len(f["keypoints"]) for f in content if isinstance(f.get("keypoints"), list)), 3)
         self.as_indices = _as_indices(content, categories)
 
     def detection(self, found: Detection) -> Detection:
-        """Return a plain detection.
+        """Return a normalised detection.
 
         Raises:
-            ValueError: what is wrong, as the end of a sentence that begins with the record.
+            ValueError: what is wrong; the message continues a sentence that begins with the record.
         """
         missing = [key for key in (*_NEEDED, *(self.shapes or ("bbox",))) if found.get(key) is None]
         if missing:
-            others = ", which others have" if missing[0] in _SHAPES and self.shapes else ""
+            others = ", but other records have" if missing[0] in _SHAPES and self.shapes else ""
             raise ValueError(f"has no {missing[0]}{others}")
         image = self.image_ids.find(_id(found, "image_id"))
         if image is None:
-            said = shown(found["image_id"])
-            raise ValueError(f"is of image {said}, which is not in {self.name!r}; its ids are {self.image_ids}")
+            given = shown(found["image_id"])
+            raise ValueError(f"has image_id {given}, which is not in {self.name!r}; its ids are {self.image_ids}")
         category = self.category_ids.find(_id(found, "category_id"))
         if category is None:
-            held = listed([f"{own!r} ({name})" for own, name in self.categories.items()])
+            known = listed([f"{own!r} ({name})" for own, name in self.categories.items()])
             raise ValueError(
-                f"has category_id {shown(found['category_id'])}, which is no category of {self.name!r}; they are {held}"
+                f"has category_id {shown(found['category_id'])}, which is not in {self.name!r}; its ids are {known}"
                 f"{self.as_indices}"
             )
         _numbers(found, "score", [found["score"]], 1)
-        plain = {**found, "image_id": image, "category_id": category}
+        detection = {**found, "image_id": image, "category_id": category}
         if "bbox" in self.shapes:
             box = _numbers(found, "bbox", found["bbox"], 4)
             if min(box[2:]) < 0:
-                raise ValueError(f"has bbox {box}; width and height must not be negative: it is [x, y, width, height]")
+                raise ValueError(f"has bbox {box}; it must be [x, y, width, height] with width and height of 0 or more")
         if "keypoints" in self.shapes:
             points = _numbers(found, "keypoints", found["keypoints"], self.points)
             if not points or len(points) % 3:
-                raise ValueError(f"has {len(points)} numbers in keypoints; it must be three a point (x, y, score)")
+                raise ValueError(f"has {len(points)} numbers in keypoints; it must have x, y, score of each keypoint")
         if "segmentation" in self.shapes:
-            plain["segmentation"] = self._mask(found["segmentation"], image)
-        return plain
+            detection["segmentation"] = self._mask(found["segmentation"], image)
+        return detection
 
     def _mask(self, mask: Any, image: Any) -> dict[str, Any]:
         if not isinstance(mask, dict):
             raise ValueError(f"has segmentation {shown(mask)}; it must be a run-length mask with size and counts")
         size = self.images[image].get("width"), self.images[image].get("height")
         if None in size and isinstance(mask.get("size"), list) and len(mask["size"]) == 2:
-            size = mask["size"][1], mask["size"][0]  # some files do not tell the sizes of their images
+            size = mask["size"][1], mask["size"][0]  # label files may lack the sizes of their images
         try:
             return packed(run_lengths(mask, size, empty=True))  # type: ignore[arg-type]
         except ValueError as error:
@@ -135,7 +135,7 @@ def _id(found: Detection, key: str) -> int | str:
 
 
 def _numbers(found: Detection, key: str, values: Any, count: int) -> list[float]:
-    """Return values that are so many finite numbers; text is none, because a program writes what others read."""
+    """Return the values, which must be ``count`` finite numbers. Numbers as text are refused: a program wrote them."""
     if isinstance(values, list) and len(values) == count and all(map(_is_finite, values)):
         return values
     what = "a finite number" if key == "score" else f"a list of {count} finite numbers"
@@ -143,17 +143,17 @@ def _numbers(found: Detection, key: str, values: Any, count: int) -> list[float]
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # false for nan, and no int is too long for it
+    return type(value) in (int, float) and abs(value) < 1e300  # false for nan; works for an int of any length
 
 
 def _as_indices(content: Iterable[Detection], categories: Mapping[Any, str]) -> str:
-    """Return the remedy for detections that have the class's number, from 0, in place of the category's id."""
+    """Return the remedy for detections that have class numbers (from 0) in place of category ids."""
     given = {found.get("category_id") for found in content if type(found.get("category_id")) is int}
     if 0 in categories or not given or not given <= set(range(len(categories))):
         return ""
     first, last = (list(categories.items())[at] for at in (0, -1))
     return (
-        f". All category ids of the file lie between 0 and {len(categories) - 1}, as the numbers of classes do: write "
+        f". All category ids of the file are between 0 and {len(categories) - 1}, so they may be class numbers: write "
         f"the data set's ids instead, {first[0]} ({first[1]}) for 0 to {last[0]} ({last[1]}) for {len(categories) - 1}"
     )
 
@@ -165,17 +165,17 @@ def read_voc_detections(
 
     Args:
         path: the file.
-        classes: of the data set.
+        classes: names of the data set's classes.
         images: names of its images.
 
     Raises:
-        ValueError: it holds something else; names the first row that is wrong.
+        ValueError: the file has another format; names the first wrong row.
     """
     content, _ = read_json(Path(path))
     if not isinstance(content, dict) or {*content} != {*classes}:
         raise ValueError(
-            f"{path} holds no detections of a VOC set: its keys must be the classes {listed(classes)}, each with a "
-            "list of [image, score, x0, y0, x1, y1]"
+            f"{path} does not hold detections of this VOC set: its keys must be the classes {listed(classes)}, each "
+            "with a list of [image, score, x0, y0, x1, y1]"
         )
     for name, rows in content.items():
         for index, row in enumerate(rows if isinstance(rows, list) else [rows]):

@@ -1,10 +1,9 @@
 """PASCAL VOC's AP with the numbers of Detectron2's ``PascalVOCDetectionEvaluator``, in a fiftieth of its time.
 
-Detectron2 walks through a class's detections once for each of ten IoU thresholds. That is not needed: which object a
-detection overlaps most depends neither on the threshold nor on earlier detections, so it is looked up once; at a
-threshold the true positives are the first detection of each object that is not difficult. Whatever decides the last
-bit is kept: how written detections are rounded, the order that ``np.argsort`` gives to equal scores, the order of
-operations.
+Detectron2 loops over a class's detections once for each of ten IoU thresholds. Here the object that each detection
+overlaps most is found once, because it depends neither on the threshold nor on earlier detections. At a threshold, the
+true positives are the first detection of each object that is not difficult. Everything that affects the last bit is as
+in Detectron2: the rounding of written detections, ``np.argsort``'s order of equal scores, the order of operations.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ THRESHOLDS = tuple(percent / 100.0 for percent in range(50, 100, 5))
 _AT_50, _AT_75 = THRESHOLDS.index(0.5), THRESHOLDS.index(0.75)
 
 Array = npt.NDArray[Any]
-# Detections of one class in the order in which they were found: name of the image, and (N, 5) score, x0, y0, x1, y1.
+# Detections of one class in the order in which they were made: names of the images, and (N, 5) score, x0, y0, x1, y1.
 Detections = tuple[list[str], Array]
 
 
 class VOCEvaluator(DatasetEvaluator):
     """AP of VOC-format data sets: the mean over IoU .50:.05:.95, at .50 and at .75.
 
-    Images and labels are those of the metadata: ``dirname``, ``split`` (a list in ``ImageSets/Main``) and
-    ``thing_classes``; ``year`` 2007 takes the 11-point AP, 2012 the area below the curve. Call it in every process.
+    The metadata tell the images and labels: ``dirname``, ``split`` (a list in ``ImageSets/Main``) and
+    ``thing_classes``. ``year`` 2007 means the 11-point AP, 2012 the area below the curve. Call it in every process.
 
     Attributes:
         aps: (10, classes) AP in percent by IoU threshold and class, in the main process after :meth:`evaluate`.
@@ -54,7 +53,7 @@ class VOCEvaluator(DatasetEvaluator):
 
         Args:
             dataset_name: a registered data set.
-            output_dir: where the detections are saved, as ``voc_instances_results.json``; ``None`` saves none.
+            output_dir: folder for ``voc_instances_results.json``, the detections; ``None`` does not save them.
 
         Raises:
             ValueError: the metadata are incomplete.
@@ -66,7 +65,8 @@ class VOCEvaluator(DatasetEvaluator):
             raise ValueError(f"the metadata of VOC data set {dataset_name!r} lack {', '.join(missing)}")
         if self._meta.year not in (2007, 2012):
             raise ValueError(
-                f"the metadata of {dataset_name!r} say year {self._meta.year!r}; it must be 2007 (11-point AP) or 2012"
+                f"the metadata of {dataset_name!r} have year {self._meta.year!r}; it must be 2007 (11-point AP) or "
+                "2012 (area)"
             )
         self._labelled = self._meta.get("labelled", True)
         self.aps: Array | None = None
@@ -77,11 +77,11 @@ class VOCEvaluator(DatasetEvaluator):
         self._found: list[tuple[str, Array, Array]] = []  # image, classes (N,), rows (N, 5)
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
-        """Take the detections of a batch, rounded as they would be written: score to .001, box to .1 from 1."""
+        """Take the detections of a batch, rounded as in a file: score to .001, box to .1, with pixels from 1."""
         for image, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to("cpu")
             boxes = instances.pred_boxes.tensor.numpy().copy()
-            boxes[:, :2] += 1  # VOC counts pixels from 1; in the tensor's precision, as Detectron2 does
+            boxes[:, :2] += 1  # VOC counts pixels from 1; added in the tensor's precision, as in Detectron2
             rows = np.column_stack([_rounded(instances.scores.numpy(), 3), _rounded(boxes, 1)])
             self._found.append((str(image["image_id"]), instances.pred_classes.numpy(), rows))
 
@@ -107,7 +107,7 @@ class VOCEvaluator(DatasetEvaluator):
         """Return what :meth:`evaluate` returned when it saved this file.
 
         Raises:
-            ValueError: the file does not hold what :meth:`evaluate` saves, or is of another data set.
+            ValueError: the file does not have the format that :meth:`evaluate` saves, or belongs to another data set.
         """
         if not self._labelled:
             raise ValueError(f"{self._name!r} has no labels: nothing to evaluate")
@@ -131,7 +131,7 @@ class VOCEvaluator(DatasetEvaluator):
 
     def _score(self, detections: Mapping[str, Detections]) -> dict[str, dict[str, float]]:
         eleven_points = self._meta.year == 2007
-        logger.info("evaluating %s with the AP of VOC %s (not the Matlab code's)", self._name, self._meta.year)
+        logger.info("evaluating %s with the AP of VOC %s (not the official Matlab code's)", self._name, self._meta.year)
         objects = _read_objects(self._meta.dirname, self._meta.split, self._meta.thing_classes)
         columns = [_class_aps(detections[name], objects[name], eleven_points) for name in self._meta.thing_classes]
         self.aps = np.ascontiguousarray(100 * np.array(columns).T)
@@ -151,10 +151,10 @@ class VOCEvaluator(DatasetEvaluator):
         headers = ("class", "objects", "AP", "AP50", "AP75")
         logger.info("AP by class:\n%s", tabulate(rows, headers, tablefmt="pipe", floatfmt=".3f"))
         if without := [name for name, count in zip(classes, positives, strict=True) if not count]:
-            # As in Detectron2. To leave the class out would give another mean than other people's.
+            # As in Detectron2. Without these classes the mean could not be compared with other people's.
             logger.warning(
-                "%s has no objects (other than difficult ones) of %s: such a class counts 0, and nan if it has "
-                "detections and the AP is that of 2012", self._name, ", ".join(without),
+                "%s has no objects (other than difficult ones) of %s: the AP of such a class is 0, or nan if it has "
+                "detections and the year is 2012", self._name, ", ".join(without),
             )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ class _Objects:
 
     Attributes:
         place: an image's index, by name.
-        starts: (images + 1,) where the objects of each image begin in the arrays below.
+        starts: (images + 1,) index in the arrays below at which each image's objects begin.
         boxes: (N, 4) x0, y0, x1, y1.
         difficult: (N,)
         positives: the number of objects to be found.
@@ -178,7 +178,7 @@ class _Objects:
 
 
 def _read_objects(dirname: str, split: str, classes: Sequence[str]) -> dict[str, _Objects]:
-    """Read the labels of a split. They are read at each evaluation, so that an edited file counts."""
+    """Read the labels of a split. Every evaluation reads them anew, so edited files take effect."""
     lines = _image_names(dirname, split)
     folder = PathManager.get_local_path(os.path.join(dirname, "Annotations/"))
     place = {name: index for index, name in enumerate(dict.fromkeys(lines))}
@@ -195,7 +195,7 @@ def _read_objects(dirname: str, split: str, classes: Sequence[str]) -> dict[str,
         table = np.array(found, float).reshape(-1, 6)
         images, difficult = table[:, 0].astype(int), table[:, 1] != 0
         starts = np.concatenate([[0], np.cumsum(np.bincount(images, minlength=len(place)))])
-        # An image listed twice counts twice among the objects to be found, though its objects are found once.
+        # The objects of an image that is listed twice count twice here, although they can be found only once.
         positives = int(repeats[images[~difficult]].sum())
         objects[kind] = _Objects(place, starts, table[:, 2:], difficult, positives)
     return objects
@@ -213,7 +213,7 @@ def _class_aps(detections: Detections, objects: _Objects, eleven_points: bool) -
         images = np.array([objects.place[name] for name in names], int)
     except KeyError as error:
         raise ValueError(f"a detection is of image {error}, which is not in the test set") from None
-    # Not a stable sort: equal scores are frequent after the rounding, and AP depends on which comes first.
+    # Not a stable sort, as in Detectron2: rounding makes many scores equal, and AP depends on which comes first.
     order = np.argsort(-rows[:, 0])
     overlaps, nearest = _best_overlaps(images[order], rows[order, 1:], objects)
     aps = []
@@ -222,7 +222,7 @@ def _class_aps(detections: Detections, objects: _Objects, eleven_points: bool) -
         candidates = np.flatnonzero(hit)
         candidates = candidates[~objects.difficult[nearest[candidates]]]
         true, false = np.zeros(len(names)), np.zeros(len(names))
-        false[~hit] = false[candidates] = 1  # neither: what falls on a difficult object
+        false[~hit] = false[candidates] = 1  # a detection of a difficult object is neither true nor false
         first = candidates[np.unique(nearest[candidates], return_index=True)[1]]
         true[first], false[first] = 1, 0
         true, false = np.cumsum(true), np.cumsum(false)
@@ -234,12 +234,12 @@ def _class_aps(detections: Detections, objects: _Objects, eleven_points: bool) -
 
 
 def _best_overlaps(images: Array, boxes: Array, objects: _Objects) -> tuple[Array, Array]:
-    """Return for each detection its largest IoU, and the index of the (first) object with it.
+    """Return each detection's largest IoU, and the index of the (first) object that has it.
 
     Args:
         images: (N,) indices of the detections' images.
         boxes: (N, 4) the detections.
-        objects: of one class.
+        objects: the labels of the class.
     """
     counts = objects.starts[images + 1] - objects.starts[images]
     with_objects = np.flatnonzero(counts)
@@ -247,7 +247,7 @@ def _best_overlaps(images: Array, boxes: Array, objects: _Objects) -> tuple[Arra
     overlaps, nearest = np.full(len(images), -np.inf), np.zeros(len(images), int)
     if not len(with_objects):
         return overlaps, nearest
-    # All pairs of a detection and an object of its image, the pairs of a detection one after the other.
+    # All pairs of a detection and an object of its image; the pairs of one detection are adjacent.
     begins = np.concatenate([[0], np.cumsum(counts)[:-1]])
     which = np.repeat(with_objects, counts)
     other = np.arange(len(which)) - np.repeat(begins, counts) + objects.starts[images[which]]
@@ -260,12 +260,12 @@ def _best_overlaps(images: Array, boxes: Array, objects: _Objects) -> tuple[Arra
 
 
 def _iou(detections: Array, objects: Array) -> Array:
-    """Return the IoU of boxes (N, 4) pair by pair; a box contains its last row and column of pixels."""
+    """Return the IoU of boxes (N, 4) pair by pair; a box includes its last row and column of pixels."""
     low, high = np.maximum(detections[:, :2], objects[:, :2]), np.minimum(detections[:, 2:], objects[:, 2:])
     sides = np.maximum(high - low + 1.0, 0.0)
     intersection = sides[:, 0] * sides[:, 1]
     areas = [(boxes[:, 2] - boxes[:, 0] + 1.0) * (boxes[:, 3] - boxes[:, 1] + 1.0) for boxes in (detections, objects)]
-    with np.errstate(divide="ignore", invalid="ignore"):  # boxes turned inside out
+    with np.errstate(divide="ignore", invalid="ignore"):  # boxes of negative width or height
         iou: Array = intersection / (areas[0] + areas[1] - intersection)
     return iou
 
@@ -281,7 +281,7 @@ def _ap_11_points(recall: Array, precision: Array) -> float:
 
 
 def _ap_area(recall: Array, precision: Array) -> float:
-    """Return the area below the curve of best precisions."""
+    """Return the area below the curve of the best precision at each recall or a higher one."""
     recall = np.concatenate(([0.0], recall, [1.0]))
     best = np.maximum.accumulate(np.concatenate(([0.0], precision, [0.0]))[::-1])[::-1]
     steps = np.where(recall[1:] != recall[:-1])[0]
@@ -292,7 +292,7 @@ def _rounded(values: Array, digits: int) -> Array:
     """Return ``float(f"{value:.{digits}f}")`` of each value."""
     if values.dtype == np.float64:
         return np.array([float(f"{value:.{digits}f}") for value in values.flat]).reshape(values.shape)
-    # A single precision number times 1000 is exact in double precision, so that this rounds as printing does.
+    # A float32 times 1000 is exact in float64, so this rounds as printing does.
     scale = 10.0**digits
     rounded: Array = np.rint(values.astype(np.float64) * scale) / scale
     return rounded

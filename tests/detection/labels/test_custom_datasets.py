@@ -24,10 +24,12 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from small_detector import COCO_FPN, SHORT, VOC_C4, small_cfg
 
+from moco_d2.builtin_sets import voc_colors
 from moco_d2.config import load_cfg
 from moco_d2.data import list_images
 from moco_d2.detection import datasets
-from moco_d2.detection.datasets import LabelIndexHandler, custom_problems, load_sem_seg, register_custom, voc_colors
+from moco_d2.detection.datasets import custom_problems, register_custom
+from moco_d2.detection.label_images import LabelIndexHandler, load_sem_seg
 from moco_d2.detection.labels.files import record_lines
 from moco_d2.detection.labels.keypoints import mirror_pairs
 from moco_d2.detection.labels.masks import unpacked
@@ -214,7 +216,7 @@ def _set(key, index, **fields):
 
 
 COCO_PROBLEMS = {
-    "missing image": (_set("images", 2, file_name="x.png"), r"json:15: images\[2\] \(id 'p2'\) missing image .*x.png"),
+    "missing image": (_set("images", 2, file_name="x.png"), r"json:15: images\[2\] \(id 'p2'\) missing image: .*x.png"),
     "a flat folder": (_set("images", 0, file_name="0.png"), "missing image"),
     "outside": (_set("annotations", 1, bbox=[90, 10, 20, 20]), r"\[1\] \(id 1\).* outside the image of 100 x 80"),
     "zero area": (
@@ -224,22 +226,31 @@ COCO_PROBLEMS = {
     "no numbers": (_set("annotations", 1, bbox=[1, 2, None, 4]), r"must be \[x, y, width, height\]"),
     "unknown class": (
         _set("annotations", 3, category_id=8),
-        r"category_id 8; categories holds 7 \(bolt\), 30 \(screw\)",
+        r"unknown category_id 8; the categories are 7 \(bolt\), 30 \(screw\)",
     ),
-    "duplicate image": (_set("images", 1, id="p0"), "id of another image: duplicate id"),
-    "duplicate box": (_set("annotations", 1, id=0), r"annotations\[1\] \(id 0\) has the id of another.*duplicate id"),
-    "orphan": (_set("annotations", 1, image_id=1), "image_id 1, which is not among the images"),
-    "empty split": (lambda c: c.update(images=[], annotations=[]), "empty split"),
-    "nothing labelled": (lambda c: c.update(annotations=[]), "empty split: none of its 4 images has a usable object"),
-    "no mask": (_set("annotations", 0, segmentation=[]), "has no segmentation, which MODEL.MASK_ON needs"),
+    "duplicate image": (_set("images", 1, id="p0"), "id of another image; give it its own"),
+    "duplicate box": (
+        _set("annotations", 1, id=0),
+        r"annotations\[1\] \(id 0\) has the id of another annotation",
+    ),
+    "orphan": (_set("annotations", 1, image_id=1), "image_id 1, but no image has that id"),
+    "empty split": (lambda c: c.update(images=[], annotations=[]), "no usable image; the list"),
+    "nothing labelled": (lambda c: c.update(annotations=[]), "none of the 4 images has a usable object"),
+    "no mask": (
+        _set("annotations", 0, segmentation=[]),
+        "has no segmentation; add a mask, or pass MODEL.MASK_ON",
+    ),
     "run lengths": (
         _set("annotations", 0, segmentation={"size": [80, 100], "counts": [8000]}),
-        "set INPUT.MASK_FORMAT bitmask",
+        "pass INPUT.MASK_FORMAT bitmask",
     ),
-    "a line": (_set("annotations", 0, segmentation=[[1, 2, 3, 4]]), "polygon without three"),
-    "two of a name": (_set("categories", 1, name="screw"), r"categories\[1\].*duplicate"),
-    "negative area": (_set("annotations", 1, area=-1), r"annotations\[1\] \(id 1\) has area -1; .*leave it out"),
-    "an area beyond the picture": (_set("annotations", 1, area=1e9), "has area 1000000000.0, and its image 100 x 80"),
+    "a line": (_set("annotations", 0, segmentation=[[1, 2, 3, 4]]), "polygon of fewer than three points"),
+    "two of a name": (_set("categories", 1, name="screw"), r"categories\[1\].*another category; rename"),
+    "negative area": (_set("annotations", 1, area=-1), r"annotations\[1\] \(id 1\) has area -1; .*if you remove it"),
+    "an area beyond the picture": (
+        _set("annotations", 1, area=1e9),
+        "area 1000000000.0, but its image has 100 x 80 pixels",
+    ),
     "a crowd of 2": (_set("annotations", 1, iscrowd=2), "has iscrowd 2; it must be 0 or 1"),
     "not a number": (_set("annotations", 1, bbox=[float("nan"), 1, 2, 3]), r"has bbox \[nan, 1, 2, 3\]; it must be"),
     "a flag as id": (
@@ -249,25 +260,28 @@ COCO_PROBLEMS = {
     "a list as id": (_set("annotations", 1, image_id=[1]), r"has image_id \[1\]; it must be"),
     "another text": (
         _set("annotations", 1, image_id="P0"),
-        "image_id 'P0', which is .*; their ids are 'p0', 'p1', 'p2', ...",
+        "image_id 'P0', but no .*; the ids of the images are 'p0', 'p1', 'p2', ...",
     ),
     "negative width": (
         _set("images", 1, width=-1),
         r"images\[1\] \(id 'p1'\) has width -1; it must be a positive whole",
     ),
-    "half a size": (_set("images", 1, width=None, height=81), "has width None and height 81, but .* has 100 x 80"),
+    "half a size": (
+        _set("images", 1, width=None, height=81),
+        "width None and height 81, but .* has 100 x 80 pixels",
+    ),
     "a name of 300 letters": (_set("images", 1, file_name="x" * 300), "missing image"),
     "no extension": (
         _set("images", 1, file_name="batch 1/1"),
-        r"missing image .*; there is .*batch 1/1\.png: set file_name",
+        r"missing image: .* does not exist; .*batch 1/1\.png exists: correct file_name",
     ),
     "a polygon in another country": (_set("annotations", 0, segmentation=[[1, 1, 1e12, 1, 5, 5]]), "far outside"),
-    "no class is left": (lambda c: c.update(categories=[], annotations=[]), "has no categories: write classes"),
+    "no class is left": (lambda c: c.update(categories=[], annotations=[]), "there are no categories; add classes"),
     "crowds only": (
         lambda c: [item.update(iscrowd=1) for item in c["annotations"]],
-        "empty split: none of its 4 images has an object, other than crowds",
+        "all objects of the 4 images are crowds, .* set iscrowd to 0 for single objects$",
     ),
-    "no object": (lambda c: c["images"].append(3), r"images\[4\] is 3 instead of an object"),
+    "no object": (lambda c: c["images"].append(3), r"images\[4\] is 3; it must be an object"),
 }
 
 
@@ -278,15 +292,20 @@ def test_coco_problems_are_named(coco, kind):
         register_custom(config(coco(change)))
 
 
+def test_a_test_set_of_crowds_has_nothing_to_evaluate(coco):
+    with pytest.raises(ValueError, match=r"all objects of the 4 images are crowds, .*, or remove annotations to save"):
+        register_custom(config(coco(COCO_PROBLEMS["crowds only"][0])), train=False)
+
+
 def test_a_problem_of_a_category_is_told_once(coco):
     problems = custom_problems(config(coco(_set("categories", 0, name=5)), opts=["MODEL.ROI_HEADS.NUM_CLASSES", 1]))
     assert [problem.partition("categories[0]")[2] for problem in problems] == [" (id 30) has name 5; it must be text"]
 
 
 def test_a_class_that_is_nearly_known_is_not_left_out(coco):
-    with pytest.raises(ValueError, match=r"class 'bolt': .*which are bolts, screw; did you mean 'bolts'\?$"):
+    with pytest.raises(ValueError, match=r"class 'bolt'; the classes are bolts, screw; did you mean 'bolts'\?$"):
         register_custom(config(coco(classes=["bolts", "screw"])))
-    with pytest.raises(ValueError, match=r"which are screw; to leave its objects out, write leave_out: \[bolt\] into"):
+    with pytest.raises(ValueError, match=r"the classes are screw; to ignore its objects add leave_out: \[bolt\] to"):
         register_custom(config(coco(classes=["screw"])))
 
 
@@ -309,13 +328,13 @@ def test_polygons_without_a_pixel_are_told(coco, caplog):
 
 
 RUNS = {
-    "too long": ([100, 200, 10**6], "of 1000300 pixels in an image of 100 x 80"),
+    "too long": ([100, 200, 10**6], "of 1000300 pixels for an image of 100 x 80"),
     "too short": ([100, 200], "of 300 pixels"),
     "negative": ([-5, 8005], "with a negative count"),
     "text": (["a"], "neither whole numbers nor"),
     "empty": ([8000], "without a pixel"),
     "packed, cut off": ("PPP", "neither whole numbers nor"),
-    "packed, too long": ("0" + "oooooo0", "pixels in an image"),
+    "packed, too long": ("0" + "oooooo0", "pixels for an image"),
     "packed, no end": ("o" * 9, "neither whole numbers nor"),
     "packed, strange": ("\u00e9~", "neither whole numbers nor"),
 }
@@ -401,14 +420,14 @@ def test_ids_that_are_text_in_one_place_only_mean_the_same(coco, tmp_path):
         change(content)
         content["images"][3]["id"] = "1"
 
-    with pytest.raises(ValueError, match=r"image_id '0', .*their ids are 0, 1, 2"):
+    with pytest.raises(ValueError, match=r"image_id '0', .*the ids of the images are 0, 1, 2"):
         register_custom(config(coco(twice)))
 
 
 def test_classes_can_be_left_out_on_purpose(coco, voc, caplog, tmp_path):
-    with pytest.raises(ValueError, match=r"unknown class 'bolt': .*leave_out: \[bolt\] into the entry"):
+    with pytest.raises(ValueError, match=r"unknown class 'bolt'; .*leave_out: \[bolt\] to the entry"):
         register_custom(config(coco(classes=["screw"])))
-    with pytest.raises(ValueError, match=r"unknown class 'wrench'; .*leave_out: \[wrench\] into the entry"):
+    with pytest.raises(ValueError, match=r"unknown class 'wrench'; .*leave_out: \[wrench\] to the entry"):
         register_custom(config(voc(classes=["hammer & nail"]), base=VOC_C4))
     for entry in (coco(leave_out=["bolt"]), coco(classes=["screw"], leave_out=["bolt"])):
         cfg = config(entry)
@@ -424,11 +443,11 @@ def test_classes_can_be_left_out_on_purpose(coco, voc, caplog, tmp_path):
         assert "data set tools: 2 objects of hammer & nail are left out" in caplog.text
         assert perfect_score(cfg, "tools")["AP"] == pytest.approx(100)
     for entry, message in (
-        (coco(leave_out=["bolts"]), "leave_out names 'bolts', which .*; did you mean 'bolt'"),
-        (voc(leave_out=["wrensh"]), "leave_out names 'wrensh', which .*; did you mean 'wrench'"),
-        (coco(leave_out=["bolt"], classes=["bolt"]), "leave_out names 'bolt', which is one of classes"),
+        (coco(leave_out=["bolts"]), "leave_out names 'bolts', which is not a category of .*; did you mean 'bolt'"),
+        (voc(leave_out=["wrensh"]), "leave_out names 'wrensh', but .* has no such object; did you mean 'wrench'"),
+        (coco(leave_out=["bolt"], classes=["bolt"]), "leave_out names 'bolt', and so does classes"),
         (coco(leave_out="bolt"), "leave_out is 'bolt'; it must be a list of names"),
-        (coco(leave_out=["bolt", "screw"]), "leave_out leaves no class"),
+        (coco(leave_out=["bolt", "screw"]), "leave_out names every class"),
     ):
         with pytest.raises(ValueError, match=message):
             register_custom(config(entry, opts=BOXES))
@@ -472,16 +491,16 @@ def test_detections_have_the_ids_of_the_users_own_file(coco, tmp_path):
     path = tmp_path / "run/inference/parts/coco_instances_results.json"
     found = json.loads(path.read_text())
     assert [(one["image_id"], one["category_id"]) for one in found] == [("p0", 30), ("p1", 7), ("p2", 30), ("p3", 7)]
-    assert evaluate_file(cfg, "parts", path)["bbox"]["AP"] == pytest.approx(100)
+    assert evaluate_file(cfg, "parts", path)[0]["bbox"]["AP"] == pytest.approx(100)
     cfg = config(coco(leave_out=["bolt"]), opts=[*BOXES, "OUTPUT_DIR", tmp_path / "other"])
     register_custom(cfg)  # a detector of both classes, compared in one
-    assert evaluate_file(cfg, "parts", path)["bbox"]["AP"] == pytest.approx(100)
+    assert evaluate_file(cfg, "parts", path)[0]["bbox"]["AP"] == pytest.approx(100)
 
 
 def test_a_test_set_without_labels_gives_detections(coco, voc, tmp_path, caplog):
     for number, change in enumerate((lambda c: c.update(annotations=[]), lambda c: c.pop("annotations"))):
         cfg = config(coco(change), opts=[*BOXES, "OUTPUT_DIR", tmp_path / f"run{number}"])
-        with pytest.raises(ValueError, match="empty split: none of its 4 images has a usable object"):
+        with pytest.raises(ValueError, match="none of the 4 images has a usable object"):
             register_custom(cfg)
         register_custom(cfg, train=False)
         records = DatasetCatalog.get("parts")
@@ -496,7 +515,7 @@ def test_a_test_set_without_labels_gives_detections(coco, voc, tmp_path, caplog)
         for path in (root / "Annotations").iterdir():
             path.unlink()
 
-    with pytest.raises(ValueError, match="'tools' has no labels: write classes"):
+    with pytest.raises(ValueError, match="'tools' has no labels; add classes"):
         register_custom(config(voc(without), base=VOC_C4), train=False)
     cfg = config(voc(without, classes=["wrench"]), base=VOC_C4, opts=["OUTPUT_DIR", tmp_path / "voc run"])
     register_custom(cfg, train=False)
@@ -541,7 +560,7 @@ VOC_PROBLEMS = {
     "an endless size": (_xml("<width>100", "<width>1e400"), "b.xml:1: has size"),
     "no VOC": (
         lambda r: (r / "Annotations/b.xml").write_text("<svg/>"),
-        "b.xml:1: is no VOC annotation: it holds <svg>",
+        "b.xml:1: not a VOC annotation; the root must be <annotation>, not <svg>",
     ),
     "a bomb": (
         _xml("<annotation>", '<!DOCTYPE a [<!ENTITY a "b"><!ENTITY c "&a;&a;">]><annotation>'),
@@ -549,29 +568,32 @@ VOC_PROBLEMS = {
     ),
     "another file": (
         _xml("<annotation>", '<!DOCTYPE a [<!ENTITY a SYSTEM "/etc/passwd">]><annotation>'),
-        "b.xml:1: declares the entity 'a', and labels have none: remove its DOCTYPE",
+        "b.xml:1: declares the entity 'a'; remove the DOCTYPE",
     ),
     "an unknown encoding": (_xml("<annotation>", '<?xml version="1.0" encoding="klingon"?><annotation>'), "'klingon'"),
     "another encoding": (
         lambda r: (r / "Annotations/b.xml").write_bytes("<annotation>\n\u00e9</annotation>".encode("latin-1")),
-        "b.xml:2: is not UTF-8: save the file as UTF-8",
+        "b.xml:2: the text is not in UTF-8; save the file as UTF-8, or declare",
     ),
     "a list of another encoding": (
         lambda r: (r / "ImageSets/Main/train.txt").write_bytes(b"b\n\xe9\n"),
-        "train.txt:2: is not UTF-8",
+        "train.txt:2: the text is not in UTF-8; save the file as UTF-8$",
     ),
     "a picture and its mask": (
         lambda r: (r / "JPEGImages/c.v2.bmp").touch() or _xml("c.v2.png", "")(r, "c.v2"),
-        r"c.v2.xml:1: several pictures are called c.v2 \(c.v2.bmp, c.v2.png\), and no <filename>",
+        r"c.v2.xml:1: several pictures are called c.v2 \(c.v2.bmp, c.v2.png\), and <filename> in the anno.* is ''; set",
     ),
     "a picture of two annotations": (
         lambda r: (r / "JPEGImages/d.JPG").unlink() or _xml("d.JPG", "b.JPG", "d")(r),
-        r"d.xml:1: has the picture of .*Annotations/b.xml, .*JPEGImages/b.JPG: move one of the two away",
+        r"d.xml:1: has the picture of .*Annotations/b.xml, .*JPEGImages/b.JPG; remove one annotation",
     ),
-    "missing image": (lambda r: (r / "JPEGImages/b.JPG").unlink(), r"b.xml:1: missing image .*JPEGImages/b with any"),
+    "missing image": (
+        lambda r: (r / "JPEGImages/b.JPG").unlink(),
+        r"b.xml:1: missing image: .*JPEGImages/b exists with none of .jpg",
+    ),
     "missing xml": (
         lambda r: (r / "Annotations/b.xml").unlink(),
-        r"train.txt:2: missing annotation .*Annotations/b.xml",
+        r"train.txt:2: missing annotation: .*Annotations/b.xml does not exist",
     ),
     "outside": (
         _xml(">50<", ">104<"),
@@ -580,10 +602,10 @@ VOC_PROBLEMS = {
     "zero area": (_xml(">50<", ">11<"), r"b.xml:4: .* zero area"),
     "no number": (_xml(">50<", "><"), r"b.xml:4: .*must be numbers"),
     "unknown class": (_xml("hammer &amp; nail", "wrensh"), "b.xml:4: unknown class 'wrensh'; did you mean 'wrench'"),
-    "broken": (_xml("</object>", ""), r"b.xml:8: no valid XML: mismatched tag"),
-    "duplicate": (_split("b\na 1\nb 1\n"), r"train.txt:3: 'b' is listed twice: duplicate id"),
-    "empty split": (_split("\n"), "train.txt: empty split"),
-    "no split": (lambda r: (r / "ImageSets/Main/train.txt").unlink(), "ImageSets/Main/train.txt is not there"),
+    "broken": (_xml("</object>", ""), r"b.xml:8: not valid XML: mismatched tag"),
+    "duplicate": (_split("b\na 1\nb 1\n"), r"train.txt:3: 'b' is listed twice; remove one line"),
+    "empty split": (_split("\n"), "train.txt: no usable image"),
+    "no split": (lambda r: (r / "ImageSets/Main/train.txt").unlink(), "ImageSets/Main/train.txt does not exist"),
 }
 
 
@@ -599,7 +621,7 @@ def test_a_name_that_no_list_can_hold_is_refused(voc):
         entry = voc(split="")
         path = Path(entry["root"], "Annotations", f"{name}.xml")
         shutil.copy(path.with_name("b.xml"), path)
-        with pytest.raises(ValueError, match=r"b\.xml': no list can hold a name that .*: rename it"):
+        with pytest.raises(ValueError, match=r"b\.xml': a name must have no line break.*; rename it"):
             register_custom(config(entry, base=VOC_C4))
         path.unlink()
 
@@ -614,8 +636,8 @@ def test_a_dry_run_names_all_problems_even_those_of_pixels(coco, voc, tmp_path):
     picture(tmp_path / "voc/JPEGImages/a 1.png", size=(90, 80))
     found = custom_problems(cfg)
     expected = [
-        "no key 'roots'; did you mean 'root'", "format is 'yolo'; it must be voc or coco", "80 x 100 pixels, but",
-        "zero area", "100 x 80 pixels, but", "train.txt:2: missing annotation", "empty split",
+        "unknown key 'roots'; did you mean 'root'", "format is 'yolo'; it must be voc or coco", "size 80 x 100, but",
+        "zero area", "size 100 x 80, but", "train.txt:2: missing annotation", "no usable image",
     ]  # fmt: skip
     assert len(found) == len(expected)
     for problem, part in zip(found, expected, strict=True):
@@ -653,7 +675,7 @@ def test_the_order_of_classes_may_be_given_and_must_agree(coco, voc):
     register_custom(config(coco(classes=["nut", "screw", "bolt"])))
     records = DatasetCatalog.get("parts")
     assert [record["annotations"][0]["category_id"] for record in records] == [1, 2, 1, 2]
-    with pytest.raises(ValueError, match="unknown class 'bolt': it is not in classes"):
+    with pytest.raises(ValueError, match="unknown class 'bolt'; the classes are screw"):
         register_custom(config(coco(classes=["screw"])))
     cfg = config(coco(), voc(), opts=BOXES)
     register_custom(cfg)
@@ -736,7 +758,7 @@ def test_hidden_copies_are_no_labels(voc, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         register_custom(config(voc(change, split=""), base=VOC_C4))
     assert [record["image_id"] for record in DatasetCatalog.get("tools")] == ["a 1", "b", "c.v2", "d"]
-    assert "5 hidden files and folders are left out, such as ._b.JPG" in caplog.text
+    assert "5 hidden files and folders are left out, for example ._b.JPG" in caplog.text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "gbk"])
@@ -747,7 +769,7 @@ def test_json_in_other_encodings(coco, encoding, tmp_path):
     cfg = config(entry, opts=["OUTPUT_DIR", tmp_path / "run"])
     for labels in (True, False):
         with (
-            pytest.raises(ValueError, match=r"labels.json:\d+: is not UTF-8: save")
+            pytest.raises(ValueError, match=r"labels.json:\d+: the text is not in UTF-8; save")
             if encoding == "gbk"
             else does_not_raise()
         ):
@@ -776,7 +798,7 @@ def test_keypoints_carry_their_names_and_mirror_images(coco):
     assert MetadataCatalog.get("parts").keypoint_flip_map == [("left_end", "right_end")]
     plain = json.loads(Path(MetadataCatalog.get("parts").json_file).read_text())["annotations"]
     assert [item["num_keypoints"] for item in plain[:2]] == [0, 3]
-    with pytest.raises(ValueError, match=r"a category of 3 keypoints, but .*NUM_KEYPOINTS is 17"):
+    with pytest.raises(ValueError, match=r"a category of 3 keypoints; .*NUM_KEYPOINTS is 17"):
         register_custom(config(coco(change), opts=[*keys[:2], *BOXES]))
 
 
@@ -798,16 +820,16 @@ def test_cocos_own_pairs_are_as_they_were():
 
 
 @pytest.mark.parametrize(("names", "entry", "flip", "message"), [
-    (["head", "tail"], {}, "horizontal", r"\(head, tail\) do not say which are left and right; write mirror"),
+    (["head", "tail"], {}, "horizontal", r"\(head, tail\) do not tell which are left and right; add mirror"),
     (["head", "tail"], {}, "none", None),
     (["head", "tail"], {"mirror": []}, "horizontal", None),
     (["head", "tail"], {"mirror": [["head", "tail"]]}, "horizontal", None),
-    (["head", "tail"], {"mirror": [["head", "nose"]]}, "none", "mirror names 'nose', which is no keypoint"),
+    (["head", "tail"], {"mirror": [["head", "nose"]]}, "none", "mirror names 'nose', which is not a keypoint"),
     (["head", "tail"], {"mirror": [["head", "head"]]}, "none", "mirror names 'head' twice"),
     (["head", "tail"], {"mirror": ["head"]}, "none", "it must be a list of pairs"),
-    (["l_ear", "r_eye"], {}, "horizontal", "the keypoint 'l_ear' looks like one of a left and a right point"),
+    (["l_ear", "r_eye"], {}, "horizontal", "the keypoint 'l_ear' looks like one of a left and a right one"),
     (["l_ear", "r_ear"], {}, "vertical", "mirrors pictures without exchanging left and right"),
-    (["l_ear", "l_ear"], {}, "none", "has two keypoints of the name 'l_ear'"),
+    (["l_ear", "l_ear"], {}, "none", "has two keypoints named 'l_ear'; rename"),
 ])  # fmt: skip
 def test_keypoints_are_not_mirrored_on_a_guess(coco, names, entry, flip, message):
     def change(content):
@@ -824,9 +846,9 @@ def test_keypoints_are_not_mirrored_on_a_guess(coco, names, entry, flip, message
 
 
 @pytest.mark.parametrize(("points", "message"), [
-    ([5, 5, 3, 9, 9, 1], "has the keypoint 'l' of visibility 3"),
-    ([5, 5, 2, 900, 9, 1], r"has the keypoint 'r' at \(900, 9\), which lies outside the image of 100 x 80"),
-    ([5, 5, 2], r"has keypoints \[5, 5, 2\]; it must be one list of 2 times three numbers"),
+    ([5, 5, 3, 9, 9, 1], "has the keypoint 'l' with visibility 3"),
+    ([5, 5, 2, 900, 9, 1], r"has the keypoint 'r' at \(900, 9\), outside the image of 100 x 80"),
+    ([5, 5, 2], r"has keypoints \[5, 5, 2\]; it must be one list of x, y, visibility of 2 keypoints"),
     ([5, 5, float("nan"), 9, 9, 1], "it must be one list"),
     ([None, None, 0, "900", "9", "0"], None),
 ])  # fmt: skip
@@ -863,17 +885,17 @@ def test_pretraining_reads_coco_files_as_fine_tuning_does(coco, tmp_path):
     register_custom(config(coco(windows)), labels=False)
     assert len(DatasetCatalog.get("parts")) == 4
     for change, message in (
-        (_set("images", 2, file_name="x.png"), r"json:\d+: images\[2\] \(id 'p2'\) missing image .*x.png"),
+        (_set("images", 2, file_name="x.png"), r"json:\d+: images\[2\] \(id 'p2'\) missing image: .*x.png"),
         (_set("images", 2, file_name=5), r"images\[2\] \(id 'p2'\) has file_name 5; it must be text"),
-        (lambda c: c.update(images=[7]), r"images\[0\] is 7 instead of an object"),
+        (lambda c: c.update(images=[7]), r"images\[0\] is 7; it must be an object"),
     ):
         register_custom(config(coco(change)), labels=False)
         with pytest.raises(ValueError, match=message):
             DatasetCatalog.get("parts")
     for text, message in (
-        ("[{", r"labels.json:1: no valid JSON"),
-        ("[" * 10**5, "too many levels"),
-        ("[]", "COCO labels are"),
+        ("[{", r"labels.json:1: not valid JSON"),
+        ("[" * 10**5, "brackets are nested too deeply"),
+        ("[]", "not COCO labels"),
     ):
         entry = coco()
         (tmp_path / "labels.json").write_text(text)
@@ -887,17 +909,17 @@ def test_files_in_place_of_folders_and_the_other_way_round(coco, voc, labels, tm
     (tmp_path / "file").write_text("{}")
     for entry, message in (
         (coco(json=str(tmp_path)), "cannot read .*: Is a directory"),
-        (coco(images=str(tmp_path / "file")), "file is no folder"),
-        (coco(images=str(tmp_path / "nothing")), "nothing is no folder"),
-        (voc(root=str(tmp_path / "file")), "file (is no folder|is not there)"),
-        (voc(images=str(tmp_path / "file")), "file is no folder"),
+        (coco(images=str(tmp_path / "file")), "file is not a folder"),
+        (coco(images=str(tmp_path / "nothing")), "nothing is not a folder"),
+        (voc(root=str(tmp_path / "file")), "file (is not a folder|does not exist)"),
+        (voc(images=str(tmp_path / "file")), "file is not a folder"),
     ):
         with pytest.raises(ValueError, match=message):
             pictures(config(entry, opts=BOXES), entry["name"], labels)
 
 
 def test_a_name_that_is_taken_is_refused(coco):
-    with pytest.raises(ValueError, match="'coco_2017_train' is taken"):
+    with pytest.raises(ValueError, match="'coco_2017_train' is taken by a registered data set"):
         register_custom(config(coco(name="coco_2017_train")))
 
 
@@ -935,7 +957,7 @@ def test_label_images_with_a_palette_are_indices(tmp_path):
     ("voc_2012_train_aug_sem_seg",
      ["VOC2012/ImageSets/Segmentation/train_aug.txt", "VOC2012/JPEGImages", "VOC2012/SegmentationClassAug"]),
     ("lvis_v1_val", ["lvis/lvis_v1_val.json", "coco/train2017", "coco/val2017"]),
-    ("cityscapes_fine_sem_seg_train", ["cityscapes/leftImg8bit/train/", "cityscapes/gtFine/train/"]),
+    ("cityscapes_fine_sem_seg_train", ["cityscapes/leftImg8bit/train", "cityscapes/gtFine/train"]),
 ])  # fmt: skip
 def test_missing_data_show_the_layout(name, parts):
     with pytest.raises(ValueError) as caught:

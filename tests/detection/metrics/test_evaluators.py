@@ -29,7 +29,7 @@ from pycocotools.cocoeval import COCOeval
 from moco_d2.config import load_cfg
 from moco_d2.detection.labels.masks import unpacked
 from moco_d2.detection.metrics import coco as ours
-from moco_d2.detection.metrics.evaluators import build_evaluator, describe_backend, evaluate_file, evaluator_type
+from moco_d2.detection.metrics.evaluators import build_evaluator, evaluate_file, evaluator_type
 from moco_d2.detection.metrics.lvis import METRICS, ExactLVISEvaluator
 from moco_d2.detection.metrics.voc import THRESHOLDS, VOCEvaluator, _rounded
 from moco_d2.running.launch import launch
@@ -212,12 +212,12 @@ def test_where_backends_might_differ_pycocotools_evaluates_and_the_log_says_so(h
     expected = by_pycocotools(path, copy.deepcopy(found), "bbox").stats[:3] * 100
     for backend in ("auto", "hotcoco"):  # also one that was named: the error would come after the training
         caplog.clear()
-        ours.evaluated_with.clear()
+        evaluator = ours.ExactCOCOEvaluator(name, backend)
         with caplog.at_level(logging.WARNING):
-            got = evaluated(ours.ExactCOCOEvaluator(name, backend), found)["bbox"]
+            got = evaluated(evaluator, found)["bbox"]
         assert [got["AP"], got["AP50"], got["AP75"]] == expected.tolist()
         assert f"pycocotools {version('pycocotools')} evaluates instead of hotcoco" in caplog.text
-        assert ours.evaluated_with[name].startswith("pycocotools ")
+        assert evaluator.library.startswith("pycocotools ")
 
 
 def test_a_library_that_fails_is_replaced_by_the_reference(tmp_path, registered, caplog, monkeypatch):
@@ -277,16 +277,16 @@ def test_the_coco_evaluator_gives_detectron2s_metrics_and_its_file_gives_them_ag
     assert len(results[0]["segm"]) == 6 + len(ids)
     # As text, because nan is not nan.
     assert repr(dict(results[1])) == repr(dict(results[0]))
-    again = evaluate_file(cfg, name, tmp_path / "inference" / name / "coco_instances_results.json")
+    again, library = evaluate_file(cfg, name, tmp_path / "inference" / name / "coco_instances_results.json")
     assert repr(again) == repr(dict(results[0]))
-    assert describe_backend(cfg) == {name: f"hotcoco {version('hotcoco')}"}
+    assert library == f"hotcoco {version('hotcoco')}"
 
 
 def test_a_detector_that_finds_nothing_keeps_its_columns(tmp_path, registered):
     labels, _ = coco_case(3, "keypoints")
     name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
     cfg = load_cfg("", ["OUTPUT_DIR", str(tmp_path), "MODEL.KEYPOINT_ON", "True"])
-    result = evaluate_file(cfg, name, written([], tmp_path / "found.json"))
+    result, _ = evaluate_file(cfg, name, written([], tmp_path / "found.json"))
     assert set(result) == {"bbox", "keypoints"}
     for scores in result.values():
         assert (scores["AP"], scores["AP50"]) == (0, 0)
@@ -324,7 +324,7 @@ def test_the_sigmas_of_keypoints_are_the_configs(tmp_path, registered):
     name, aps = registered(json_file=path, evaluator_type="coco"), []
     for sigmas in ([], [0.02] * 17):
         cfg.TEST.KEYPOINT_OKS_SIGMAS = sigmas
-        aps.append(evaluate_file(cfg, name, saved)["keypoints"]["AP"])
+        aps.append(evaluate_file(cfg, name, saved)[0]["keypoints"]["AP"])
         assert aps[-1] == by_pycocotools(path, found, "keypoints", sigmas).stats[0] * 100
     assert aps[0] != aps[1]
 
@@ -336,7 +336,7 @@ def test_mistakes_in_files_and_keys_are_named(tmp_path, registered):
     found[0]["image_id"] = 99999
     with pytest.raises(ValueError, match=f"image 99999, which is not in '{name}'"):
         evaluate_file(cfg, name, written(found, tmp_path / "found.json"))
-    with pytest.raises(ValueError, match="not hold detections in COCO's form"):
+    with pytest.raises(ValueError, match="not hold detections in COCO's format"):
         evaluate_file(cfg, name, written(labels, tmp_path / "found.json"))
     cfg.TEST.COCO_BACKEND = "hotcocoa"
     with pytest.raises(ValueError, match="did you mean 'hotcoco'"):
@@ -347,7 +347,7 @@ def test_mistakes_in_files_and_keys_are_named(tmp_path, registered):
 
 HUGE = 10**400
 WRONG_DETECTIONS = {
-    "no category": ({"category_id": 999}, r"id 999, which is no category of .*; they are 15 \(class15\), "),
+    "no category": ({"category_id": 999}, r"id 999, which is not in .*; its ids are 15 \(class15\), "),
     "a fraction": ({"category_id": 15.5}, "has category_id 15.5; it must be one of the data set's ids"),
     "a flag": ({"image_id": True}, "has image_id True; it must be one"),
     "no image": ({"image_id": "elsewhere"}, "image 'elsewhere', which is not in 'test_evaluators_0'; its ids are 85"),
@@ -355,12 +355,12 @@ WRONG_DETECTIONS = {
     "text": ({"score": "0.9"}, "has score '0.9'; it must be a finite number"),
     "nan": ({"score": float("nan")}, "has score nan"),
     "huge": ({"score": HUGE}, "has score 1000.* ...; it must be a finite number"),
-    "no box": ({"bbox": None}, "has no bbox, which others have"),
+    "no box": ({"bbox": None}, "has no bbox, but other records have"),
     "three": ({"bbox": [1, 2, 3]}, r"has bbox \[1, 2, 3\]; it must be a list of 4 finite numbers"),
     "not finite": ({"bbox": [1, 2, float("inf"), 4]}, "4 finite numbers"),
-    "negative": ({"bbox": [9, 9, -3, 4]}, "width and height must not be negative"),
+    "negative": ({"bbox": [9, 9, -3, 4]}, "with width and height of 0 or more"),
     "polygon": ({"segmentation": [[1, 1, 5, 1, 5, 5]]}, "it must be a run-length mask with size and counts"),
-    "no mask": ({"segmentation": None}, "has no segmentation, which others have"),
+    "no mask": ({"segmentation": None}, "has no segmentation, but other records have"),
     "too long": ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [10, 10**6]}}, "mask of 1000010 pixels"),
     "cut short": ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": "PP"}}, "neither whole numbers nor"),
     "another size": ({"segmentation": {"size": [9, 9], "counts": [81]}}, r"must be \[150, 200\], the image's"),
@@ -413,7 +413,7 @@ def test_what_labels_lack_is_left_out_of_the_comparison(tmp_path, registered, ca
     name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
     cfg = load_cfg("", ["OUTPUT_DIR", str(tmp_path)])
     both = evaluate_file(cfg, name, written(found, tmp_path / "found.json"))
-    assert f"{len(labels['annotations'])} objects have no segmentation: segm is left out" in caplog.text
+    assert f"{len(labels['annotations'])} objects have no segmentation, so segm is not evaluated" in caplog.text
     assert repr(both) == repr(evaluate_file(cfg, name, boxes))
 
 
@@ -426,8 +426,8 @@ def test_numbers_of_keypoints_must_agree(tmp_path, registered):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("[{", r"found.json:1: no valid JSON: .*column 3"), ("[" * 10**5, "too many levels of brackets"),
-    ("7", "not hold detections in COCO's form"), ("[7]", "not hold detections in COCO's form"),
+    ("[{", r"found.json:1: not valid JSON: .*column 3"), ("[" * 10**5, "nested too deeply"),
+    ("7", "not hold detections in COCO's format"), ("[7]", "not hold detections in COCO's format"),
 ])  # fmt: skip
 def test_files_that_hold_no_detections_are_named(text, message, tmp_path, registered):
     labels, _ = coco_case(3)
@@ -487,7 +487,7 @@ def test_lvis_metrics_are_those_of_its_package(task, tmp_path, registered, monke
         for backend in ("hotcoco", "pycocotools"):
             evaluator = ExactLVISEvaluator(name, backend, max_dets_per_image=limit)
             assert evaluator.evaluate_file(saved)[task] == expected, (seed, backend)
-            assert ours.evaluated_with[name].startswith("hotcoco" if backend == "hotcoco" else "lvis")
+            assert evaluator.library.startswith("hotcoco" if backend == "hotcoco" else "lvis")
         seen |= {metric for metric, value in expected.items() if 0 < value < 100}
     assert seen == set(METRICS)
 
@@ -519,9 +519,8 @@ def test_lvis_sets_load_and_evaluate_through_the_config(version, tmp_path):
             evaluator.process([record], [{"instances": instances}])
         result = evaluator.evaluate()
         assert result["bbox"]["AP"] == pytest.approx(100)
-        assert describe_backend(cfg)[name].startswith("hotcoco ")
-        again = evaluate_file(cfg, name, tmp_path / "inference" / name / "lvis_instances_results.json")
-        assert again == dict(result)
+        again, library = evaluate_file(cfg, name, tmp_path / "inference" / name / "lvis_instances_results.json")
+        assert again == dict(result) and library.startswith("hotcoco ")
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -633,7 +632,7 @@ def test_numbers_are_rounded_as_they_are_written():
 def test_voc_labels_and_detections_that_do_not_fit_are_named(tmp_path, registered):
     found = voc_case(1, tmp_path)
     meta = {"dirname": str(tmp_path), "split": "test", "thing_classes": CLASSES, "evaluator_type": "pascal_voc"}
-    with pytest.raises(ValueError, match="say year 2010; it must be 2007"):
+    with pytest.raises(ValueError, match="have year 2010; it must be 2007"):
         VOCEvaluator(registered(year=2010, **meta))
     evaluator = VOCEvaluator(registered(year=2007, **meta))
     process(evaluator, [("elsewhere", found[0][1])])

@@ -1,26 +1,28 @@
-"""Checkpoints that are not state dicts: where the variables of other frameworks sit, as flat mappings."""
+"""DeepMind's BYOL, whose pickles hold haiku's variables instead of a state dict."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from moco_d2.convert.names import HAIKU
+from moco_d2.convert.sources.record import ONLINE, CheckpointSource
 from moco_d2.io.unpickle import Stub
 
-# The fields of the named tuple that DeepMind's BYOL pickles, whose class is a stub here.
-_BYOL_FIELDS = ("online_params", "target_params", "online_state", "target_state", "opt_state")
+# The fields of the named tuple that is pickled; its class is a stub here.
+_FIELDS = ("online_params", "target_params", "online_state", "target_state", "opt_state")
 
 
-def byol_variables(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the online and the target network of DeepMind's BYOL, each as `module|tensor` -> array.
+def read_variables(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the online and the target network, each as a flat mapping `module|tensor` -> array.
 
-    Whatever stands before `initial_conv` in the names of a network's modules (`res_net50/~/`) is removed.
+    Whatever comes before `initial_conv` in the names of a network's modules (`res_net50/~/`) is removed.
     """
     state: Any = checkpoint.get("experiment_state")
     if isinstance(state, Stub) and not state:
         state = state.arguments
     if isinstance(state, tuple):
-        state = dict(zip(_BYOL_FIELDS, state, strict=False))
+        state = dict(zip(_FIELDS, state, strict=False))
     if not isinstance(state, Mapping):
         return {}
     networks: dict[str, Mapping[str, Any]] = {}
@@ -34,10 +36,9 @@ def byol_variables(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]
 
 
 def _flat(modules: Any) -> dict[str, Any]:
-    modules = _mapping(modules)
     return {
         f"{module}|{name}": value
-        for module, tensors in modules.items()
+        for module, tensors in _mapping(modules).items()
         if isinstance(module, str)
         for name, value in _mapping(tensors).items()
     }
@@ -49,3 +50,24 @@ def _mapping(value: Any) -> Mapping[Any, Any]:
         inside = [*value.arguments, *(value.state.values() if isinstance(value.state, Mapping) else [value.state])]
         value = next((item for item in inside if isinstance(item, Mapping)), {})
     return value if isinstance(value, Mapping) else {}
+
+
+BYOL = CheckpointSource(
+    name="DeepMind's BYOL",
+    key="byol",
+    origin="BYOL",
+    arxiv="2006.07733",
+    containers=("experiment_state.online",),
+    naming=HAIKU,
+    read=read_variables,
+    dropped=(
+        (r"^(projector|predictor|classifier)\b", "head"),
+        (r"_ema\|(hidden|counter)$", "state of the moving averages in norms"),
+    ),
+    padding="all",
+    encoder=ONLINE,
+    notes=(
+        "the source pads the stem, the max-pooling and the strided 3x3 convolutions more on the right and below "
+        "(JAX's SAME); Detectron2 pads evenly, so its features are shifted by up to a pixel",
+    ),
+)

@@ -1,27 +1,28 @@
-"""Finding every complete ResNet in a checkpoint, wherever it lies and however it is spelled."""
+"""Every complete ResNet of a checkpoint, wherever it is nested and however its tensors are named."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from moco_d2.convert.choice import Answer, Choice, Question
-from moco_d2.convert.names import NAMINGS, TORCHVISION, Naming, rename_table
-from moco_d2.convert.sources import WRAPPERS
-from moco_d2.convert.variables import byol_variables
+from moco_d2.convert.names import DETECTRON2, TORCHVISION, Naming, Row
+from moco_d2.convert.parts import Part
+from moco_d2.convert.sources import NAMINGS, SOURCES, WRAPPERS, unwrap
 from moco_d2.layers.resnet import DEPTHS
 
-_SEARCHED = 8  # levels of mappings and lists below the top; VISSL's trunk lies four deep
-_LISTED = 100  # entries of a list that are looked at
+_SEARCHED = 8  # levels of mappings and lists below the top; VISSL's network is four deep
+_LISTED = 100  # entries of a list that are searched
 
 
 @dataclass(frozen=True)
-class Trunk:
+class Backbone:
     """A complete ResNet in a checkpoint.
 
     Attributes:
@@ -29,7 +30,7 @@ class Trunk:
         state: that mapping.
         keys: key without wrappers -> key in the file.
         prefix: what its keys start with.
-        naming: how they are spelled behind it.
+        naming: how they are spelled after the prefix.
         depth: of the ResNet.
         group_norm: whether its norms are GroupNorm, as the user said.
     """
@@ -47,14 +48,26 @@ class Trunk:
         """Place and prefix."""
         return f"{self.place}.{self.prefix}" if self.place else self.prefix
 
-    def names(self) -> dict[str, str]:
-        """Return key without wrappers -> name under torchvision's naming, for every tensor."""
-        table = rename_table(self.naming, TORCHVISION.with_statistics(self.naming.statistics), self.depth)
-        return {self.prefix + name: target for name, target in table.items()}
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The names of all its tensors, in torchvision's order."""
+        read = TORCHVISION.with_statistics(self.naming.statistics).names(self.depth)
+        keys = {
+            name: self.keys[self.prefix + own] for name, own in zip(read, self.naming.names(self.depth), strict=True)
+        }
+        torchvision, detectron2 = (
+            naming.with_statistics(not self.group_norm).names(self.depth) for naming in (TORCHVISION, DETECTRON2)
+        )
+        return tuple(Row(keys.get(name, ""), name, new) for name, new in zip(torchvision, detectron2, strict=True))
 
-    def tensors(self) -> dict[str, Any]:
-        """Return name under torchvision's naming -> value in the file."""
-        return {target: self.state[self.keys[key]] for key, target in self.names().items()}
+    def rows_of(self, part: Part) -> list[Row]:
+        """Return the names of a part's tensors, with the keys as this file spells them."""
+        return [row._replace(key=self.keys[row.key]) for row in part.rows()]
+
+    def tensors(self, modules: tuple[str, ...] = ("",)) -> dict[str, torch.Tensor]:
+        """Return name under torchvision's naming -> tensor as the file has it, for names with one of these starts."""
+        rows = [row for row in self.rows if row.key and row.torchvision.startswith(modules)]
+        return {row.torchvision: as_tensor(self.state[row.key]) for row in rows}
 
 
 def find_places(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
@@ -72,7 +85,9 @@ def find_places(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
                     below.append((f"{place}.{key}" if place else key, value))
         found.update((place, value) for place, value in below if isinstance(value, Mapping))
         level = below
-    return {**found, **byol_variables(checkpoint)}
+    for source in SOURCES:
+        found |= source.read(checkpoint) if source.read else {}
+    return found
 
 
 def _entries(container: Any) -> Iterator[tuple[str, Any]]:
@@ -86,7 +101,7 @@ def unwrapped(state: Mapping[Any, Any], path: Any, choice: Choice) -> dict[str, 
     """Return key without wrappers -> key, for the entries that are tensors.
 
     Raises:
-        Question: two keys of ``path`` differ in wrappers only, and ``choice`` drops neither.
+        Question: two keys of ``path`` differ only in wrappers, and ``choice`` drops neither.
     """
     keys: dict[str, str] = {}
     for key, value in state.items():
@@ -113,14 +128,14 @@ def _twice(one: str, other: str, path: Any, choice: Choice) -> Question:
         pattern = rf"(^|\.){more[0]}\." if more else rf"^(?!(.*\.)?{fewer[0]}\.)" if fewer else ""
         if pattern:
             dropping = replace(choice, drop=(*choice.drop, pattern))
-            answers.append(Answer(f"of the two, `{kept}` is taken", (dropping,)))
-    found = f"`{one}` and `{other}` are the same tensor's name, but for the wrappers"
+            answers.append(Answer(f"takes `{kept}` of the two", (dropping,)))
+    found = f"`{one}` and `{other}` name the same tensor, once with a wrapper and once without"
     return Question(path, found, choice, answers)
 
 
-def find_trunks(
+def find_backbones(
     places: Mapping[str, Mapping[Any, Any]], states: Mapping[str, dict[str, str]], group_norm: bool
-) -> Iterator[Trunk]:
+) -> Iterator[Backbone]:
     """Yield every complete ResNet, whatever its prefix and naming.
 
     Args:
@@ -138,11 +153,11 @@ def find_trunks(
                     continue
                 depth = naming.depth_of({key[len(prefix) :] for key in keys if key.startswith(prefix)})
                 if depth is not None and not (group_norm and _has_statistics(keys, prefix, naming)):
-                    yield Trunk(place, places[place], keys, prefix, naming, depth, group_norm)
+                    yield Backbone(place, places[place], keys, prefix, naming, depth, group_norm)
 
 
 def _has_statistics(keys: Mapping[str, str], prefix: str, naming: Naming) -> bool:
-    """Return whether the norms of a network, spelled without statistics, have some, and so are no GroupNorm."""
+    """Return whether the norms of a network, spelled without statistics, have some, and so are not GroupNorm."""
     spelled = next((full for full in NAMINGS if full.statistics and full.with_statistics(False) == naming), None)
     if spelled is None:
         return False
@@ -156,33 +171,28 @@ def clean_prefix(prefix: str) -> str:
     return unwrap(prefix.strip().strip("'\"`").removesuffix("*")).rstrip("./")
 
 
-def selected(prefix: str | None, trunks: Sequence[Trunk]) -> list[Trunk]:
-    """Return the networks that a prefix means: those at just this place and prefix, else those under this prefix."""
+def selected(prefix: str | None, backbones: Sequence[Backbone]) -> list[Backbone]:
+    """Return the networks that a prefix means: those at exactly this place and prefix, else those of this prefix."""
     if prefix is None:
-        return list(trunks)
+        return list(backbones)
     wanted = clean_prefix(prefix)
-    exact = [trunk for trunk in trunks if unwrap(trunk.where).rstrip("./") == wanted]
-    return exact or [trunk for trunk in trunks if trunk.prefix.rstrip("./") == wanted]
+    exact = [backbone for backbone in backbones if unwrap(backbone.where).rstrip("./") == wanted]
+    return exact or [backbone for backbone in backbones if backbone.prefix.rstrip("./") == wanted]
 
 
-def said_prefix(trunk: Trunk, trunks: Sequence[Trunk]) -> str:
-    """Return the prefix that means this network and no other, with the place in front where it has to be."""
-    meant = [other.where for other in selected(trunk.prefix, trunks)]
-    return trunk.prefix if set(meant) == {trunk.where} else trunk.where
+def unique_prefix(backbone: Backbone, backbones: Sequence[Backbone]) -> str:
+    """Return the prefix that means this network and no other; the place comes first if it is needed for that."""
+    meant = [other.where for other in selected(backbone.prefix, backbones)]
+    return backbone.prefix if set(meant) == {backbone.where} else backbone.where
 
 
-def equal(one: Trunk, other: Trunk) -> bool:
-    """Return whether two trunks are the same network, copied."""
+def equal(one: Backbone, other: Backbone) -> bool:
+    """Return whether two backbones are copies of the same network."""
     if one.depth != other.depth:
         return False
     a, b = one.tensors(), other.tensors()
-    pairs = [(as_tensor(a[name]), as_tensor(b[name])) for name in a if name in b]
+    pairs = [(a[name], b[name]) for name in a if name in b]
     return all(is_plain(x) and is_plain(y) and torch.equal(x, y) for x, y in pairs)
-
-
-def unwrap(key: str) -> str:
-    """Remove what wrappers (DataParallel, torch.compile, FSDP) insert into a key."""
-    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 def is_tensor(value: Any) -> bool:
@@ -191,7 +201,7 @@ def is_tensor(value: Any) -> bool:
 
 
 def as_tensor(value: Any) -> torch.Tensor:
-    """Return a tensor for a tensor or an array, which is copied into this machine's order of bytes."""
+    """Return a tensor for a tensor or an array; an array is copied into this machine's byte order."""
     if isinstance(value, torch.Tensor):
         return value.detach()
     return torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))

@@ -1,0 +1,130 @@
+"""Run the whole pipeline on sample pictures: pretrain, convert, fine-tune, compare.
+
+    moco-d2 demo                      # quarter-width ResNet-50, minutes on two CPU cores
+    moco-d2 demo --full               # full width: the same, slower
+
+Each stage is the command that a lab would type, with a config from configs/quick_schedules (the shipped configs with
+smaller numbers). Logs, checkpoints, the table and the pictures stay in the output folder.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from moco_d2.commands import cli
+
+FULL_WIDTH = {
+    "pretrain": ["SSL.ENCODER.ARGS.width", "1.0"],
+    "detect": [
+        "MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256",
+        "MODEL.RESNETS.WIDTH_PER_GROUP", "64",
+    ],
+}  # fmt: skip
+DETECTORS = {
+    "VOC R50-C4": "quick_schedules/faster_rcnn_R_50_C4_quick",
+    "COCO R50-FPN": "quick_schedules/mask_rcnn_R_50_FPN_quick",
+}
+INITS = ("MoCo", "random")
+PRETRAIN = "quick_schedules/moco_v2_R50_quick"
+
+
+class Demo:
+    """Runs stages one after the other, each in its own process with its own log."""
+
+    def __init__(self, output: Path, full: bool, steps: int | None) -> None:
+        # Set before Detectron2 is imported, which reads it then; the stages inherit it.
+        os.environ["DETECTRON2_DATASETS"] = str(output / "datasets")
+        from moco_d2.io import files
+
+        self.output = output
+        self.pretrain_options = FULL_WIDTH["pretrain"] if full else []
+        self.detect_options = FULL_WIDTH["detect"] if full else []
+        if steps is not None:
+            self.pretrain_options = [*self.pretrain_options, "SOLVER.EPOCHS", "0", "SOLVER.MAX_ITER", str(steps)]
+            short = ["SOLVER.MAX_ITER", str(steps), "SOLVER.STEPS", "()", "TEST.PRECISE_BN.NUM_ITER", "1"]
+            self.detect_options = [*self.detect_options, *short]
+        self.began = time.monotonic()
+        # The stages inherit the lock, and keep it if this process is killed.
+        self.lock = files.fresh_folder(output, content(), "--output")
+        files.claim(output / "logs", ["*.log"], "--output")
+
+    def stage(self, title: str, *command: str | Path) -> None:
+        """Run one command and show its progress; if it fails, end with its exit code and name its log."""
+        words = [str(word) for word in command]
+        log = self.output / "logs" / f"{title.replace(' ', '_').replace(',', '')}.log"
+        print(f"\n[{self._clock()}] {title}\n  $ moco-d2 {shlex.join(words)}", flush=True)
+        shown = cli.PROGRESS if "OUTPUT_DIR" in words else re.compile(r".*\S")
+        code = cli.follow(["-m", "moco_d2", *words], log, shown, pass_fds=[self.lock])
+        if code:
+            cli.fail(f"stage {title!r} failed with code {code}; its log is {log}", code if code > 0 else 1)
+
+    def _clock(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
+        return f"{minutes:02d}:{seconds:02d}"
+
+    def run(self) -> None:
+        """Run everything and print the table."""
+        out = self.output
+        self.stage("sample pictures", "samples", out / "datasets")
+        self.stage(
+            "pretrain MoCo v2", "pretrain", "--config-file", PRETRAIN, "OUTPUT_DIR", out / "pretrain",
+            *self.pretrain_options,
+        )  # fmt: skip
+        self.stage("convert and prove", "convert", out / "pretrain/backbone.pth", out / "moco.pth")
+        for name, config in DETECTORS.items():
+            for init, weights in zip(INITS, (out / "moco.pth", ""), strict=True):
+                self.stage(
+                    f"fine-tune {name} from {init}", "train", "--config-file", config,
+                    "MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", self.run_folder(name, init), *self.detect_options,
+                )  # fmt: skip
+        self.report()
+
+    def run_folder(self, name: str, init: str) -> Path:
+        """Return the folder of a fine-tuning run."""
+        return self.output / run_name(name, init)
+
+    def report(self) -> None:
+        """Write the table and the pictures."""
+        from moco_d2.config import load_cfg
+        from moco_d2.io.files import atomic_write
+        from moco_d2.reports import pictures, report
+
+        table = report.table([(init, self.run_folder(name, init)) for name in DETECTORS for init in INITS])
+        with atomic_write(self.output / "table.md") as file:
+            file.write(table.encode() + b"\n")
+        pictures.draw_pretraining_curve(self.output / "pretrain", self.output / "pretraining.png")
+        pictures.draw_view_pairs(load_cfg(self.output / "pretrain" / "config.yaml"), self.output / "views.png")
+        for name in DETECTORS:
+            folders = {f"from {init}": self.run_folder(name, init) for init in INITS}
+            pictures.draw_detections(folders, self.output / f"detections_{name.split()[0]}.png")
+        print(f"\n[{self._clock()}] done\n\n{table}\n")
+        print("One seed and a short schedule on drawn pictures: differences of a few points are noise.")
+        print(f"The table, pictures (*.png), logs and checkpoints are in {self.output}")
+
+
+def run_name(name: str, init: str) -> str:
+    """Return the name of the folder of a fine-tuning run."""
+    return f"{name}_{init}".replace(" ", "_")
+
+
+def content() -> list[str]:
+    """Return the names of everything that the demo writes; a folder that holds anything else is not emptied."""
+    runs = [run_name(name, init) for name in DETECTORS for init in INITS]
+    pictures = ["pretraining.png", "views.png", *(f"detections_{name.split()[0]}.png" for name in DETECTORS)]
+    return ["datasets", "pretrain", "moco.pth", "moco.yaml", "logs", "table.md", *pictures, *runs]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the command line and run."""
+    parser = cli.new_parser("demo", __doc__)
+    where = "a new folder, or an earlier demo's, which is emptied (default: %(default)s)"
+    parser.add_argument("--output", type=cli.path, default=Path("output/demo"), help=where)
+    parser.add_argument("--steps", type=int, help="iterations of each training, to try the pipeline itself")
+    parser.add_argument("--full", action="store_true", help="full-width ResNet-50 instead of quarter width")
+    args = parser.parse_args(argv)
+    Demo(args.output.resolve(), args.full, args.steps).run()

@@ -1,0 +1,139 @@
+r"""Fine-tune a protocol's detector from several weights, over several seeds.
+
+    moco-d2 trials --protocol voc0712_faster_rcnn_R_50_C4_24k --weights moco_v2.pth supervised random \
+        --seeds 0-4 --num-gpus 8
+    moco-d2 trials --protocol ... --weights mine.pth supervised --fractions 1 2 5 10 100 --seeds 0-2
+    moco-d2 report output/trials -o output/report
+
+Run it again to continue: a finished trial is not repeated, an interrupted one resumes from its last checkpoint. Several
+processes can share one folder (one a GPU, say); no trial runs twice. The exit code is 0 if all trials are done, 1 if
+some failed or run elsewhere, 2 if the command is wrong, 75 if it was asked to stop (SIGTERM, SIGUSR1), 130 if it was
+interrupted; after 75 and 130 the same command continues. KEY VALUE pairs come last. docs/trials.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from moco_d2.commands import cli
+
+if TYPE_CHECKING:
+    from moco_d2.reports.trials import Trial
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+KEY = re.compile(r"[A-Z][A-Z_]+(\.[A-Z]\S*)?")  # SEED, SOLVER.MAX_ITER, SSL.ARGS.dim
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; KEY VALUE pairs begin at the first word that looks like a key."""
+    parser = cli.new_parser("trials", __doc__)
+    parser.add_argument("--protocol", required=True, metavar="NAME", help="name of a protocol (docs/configs.md)")
+    parser.add_argument(
+        "--weights", required=True, nargs="+", metavar="WEIGHTS",
+        help="converted files, as PATH or LABEL=PATH, and baselines: supervised (or supervised=PATH), random",
+    )  # fmt: skip
+    parser.add_argument("--seeds", default="0-4", help="such as 0-4 or 0,2,7 (default: 0-4)")
+    parser.add_argument(
+        "--fractions", nargs="+", type=float, default=[100.0], metavar="PERCENT",
+        help="parts of the training labels; each contains the smaller ones (default: 100)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=cli.path, default=Path("output/trials"), help="(default: output/trials)")
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes of a training (without GPUs: on the CPU)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, list the trials and stop")
+    first_key = next((place for place, word in enumerate(words) if KEY.fullmatch(word)), len(words))
+    args = parser.parse_args(words[:first_key])
+    args.opts = list(words[first_key:])
+    return args
+
+
+def read_seeds(text: str) -> list[int]:
+    """Read ``0-4`` or ``0,2,7``."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not found:
+            raise ValueError(f"--seeds {text}: write a range or a list, such as 0-4 or 0,2,7")
+        seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
+    return seeds
+
+
+def run_trial(trial: Trial, num_gpus: int) -> str:
+    """Run one trial unless it is done or another process runs it; return its outcome."""
+    from moco_d2.reports import trials
+
+    with trials.locked(trial) as lock:
+        if lock is None:
+            print("  skipped: another process runs it")
+            return "run elsewhere"
+        if trials.state(trial) == "done":  # another process may have finished it in the meantime
+            return "done before"
+        trials.prepare(trial)
+        command = [
+            "train", "--config-file", trial.config, "--num-gpus", str(num_gpus),
+            "--resume", *trial.opts,  # an attempt that ended before its first checkpoint begins anew
+        ]  # fmt: skip
+        print(f"  $ moco-d2 {shlex.join(command)}", flush=True)
+        # The training inherits the lock: if this process is killed, the folder stays locked while the training lives.
+        code = cli.follow(["-m", "moco_d2", *command], trial.folder / trials.LOG, cli.PROGRESS, pass_fds=[lock])
+        if code == 0 and trials.state(trial) == "done":
+            return "done"
+        if code == os.EX_TEMPFAIL:
+            print("  stopped as requested, after saving; the same command continues", flush=True)
+            sys.exit(code)
+        print(f"  failed with code {code}; its log is {trial.folder / trials.LOG}", flush=True)
+        return "failed"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check everything, run the missing trials, and print the outcomes."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    from moco_d2.reports import trials
+
+    logging.getLogger("fvcore").setLevel(logging.ERROR)  # hides the list of tensors that the check of the weights loads
+    seeds = read_seeds(args.seeds)
+    planned = trials.plan(
+        args.protocol, args.weights, seeds, args.output, args.fractions, args.opts, processes=args.num_gpus
+    )
+    outcomes: list[tuple[str, Trial]] = []
+    with stop_on_signals():
+        for number, trial in enumerate(planned, start=1):
+            state = trials.state(trial)
+            print(f"[{number}/{len(planned)}] {trial.name}: {state}", flush=True)
+            if not args.dry_run:
+                outcomes.append(("done before" if state == "done" else run_trial(trial, args.num_gpus), trial))
+    if args.dry_run:
+        return 0
+    counts = Counter(outcome for outcome, _ in outcomes)
+    print("\n" + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    open_ones = [(outcome, trial) for outcome, trial in outcomes if not outcome.startswith("done")]
+    for outcome, trial in open_ones:
+        print(f"  {outcome}: {trial.name}, {trial.folder}")
+    return 1 if open_ones else 0
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """End at SIGTERM and SIGUSR1 with the code for "continue later"; the training is stopped and saves first."""
+
+    def leave(*_: object) -> NoReturn:
+        for number in SIGNALS:  # a second signal must not end the wait for the training
+            signal.signal(number, signal.SIG_IGN)
+        sys.exit(os.EX_TEMPFAIL)
+
+    earlier = {number: signal.signal(number, leave) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -1,31 +1,34 @@
-"""Labelled pictures, for probes: a folder per class, ImageNet, CIFAR-10, or the objects of a detection data set.
+"""Labelled sets, for probes: a folder per class, ImageNet, CIFAR-10, or the objects of a detection data set.
 
-Pretraining never reads labels. Names are looked up in this order: ``imagenet_train`` and ``imagenet_val``, a file
-``.npz``, a folder, a data set of detection, whose boxes become pictures of their own.
+Pretraining never reads labels.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import functional as F
 
-from moco_d2.data.listing import EXTENSIONS, Listing
-from moco_d2.facts import Pixels
-from moco_d2.io import timeouts
+from moco_d2.data.listing import EXTENSIONS, Listing, is_hidden
+from moco_d2.io.errors import some
 from moco_d2.io.paths import expand_variable
 from moco_d2.io.pictures import MAX_PIXELS, read_image
+from moco_d2.messages import did_you_mean
 
-# Folders that hold the pictures for testing, in the order in which they are looked for.
-_TESTED = ("val", "test")
+logger = logging.getLogger(__name__)
+
+# Folders that hold each half of a set, in the order in which they are looked for.
+_HALVES = {"train": ("train",), "val": ("val", "test")}
 # A box of an object is enlarged by this part of its sides for context, and smaller ones (in pixels) are left out.
 _CONTEXT, _SMALLEST = 0.1, 16
 
@@ -38,7 +41,7 @@ class LabelledSet:
         name: what the user called it.
         files: path of each picture, or what names it in messages.
         labels: (N,) int64 in [0, len(classes)).
-        classes: names.
+        classes: names; a class may have no pictures.
         boxes: (N, 4) x0, y0, x1, y1 in pixels of the part that is the picture; None for whole pictures.
         arrays: (N, H, W, 3) uint8 of pictures that are no files of their own; else None.
     """
@@ -64,6 +67,11 @@ class LabelledSet:
         image = read_image(self.files[index], max_pixels)
         return image if self.boxes is None else image.crop(tuple(self.boxes[index].round().astype(int)))
 
+    def without_pictures(self) -> list[str]:
+        """Return the names of the classes that have no pictures."""
+        counts = torch.bincount(self.labels, minlength=len(self.classes))
+        return [name for name, count in zip(self.classes, counts.tolist(), strict=True) if not count]
+
 
 def open_labelled(name: str, split: str) -> LabelledSet:
     """Open a labelled set.
@@ -72,32 +80,77 @@ def open_labelled(name: str, split: str) -> LabelledSet:
         name: ``imagenet_train`` or ``imagenet_val``; CIFAR-10 as ``.npz`` or as torchvision's folder; a folder of one
             folder per class, or one that holds ``train`` and ``val`` (or ``test``) of that form; or a registered data
             set, of which every object's box is a picture.
-        split: ``train`` or ``val``; says which half is meant where a name stands for both.
+        split: ``train`` or ``val``: the half, where a name stands for both.
 
     Raises:
         ValueError: there is no such set, or it has no labelled pictures; the message says what was looked for.
     """
-    path = Path(os.path.expanduser(name))
+    path = Path(name)
     if name in ("imagenet_train", "imagenet_val"):
-        root = Path(expand_variable("DETECTRON2_DATASETS", "datasets")) / "imagenet" / name.removeprefix("imagenet_")
-        return _folder(name, root)
+        root = Path(expand_variable("DETECTRON2_DATASETS", "datasets"))
+        return _folder(name, root / "imagenet" / name.removeprefix("imagenet_"))
     if path.suffix == ".npz" and path.is_file():
         return _cifar_archive(name, path, split)
     if path.is_dir():
         if any((folder / "batches.meta").is_file() for folder in (path, path / "cifar-10-batches-py")):
             return _cifar(name, path, split)
-        return _folder(name, _half(path, split))
+        return _folder(name, _half(name, path, split))
     if name in DatasetCatalog:
         return _objects(name)
     raise ValueError(
         f"{name!r} is no labelled set: it must be imagenet_train or imagenet_val, a folder with a folder per class, "
-        "CIFAR-10 (torchvision's folder, or an .npz), or a registered detection data set"
+        "CIFAR-10 (torchvision's folder, or an .npz), or a detection data set, registered or in the config's "
+        f"DATASETS.CUSTOM{did_you_mean(name, DatasetCatalog.list())}"
     )
 
 
-def _half(path: Path, split: str) -> Path:
-    halves = ["train"] if split == "train" else [name for name in _TESTED if (path / name).is_dir()][:1]
-    return path / halves[0] if halves and (path / halves[0]).is_dir() else path
+def open_pair(train: str, val: str) -> tuple[LabelledSet, LabelledSet]:
+    """Open the two sets of a probe, and warn of classes without pictures.
+
+    Raises:
+        ValueError: a set cannot be opened, their classes differ, or both are the same pictures.
+    """
+    sets = open_labelled(train, "train"), open_labelled(val, "val")
+    first, second = (one.classes for one in sets)
+    if first != second:
+        only = [some(sorted(set(a) - set(b))) or "no other" for a, b in ((first, second), (second, first))]
+        how = (
+            "the same classes in another order"
+            if set(first) == set(second)
+            else f"other classes: only the first has {only[0]}; only the second has {only[1]}"
+        )
+        raise ValueError(
+            f"{train!r} has {len(first)} classes and {val!r} has {len(second)}, {how}; both must have the same ones"
+        )
+    if list(sets[0].files) == list(sets[1].files):
+        raise ValueError(
+            f"{train!r} and {val!r} are the same {len(sets[0])} pictures, and a picture is its own nearest neighbour: "
+            "give a set that was held out as --val"
+        )
+    for one, missing in zip(sets, map(LabelledSet.without_pictures, sets), strict=True):
+        if missing:
+            logger.warning(
+                "%s has no pictures of %d of its %d classes: %s",
+                one.name, len(missing), len(one.classes), some(missing),
+            )  # fmt: skip
+    return sets
+
+
+def _half(name: str, path: Path, split: str) -> Path:
+    """Return the folder of a half, or the folder itself if it has no halves."""
+    folders = _subfolders(path)
+    halves = {half: next((path / f for f in names if f in folders), None) for half, names in _HALVES.items()}
+    if not all(halves.values()) and set(folders) - {"train", "val", "test"}:
+        return path  # `train` alone may be a class
+    found = halves[split]
+    if found is None and folders:
+        wanted = " or ".join(_HALVES[split])
+        raise ValueError(f"the labelled set {name!r} has no folder {wanted}, only {some(folders)}")
+    return found or path
+
+
+def _subfolders(path: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not is_hidden(entry.name))
 
 
 def _folder(name: str, root: Path) -> LabelledSet:
@@ -108,15 +161,19 @@ def _folder(name: str, root: Path) -> LabelledSet:
     places = [Path(file).relative_to(root).parts for file in files]
     loose = [file for file, place in zip(files, places, strict=True) if len(place) < 2]
     if not files or loose:
-        found = f"{loose[0]} lies in none" if loose else f"no picture was found ({' '.join(EXTENSIONS[:4])} ...)"
+        found = (
+            f"{len(loose)} pictures lie in none of them, such as {loose[0]}"
+            if loose
+            else f"no picture was found ({' '.join(EXTENSIONS[:4])} ...)"
+        )
         raise ValueError(f"the labelled set {name!r}: {root} must hold a folder of pictures per class, but {found}")
-    classes = sorted({place[0] for place in places})
+    classes = _subfolders(root)
     number = {name: place for place, name in enumerate(classes)}
     return LabelledSet(name, files, torch.tensor([number[place[0]] for place in places]), tuple(classes))
 
 
 def _cifar(name: str, root: Path, split: str) -> LabelledSet:
-    """Read CIFAR-10 as torchvision downloads it, which checks the files' sums before it opens them."""
+    """Read CIFAR-10 as torchvision downloads it; torchvision checks the files' checksums before it opens them."""
     from torchvision.datasets import CIFAR10
 
     try:
@@ -128,12 +185,18 @@ def _cifar(name: str, root: Path, split: str) -> LabelledSet:
 
 
 def _cifar_archive(name: str, path: Path, split: str) -> LabelledSet:
-    """Read an ``.npz`` with ``classes`` and, for ``train`` and ``test``, arrays of pictures or JPEG files end to end."""
+    """Read an ``.npz`` with ``classes`` and, for ``train`` and ``test``, ``_label`` and ``_data``.
+
+    The data are arrays (N, H, W, 3), or the bytes of JPEG files: their common ``head``, then what follows it in each
+    file, one after the other, with ``_length`` bytes each.
+    """
     half = "train" if split == "train" else "test"
     with np.load(path, allow_pickle=False) as archive:
         wanted = {"classes", f"{half}_label", f"{half}_data"}
         if missing := sorted(wanted - set(archive.files)):
-            raise ValueError(f"the labelled set {name!r}: {path} has no {', '.join(missing)}; it has {archive.files}")
+            raise ValueError(
+                f"the labelled set {name!r}: {path} has no {', '.join(missing)}; it has {some(archive.files)}"
+            )
         classes, labels, data = (archive[key] for key in ("classes", f"{half}_label", f"{half}_data"))
         arrays = data if data.ndim == 4 else _decoded(data, archive[f"{half}_length"], archive["head"].tobytes())
     names = [f"{name}:{half}/{index}" for index in range(len(labels))]
@@ -141,9 +204,6 @@ def _cifar_archive(name: str, path: Path, split: str) -> LabelledSet:
 
 
 def _decoded(data: np.ndarray, lengths: np.ndarray, head: bytes) -> np.ndarray:
-    """Decode JPEG files that have their header in common."""
-    from io import BytesIO
-
     ends = np.cumsum(lengths.astype(np.int64))
     starts = ends - lengths
     files = (head + data[start:end].tobytes() for start, end in zip(starts.tolist(), ends.tolist(), strict=True))
@@ -152,85 +212,27 @@ def _decoded(data: np.ndarray, lengths: np.ndarray, head: bytes) -> np.ndarray:
 
 def _objects(name: str) -> LabelledSet:
     """Make a picture of every object of a detection set: its box, with a little context."""
-    files, labels, boxes = [], [], []
+    files, labels, boxes, seen = list[str](), list[int](), [], 0
     for record in DatasetCatalog.get(name):
         for thing in record.get("annotations", ()):
-            x, y, w, h = _xywh(thing)
-            if thing.get("iscrowd", 0) or min(w, h) < _SMALLEST:
-                continue
-            files.append(record["file_name"])
-            labels.append(thing["category_id"])
-            more = _CONTEXT * w, _CONTEXT * h
-            low, high = (max(0, x - more[0]), max(0, y - more[1])), (x + w + more[0], y + h + more[1])
-            boxes.append((*low, min(high[0], record["width"]), min(high[1], record["height"])))
+            seen += 1
+            box = _box(thing, record)
+            if not thing.get("iscrowd", 0) and box is not None:
+                files.append(record["file_name"])
+                labels.append(thing["category_id"])
+                boxes.append(box)
     if not files:
-        raise ValueError(f"the labelled set {name!r} has no objects with boxes of {_SMALLEST} pixels or more")
+        found = f"none of its {seen} objects has" if seen else "it has no labels of objects with"
+        raise ValueError(f"the labelled set {name!r}: {found} a box of at least {_SMALLEST} x {_SMALLEST} pixels")
     classes = MetadataCatalog.get(name).get("thing_classes") or [str(n) for n in range(max(labels) + 1)]
     return LabelledSet(name, files, torch.tensor(labels), tuple(classes), np.array(boxes))
 
 
-def _xywh(thing: dict[str, object]) -> tuple[float, float, float, float]:
-    from detectron2.structures import BoxMode
-
-    x, y, w, h = BoxMode.convert(list(thing["bbox"]), BoxMode(thing["bbox_mode"]), BoxMode.XYWH_ABS)  # type: ignore[call-overload]
-    return x, y, w, h
-
-
-class _TestPictures(Dataset[tuple[torch.Tensor, int, int]]):
-    """Pictures under the test transform, as 8-bit tensors."""
-
-    def __init__(self, pictures: LabelledSet, resize: int, size: int, bicubic: bool, max_pixels: int) -> None:
-        self.pictures, self.resize, self.size, self.max_pixels = pictures, resize, size, max_pixels
-        self.mode = F.InterpolationMode.BICUBIC if bicubic else F.InterpolationMode.BILINEAR
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        image = self.pictures.picture(index, self.max_pixels)
-        if self.pictures.boxes is not None:  # an object fills the picture, whatever its shape
-            image = F.resize(image, [self.size, self.size], self.mode)
-        else:
-            image = F.center_crop(F.resize(image, self.resize, self.mode), [self.size, self.size])
-        return F.pil_to_tensor(image), int(self.pictures.labels[index]), index
-
-
-def batches(
-    pictures: LabelledSet,
-    pixels: Pixels,
-    size: int,
-    *,
-    resize: int = 0,
-    bicubic: bool = False,
-    batch: int = 256,
-    workers: int = 0,
-    max_pixels: int = MAX_PIXELS,
-    device: str | torch.device = "cpu",
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (N, 3, size, size) normalised pictures with (N,) labels, in the set's order, each picture once.
-
-    The transform is the published codes': the shorter side is resized, the centre is cropped. Objects of a detection
-    set are resized to the square instead.
-
-    Args:
-        pictures: the set.
-        pixels: how the network is fed.
-        size: side of the crop in pixels (224 in the papers).
-        resize: the shorter side before it; 0 for ``size`` * 256 / 224, the papers' proportion.
-        bicubic: interpolation (DINO), else bilinear.
-        batch: N at most.
-        workers: number of loader processes.
-        max_pixels: ``DATA.MAX_PIXELS``.
-        device: where the pictures go.
-
-    Raises:
-        PictureError: a picture cannot be read; it is named.
-    """
-    dataset = _TestPictures(pictures, resize or round(size * 256 / 224), size, bicubic, max_pixels)
-    options = {"timeout": timeouts.limit()} if workers else {}
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (pixels.mean, pixels.std))
-    # A generator of its own: a DataLoader draws a seed, which would shift the draws of a run that is being watched.
-    loader = DataLoader(dataset, batch, num_workers=workers, generator=torch.Generator(), **options)
-    for images, labels, _ in loader:
-        images = images.to(device).float()
-        yield (images if pixels.order == "RGB" else images.flip(1)).sub_(mean).div_(std), labels.to(device)
+def _box(thing: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
+    """Return an object's box with its context, inside the picture; None if the object is too small."""
+    x, y, w, h = BoxMode.convert(list(thing["bbox"]), thing["bbox_mode"], BoxMode.XYWH_ABS)
+    if min(w, h) < _SMALLEST:
+        return None
+    across, down = _CONTEXT * w, _CONTEXT * h
+    right, bottom = min(x + w + across, record["width"]), min(y + h + down, record["height"])
+    return max(0, x - across), max(0, y - down), right, bottom

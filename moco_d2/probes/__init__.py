@@ -1,1 +1,1 @@
-"""Probes of a backbone: what it knows after pretraining, measured by nearest neighbours and linear classifiers."""
+"""Probes of a backbone: what it has learned, measured by nearest neighbours and linear classifiers."""

@@ -20,6 +20,7 @@ _POINTER = "last_checkpoint"
 # Files that only a run that has trained leaves. A new run would mix with it.
 _TRAINED = (
     _POINTER, "model_" + 7 * "[0-9]" + "*.pth", "model_final.pth", "backbone.pth", "metrics.json", "results.json",
+    "probe.json",
 )  # fmt: skip
 # All files that training and evaluation write, without the copies of labels in datasets/ (detection/labels/).
 _TRAINING = (

@@ -37,7 +37,8 @@ class _TestPictures(Dataset[_Sample]):
         try:
             image = self.pictures.picture(index, self.max_pixels)
         except PictureError as error:
-            return None, label, Skip(self.pictures.files[index], str(error), -1)
+            path = self.pictures.files[index]
+            return None, label, Skip(path, str(error).removeprefix(f"{path}: "), -1)
         if self.pictures.boxes is not None:  # an object fills the picture, whatever its shape
             image = F.resize(image, [self.size, self.size], self.mode)
         else:

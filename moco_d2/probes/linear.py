@@ -165,9 +165,10 @@ def _augmented(
     def batches(start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         sampler.start = start
         for views in loader:
+            images = views.images[0] if pixels.order == "RGB" else views.images[0].flip(1)
             with torch.no_grad():
-                images = views.images[0] if pixels.order == "RGB" else views.images[0].flip(1)
-                yield backbone.network(images), labels[views.index]  # of the pictures really shown
+                features = backbone.network(images)
+            yield features, labels[views.index]  # of the pictures really shown
 
     return batches, sampler, lambda: len(set().union(*comm.all_gather(skips.paths)))
 

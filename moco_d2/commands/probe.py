@@ -11,6 +11,8 @@ docs/probes.md describes sets, weights, protocols and the file that is written.
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     knn = kinds.add_parser("knn", help="weighted k-nearest neighbours of features")
     _add_common(knn)
     knn.add_argument("--config-file", default="", metavar="FILE", help="config: data sets of your own, SSL.ENCODER")
-    knn.add_argument("--k", type=int, nargs="+", default=[1, 20, 200], metavar="K", help="neighbours (1 20 200)")
+    knn.add_argument("--k", nargs="+", default=["1", "20", "200"], metavar="K", help="neighbours (1 20 200)")
     knn.add_argument("--temperature", type=float, default=0.07, help=".07: InstDisc, DINO; .1: MoCo's CIFAR demo")
     knn.add_argument("--size", type=int, metavar="PIXELS", help="side of the crop (224; CIFAR: 32)")
     linear = kinds.add_parser("linear", help="a linear classifier on frozen features")
@@ -73,14 +75,16 @@ def knn(args: argparse.Namespace) -> None:
     from moco_d2.probes.features import side
     from moco_d2.probes.knn import probe_knn
 
-    check_votes(args.k, args.temperature)
+    ks = [int(word) for word in itertools.takewhile(re.compile(r"-?\d+").fullmatch, args.k)]
+    opts = [*args.k[len(ks) :], *args.opts]  # argparse takes the words after --k, too
+    check_votes(ks, args.temperature)
     result.check_output(args.output)
     setup_logger(name="moco_d2", abbrev_name="moco_d2")
-    cfg = load_cfg(args.config_file, args.opts)
+    cfg = load_cfg(args.config_file, opts)
     use_available_device(cfg)
     train, val = _sets(cfg, args)
     backbone = load_backbone(args.weights, cfg)
-    content = probe_knn(backbone, train, val, cfg, args.size or side(val), args.k, args.temperature)
+    content = probe_knn(backbone, train, val, cfg, args.size or side(val), ks, args.temperature)
     _print(content)
     if args.output:
         result.write(content, args.output)

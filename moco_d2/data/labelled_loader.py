@@ -153,6 +153,6 @@ def crop_and_flip(size: int, pixels: Pixels) -> Augmentation:
     The views are RGB. A network that takes BGR needs their channels reversed, after they are normalised with its own
     mean and std.
     """
-    reverse = 1 if pixels.order == "RGB" else -1
-    rgb = Pixels("RGB", pixels.mean[::reverse], pixels.std[::reverse])
+    (a, b, c), (d, e, f) = pixels.mean, pixels.std
+    rgb = pixels if pixels.order == "RGB" else Pixels("RGB", (c, b, a), (f, e, d))
     return Augmentation((View(Crop(size), (Apply("flip", 0.5),)),), rgb)

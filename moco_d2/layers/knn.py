@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of features, as InstDisc introduced it (Wu et al., CVPR 2018, section 3.4).
+"""Weighted k-nearest-neighbour classification of features, as in InstDisc (Wu et al., CVPR 2018, section 3.4).
 
 Letters: M features in the bank, N queries, C feature dimension, L classes.
 """

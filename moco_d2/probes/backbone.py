@@ -135,8 +135,8 @@ def _check(state: State, facts: BackboneFacts, path: str | os.PathLike[str]) -> 
     ]
     if wrong:
         raise CheckpointError(
-            f"{path}: {len(wrong)} tensors are missing or do not fit its facts (a ResNet-{facts.depth}): {some(wrong)}; "
-            "the file is incomplete or was edited"
+            f"{path}: {len(wrong)} tensors are missing or do not fit its facts (a ResNet-{facts.depth}): {some(wrong)}"
+            "; the file is incomplete or was edited"
         )
     check_values({name: state[name] for name in shapes if not name.endswith("num_batches_tracked")}, path)
 

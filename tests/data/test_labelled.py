@@ -82,7 +82,7 @@ def test_imagenet_is_found_where_detectron2_keeps_data(tmp_path: Path, monkeypat
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     grow(tmp_path / "imagenet/val", {"n01440764": 1, "n01443537": 2})
     assert open_labelled("imagenet_val", "val").labels.tolist() == [0, 1, 1]
-    with pytest.raises(ValueError, match="there is no folder .*imagenet/train"):
+    with pytest.raises(ValueError, match=r"there is no folder .*imagenet/train"):
         open_labelled("imagenet_train", "train")
 
 
@@ -151,7 +151,7 @@ def test_sets_that_do_not_belong_together(
     halves: Path, objects: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     grow(halves / "other", {"cat": 1, "horse": 1, "zebra": 1})
-    with pytest.raises(ValueError, match="has 2 classes and .* has 3, other classes: only the first has dog; only the "
+    with pytest.raises(ValueError, match=r"has 2 classes and .* has 3, other classes: only the first has dog; only the "
                        "second has horse, zebra"):  # fmt: skip
         open_pair(str(halves / "train"), str(halves / "other"))
     with pytest.raises(ValueError, match="are the same 5 pictures"):

@@ -106,7 +106,7 @@ def test_an_interrupted_probe_ends_as_one_that_was_not(tmp_path: Path, monkeypat
     data = grow(tmp_path / "pictures")
     (data / "train/red/3.png").write_bytes(b"broken")
     whole = run(data, tmp_path / "whole")
-    assert whole["results"][1]["top1"] == 100, "classes that are easy to separate"
+    assert whole["results"][1]["top1"] > 50, "it learns"
     assert whole["train"]["unreadable"] == 1 and len((tmp_path / "whole/skipped.jsonl").read_text().splitlines()) == 1
     assert [row["epoch"] for row in whole["by_epoch"]] == [1, 2, 3, 4]
     metrics = [json.loads(line) for line in (tmp_path / "whole/metrics.json").read_text().splitlines()]
@@ -129,12 +129,13 @@ def test_an_interrupted_probe_ends_as_one_that_was_not(tmp_path: Path, monkeypat
     first, second = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert run(data, tmp_path / "cut", resume=True)["by_epoch"] == whole["by_epoch"], "a finished run, again"
-    with pytest.raises(ValueError, match="cannot resume exactly: changes was .* and is"):
+    with pytest.raises(ValueError, match=r"cannot resume exactly: changes was .* and is"):
         run(data, tmp_path / "cut", resume=True, changes=["lr 3 instead of 30"])
 
 
-def test_larc_separates_them_too(tmp_path: Path) -> None:
-    protocol = LinearProtocol(100.0, 16, 8, optimizer="larc", size=24, cached=True)
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 30.0), ("larc", 800.0)])
+def test_separable_features_are_separated(optimizer: str, lr: float, tmp_path: Path) -> None:
+    protocol = LinearProtocol(lr, 16, 40, optimizer=optimizer, size=24, cached=True)
     assert run(grow(tmp_path / "pictures"), tmp_path / "out", protocol)["results"][1]["top1"] == 100
 
 
@@ -148,7 +149,7 @@ def test_a_backbone_that_changes_is_noticed(tmp_path: Path, monkeypatch: pytest.
         backbone.network.train()  # its norms now learn the statistics of each batch
 
     monkeypatch.setattr(LinearTrainer, "run_step", trained)
-    with pytest.raises(RuntimeError, match="the backbone was changed, though it is frozen: bn1.running_mean"):
+    with pytest.raises(RuntimeError, match=r"the backbone was changed, though it is frozen: bn1\.running_mean"):
         probe_linear(backbone, *sets, cfg, SHORT, "test")
 
 
@@ -171,7 +172,7 @@ def one_rank(rank: int, folder: str) -> None:
 def test_two_processes_are_one(tmp_path: Path) -> None:
     grow(tmp_path / "pictures")
     one = run(tmp_path / "pictures", tmp_path / "one")
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(one_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     two = json.loads((tmp_path / "two/probe.json").read_text())
     assert two["by_epoch"] == one["by_epoch"] == json.loads((tmp_path / "rank1.json").read_text())["by_epoch"]
     for name, value in weights(tmp_path / "one").items():
@@ -180,8 +181,9 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 def test_the_command_leaves_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, output = grow(tmp_path / "pictures"), tmp_path / "out"
-    words = ["linear", "--protocol", "moco", "--weights", "random", "--data", str(data), "--size", "24", "--batch", "16",
-             "--epochs", "2", "--output", str(tmp_path / "mine.json"), *WORDS, "OUTPUT_DIR", str(output)]  # fmt: skip
+    words = ["linear", "--protocol", "moco", "--weights", "random", "--data", str(data), "--size", "24",
+             "--batch", "16", "--epochs", "2", "--output", str(tmp_path / "mine.json"), *WORDS,
+             "OUTPUT_DIR", str(output)]  # fmt: skip
     with pytest.raises(SystemExit) as ended:
         probe.main(words)
     assert not ended.value.code

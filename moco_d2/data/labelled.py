@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,7 +23,7 @@ from PIL import Image
 from moco_d2.data.listing import EXTENSIONS, Listing, is_hidden
 from moco_d2.io.errors import some
 from moco_d2.io.paths import expand_variable
-from moco_d2.io.pictures import MAX_PIXELS, read_image
+from moco_d2.io.pictures import MAX_PIXELS, naming, read_image
 from moco_d2.messages import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -191,14 +192,23 @@ def _cifar_archive(name: str, path: Path, split: str) -> LabelledSet:
     file, one after the other, with ``_length`` bytes each.
     """
     half = "train" if split == "train" else "test"
-    with np.load(path, allow_pickle=False) as archive:
-        wanted = {"classes", f"{half}_label", f"{half}_data"}
-        if missing := sorted(wanted - set(archive.files)):
-            raise ValueError(
-                f"the labelled set {name!r}: {path} has no {', '.join(missing)}; it has {some(archive.files)}"
-            )
-        classes, labels, data = (archive[key] for key in ("classes", f"{half}_label", f"{half}_data"))
-        arrays = data if data.ndim == 4 else _decoded(data, archive[f"{half}_length"], archive["head"].tobytes())
+    keys = ("classes", f"{half}_label", f"{half}_data", f"{half}_length", "head")
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            found = {key: archive[key] for key in keys if key in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"the labelled set {name!r}: {path} cannot be read ({error}); make or download it anew"
+        ) from error
+    whole = f"{half}_data" in found and found[f"{half}_data"].ndim == 4
+    if missing := [key for key in keys[: 3 if whole else 5] if key not in found]:
+        raise ValueError(
+            f"the labelled set {name!r}: {path} has no {', '.join(missing)}, only {some(found) or 'other arrays'}"
+        )
+    classes, labels, arrays = (found[key] for key in keys[:3])
+    if not whole:
+        with naming(path):
+            arrays = _decoded(arrays, found[f"{half}_length"], found["head"].tobytes())
     names = [f"{name}:{half}/{index}" for index in range(len(labels))]
     return LabelledSet(name, names, torch.from_numpy(labels.astype(np.int64)), tuple(map(str, classes)), arrays=arrays)
 

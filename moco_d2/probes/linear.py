@@ -109,7 +109,7 @@ def probe_linear(
     trainer.resume_or_start(resume)
     trainer.run()
 
-    unreadable = int(total(torch.tensor(tested.unreadable)))
+    unreadable = sum(comm.all_gather(tested.unreadable))
     found = {
         "protocol": name,
         "changes": list(changes),

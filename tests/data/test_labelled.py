@@ -117,8 +117,11 @@ def test_cifar_as_torchvision_keeps_it_and_as_an_archive(tmp_path: Path, monkeyp
     archive = open_labelled(str(tmp_path / "jpeg.npz"), "val")
     assert archive.labels.tolist() == [1, 0] and archive.classes == ("a", "b")
     assert np.array_equal(np.asarray(archive.picture(1)), np.asarray(Image.open(files[1])))
-    with pytest.raises(ValueError, match="has no train_data, train_label; it has classes"):
+    with pytest.raises(ValueError, match="has no train_label, train_data, train_length, only classes, head"):
         open_labelled(str(tmp_path / "jpeg.npz"), "train")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "jpeg.npz").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"cut\.npz cannot be read .*; make or download it anew"):
+        open_labelled(str(tmp_path / "cut.npz"), "val")
 
 
 def test_objects_are_cut_out_with_context_inside_the_picture(objects: Callable[..., str]) -> None:

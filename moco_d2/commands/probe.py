@@ -78,6 +78,8 @@ def knn(args: argparse.Namespace) -> None:
     ks = [int(word) for word in itertools.takewhile(re.compile(r"-?\d+").fullmatch, args.k)]
     opts = [*args.k[len(ks) :], *args.opts]  # argparse takes the words after --k, too
     check_votes(ks, args.temperature)
+    if args.size is not None and args.size < 1:
+        raise ValueError(f"--size is {args.size}; it must be at least 1 pixel")
     result.check_output(args.output)
     setup_logger(name="moco_d2", abbrev_name="moco_d2")
     cfg = load_cfg(args.config_file, opts)

@@ -86,7 +86,7 @@ def probe_linear(
     Raises:
         ValueError: a batch does not fit the set or the processes, or the interrupted run was another one.
     """
-    _check_batch(protocol, len(train))
+    _check(protocol, len(train))
     backbone.network.to(cfg.MODEL.DEVICE)
     before = {key: value.clone() for key, value in backbone.network.state_dict().items()}
     part = range(comm.get_rank(), len(val), comm.get_world_size())
@@ -130,7 +130,9 @@ def probe_linear(
     return content
 
 
-def _check_batch(protocol: LinearProtocol, pictures: int) -> None:
+def _check(protocol: LinearProtocol, pictures: int) -> None:
+    if protocol.cached and comm.get_world_size() > 1:
+        raise ValueError("a probe on cached features runs in one process: leave --num-gpus at 1")
     if protocol.batch > pictures:
         raise ValueError(
             f"the training set has {pictures} pictures, fewer than a batch of {protocol.batch}: give a smaller --batch "
@@ -177,8 +179,6 @@ def _cached(
     backbone: Backbone, train: LabelledSet, cfg: CfgNode, protocol: LinearProtocol
 ) -> tuple[Batches, EpochSampler, Callable[[], int]]:
     """Return batches of the features of the test transform, which are computed here, once."""
-    if comm.get_world_size() > 1:
-        raise ValueError("a probe on cached features runs in one process: leave --num-gpus at 1")
     features = features_of(backbone, train, cfg, protocol.size, bicubic=protocol.bicubic)
     sampler = EpochSampler(len(features.labels), protocol.batch, cfg.SEED)
 

@@ -77,9 +77,9 @@ def check(output_dir: str, resume: bool = False) -> None:
 def refuse_to_overwrite(output_dir: str) -> None:
     """Refuse a folder in which a new run would overwrite another one.
 
-    A run is recognised by ``last_checkpoint``, ``model_*.pth``, ``backbone.pth``, ``results.json``, or a
-    ``metrics.json`` that is not empty. A command that ended before its first step leaves a log and a config only, and
-    may be repeated.
+    A run is recognised by ``last_checkpoint``, ``model_*.pth``, ``backbone.pth``, ``results.json``,
+    ``probe.json``, or a ``metrics.json`` that is not empty. A command that ended before its first step leaves a log and
+    a config only, and may be repeated.
 
     Raises:
         ValueError: the folder contains a run.

@@ -111,6 +111,7 @@ def test_objects_of_a_data_set_of_ones_own(backbone: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(("words", "problem"), [
     ([], "give --train and --val, or --data"),
     (["--data", "nowhere"], "'nowhere' is no labelled set"),
+    (["--data", "nowhere", "--size", "0"], "--size is 0; it must be at least 1 pixel"),
     (["--data", "nowhere", "--k", "0"], "k is 0 and the temperature 0.07; both must be positive"),
 ])  # fmt: skip
 def test_command_lines_that_cannot_be_run(words: list[str], problem: str) -> None:

@@ -73,8 +73,7 @@ def probe_linear(
         backbone: to be probed; moved to ``MODEL.DEVICE``.
         train: labelled pictures to train on.
         val: labelled pictures to test on, of the same classes.
-        cfg: SEED, OUTPUT_DIR, MODEL.DEVICE, DATALOADER.NUM_WORKERS, SOLVER.CHECKPOINT_KEEP and DATA's limits and
-            backend.
+        cfg: SEED, OUTPUT_DIR, MODEL.DEVICE, DATALOADER.NUM_WORKERS, SOLVER.CHECKPOINT_KEEP, DATA's limits and backend.
         protocol: how it is trained.
         name: of the protocol, with ``(modified)`` if it was changed.
         changes: what was changed.
@@ -88,7 +87,6 @@ def probe_linear(
     """
     _check(protocol, len(train))
     backbone.network.to(cfg.MODEL.DEVICE)
-    before = {key: value.clone() for key, value in backbone.network.state_dict().items()}
     part = range(comm.get_rank(), len(val), comm.get_world_size())
     tested = features_of(backbone, val, cfg, protocol.size, bicubic=protocol.bicubic, part=part)
     batches, sampler, skips = (_cached if protocol.cached else _augmented)(backbone, train, cfg, protocol)
@@ -100,7 +98,7 @@ def probe_linear(
            for half, one in (("training", train), ("test", val))},
     }  # fmt: skip
     trainer = LinearTrainer(batches, tested, len(train.classes), protocol, sampler.steps_per_epoch, cfg, settings)
-    trainer.unchanged = lambda: _check_unchanged(backbone.network, before)
+    trainer.unchanged = _verifier(backbone.network)
     logger.info(
         "linear probe %s%s: %d pictures of %d classes, %d epochs of %d iterations of %d pictures, lr %g",
         name, f" ({', '.join(changes)})" if changes else "", sampler.size, len(train.classes), protocol.epochs,
@@ -109,20 +107,8 @@ def probe_linear(
     trainer.resume_or_start(resume)
     trainer.run()
 
-    unreadable = sum(comm.all_gather(tested.unreadable))
-    found = {
-        "protocol": name,
-        "changes": list(changes),
-        "results": [{"of": "last epoch", **trainer.history[-1]}, {"of": "best epoch", **trainer.best()}],
-        "by_epoch": trainer.history,
-        "train": describe(train, skips()),
-        "val": describe(val, unreadable),
-        "classes": len(train.classes),
-        "size": protocol.size,
-        "lr": protocol.scaled_lr,
-        "batch": protocol.batch,
-        "epochs": protocol.epochs,
-    }
+    sets = {"train": describe(train, skips()), "val": describe(val, sum(comm.all_gather(tested.unreadable)))}
+    found = {"protocol": name, "changes": list(changes), **trainer.results(), **sets, "classes": len(train.classes)}
     content = result("linear", backbone, cfg.SEED, cfg.MODEL.DEVICE, found)
     if comm.is_main_process():
         with atomic_write(Path(cfg.OUTPUT_DIR) / FILE) as file:
@@ -142,10 +128,16 @@ def _check(protocol: LinearProtocol, pictures: int) -> None:
         raise ValueError(f"a batch of {protocol.batch} pictures cannot be divided by {comm.get_world_size()} processes")
 
 
-def _check_unchanged(network: nn.Module, before: dict[str, torch.Tensor]) -> None:
-    changed = [key for key, value in network.state_dict().items() if not torch.equal(value, before[key])]
-    if changed:
-        raise RuntimeError(f"the backbone was changed, though it is frozen: {', '.join(changed[:3])}")
+def _verifier(network: nn.Module) -> Callable[[], None]:
+    """Return a function that raises if a tensor of the network is no longer what it is now."""
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+
+    def verify() -> None:
+        changed = [key for key, value in network.state_dict().items() if not torch.equal(value, before[key])]
+        if changed:
+            raise RuntimeError(f"the backbone was changed, though it is frozen: {', '.join(changed[:3])}")
+
+    return verify
 
 
 def _augmented(
@@ -284,9 +276,17 @@ class LinearTrainer(TrainerBase):
         get_event_storage().put_scalars(**found, smoothing_hint=False)
         logger.info("epoch %d: top-1 %.2f %%, top-5 %.2f %%", self.history[-1]["epoch"], *found.values())
 
-    def best(self) -> dict[str, float]:
-        """Return the epoch of the highest top-1."""
-        return max(self.history, key=lambda row: row["top1"])
+    def results(self) -> dict[str, Any]:
+        """Return the accuracies of the last, the best and every epoch, and how the classifier was trained."""
+        last, best = self.history[-1], max(self.history, key=lambda row: row["top1"])
+        return {
+            "results": [{"of": "last epoch", **last}, {"of": "best epoch", **best}],
+            "by_epoch": self.history,
+            "size": self.protocol.size,
+            "lr": self.protocol.scaled_lr,
+            "batch": self.protocol.batch,
+            "epochs": self.protocol.epochs,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loop's state, and the settings that must not change."""

@@ -33,7 +33,16 @@ def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
 def launch_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the arguments that Detectron2's users know; options go before the KEY VALUE pairs."""
     parser = new_parser(name, description)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="path or shipped name of a config")
+    add_launch_arguments(parser)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    return parser
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser, needs_config: bool = True) -> None:
+    """Add the arguments of a run: config, processes, and whether it is resumed."""
+    parser.add_argument(
+        "--config-file", required=needs_config, default="", metavar="FILE", help="path or shipped name of a config"
+    )
     parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine (without GPUs: on the CPU)")
     parser.add_argument("--num-machines", type=int, default=1, help="number of machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
@@ -43,8 +52,6 @@ def launch_parser(name: str, description: str | None) -> argparse.ArgumentParser
         help="longest wait for another process or for a batch (default: see docs/reliability.md)",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR, if there is one")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
-    return parser
 
 
 def expanded(text: str) -> str:

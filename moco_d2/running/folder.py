@@ -20,6 +20,7 @@ _POINTER = "last_checkpoint"
 # Files that only a run that has trained leaves. A new run would mix with it.
 _TRAINED = (
     _POINTER, "model_" + 7 * "[0-9]" + "*.pth", "model_final.pth", "backbone.pth", "metrics.json", "results.json",
+    "probe.json",
 )  # fmt: skip
 # All files that training and evaluation write, without the copies of labels in datasets/ (detection/labels/).
 _TRAINING = (
@@ -76,9 +77,9 @@ def check(output_dir: str, resume: bool = False) -> None:
 def refuse_to_overwrite(output_dir: str) -> None:
     """Refuse a folder in which a new run would overwrite another one.
 
-    A run is recognised by ``last_checkpoint``, ``model_*.pth``, ``backbone.pth``, ``results.json``, or a
-    ``metrics.json`` that is not empty. A command that ended before its first step leaves a log and a config only, and
-    may be repeated.
+    A run is recognised by ``last_checkpoint``, ``model_*.pth``, ``backbone.pth``, ``results.json``,
+    ``probe.json``, or a ``metrics.json`` that is not empty. A command that ended before its first step leaves a log and
+    a config only, and may be repeated.
 
     Raises:
         ValueError: the folder contains a run.

@@ -1,10 +1,15 @@
-"""Progress lines of a training."""
+"""Progress lines of trainings and other long work."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import logging
+import time
 
 from detectron2.utils.events import CommonMetricPrinter, EventStorage
+
+logger = logging.getLogger(__name__)
 
 
 class ProgressPrinter(CommonMetricPrinter):
@@ -18,3 +23,20 @@ class ProgressPrinter(CommonMetricPrinter):
             eta: str | None = super()._get_eta(storage)
             return eta
         return None
+
+
+class Countdown:
+    """Logs how much of a work is done, and the time that the rest will take, every ten seconds."""
+
+    def __init__(self, work: str, things: str, total: int, period: float = 10.0) -> None:
+        """Begin to count ``total`` things of a work."""
+        self.work, self.things, self.total, self.period = work, things, total, period
+        self.start = self.last = time.monotonic()
+
+    def seen(self, count: int) -> None:
+        """Take the number of things that are done by now."""
+        now = time.monotonic()
+        if now - self.last >= self.period and count:
+            self.last = now
+            left = datetime.timedelta(seconds=int((now - self.start) * (self.total - count) / count))
+            logger.info("%s: eta %s  %d of %d %s", self.work, left, count, self.total, self.things)

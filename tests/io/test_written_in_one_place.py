@@ -32,6 +32,7 @@ ALLOWED = {
     "moco_d2/convert/back.py restore": "torch.save() into a file of named_file()",
     "moco_d2/convert/conversion.py save": "a part in a temporary folder; write() moves it by move()",
     "moco_d2/convert/conversion.py write": "save() above",
+    "moco_d2/data/labelled_loader.py read": "a picture into memory",
     "moco_d2/data/shard_cache.py _make_room": "an empty part in the cache, under a name of ours",
     "moco_d2/data/shard_index.py look": "np.save() into a file of atomic_write()",
     "moco_d2/data/shards.py prepare": "ShardCache.touch(), which sets a time",

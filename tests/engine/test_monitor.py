@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,22 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
 from PIL import Image
 
 from moco_d2.config import load_cfg
 from moco_d2.data.view_pairs import view_pairs
 from moco_d2.engine.dry_run import rehearse
-from moco_d2.engine.monitor import Monitor, labelled_sets, probe_count
+from moco_d2.engine.monitor import DIAGNOSTICS, Monitor, labelled_sets, probe_count
 from moco_d2.engine.preflight import config_problems
 from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.layers.spread import effective_rank
 from moco_d2.model_zoo import pretraining_changes
 from moco_d2.reports import pictures
+from moco_d2.running.launch import launch
 
 CONFIG = "Pretrain/moco_v2_R50_200ep"
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
@@ -77,7 +79,7 @@ class Watch(HookBase):
         self.seen: list[list[torch.Tensor]] = []
 
     def after_step(self) -> None:
-        numpy = torch.from_numpy(np.random.get_state()[1].astype(np.int64))
+        numpy = torch.from_numpy(np.random.get_state()[1].astype(np.int64))  # noqa: NPY002, what is global
         buffers = [buffer.clone() for buffer in self.trainer.method.buffers()]
         self.seen.append([torch.random.get_rng_state(), numpy, *buffers])
         if self.trainer.iter == self.stop:
@@ -139,7 +141,7 @@ def draw_and_look(run: Path, cfg: CfgNode) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "plot_lines", lambda axis, title, lines, references: titles.append(title))
         pictures.draw_pretraining_curve(run, run / "curve.png")
-    assert titles[-3:] == ["kNN top-1 of held-out pictures, %", "effective rank of the features", "alignment, uniformity"]
+    assert titles[-3:] == list(dict.fromkeys(one.panel for one in DIAGNOSTICS))
 
 
 def test_a_probe_is_what_plain_code_finds(labelled: Path, tmp_path: Path) -> None:
@@ -183,35 +185,110 @@ def test_a_pictures_views_depend_on_its_number_only(labelled: Path, tmp_path: Pa
     assert not torch.equal(views[0], views[1])
 
 
-TWO = """
-import json, sys
-import torch
-from detectron2.utils import comm
-from moco_d2.engine.monitor import Monitor
-from moco_d2.engine.trainer import PretrainTrainer
-from moco_d2.running.launch import run_distributed
-from moco_d2.config import load_cfg
-
-def work(words):
-    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", words)
+def probe_in_two_processes(args: tuple[list[str], Path]) -> None:
+    """Probe with batch statistics that differ, then with a process that cannot read; a failure ends the launch."""
+    words, output = args
+    cfg = load_cfg(CONFIG, words)
     method = PretrainTrainer.build_model(cfg)
-    for buffer in method.encoder_q.buffers():  # each process's own statistics
-        if comm.get_rank() and buffer.is_floating_point():
-            buffer.mul_(3)
+    if comm.get_rank():
+        for buffer in method.backbone().buffers():
+            buffer.mul_(3).add_(1)
     before = [buffer.clone() for buffer in method.buffers()]
     monitor = Monitor(cfg, method)
     values = monitor.probe()
-    assert all(map(torch.equal, before, method.buffers())), "its own again"
+    assert all(map(torch.equal, before, method.buffers())), "each process has its own statistics again"
     if comm.get_rank():
-        monitor.held_out.arrays  # only process 1 cannot read
-        monitor._batches = lambda pictures: (_ for _ in ()).throw(OSError("gone"))
-    try:
+        monitor.held_out = replace(monitor.held_out, files=["gone.png"] * len(monitor.held_out))
+    with pytest.raises(ValueError, match=r"^the monitor \(SSL.MONITOR\): .*gone.png") as refused:
         monitor.probe()
-    except ValueError as error:
-        values["error"] = str(error)
-    if not comm.get_rank():
-        print(json.dumps(values))
+    (output / f"{comm.get_rank()}.json").write_text(json.dumps([values, str(refused.value)]))
 
-if __name__ == "__main__":
-    LAUNCH
-"""
+
+def test_two_processes_measure_what_one_does_and_fail_together(labelled: Path, tmp_path: Path) -> None:
+    words = options(labelled, tmp_path, *monitored(labelled, "SSL.MONITOR.PICTURES", 7))  # no multiple of two
+    cfg = load_cfg(CONFIG, words)
+    alone = Monitor(cfg, PretrainTrainer.build_model(cfg)).probe()
+    launch(probe_in_two_processes, 2, args=(words, tmp_path), device="cpu")
+    (first, error), (second, same_error) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert second == {} and error == same_error
+    del alone["monitor/seconds"], first["monitor/seconds"]
+    assert first == pytest.approx(alone, rel=1e-4)
+
+
+def complaints(labelled: Path, *more: object) -> list[str]:
+    return config_problems(load_cfg(CONFIG, options(labelled, Path("out"), *monitored(labelled), *more)), 1)
+
+
+def test_mistakes_are_named_before_the_run(labelled: Path, tmp_path: Path) -> None:
+    ranges = ("SSL.MONITOR.PERIOD", 0, "SSL.MONITOR.K", 0, "SSL.MONITOR.TEMPERATURE", 0.0, "SSL.MONITOR.PICTURES", -1)
+    found = complaints(labelled, *ranges, "SSL.MONITOR.DATASET", tmp_path / "none")
+    assert [text.split(" is ")[0].split(":")[0] for text in found] == [
+        "SSL.MONITOR.PERIOD", "SSL.MONITOR.K", "SSL.MONITOR.TEMPERATURE", "SSL.MONITOR.PICTURES", "SSL.MONITOR.DATASET",
+    ]  # fmt: skip
+    assert "is no labelled set" in found[-1]
+    (tmp_path / "loose").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "loose" / "a.png")
+    draw(tmp_path / "fewer", 1, 2)
+    (tmp_path / "fewer" / "c1").rename(tmp_path / "fewer" / "dog")
+    (tmp_path / "one" / "c0").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "c0" / "a.png")
+    for words, said in (
+        (["SSL.MONITOR.DATASET", tmp_path / "loose"], "must hold a folder of pictures per class"),
+        (["SSL.MONITOR.DATASET", labelled / "val"], "in the set of known pictures and in the held-out set"),
+        (["SSL.MONITOR.VAL", tmp_path / "fewer"], "these differ: c1, dog"),
+        (["SSL.MONITOR.DATASET", tmp_path / "one", "SSL.MONITOR.VAL", labelled], "these differ: c1, c2"),
+    ):
+        found = complaints(labelled, *words)
+        assert found and said in found[-1], found
+    with pytest.raises(ValueError, match=r"K is 5, but nothing uses it with SSL\.MONITOR\.DATASET empty"):
+        config(labelled, tmp_path, "SSL.MONITOR.K", 5)
+    cfg = load_cfg(CONFIG, options(labelled, tmp_path, *monitored(labelled)))
+    plain = load_cfg(CONFIG, options(labelled, tmp_path))
+    assert pretraining_changes(cfg) == pretraining_changes(plain), "the recipe is not modified"
+
+
+def test_the_first_probe_must_succeed_and_a_later_one_only_warns(
+    labelled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Path(shutil.copytree(labelled, tmp_path / "broken"))
+    (broken / "val" / "c1" / "0.png").write_bytes(b"no picture")
+    cfg = config(labelled, tmp_path / "run", *monitored(broken), "SOLVER.EPOCHS", 1)
+    trainer = PretrainTrainer(cfg)
+    with pytest.raises(ValueError, match=r"c1/0\.png: PIL cannot identify"):
+        trainer.train()
+    trainer = PretrainTrainer(cfg)
+    trainer.start_iter = 1  # as if it were resumed
+    trainer.train()
+    assert trainer.iter == 2 and "no probe after 2 iterations: the monitor (SSL.MONITOR)" in caplog.text
+
+
+def test_objects_of_a_detection_set_are_pictures(labelled: Path, tmp_path: Path) -> None:
+    def records(half: str) -> list[dict[str, Any]]:
+        found = []
+        for file in sorted((labelled / half).rglob("*.png")):
+            box = {"bbox": [5, 5, 20, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": int(file.parent.name[1])}
+            small = {**box, "bbox": [0, 0, 3, 3]}
+            found.append({"file_name": str(file), "width": 50, "height": 40, "annotations": [box, small]})
+        return found
+
+    names = ["monitor_train", "monitor_val"]
+    for name in names:
+        DatasetCatalog.register(name, lambda name=name: records(name.removeprefix("monitor_")))
+    try:
+        words = ["SSL.MONITOR.DATASET", names[0], "SSL.MONITOR.VAL", names[1], "SSL.MONITOR.K", 5]
+        cfg = config(labelled, tmp_path, *words)
+        assert config_problems(cfg, 1) == []
+        values = Monitor(cfg, PretrainTrainer.build_model(cfg)).probe()
+        assert 0 <= values["monitor/knn_top1"] <= 100
+        bank, _ = labelled_sets(*names)
+        assert len(bank) == KNOWN * len(COLOURS) and bank.picture(0).size == (24, 24)
+    finally:
+        for name in names:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+
+
+def test_the_dry_run_says_what_probes_cost(labelled: Path, tmp_path: Path) -> None:
+    found = dict(rehearse(config(labelled, tmp_path, *monitored(labelled))))
+    assert found["monitor"].startswith("kNN ") and " a probe, 4 probes: 0:00:" in found["monitor"]
+    assert found["checkpoint"].endswith("bit for bit")

@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -70,13 +70,16 @@ def monitor_problems(cfg: CfgNode) -> Iterator[str]:
         ("PICTURES", monitor.PICTURES >= 0, "positive, or 0 for all"),
     ]
     yield from (f"SSL.MONITOR.{key} is {monitor[key]}; it must be {rule}" for key, holds, rule in rules if not holds)
+    if not monitor.DATASET:
+        return
     # The commands check the config a first time before they register the user's own data sets.
-    later = {entry.get("name") for entry in cfg.DATASETS.CUSTOM} - {*DatasetCatalog}
-    if monitor.DATASET and later.isdisjoint((monitor.DATASET, monitor.VAL)):
-        try:
-            labelled_sets(monitor.DATASET, monitor.VAL)
-        except ValueError as error:
-            yield str(error)
+    own = {entry.get("name") for entry in cfg.DATASETS.CUSTOM if isinstance(entry, Mapping)}
+    if any(name in own and name not in DatasetCatalog for name in (monitor.DATASET, monitor.VAL)):
+        return
+    try:
+        labelled_sets(monitor.DATASET, monitor.VAL)
+    except ValueError as error:
+        yield str(error)
 
 
 def labelled_sets(name: str, held_out_name: str) -> tuple[LabelledSet, LabelledSet]:
@@ -111,8 +114,10 @@ def labelled_sets(name: str, held_out_name: str) -> tuple[LabelledSet, LabelledS
 def _open(key: str, name: str, split: str) -> LabelledSet:
     try:
         return _opened(name, split)
-    except Exception as error:  # what a user's function in the catalogue raises may be anything
-        raise ValueError(f"SSL.MONITOR.{key}: {describe(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"SSL.MONITOR.{key}: {error}") from error
+    except Exception as error:  # a user's function in the catalogue may raise anything
+        raise ValueError(f"SSL.MONITOR.{key}: {name!r} cannot be read: {type(error).__name__}: {error}") from error
 
 
 # Preflight and the monitor itself read the same sets.
@@ -147,10 +152,13 @@ class Monitor:
             In process 0 the :data:`DIAGNOSTICS` and ``monitor/seconds``; in others nothing.
 
         Raises:
-            ValueError: a process could not read a picture or compute a feature; raised in all processes.
+            ValueError: a process could not read a picture or compute a feature, or features are not finite; raised in
+                all processes.
         """
         start = time.perf_counter()
         bank, held_out, pairs = self._features()
+        if not all(part.isfinite().all() for part in (bank, held_out, pairs)):
+            raise ValueError("the monitor (SSL.MONITOR): the backbone's features are not finite")
         own = slice(rank(), None, world_size())
         labels = self.held_out.labels[own].to(self.device)
         scores = knn_scores(

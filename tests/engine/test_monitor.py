@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -149,7 +150,7 @@ def test_a_probe_is_what_plain_code_finds(labelled: Path, tmp_path: Path) -> Non
     method = PretrainTrainer.build_model(cfg)
     monitor = Monitor(cfg, method)
     values = monitor.probe()
-    network = method.backbone().eval()
+    network = copy.deepcopy(method).backbone().eval()
 
     def features(half: str) -> torch.Tensor:
         found = []
@@ -174,6 +175,10 @@ def test_a_probe_is_what_plain_code_finds(labelled: Path, tmp_path: Path) -> Non
     assert monitor.describe(values).startswith(f"kNN {100 * right / 9:.1f} % (k 5, 18 known pictures, 9 held-out ones)")
     part = Monitor(config(labelled, tmp_path, *monitored(labelled, "SSL.MONITOR.PICTURES", 6)), method)
     assert (len(part.bank), part.bank.labels.tolist(), len(part.held_out)) == (6, [0, 0, 1, 1, 2, 2], 6)
+    with torch.no_grad():
+        method.encoder_q.bn1.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="features are not finite"):
+        part.probe()
 
 
 def test_a_pictures_views_depend_on_its_number_only(labelled: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ docs/pipeline.md describes the files that a run writes.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from moco_d2.commands import cli
@@ -35,8 +35,12 @@ def pretrain(args: argparse.Namespace) -> None:
     from moco_d2.engine.dry_run import rehearse
     from moco_d2.engine.trainer import PretrainTrainer
 
+    def rehearsal(cfg: Any) -> Iterator[tuple[str, str]]:
+        register_custom(cfg, labels=False)
+        yield from rehearse(cfg)
+
     if args.dry_run:
-        cli.dry_run(args, rehearse)
+        cli.dry_run(args, rehearsal)
         return
     cfg = cli.setup(args)
     register_custom(cfg, labels=False)

@@ -71,6 +71,23 @@ def _add_method(cfg: CN) -> None:
     # Keyword arguments of the encoder's builder, as SSL.ARGS are of the method's constructor. ResNets (build_resnet in
     # moco_d2/layers/resnet.py): width, stem, norm, zero_init_residual.
     cfg.SSL.ENCODER.ARGS = CN(new_allowed=True)
+    # A kNN classifier on the backbone's features while it trains, with effective rank, alignment and uniformity
+    # (docs/pretraining.md). It uses labels, but training does not change: the weights are the same to the bit.
+    cfg.SSL.MONITOR = CN()
+    # Labelled pictures that the classifier knows, with those that it classifies in VAL: a folder of one folder per
+    # class, or of train/ and val/ of that form; imagenet_train; CIFAR-10 (torchvision's folder, or an .npz); a
+    # detection data set, of which each object's box is a picture. "": no monitor.
+    cfg.SSL.MONITOR.DATASET = ""
+    # Held-out pictures of the same classes; "": the val or test half of DATASET.
+    cfg.SSL.MONITOR.VAL = ""
+    # Epochs from one probe to the next (without SOLVER.EPOCHS: iterations). One more is made before the first step, and
+    # one after the last.
+    cfg.SSL.MONITOR.PERIOD = 10
+    # Neighbours, and the temperature of their weights exp(similarity / T): 0.07 in InstDisc, 0.1 in MoCo's CIFAR demo.
+    cfg.SSL.MONITOR.K = 200
+    cfg.SSL.MONITOR.TEMPERATURE = 0.07
+    # Most pictures of each set, evenly spaced, to save time (the accuracy is then that of the smaller set); 0: all.
+    cfg.SSL.MONITOR.PICTURES = 0
 
 
 def _add_data(cfg: CN) -> None:

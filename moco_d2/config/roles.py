@@ -43,6 +43,7 @@ ROLES = {
     "VIS_PERIOD": _Roles(UNREAD, BOOKKEEPING),
     "GLOBAL": _Roles(UNREAD, UNREAD),
     "SSL": _Roles(RECIPE, UNREAD),
+    "SSL.MONITOR": _Roles(BOOKKEEPING, UNREAD),
     "DATA": _Roles(RECIPE, UNREAD),
     "DATA.BACKEND": _Roles(PERFORMANCE, UNREAD),
     "DATA.MAX_SKIPPED": _Roles(MACHINE, UNREAD),
@@ -109,7 +110,7 @@ ROLES = {
 # Keys whose values are paths, or contain paths.
 PATHS = (
     "OUTPUT_DIR", "MODEL.WEIGHTS", "DATA.CACHE_FOLDER", "DATASETS.TRAIN", "DATASETS.TEST", "DATASETS.CUSTOM",
-    "DATASETS.PROPOSAL_FILES_TRAIN", "DATASETS.PROPOSAL_FILES_TEST",
+    "DATASETS.PROPOSAL_FILES_TRAIN", "DATASETS.PROPOSAL_FILES_TEST", "SSL.MONITOR.DATASET", "SSL.MONITOR.VAL",
 )  # fmt: skip
 
 # Remedies: what a stage uses instead of a key, or group of keys, that it does not read.
@@ -161,6 +162,7 @@ _OFF = {
         _Off(("SOLVER.MOMENTUM",), "SOLVER.OPTIMIZER", ("adamw",)),
         _Off(("SOLVER.LR_FACTOR_1D",), "SOLVER.EXCLUDE_1D", (False,)),
         _Off(("SOLVER.WARMUP_FROM",), "SOLVER.WARMUP", (0.0,)),
+        _Off(_group("SSL.MONITOR", "VAL", "PERIOD", "K", "TEMPERATURE", "PICTURES"), "SSL.MONITOR.DATASET", ("",)),
         _Off(
             _group("SOLVER.CLIP_GRADIENTS", "CLIP_TYPE", "CLIP_VALUE", "NORM_TYPE"),
             "SOLVER.CLIP_GRADIENTS.ENABLED", (False,),
@@ -275,7 +277,7 @@ def turned_off(key: str, stage: str, values: Mapping[str, Any], defaults: Mappin
         value, default = plain(values[off.switch]), plain(defaults[off.switch])
         off_now = value != default if off.values is None else value in map(plain, off.values)
         if off_now and not names.isdisjoint(off.keys):
-            return f"{off.switch} {values[off.switch]}"
+            return f"{off.switch} {'empty' if value == '' else values[off.switch]}"
     return ""
 
 

@@ -195,7 +195,7 @@ class ViewLoader:
         options: dict[str, Any] = {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
         # A generator of its own: a DataLoader draws a seed when it starts, which would shift a resumed step's draws.
         options["generator"] = torch.Generator()
-        options["worker_init_fn"] = _one_thread
+        options["worker_init_fn"] = one_thread
         if self.workers:
             options["timeout"] = timeouts.limit()
         batches = DataLoader(self.dataset, batch_sampler=self.sampler, collate_fn=collate, **options)
@@ -217,6 +217,6 @@ class ViewLoader:
         return pixels.sub_(self._mean).div_(self._std)
 
 
-def _one_thread(_: int) -> None:
+def one_thread(_: int) -> None:
     """Keep OpenCV from starting threads in every worker; torch limits its own."""
     cv2.setNumThreads(0)

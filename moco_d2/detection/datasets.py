@@ -75,7 +75,7 @@ def register_custom(cfg: CfgNode, *, labels: bool = True, train: bool = True) ->
 
     Args:
         cfg: config; it also tells whether masks or keypoints are needed.
-        labels: False for pretraining, which needs the pictures only.
+        labels: False for pretraining, which needs the pictures only (labels only for ``SSL.MONITOR``).
         train: whether the training sets are used; False for an evaluation.
 
     Raises:
@@ -120,7 +120,9 @@ def check_copies(cfg: CfgNode) -> None:
 def _register_all(
     cfg: CfgNode, report: Report, *, labels: bool = True, train: bool = True, sizes: bool = False
 ) -> None:
-    used = {*(cfg.DATASETS.TRAIN if train else ()), *(cfg.DATASETS.TEST if labels else ())}
+    # Labels are read for detectors, and in pretraining for its monitor.
+    monitored = (cfg.SSL.MONITOR.DATASET, cfg.SSL.MONITOR.VAL)
+    used = {*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST} if labels else {*monitored}
     points, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     if labels and cfg.DATASETS.CUSTOM and cfg.MODEL.KEYPOINT_ON and sigmas != points != 17:
         report(f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values; COCO's evaluation needs {points}, one per keypoint")
@@ -134,7 +136,7 @@ def _register_all(
             if entry.name in catalog.list():
                 catalog.remove(entry.name)
         MetadataCatalog.get(entry.name).set(custom=True, list_pictures=lambda entry=entry: list_pictures(entry))
-        if not labels or entry.name not in used:
+        if entry.name not in used:
             DatasetCatalog.register(entry.name, lambda entry=entry: [{"file_name": f} for f in list_pictures(entry)])
             continue
         needs = Needs.of(cfg, sizes, train and entry.name in cfg.DATASETS.TRAIN)

@@ -17,6 +17,7 @@ from moco_d2.config import use_available_device
 from moco_d2.data import ViewDataset, ViewLoader
 from moco_d2.data.decode import EncodedImage
 from moco_d2.engine.build import outline
+from moco_d2.engine.monitor import Monitor, probe_count
 from moco_d2.engine.optim import scaled_lr, total_steps
 from moco_d2.engine.preflight import check_config
 from moco_d2.engine.trainer import PretrainTrainer, recipe_changes
@@ -75,6 +76,10 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
         yield "advice", warning
     yield "weights", full.MODEL.WEIGHTS or f"none: random values of seed {small.SEED}"
     yield "model", f"{full.SSL.METHOD}, {full.SSL.ENCODER.NAME}: {parameters(trainer.method)}"
+    probes = 0.0
+    if full.SSL.MONITOR.DATASET:
+        probes, finding = _monitor(Monitor(full, trainer.method), full, images, steps)
+        yield "monitor", finding
     with quiet():
         trainer.train()
     memory = peak_memory()  # before a second trainer exists
@@ -85,7 +90,7 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     computes, loads = batch / trainer.step_seconds[-1], _loading_speed(trainer.data_loader, batch)
     speed, finding = _bottleneck(computes, loads, small.DATALOADER.NUM_WORKERS)
     yield "bottleneck", finding
-    yield "ETA", f"{duration(steps * full_batch / speed)} at {speed:.1f} images/s, this machine's speed now"
+    yield "ETA", f"{duration(steps * full_batch / speed + probes)} at {speed:.1f} images/s, this machine's speed now"
 
 
 def _check_pictures(dataset: ViewDataset, cfg: CfgNode) -> Iterator[tuple[str, str]]:
@@ -137,6 +142,7 @@ def _shorten(full: CfgNode, world_size: int) -> CfgNode:
     cfg.defrost()
     cfg.SOLVER.BASE_LR, cfg.SOLVER.REFERENCE_BATCH = scaled_lr(full), 0
     cfg.SOLVER.EPOCHS, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP = 0, STEPS, (), 0.0
+    cfg.SSL.MONITOR.DATASET = ""  # one probe is made on its own
     cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_KEEP = 1, 0  # keep the first, to resume from it
     if cfg.MODEL.DEVICE == "cpu":
         cfg.SOLVER.IMS_PER_BATCH = world_size * _smaller_batch(cfg, world_size)
@@ -197,6 +203,16 @@ def _resume(trainer: TimedTrainer) -> str:
     same = "bit for bit" if apart[worst] == 0 else f"within {apart[worst]:.1g}"
     size = (folder / "model_final.pth").stat().st_size / 2**20
     return f"{size:.0f} MiB, saved and resumed to the same weights, {same}"
+
+
+def _monitor(monitor: Monitor, full: CfgNode, images: int, steps: int) -> tuple[float, str]:
+    """Make one probe; return the seconds that all probes of the run will take, and the finding."""
+    start = time.perf_counter()
+    values = monitor.probe()
+    seconds = time.perf_counter() - start
+    count = probe_count(full, images // full.SOLVER.IMS_PER_BATCH, steps)
+    each = monitor.describe(values) if values else ""  # in the main process only
+    return count * seconds, f"{each} a probe, {count} probes: {duration(count * seconds)} of the run"
 
 
 def _loading_speed(loader: ViewLoader, batch: int) -> float:

@@ -19,6 +19,7 @@ from moco_d2.config.roles import PRETRAINING
 from moco_d2.config.values import fits, wrong_type
 from moco_d2.data import AUGMENTATIONS, BACKENDS, build_augmentation
 from moco_d2.engine.build import outline
+from moco_d2.engine.monitor import monitor_problems
 from moco_d2.engine.optim import OPTIMIZERS
 from moco_d2.engine.schedules import SCHEDULES
 from moco_d2.engine.step import AUTOCAST
@@ -51,7 +52,7 @@ def config_problems(cfg: CfgNode, world_size: int) -> list[str]:
         *groups, name = key.split(".")
         functools.reduce(operator.getitem, groups, cfg)[name] = flat(get_cfg())[key]
     found = [*_ssl_problems(cfg, world_size), *_data_problems(cfg), *_solver_problems(cfg, world_size)]
-    found += [*_engine_problems(cfg), *unread_keys(cfg, PRETRAINING)]
+    found += [*monitor_problems(cfg), *_engine_problems(cfg), *unread_keys(cfg, PRETRAINING)]
     return [*mistyped.values(), *(text for text in found if not any(key in text for key in mistyped))]
 
 

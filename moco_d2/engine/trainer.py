@@ -21,6 +21,7 @@ from moco_d2.engine.build import configured_method
 from moco_d2.engine.checkpoint import PretrainCheckpointer, load_method
 from moco_d2.engine.hooks import MethodSchedule, PretrainMetrics, PretrainPrinter
 from moco_d2.engine.loader import build_loader
+from moco_d2.engine.monitor import Monitor, MonitorHook, probe_period
 from moco_d2.engine.optim import IMPLIED, ScheduledOptimizer, build_clipper, build_optimizer, total_steps, trajectory
 from moco_d2.engine.preflight import check_config
 from moco_d2.engine.step import PretrainStep, apply_performance_options, chosen_autocast, describe_performance_options
@@ -109,6 +110,12 @@ class PretrainTrainer(DefaultTrainer):
             self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP, solver.CHECKPOINT_KEEP_EVERY,
             check=self._trainer.flush,
         )  # fmt: skip
+        writers = self.build_writers() if comm.is_main_process() else []
+        monitor = []
+        if self.cfg.SSL.MONITOR.DATASET:
+            files = [writer for writer in writers if not isinstance(writer, PretrainPrinter)]
+            period = probe_period(self.cfg, self.steps_per_epoch)
+            monitor = [MonitorHook(Monitor(self.cfg, self.method), period, files)]
         return [
             # Each process draws its own numbers (dropout, masks); rank 0 draws what all share (a permutation).
             StepSeed(self.seed, stream=comm.get_rank()),
@@ -117,7 +124,8 @@ class PretrainTrainer(DefaultTrainer):
             hooks.LRScheduler(self._trainer.optimizer, self.scheduler),
             PretrainMetrics(self.method, solver.IMS_PER_BATCH, self.steps_per_epoch, LOG_PERIOD),
             checkpoint,
-            hooks.PeriodicWriter(self.build_writers(), period=LOG_PERIOD) if comm.is_main_process() else None,
+            *monitor,
+            hooks.PeriodicWriter(writers, period=LOG_PERIOD) if writers else None,
             StopWhenAsked(checkpoint),
         ]
 

@@ -26,6 +26,7 @@ from moco_d2.detection.mapper import read_label_image, read_pixels
 from moco_d2.detection.preflight import building
 from moco_d2.detection.weights import all_names, load_weights
 from moco_d2.engine.build import outline
+from moco_d2.engine.monitor import DIAGNOSTICS as MONITORED
 from moco_d2.io.files import atomic_write
 from moco_d2.methods import Diagnostic
 from moco_d2.reports.curves import Line, plot_lines
@@ -35,7 +36,7 @@ FolderLike = str | os.PathLike[str]
 
 
 def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
-    """Draw the loss and the method's other diagnostics of a pretraining run.
+    """Draw the loss and the method's other diagnostics of a pretraining run, and what its monitor measured.
 
     Args:
         run: its folder, with ``metrics.json`` and ``config.yaml``.
@@ -48,7 +49,9 @@ def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
     if not records:
         raise ValueError(f"{Path(run) / 'metrics.json'} is missing, or has no figures of a pretraining run")
     panels: dict[str, list[Diagnostic]] = {}
-    for one in outline(load_cfg(Path(run) / "config.yaml")).diagnostics():
+    recorded = {key for record in records for key in record}
+    monitored = [one for one in MONITORED if one.key in recorded]
+    for one in (*outline(load_cfg(Path(run) / "config.yaml")).diagnostics(), *monitored):
         panels.setdefault(one.panel, []).append(one)
     rows, columns = -(-len(panels) // 2), min(2, len(panels))
     figure, axes = _figure(rows, columns, (5 * columns, 3.2 * rows))

@@ -1,6 +1,6 @@
 """Records of the built-in data sets: registration, preflight, doctor and datasets/README.md follow from them.
 
-The module imports the standard library only: the doctor reads it where torch or Detectron2 is missing.
+The module imports the standard library only: the doctor reads it even if torch or Detectron2 is missing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class Dataset:
             ``folders`` (one folder a class; pretraining only).
         group: the data set as people call it; its splits are reported together.
         get_from: where to get it.
-        pictures: patterns of the pictures' paths. The stars stand for a picture's name; one that ends in a star takes
-            pictures of any format.
+        pictures: patterns of the pictures' paths. The stars stand for a picture's name; a pattern that ends in a star
+            matches pictures of any format.
         labels: patterns of the files that each picture needs beside it, with the same stars.
         files: lists and JSON files of the split. A ``.txt`` file names the split's pictures, one a line.
         classes: names by index; needed only if Detectron2 itself does not register the data set.

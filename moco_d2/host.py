@@ -1,4 +1,4 @@
-"""Check that Detectron2, which this package extends, is installed; and the path of its data sets.
+"""Check for Detectron2, which this package extends, and expansion of the path of its data sets.
 
 Every package that needs Detectron2 imports this module first. ``moco_d2.layers``, ``moco_d2.methods`` and
 ``moco_d2.convert`` do not need it.

@@ -13,7 +13,7 @@ _NAMES = ("thing_classes", "stuff_classes", "keypoint_names", "keypoint_flip_map
 
 
 def class_names(cfg: CfgNode) -> dict[str, Any]:
-    """Return the names of a detector's classes and keypoints, as the metadata of its first data set hold them.
+    """Return the names of a detector's classes and keypoints, from the metadata of its first data set.
 
     Args:
         cfg: config of the detector. Its data sets must be registered. A data set that takes its classes from the

@@ -74,12 +74,12 @@ def register_custom(cfg: CfgNode, *, labels: bool = True, train: bool = True) ->
     ``OUTPUT_DIR/datasets``. The user's files are never changed; a copy that would replace one is refused.
 
     Args:
-        cfg: config; it also tells whether masks or keypoints are needed.
+        cfg: config; masks or keypoints are needed if it trains them.
         labels: False for pretraining, which needs the pictures only (labels only for ``SSL.MONITOR``).
         train: whether the training sets are used; False for an evaluation.
 
     Raises:
-        ValueError: names the first problem, with file, line and record.
+        ValueError: the first problem, with file, line and record.
     """
     _register_all(cfg, _raise, labels=labels, train=train)
 

@@ -95,7 +95,7 @@ def build_loader(cfg: CfgNode, seed: int, records: Sequence[Record] | None = Non
         mapper: reads and augments a record; default: :class:`PictureMapper`.
 
     Returns:
-        A loader whose ``batch_sampler`` is a :class:`BatchStream`.
+        A loader with a ``batch_sampler`` that is a :class:`BatchStream`.
 
     Raises:
         ValueError: pictures are missing, or none has an object.

@@ -1,4 +1,4 @@
-"""Results on disk: ``results.json``, which says what was measured and everything needed to compare it."""
+"""Results on disk: ``results.json``, which records what was measured and everything needed to compare it."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ class TransferTrainer(DefaultTrainer):
         path, resuming = starting_point(self.cfg, resume)
         if not resuming:
             self.weights = load_weights(self.checkpointer, self.cfg, path)
-        # Saved in every checkpoint, so that the trained detector, too, tells which pixels it expects.
+        # Saved in every checkpoint, so that the trained detector's file, too, records the pixels that it expects.
         self.checkpointer.add_checkpointable("facts", self.weights)
         if resuming:
             load_weights(self.checkpointer, self.cfg, path, all_names, checkpointables=None)
@@ -238,7 +238,7 @@ class TransferTrainer(DefaultTrainer):
                 f"a run of {_batch(then)} cannot be resumed with {_batch(now)}: the checkpoint's lr and iteration "
                 "belong to its batch. Keep processes times SOLVER.ACCUMULATE as it was"
             )
-        # Checkpoints of earlier versions hold fewer settings.
+        # Checkpoints of earlier versions contain fewer settings.
         changed = changed_settings(then, {key: value for key, value in now.items() if key in then})
         kept = {key: changed.pop(key) for key in roles.resumed(list(changed), roles.CHECKPOINT)}
         if changed:
@@ -318,6 +318,6 @@ def evaluate(cfg: CfgNode) -> None:
     if cfg.TEST.AUG.ENABLED:
         evaluation = evaluation.joined(evaluate_augmented(TransferTrainer, cfg, model))
     if comm.is_main_process():
-        # Not results.json, which may be in the same folder and tells the result of the training.
+        # Not results.json, which may be in the same folder and is the result of the training.
         path = os.path.join(cfg.OUTPUT_DIR, "results_eval_only.json")
         write_json(path, describe_result(cfg, evaluation.metrics, evaluation.libraries, weights))

@@ -38,7 +38,7 @@ def read_detections(
         left_out: ids of categories whose objects, and detections, are left out.
 
     Raises:
-        ValueError: the file has another format, or records are wrong: names the first and tells their number.
+        ValueError: the file has another format, or records are wrong; the message names the first and counts them.
     """
     content, _ = read_json(Path(path))
     if not isinstance(content, list) or not all(isinstance(found, dict) for found in content):
@@ -169,7 +169,7 @@ def read_voc_detections(
         images: names of its images.
 
     Raises:
-        ValueError: the file has another format; names the first wrong row.
+        ValueError: the file has another format; the message names the first wrong row.
     """
     content, _ = read_json(Path(path))
     if not isinstance(content, dict) or {*content} != {*classes}:

@@ -41,7 +41,7 @@ Detections = tuple[list[str], Array]
 class VOCEvaluator(DatasetEvaluator):
     """AP of VOC-format data sets: the mean over IoU .50:.05:.95, at .50 and at .75.
 
-    The metadata tell the images and labels: ``dirname``, ``split`` (a list in ``ImageSets/Main``) and
+    The metadata give the images and labels: ``dirname``, ``split`` (a list in ``ImageSets/Main``) and
     ``thing_classes``. ``year`` 2007 means the 11-point AP, 2012 the area below the curve. Call it in every process.
 
     Attributes:

@@ -25,7 +25,8 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from torch import nn
 
 from moco_d2.data import build_augmentation
-from moco_d2.data.labelled import LabelledSet, batches, open_labelled
+from moco_d2.data.labelled import LabelledSet, open_labelled
+from moco_d2.data.labelled_loader import LabelledLoader
 from moco_d2.data.view_pairs import view_pairs
 from moco_d2.io.pictures import describe
 from moco_d2.layers.distributed import all_gather, rank, total, world_size
@@ -161,9 +162,8 @@ class Monitor:
             raise ValueError("the monitor (SSL.MONITOR): the backbone's features are not finite")
         own = slice(rank(), None, world_size())
         labels = self.held_out.labels[own].to(self.device)
-        scores = knn_scores(
-            held_out[own], bank, self.bank.labels.to(self.device), len(self.bank.classes), self.k, self.temperature
-        )
+        known, classes = self.bank.labels.to(self.device), len(self.bank.classes)
+        (scores,) = knn_scores(held_out[own], bank, known, classes, [self.k], self.temperature)
         right = accuracy(scores, labels) / 100 * len(labels) if len(labels) else 0.0
         right = total(torch.tensor(right, device=self.device)).item()
         if rank():
@@ -188,9 +188,13 @@ class Monitor:
             try:
                 for pictures in (self.bank, self.held_out):
                     dtype = torch.float16 if len(pictures) > _LARGE else torch.float32
-                    found.append(extract(network, self._batches(pictures), dtype=dtype)[0])
-                pairs = view_pairs(self.held_out, _share(self.spread), self.augmentation, **self.options)
-                views, _ = extract(network, ((images, images.new_empty(len(images))) for images in pairs))
+                    loader = self._loader(pictures)
+                    found.append(extract(network, loader, len(loader), dtype=dtype)[0])
+                numbers = _share(self.spread)
+                pairs = view_pairs(self.held_out, numbers, self.augmentation, **self.options)
+                views, _ = extract(
+                    network, ((images, images.new_empty(len(images))) for images in pairs), 2 * len(numbers)
+                )
                 found.append(views.unflatten(0, (-1, 2)))
             except (OSError, RuntimeError, ValueError) as problem:
                 error = describe(problem)
@@ -204,12 +208,9 @@ class Monitor:
             _gathered(views, len(self.spread)),
         )
 
-    def _batches(self, pictures: LabelledSet) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        # Pictures that have the network's size already (CIFAR-10) are taken as they are.
-        exact = pictures.arrays is not None and pictures.arrays.shape[1:3] == (self.size, self.size)
-        own = _part(pictures, _share(range(len(pictures))))
-        pixels = self.augmentation.pixels
-        return batches(own, pixels, self.size, resize=self.size if exact else 0, **self.options)
+    def _loader(self, pictures: LabelledSet) -> LabelledLoader:
+        own = _share(range(len(pictures)))
+        return LabelledLoader(pictures, self.augmentation.pixels, self.size, part=own, **self.options)
 
 
 def _share(numbers: Sequence[int]) -> list[int]:

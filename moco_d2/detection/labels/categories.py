@@ -71,10 +71,10 @@ def read_categories(file: JsonFile, entry: Entry, needs: Needs, report: Report) 
     found: dict[int | str, tuple[int, Record]] = {}
     for index, record in file.records("categories"):
         plain, problem = normalised("categories", record)
-        unused = [key for key in ("supercategory", "keypoints", "skeleton") if not plain.get(key)]
+        dropped = [key for key in ("supercategory", "keypoints", "skeleton") if not plain.get(key)]
         if not isinstance(plain.get("supercategory"), str):  # evaluators accept text only
-            unused.append("supercategory")
-        plain = replaced(plain, **dict.fromkeys(unused))
+            dropped.append("supercategory")
+        plain = replaced(plain, **dict.fromkeys(dropped))
         if not problem and not {"id", "name"} <= plain.keys():
             problem = "needs an id and a name"
         elif not problem and plain["id"] in found:

@@ -186,6 +186,7 @@ def test_weights_that_are_not_finite_are_refused(altered):
     assert "backbone.res4.0.conv1.weight" in message
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
 def test_weights_that_would_be_cast_are_refused(altered, dtype):
     path = altered(lambda c: c["model"].update({k: c["model"][k].to(dtype) for k in ["res4.0.conv1.weight"]}))

@@ -32,7 +32,7 @@ def one_list(problems: Sequence[str], most: int = 100) -> str:
 
 
 def recipe(name: str, changes: Sequence[str] | None) -> str:
-    """Return the name of a recipe or protocol and the changes to it; ``changes`` is None for a name that is not shipped."""
+    """Return the name of a recipe or protocol and the changes to it; ``changes`` is None if it is not a shipped one."""
     if changes is None:
         return f"{name or 'none'}, not a shipped one, so there are no published figures for it"
     return name + (", as shipped" if not changes else f", modified: {' '.join(changes)}")

@@ -59,7 +59,7 @@ def read_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not found:
+        if not found or int(found[2] or found[1]) < int(found[1]):
             raise ValueError(f"--seeds {text}: write a range or a list, such as 0-4 or 0,2,7")
         seeds += range(int(found[1]), int(found[2] or found[1]) + 1)
     return seeds

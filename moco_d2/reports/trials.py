@@ -214,7 +214,9 @@ def _inits(words: Sequence[str], protocol: str) -> list[Init]:
     for label, count in Counter(init.label for init in inits).items():
         if count > 1:
             same = ", ".join(word for word, init in zip(words, inits, strict=True) if init.label == label)
-            raise ValueError(f"{count} --weights have the name {label!r} ({same}); rename them: LABEL=PATH")
+            raise ValueError(
+                f"{count} --weights have the name {label!r} ({same}); give each once, or rename files: LABEL=PATH"
+            )
     return inits
 
 

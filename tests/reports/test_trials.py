@@ -321,3 +321,9 @@ def test_the_training_set_is_a_part_of_the_labelled_images_and_is_written_down(p
     assert ids[0] < ids[1] < ids[2]
     written = json.loads((tmp_path / FILE).read_text())
     assert (set(written["image_ids"]), written["images_in_all"], written["percent"]) == (ids[2], 11, 99.9)
+
+
+@pytest.mark.parametrize("text", ["", "3-1", "-1", "0,,2", "a"])
+def test_ranges_of_seeds_that_cannot_be_read_are_shown(text: str) -> None:
+    with pytest.raises(ValueError, match=rf"--seeds {text}: write a range or a list"):
+        run_trials.read_seeds(text)

@@ -120,9 +120,10 @@ def check_copies(cfg: CfgNode) -> None:
 def _register_all(
     cfg: CfgNode, report: Report, *, labels: bool = True, train: bool = True, sizes: bool = False
 ) -> None:
-    # Labels are read for detectors, and in pretraining for its monitor.
-    monitored = (cfg.SSL.MONITOR.DATASET, cfg.SSL.MONITOR.VAL)
-    used = {*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST} if labels else {*monitored}
+    if labels:
+        used = {*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST}
+    else:  # only pretraining's monitor reads labels
+        used = {cfg.SSL.MONITOR.DATASET, cfg.SSL.MONITOR.VAL}
     points, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     if labels and cfg.DATASETS.CUSTOM and cfg.MODEL.KEYPOINT_ON and sigmas != points != 17:
         report(f"TEST.KEYPOINT_OKS_SIGMAS has {sigmas} values; COCO's evaluation needs {points}, one per keypoint")

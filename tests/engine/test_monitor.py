@@ -15,12 +15,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
-from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from PIL import Image
 
 from moco_d2.config import load_cfg
 from moco_d2.data.view_pairs import view_pairs
+from moco_d2.detection.datasets import register_custom
 from moco_d2.engine.dry_run import rehearse
 from moco_d2.engine.monitor import DIAGNOSTICS, Monitor, labelled_sets, probe_count
 from moco_d2.engine.preflight import config_problems
@@ -267,28 +267,37 @@ def test_the_first_probe_must_succeed_and_a_later_one_only_warns(
     assert trainer.iter == 2 and "no probe after 2 iterations: the monitor (SSL.MONITOR)" in caplog.text
 
 
-def test_objects_of_a_detection_set_are_pictures(labelled: Path, tmp_path: Path) -> None:
-    def records(half: str) -> list[dict[str, Any]]:
-        found = []
-        for file in sorted((labelled / half).rglob("*.png")):
-            box = {"bbox": [5, 5, 20, 20], "bbox_mode": BoxMode.XYWH_ABS, "category_id": int(file.parent.name[1])}
-            small = {**box, "bbox": [0, 0, 3, 3]}
-            found.append({"file_name": str(file), "width": 50, "height": 40, "annotations": [box, small]})
-        return found
+def coco(labelled: Path, half: str, output: Path) -> dict[str, str]:
+    """Write labels, an object and one that is too small on each picture; return the entry of DATASETS.CUSTOM."""
+    images, things = [], []
+    for number, file in enumerate(sorted((labelled / half).rglob("*.png")), 1):
+        images.append({"id": number, "file_name": str(file.relative_to(labelled)), "width": 50, "height": 40})
+        for box in ([5, 5, 20, 20], [0, 0, 3, 3]):
+            kind = int(file.parent.name[1]) + 1
+            area = box[2] * box[3]
+            thing = {"image_id": number, "category_id": kind, "bbox": box, "area": area, "iscrowd": 0}
+            things.append({"id": len(things) + 1, **thing})
+    categories = [{"id": 1 + number, "name": f"c{number}"} for number in range(len(COLOURS))]
+    content = {"images": images, "annotations": things, "categories": categories}
+    (output / f"{half}.json").write_text(json.dumps(content))
+    return {"name": f"my_{half}", "format": "coco", "json": str(output / f"{half}.json"), "images": str(labelled)}
 
-    names = ["monitor_train", "monitor_val"]
-    for name in names:
-        DatasetCatalog.register(name, lambda name=name: records(name.removeprefix("monitor_")))
+
+def test_objects_of_ones_own_detection_sets_are_pictures(labelled: Path, tmp_path: Path) -> None:
+    entries = [coco(labelled, half, tmp_path) for half in ("train", "val")]
+    words = ["SSL.MONITOR.DATASET", "my_train", "SSL.MONITOR.VAL", "my_val", "DATASETS.CUSTOM", entries]
+    cfg = config(labelled, tmp_path, *words)
+    assert config_problems(cfg, 1) == [], "before they are registered"
     try:
-        words = ["SSL.MONITOR.DATASET", names[0], "SSL.MONITOR.VAL", names[1], "SSL.MONITOR.K", 5]
-        cfg = config(labelled, tmp_path, *words)
+        register_custom(cfg, labels=False)
         assert config_problems(cfg, 1) == []
-        values = Monitor(cfg, PretrainTrainer.build_model(cfg)).probe()
-        assert 0 <= values["monitor/knn_top1"] <= 100
-        bank, _ = labelled_sets(*names)
+        assert Monitor(cfg, PretrainTrainer.build_model(cfg)).probe()["monitor/knn_top1"] > 0
+        bank, _ = labelled_sets("my_train", "my_val")
         assert len(bank) == KNOWN * len(COLOURS) and bank.picture(0).size == (24, 24)
+        register_custom(config(labelled, tmp_path, *words[-2:]), labels=False)
+        assert "annotations" not in DatasetCatalog.get("my_train")[0], "labels are read for the monitor only"
     finally:
-        for name in names:
+        for name in ("my_train", "my_val"):
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
 

@@ -30,11 +30,25 @@ class PretrainCheckpointer(Checkpointer):
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str, facts: Callable[[], BackboneFacts], **checkpointables: Any
+        self,
+        model: nn.Module,
+        save_dir: str,
+        facts: Callable[[], BackboneFacts],
+        check: Callable[[Mapping[str, Any]], None] = lambda trainer: None,
+        **checkpointables: Any,
     ) -> None:
-        """Set up; ``facts`` is called for each checkpoint."""
+        """Set up.
+
+        Args:
+            model: the method.
+            save_dir: folder of the run.
+            facts: called for each checkpoint that is written.
+            check: called with a checkpoint's ``trainer`` before anything is loaded; raises ValueError if the settings
+                differ.
+            checkpointables: what is saved and loaded besides the method.
+        """
         super().__init__(model, save_dir, save_to_disk=comm.is_main_process(), **checkpointables)
-        self.facts = facts
+        self.facts, self.check = facts, check
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<name>.pth`` with all that resuming needs, then ``backbone.pth``, then ``last_checkpoint``."""
@@ -68,6 +82,7 @@ class PretrainCheckpointer(Checkpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         """Load strictly; fvcore's own method only warns about keys that do not match."""
         _refuse_another_method(self.model, checkpoint)
+        self.check(checkpoint.get("trainer", {}))  # a changed setting explains tensors that do not fit
         self.model.load_state_dict(checkpoint.pop("model"))
 
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,7 +73,9 @@ class PretrainTrainer(DefaultTrainer):
             build_clipper(cfg),
         )  # fmt: skip
         me = weakref.proxy(self)
-        self.checkpointer = PretrainCheckpointer(self.method, cfg.OUTPUT_DIR, lambda: me.facts(), trainer=me)
+        self.checkpointer = PretrainCheckpointer(
+            self.method, cfg.OUTPUT_DIR, lambda: me.facts(), lambda state: me.check_run(state), trainer=me
+        )
         self.register_hooks(self.build_hooks())
         self._announce(len(loader.dataset))
 
@@ -176,8 +178,8 @@ class PretrainTrainer(DefaultTrainer):
         """Return the loop's state: iteration, optimizer, scheduler, and the settings that must not change."""
         return {**super().state_dict(), "run": self._run()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`.
+    def check_run(self, state: Mapping[str, Any]) -> None:
+        """Compare the settings of an interrupted run, in its :meth:`state_dict`, with this one's.
 
         Raises:
             ValueError: the seed, batch, data, length, recipe, optimizer or schedule of the interrupted run differ, or
@@ -201,7 +203,6 @@ class PretrainTrainer(DefaultTrainer):
                 "processes that determines it, or start a new run in another OUTPUT_DIR with MODEL.WEIGHTS set to a "
                 "checkpoint of this one"
             )
-        super().load_state_dict(state)
 
     def _run(self) -> dict[str, Any]:
         loader = self._trainer.data_loader

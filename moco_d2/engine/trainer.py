@@ -178,6 +178,11 @@ class PretrainTrainer(DefaultTrainer):
         """Return the loop's state: iteration, optimizer, scheduler, and the settings that must not change."""
         return {**super().state_dict(), "run": self._run()}
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`; raises the ValueError of :meth:`check_run`."""
+        self.check_run(state)
+        super().load_state_dict(state)
+
     def check_run(self, state: Mapping[str, Any]) -> None:
         """Compare the settings of an interrupted run, in its :meth:`state_dict`, with this one's.
 

@@ -153,7 +153,7 @@ def test_image_files_that_the_rule_leaves_out_are_said_at_every_start(
             assert [source.name(i).rpartition("/")[2] for i in range(len(source))] == ["a.jpg", "b.jfif"]
             said = [(r.levelname, r.getMessage()) for r in caplog.records if "left out" in r.getMessage()]
             assert [level for level, _ in said] == ["WARNING", "INFO"]
-            assert said[0][1].startswith(f"{name}: 3 image file(s) are left out") and "make_shards" in said[0][1]
+            assert said[0][1].startswith(f"{name}: 3 image file(s) are left out") and "moco-d2 shards" in said[0][1]
             assert said[1][1].startswith(f"{name}: 3 image file(s) are left out because their sample has a picture")
     caplog.clear()
     assert packing.index(tmp_path / "set") == 2 and "3 image file(s)" in caplog.text
@@ -638,7 +638,7 @@ def test_the_cache_of_a_stream_must_hold_its_windows(
                "SEED", "1", "MODEL.DEVICE", "cpu", "DATA.CROP_SIZE", "16", "DATA.SHUFFLE_SHARDS", "3",
                "DATALOADER.NUM_WORKERS", "0"]  # fmt: skip
     size = max(json.loads((shards / MANIFEST).read_bytes())["shards"], key=lambda shard: shard["bytes"])["bytes"]
-    with pytest.raises(ValueError, match=r"DATA.CACHE_GB is .* raise it, or set DATA.SHUFFLE_SHARDS 1"):
+    with pytest.raises(ValueError, match=r"DATA.CACHE_GB is .* raise DATA.CACHE_GB, or set DATA.SHUFFLE_SHARDS 1"):
         build_loader(load_cfg("", [*options, "DATA.CACHE_GB", str(4 * size / 1e9)]))
     loader = build_loader(load_cfg("", [*options, "DATA.CACHE_GB", str(8 * size / 1e9)]))
     images = open_source([str(shards)]).fingerprint  # the same on a disk

@@ -234,7 +234,9 @@ def test_processes_that_list_other_images_do_not_begin(tmp_path: Path) -> None:
     first, second = grow(tmp_path / "first", 1, 3), grow(tmp_path / "second", 1, 3)
     launch(list_in_two_processes, 2, args=(first, second), device="cpu")
     (second / "n0000" / "0001.JPEG").rename(second / "n0000" / "other.JPEG")
-    with pytest.raises(RankFailedError, match="process 0 lists 3 images and process 1 3, or others of the same number"):
+    with pytest.raises(
+        RankFailedError, match="process 0 lists 3 images and process 1 lists 3, or the same number of different ones"
+    ):
         launch(list_in_two_processes, 2, args=(first, second), device="cpu")
 
 

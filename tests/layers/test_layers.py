@@ -243,7 +243,7 @@ def test_the_cifar_stem_begins_as_the_authors_demo_and_the_rest_as_torchvision()
     ("arguments", "message"),
     [
         ({"name": "resnet5"}, "did you mean 'resnet50'"),
-        ({"width": 0.3}, "64 \\* width must be"),
+        ({"width": 0.3}, "for resnet50 it must be a positive multiple of 1/64"),
         ({"width": 0.25, "norm": "GN"}, "must be a multiple of 0.5"),
         ({"norm": "SynchBN"}, "did you mean 'SyncBN'"),
         ({"stem": "deep"}, "stem is 'deep'; it must be one of imagenet, cifar"),

@@ -231,7 +231,8 @@ def one_line(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or error
         where = f"{what} {path}" if what else f"{path}"
-        raise ValueError(f"{where}: cannot be written to ({reason}); make it writable, or choose another") from error
+        remedy = "free some space or give permission, or choose another path"
+        raise ValueError(f"{where}: cannot be written to ({reason}); {remedy}") from error
 
 
 def claim(folder: str | os.PathLike[str], patterns: Sequence[str], what: str, trusted: bool = False) -> None:

@@ -34,11 +34,12 @@ ALLOWED = {
     "moco_d2/convert/conversion.py write": "save() above",
     "moco_d2/data/labelled_loader.py read": "a picture into memory",
     "moco_d2/data/shard_cache.py _make_room": "an empty part in the cache, under a name of ours",
-    "moco_d2/data/shard_index.py look": "np.save() into a file of atomic_write()",
+    "moco_d2/data/shard_index.py cached_index": "np.save() into a file of atomic_write()",
     "moco_d2/data/shards.py prepare": "ShardCache.touch(), which sets a time",
     "moco_d2/data/skipped.py _append": "all processes of a run append to one file of its claimed folder",
-    "moco_d2/detection/datasets.py _open": "a picture into memory",
+    "moco_d2/detection/label_images.py _open": "a picture into memory",
     "moco_d2/detection/datasets.py _write_voc": "io.files.write_text()",
+    "moco_d2/data/view_pairs.py __getitem__": "a picture into memory",
     "moco_d2/running/launch.py _rank_main": "a temporary folder of the launcher",
     "moco_d2/exits.py leave": "os.devnull",
     "moco_d2/reports/curves.py _draw": "a figure into memory",
@@ -51,6 +52,7 @@ ALLOWED = {
     "moco_d2/running/checkpoints.py after_step": CHECKPOINTER,
     "moco_d2/running/checkpoints.py write_tensors": "torch.save() into a file of atomic_write()",
     "moco_d2/running/preemption.py after_step": CHECKPOINTER,
+    "moco_d2/commands/cli.py leave": "a temporary folder of its own",
     "moco_d2/commands/cli.py follow": "the log of a command that we start, in a folder that is claimed",
 }
 

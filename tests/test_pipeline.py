@@ -17,13 +17,19 @@ from moco_d2.io.provenance import sha256
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def output(unpacked_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the demo leaves, run where there is no checkout: in an empty folder, with the wheel on the path."""
-    folder = tmp_path_factory.mktemp("demo")
-    done = run(["-m", "moco_d2", "demo", "--steps", "3"], unpacked_wheel, cwd=folder)
-    (folder / "screen.txt").write_text(done.stdout)
-    return folder / "output" / "demo"
+def test_the_demo_of_a_wheel_in_an_empty_folder(
+    unpacked_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One test, because each worker of a parallel run would make the demo again for its own.
+    done = run(["-m", "moco_d2", "demo", "--steps", "3"], unpacked_wheel, cwd=tmp_path)
+    output = tmp_path / "output" / "demo"
+    the_table_compares_both_inits_on_both_tasks(output, done.stdout)
+    the_detectors_started_from_what_was_pretrained(output)
+    the_wheel_holds_what_a_report_is_made_of(output, unpacked_wheel, tmp_path)
+    for name in ("pretraining", "views", "detections_VOC", "detections_COCO"):
+        the_picture_is_there(output / f"{name}.png")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(output / "datasets"))
+    a_detector_is_evaluated_again_in_its_runs_folder_and_the_run_stays_as_it_was(output)
 
 
 def run(command: list[str], package: Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -34,9 +40,9 @@ def run(command: list[str], package: Path, **options: Any) -> subprocess.Complet
     return done
 
 
-def test_the_table_compares_both_inits_on_both_tasks(output: Path) -> None:
+def the_table_compares_both_inits_on_both_tasks(output: Path, screen: str) -> None:
     table = (output / "table.md").read_text()
-    assert table.strip() in (output.parents[1] / "screen.txt").read_text()
+    assert table.strip() in screen
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     assert [(row[0], row[2]) for row in cells] == [
         ("MoCo", "voc_2007_test"), ("random", "voc_2007_test"), ("MoCo", "coco_2017_val"), ("random", "coco_2017_val"),
@@ -44,7 +50,7 @@ def test_the_table_compares_both_inits_on_both_tasks(output: Path) -> None:
     assert all(row[1].startswith("quick_") and row[-1] == "3" for row in cells)
 
 
-def test_the_detectors_started_from_what_was_pretrained(output: Path) -> None:
+def the_detectors_started_from_what_was_pretrained(output: Path) -> None:
     backbone = torch.load(output / "pretrain" / "backbone.pth")["state_dict"]
     converted = torch.load(output / "moco.pth")["model"]
     assert len(converted) == 265
@@ -62,9 +68,7 @@ def test_the_detectors_started_from_what_was_pretrained(output: Path) -> None:
     assert "res5" in (output / "logs" / "convert_and_prove.log").read_text(), "the proof was made"
 
 
-def test_a_detector_is_evaluated_again_in_its_runs_folder_and_the_run_stays_as_it_was(
-    output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def a_detector_is_evaluated_again_in_its_runs_folder_and_the_run_stays_as_it_was(output: Path) -> None:
     folder = output / "VOC_R50-C4_random"
     config = (folder / "config.yaml").read_bytes()
     weights = str(folder / "model_final.pth")
@@ -76,7 +80,6 @@ def test_a_detector_is_evaluated_again_in_its_runs_folder_and_the_run_stays_as_i
         "MODEL.WEIGHTS",
         weights,
     ]
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(output / "datasets"))
     run(command, ROOT, cwd=ROOT)
     trained, evaluated = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("results", "results_eval_only")
@@ -86,13 +89,12 @@ def test_a_detector_is_evaluated_again_in_its_runs_folder_and_the_run_stays_as_i
     assert weights in (folder / "eval_only" / "config.yaml").read_text()
 
 
-def test_the_wheel_holds_what_a_report_is_made_of(output: Path, unpacked_wheel: Path, tmp_path: Path) -> None:
+def the_wheel_holds_what_a_report_is_made_of(output: Path, unpacked_wheel: Path, tmp_path: Path) -> None:
     run(["-m", "moco_d2", "report", str(output), "-o", "report"], unpacked_wheel, cwd=tmp_path)
     assert "quick_voc0712_faster_rcnn_R_50_C4" in (tmp_path / "report" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["pretraining", "views", "detections_VOC", "detections_COCO"])
-def test_the_pictures_are_there(output: Path, name: str) -> None:
-    with Image.open(output / f"{name}.png") as picture:
+def the_picture_is_there(path: Path) -> None:
+    with Image.open(path) as picture:
         colours = picture.convert("RGB").getcolors(2**24)
     assert colours is not None and len(colours) > 100, "not an empty canvas"

@@ -109,7 +109,7 @@ def open_pair(train: str, val: str) -> tuple[LabelledSet, LabelledSet]:
     """Open the two sets of a probe, and warn of classes without pictures.
 
     Raises:
-        ValueError: a set cannot be opened, their classes differ, or both are the same pictures.
+        ValueError: a set cannot be opened, their classes differ, or a picture is in both.
     """
     sets = open_labelled(train, "train"), open_labelled(val, "val")
     first, second = (one.classes for one in sets)
@@ -123,10 +123,11 @@ def open_pair(train: str, val: str) -> tuple[LabelledSet, LabelledSet]:
         raise ValueError(
             f"{train!r} has {len(first)} classes and {val!r} has {len(second)}, {how}; both must have the same ones"
         )
-    if list(sets[0].files) == list(sets[1].files):
+    known = set(sets[0].files)
+    if shared := next((file for file in sets[1].files if file in known), ""):
         raise ValueError(
-            f"{train!r} and {val!r} are the same {len(sets[0])} pictures, and a picture is its own nearest neighbour: "
-            "give a set that was held out as --val"
+            f"{shared} is in both {train!r} and {val!r}, and a picture is its own nearest neighbour: the second set "
+            "must be held out"
         )
     for one, missing in zip(sets, map(LabelledSet.without_pictures, sets), strict=True):
         if missing:

@@ -25,7 +25,7 @@ from detectron2.utils.events import EventWriter, get_event_storage
 from torch import nn
 
 from moco_d2.data import build_augmentation
-from moco_d2.data.labelled import LabelledSet, open_labelled
+from moco_d2.data.labelled import LabelledSet, open_pair
 from moco_d2.data.labelled_loader import LabelledLoader
 from moco_d2.data.view_pairs import view_pairs
 from moco_d2.io.pictures import describe
@@ -93,36 +93,19 @@ def labelled_sets(name: str, held_out_name: str) -> tuple[LabelledSet, LabelledS
     Raises:
         ValueError: a set cannot be opened, its classes are not the other's, or it shares pictures with the other.
     """
-    bank = _open("DATASET", name, "train")
-    held_out = _open("VAL" if held_out_name else "DATASET", held_out_name or name, "val")
-    seen = set(held_out.files)
-    if shared := next((file for file in bank.files if file in seen), ""):
-        raise ValueError(
-            f"SSL.MONITOR: {shared} is in the set of known pictures and in the held-out set. Set SSL.MONITOR.VAL to "
-            "other labelled pictures, or SSL.MONITOR.DATASET to a folder with train/ and val/"
-        )
-    if bank.classes != held_out.classes:
-        apart = sorted({*bank.classes} ^ {*held_out.classes}) or ["their order"]
-        raise ValueError(
-            f"SSL.MONITOR: {name} has {len(bank.classes)} classes and {held_out_name or 'its val half'} "
-            f"{len(held_out.classes)}; both must have the same, but these differ: {', '.join(apart[:5])}"
-        )
+    try:
+        bank, held_out = _opened(name, held_out_name or name)
+    except ValueError as error:
+        raise ValueError(f"SSL.MONITOR: {error}") from error
+    except Exception as error:  # a user's function in the catalogue may raise anything
+        raise ValueError(f"SSL.MONITOR: the sets cannot be read: {type(error).__name__}: {error}") from error
     if len(bank.labels.unique()) < 2:
         raise ValueError(f"SSL.MONITOR.DATASET is {name!r}, whose pictures are all of one class; it needs two or more")
     return bank, held_out
 
 
-def _open(key: str, name: str, split: str) -> LabelledSet:
-    try:
-        return _opened(name, split)
-    except ValueError as error:
-        raise ValueError(f"SSL.MONITOR.{key}: {error}") from error
-    except Exception as error:  # a user's function in the catalogue may raise anything
-        raise ValueError(f"SSL.MONITOR.{key}: {name!r} cannot be read: {type(error).__name__}: {error}") from error
-
-
 # Preflight and the monitor itself read the same sets.
-_opened = functools.lru_cache(maxsize=2)(open_labelled)
+_opened = functools.lru_cache(maxsize=1)(open_pair)
 
 
 class Monitor:

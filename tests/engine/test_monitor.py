@@ -228,7 +228,7 @@ def test_mistakes_are_named_before_the_run(labelled: Path, tmp_path: Path) -> No
     ranges = ("SSL.MONITOR.PERIOD", 0, "SSL.MONITOR.K", 0, "SSL.MONITOR.TEMPERATURE", 0.0, "SSL.MONITOR.PICTURES", -1)
     found = complaints(labelled, *ranges, "SSL.MONITOR.DATASET", tmp_path / "none")
     assert [text.split(" is ")[0].split(":")[0] for text in found] == [
-        "SSL.MONITOR.PERIOD", "SSL.MONITOR.K", "SSL.MONITOR.TEMPERATURE", "SSL.MONITOR.PICTURES", "SSL.MONITOR.DATASET",
+        "SSL.MONITOR.PERIOD", "SSL.MONITOR.K", "SSL.MONITOR.TEMPERATURE", "SSL.MONITOR.PICTURES", "SSL.MONITOR",
     ]  # fmt: skip
     assert "is no labelled set" in found[-1]
     (tmp_path / "loose").mkdir()
@@ -239,9 +239,9 @@ def test_mistakes_are_named_before_the_run(labelled: Path, tmp_path: Path) -> No
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "c0" / "a.png")
     for words, said in (
         (["SSL.MONITOR.DATASET", tmp_path / "loose"], "must hold a folder of pictures per class"),
-        (["SSL.MONITOR.DATASET", labelled / "val"], "in the set of known pictures and in the held-out set"),
-        (["SSL.MONITOR.VAL", tmp_path / "fewer"], "these differ: c1, dog"),
-        (["SSL.MONITOR.DATASET", tmp_path / "one", "SSL.MONITOR.VAL", labelled], "these differ: c1, c2"),
+        (["SSL.MONITOR.DATASET", labelled / "val"], "the second set must be held out"),
+        (["SSL.MONITOR.VAL", tmp_path / "fewer"], "only the first has c1; only the second has dog"),
+        (["SSL.MONITOR.DATASET", tmp_path / "one", "SSL.MONITOR.VAL", labelled], "only the second has c1, c2"),
     ):
         found = complaints(labelled, *words)
         assert found and said in found[-1], found

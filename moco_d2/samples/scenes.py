@@ -85,21 +85,18 @@ def clouds(rng: np.random.Generator, height: int, width: int, cell: float) -> np
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Draw a muted background: a gradient, clouds, stripes or blobs of two colours, with fine clouds on top."""
-    first, second = (colour(rng, rng.random(), (0.05, 0.45), (0.25, 0.9)) for _ in range(2))
+    """Draw a background: a muted colour in uneven light, with noise that is stronger at larger scales, as in photographs.
+
+    It tells nothing about the objects, and too little about itself to tell one picture from another: otherwise a network
+    that learns to tell pictures apart would learn the backgrounds.
+    """
     y, x = np.mgrid[:height, :width].astype(np.float32)
-    angle, style = rng.uniform(0, np.pi), rng.choice(["gradient", "clouds", "stripes", "blobs"])
-    along = x * np.cos(angle, dtype=np.float32) + y * np.sin(angle, dtype=np.float32)
-    if style == "gradient":
-        mix = (along - along.min()) / (along.max() - along.min())
-    elif style == "clouds":
-        mix = clouds(rng, height, width, rng.uniform(12, 45))
-    elif style == "stripes":
-        mix = 0.5 + 0.5 * np.sin(along * (2 * np.pi / rng.uniform(8, 35)) + rng.uniform(0, 6))
-    else:
-        mix = (clouds(rng, height, width, rng.uniform(8, 30)) > 0.5).astype(np.float32)
-    canvas: np.ndarray = first + (second - first) * mix[..., None]
-    canvas += (clouds(rng, height, width, rng.uniform(2, 6)) - 0.5)[..., None] * np.float32(rng.uniform(10, 60))
+    angle = rng.uniform(0, 2 * np.pi)
+    along = x * np.float32(np.cos(angle) / width) + y * np.float32(np.sin(angle) / height)
+    light = 1 + np.float32(rng.uniform(0, 0.25)) * along
+    noise = sum((clouds(rng, height, width, cell) - 0.5) * np.float32(np.sqrt(cell)) for cell in (3, 8, 20))
+    main = colour(rng, rng.random(), (0, 0.25), (0.3, 0.85))
+    canvas: np.ndarray = main * light[..., None] + noise[..., None] * np.float32(rng.uniform(4, 16))
     return canvas
 
 
@@ -163,10 +160,13 @@ def _paint(rng: np.random.Generator, kind: str, u: np.ndarray, v: np.ndarray) ->
     return colours
 
 
-def _place(rng: np.random.Generator, height: int, width: int, scale: Range) -> tuple[float, np.ndarray, np.ndarray]:
+def _place(
+    rng: np.random.Generator, height: int, width: int, scale: Range, border: float
+) -> tuple[float, np.ndarray, np.ndarray]:
     """Draw a size in pixels, a centre (2,), and the matrix (2, 2) that turns, stretches and mirrors an outline."""
     size = rng.uniform(*scale) * np.sqrt(height * width)
-    centre = rng.uniform((0.1 * width, 0.1 * height), (0.9 * width, 0.9 * height))
+    nearest = border * np.array((width, height))
+    centre = rng.uniform(nearest, (width, height) - nearest)
     angle, stretch = rng.normal(0, 0.3), rng.uniform(0.85, 1.18)
     turn = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
     return size, centre, turn @ np.diag((stretch * rng.choice([-1, 1]), 1 / stretch))
@@ -251,11 +251,16 @@ def put(
 
 
 def _draw(
-    rng: np.random.Generator, canvas: np.ndarray, things: list[Thing], shape: str | JointedPerson, scale: Range
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    things: list[Thing],
+    shape: str | JointedPerson,
+    scale: Range,
+    border: float = 0.1,
 ) -> Thing | None:
-    """Try to draw one object anywhere in the scene."""
+    """Try to draw one object at a random place."""
     height, width = canvas.shape[:2]
-    return put(rng, canvas, things, shape, *_place(rng, height, width, scale))
+    return put(rng, canvas, things, shape, *_place(rng, height, width, scale, border))
 
 
 def _draw_crowd(rng: np.random.Generator, canvas: np.ndarray, things: list[Thing], kind: str) -> Thing | None:
@@ -278,6 +283,8 @@ def draw_scene(
     scale: Range = (0.2, 0.6),
     crowd: str | None = None,
     jointed: bool = False,
+    clutter: bool = True,
+    border: float = 0.1,
 ) -> Scene:
     """Draw one picture.
 
@@ -290,6 +297,8 @@ def draw_scene(
         scale: range of an object's longest side, as a share of the square root of the picture's area.
         crowd: the kind of a crowd to draw, or None.
         jointed: whether persons have joints and a pose, instead of the outline of their kind.
+        clutter: whether there are unlabelled things between background and objects.
+        border: least distance of an object's centre from each side, as a share of the picture's width or height.
 
     Returns:
         The picture and its objects.
@@ -297,12 +306,13 @@ def draw_scene(
     # The background has no sharp edges, so it is drawn at the final size in a quarter of the time.
     size = (width * SUPERSAMPLING, height * SUPERSAMPLING)
     canvas = cv2.resize(_background(rng, height, width), size, interpolation=cv2.INTER_LINEAR)
-    _clutter(rng, canvas)
+    if clutter:
+        _clutter(rng, canvas)
     things: list[Thing] = []
     for kind in kinds:
         for _ in range(50 if not things else 6):
             shape = jointed_person(rng) if jointed and kind == "person" else kind
-            thing = _draw(rng, canvas, things, shape, scale)
+            thing = _draw(rng, canvas, things, shape, scale, border)
             if thing:
                 things.append(thing)
                 break

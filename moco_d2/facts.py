@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 KINDS = ("resnet",)
 NORMS = ("BN", "GN")
+BASIC_DEPTHS = (18, 34)  # of basic blocks; the deeper ResNets have bottlenecks
+BASIC_BUILDER = "build_basic_resnet_backbone"  # MODEL.BACKBONE.NAME: builds BASIC_DEPTHS at any width
 
 
 class Config(Protocol):
@@ -142,7 +144,10 @@ class BackboneFacts:
         """Return the Detectron2 keys and values that build the pretrained network and feed it as in pretraining."""
         # Which batch norm a detector has (frozen, synchronised, ...) is the protocol's choice.
         norm = {"MODEL.RESNETS.NORM": self.norm} if self.norm != "BN" else {}
+        # Detectron2's own builders refuse basic blocks of another width than 64; one name serves C4, FPN and RetinaNet.
+        other_width = self.depth in BASIC_DEPTHS and self.res2_channels != 64
         return {
+            **({"MODEL.BACKBONE.NAME": BASIC_BUILDER} if other_width else {}),
             "MODEL.RESNETS.DEPTH": self.depth,
             "MODEL.RESNETS.STEM_OUT_CHANNELS": self.stem_channels,
             "MODEL.RESNETS.RES2_OUT_CHANNELS": self.res2_channels,
@@ -164,6 +169,8 @@ class BackboneFacts:
         """
         lines = []
         for key, wanted in self.config().items():
+            if key == "MODEL.BACKBONE.NAME":  # a user's own builder may build the same network
+                continue
             value: Any = cfg
             for part in key.split("."):
                 value = getattr(value, part)

@@ -24,7 +24,7 @@ from moco_d2.convert.find import as_tensor
 from moco_d2.convert.keys import sort_keys
 from moco_d2.convert.names import DETECTRON2, DETECTRON2_C4
 from moco_d2.convert.recognise import Match, recognise
-from moco_d2.facts import IMAGENET_RGB, BackboneFacts
+from moco_d2.facts import BASIC_DEPTHS, IMAGENET_RGB, BackboneFacts
 from moco_d2.io.checkpoints import CheckpointError, facts_in, read_checkpoint
 from moco_d2.io.files import check_named_file, named_file
 from moco_d2.layers.resnet import ARCHITECTURES
@@ -121,7 +121,7 @@ def restore(source: str | os.PathLike[str], output: str | os.PathLike[str], layo
 def architecture(facts: BackboneFacts) -> str | None:
     """Return torchvision's name of the network, or None if torchvision has none of its widths."""
     for name, (depth, groups, width) in ARCHITECTURES.items():
-        res2 = 64 if depth in (18, 34) else 256
+        res2 = 64 if depth in BASIC_DEPTHS else 256
         if (facts.depth, facts.groups, facts.width_per_group) == (depth, groups, width) and (
             facts.stem_channels, facts.res2_channels) == (64, res2):  # fmt: skip
             return name

@@ -52,15 +52,6 @@ def check_stem(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]
         )
 
 
-def check_width(facts: BackboneFacts, path: str | os.PathLike[str]) -> None:
-    """Refuse a network of basic blocks that Detectron2 does not build because of its width."""
-    if facts.depth in (18, 34) and facts.res2_channels != 64:
-        raise CheckpointError(
-            f"{path}: a ResNet-{facts.depth} with {facts.res2_channels} channels in its first stage; Detectron2 builds "
-            "depths 18 and 34 with 64 only, and the deeper ones with any number"
-        )
-
-
 def shapes_of(facts: BackboneFacts, path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the network that facts describe, under torchvision's names, in its order."""
     try:

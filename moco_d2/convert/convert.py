@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from moco_d2.convert.bake import baked
-from moco_d2.convert.checks import check_kinds, check_shapes, check_stem, check_values, check_width
+from moco_d2.convert.checks import check_kinds, check_shapes, check_stem, check_values
 from moco_d2.convert.choice import Answer, Choice, Question
 from moco_d2.convert.conversion import Conversion, check_output, write, write_config
 from moco_d2.convert.find import Backbone, as_tensor, is_tensor
@@ -107,7 +107,6 @@ def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice
     keys = sort_keys(match, parts, choice, path)
     declared, assumed = (stated, []) if stated else _declared(match, path)
     tensors, facts, notes = read_backbone(match, declared, path)
-    check_width(facts, path)
     if stated:
         check_stated(stated, facts, path)
     components = tuple(_component(part, match, facts, choice, path) for part in parts)

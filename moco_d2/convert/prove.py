@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from moco_d2.convert.parts import LEVELS, PART_PREFIXES, Component, needs, part_of, rebuild
-from moco_d2.facts import BackboneFacts, Pixels
+from moco_d2.facts import BASIC_BUILDER, BackboneFacts, Pixels
 from moco_d2.io.pictures import describe, open_picture, upright_rgb
 from moco_d2.layers.resnet import network_for
 
@@ -123,16 +123,14 @@ def _pyramids(
     written: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return the levels of both pyramids; ``features``: of the source's ResNet."""
-    from detectron2.layers import ShapeSpec
-    from detectron2.modeling import build_backbone
-
     original = _source_part(component, facts)
     wanted = {f"p{stage[-1]}": feature for stage, feature in original(features).items()}
     config = _detectron2_config(facts)
-    config.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    if config.MODEL.BACKBONE.NAME != BASIC_BUILDER:  # which builds a pyramid for FPN.IN_FEATURES
+        config.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     config.MODEL.FPN.IN_FEATURES = list(STAGES)
     _set_needs(config, component)
-    copy = build_backbone(config, ShapeSpec(channels=3)).eval()
+    copy = _detectron2_backbone(config)
     tensors = {
         name.removeprefix("backbone.") if part_of(name) == "fpn" else f"bottom_up.{name}": tensor
         for name, tensor in written.items()
@@ -326,12 +324,18 @@ def _detectron2_config(facts: BackboneFacts) -> Any:
 
 
 def _detectron2_network(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    from detectron2.layers import ShapeSpec
-    from detectron2.modeling.backbone import build_resnet_backbone
-
-    network = build_resnet_backbone(config, ShapeSpec(channels=3)).eval()
+    network = _detectron2_backbone(config)
     _load(network, tensors, "Detectron2's network")
     return network.double()
+
+
+def _detectron2_backbone(config: Any) -> Any:
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling import build_backbone
+
+    from moco_d2 import basic_resnet  # noqa: F401  (registers its builder)
+
+    return build_backbone(config, ShapeSpec(channels=3)).eval()
 
 
 def _load(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], which: str, fresh: Sequence[str] = ()) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
@@ -9,7 +11,11 @@ from fvcore.nn import weight_init
 from torch import Tensor
 from torch.nn import functional as F
 
+from moco_d2.basic_resnet import basic_resnet_problems
+from moco_d2.facts import BASIC_BUILDER, BASIC_DEPTHS
+
 _CHANNELS = 512  # MoCo paper, appendix
+_DETECTRON2 = ("build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
 
 
 class DilatedC5(Backbone):
@@ -49,3 +55,16 @@ class DilatedC5(Backbone):
 def build_resnet_dilated_c5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DilatedC5:
     """Build :class:`DilatedC5` from a config with ``MODEL.RESNETS.RES5_DILATION`` 2."""
     return DilatedC5(build_resnet_backbone(cfg, input_shape), cfg.MODEL.RESNETS.NORM)
+
+
+def backbone_problems(cfg: CfgNode) -> Iterator[str]:
+    """Yield why ``MODEL.BACKBONE.NAME`` cannot build a ResNet of basic blocks."""
+    name, resnets = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS
+    other_width = name in _DETECTRON2 and resnets.DEPTH in BASIC_DEPTHS and resnets.RES2_OUT_CHANNELS != 64
+    if other_width:
+        yield (
+            f"MODEL.BACKBONE.NAME is {name}, which builds a ResNet-{resnets.DEPTH} with 64 channels in res2 only, but "
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}: pass MODEL.BACKBONE.NAME {BASIC_BUILDER}"
+        )
+    if other_width or name == BASIC_BUILDER:
+        yield from basic_resnet_problems(cfg)

@@ -21,6 +21,7 @@ from detectron2.utils.file_io import PathManager
 
 from moco_d2.config import flat, mistyped_keys, unread_keys, use_available_device
 from moco_d2.config.roles import DETECTION
+from moco_d2.detection.backbones import backbone_problems
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.metrics.evaluators import evaluator_type
 from moco_d2.detection.missing import is_voc_list, listed_files, missing_files, needed_files, unreadable
@@ -126,6 +127,7 @@ def run_problems(cfg: CfgNode, world_size: int, train: bool = True) -> Iterator[
     if mistyped:  # A value of another type cannot be compared with a range.
         return
     yield from _range_problems(cfg)
+    yield from backbone_problems(cfg)
     yield from _anchor_problems(cfg)
     yield from _augmentation_problems(cfg)
     yield from proposal_problems(cfg, train)

@@ -7,11 +7,17 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
+from torch import nn
+
+from moco_d2.basic_resnet import basic_stage
+from moco_d2.facts import BASIC_DEPTHS
 
 
 @ROI_HEADS_REGISTRY.register()
 class Res5ROIHeadsExtraNorm(Res5ROIHeads):
     """The R50-C4 box head of the MoCo paper (He et al. 2020, section 4.2): conv5 followed by one more norm layer.
+
+    Depths 18 and 34 have a conv5 of basic blocks; Detectron2's heads build bottlenecks for every depth.
 
     Pretrained weights do not fill the norm. Its parameters are ``roi_heads.res5.norm.*``, as in the authors'
     ``detection/train_net.py``, so detectors trained with their code load here.
@@ -40,3 +46,10 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeads):
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """Read the constructor's arguments from a config."""
         return {**super().from_config(cfg, input_shape), "extra_norm": cfg.MODEL.RESNETS.NORM}
+
+    @classmethod
+    def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
+        if cfg.MODEL.RESNETS.DEPTH not in BASIC_DEPTHS:
+            return super()._build_res5_block(cfg)
+        blocks = basic_stage(cfg, 5)
+        return nn.Sequential(*blocks), blocks[-1].out_channels

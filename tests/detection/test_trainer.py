@@ -16,7 +16,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 from small_detector import COCO_C4, COCO_FPN, QUARTER, SHORT, VOC_C4, small_cfg
 
-from moco_d2.config import roles
+from moco_d2.config import load_cfg, roles
+from moco_d2.convert import convert_checkpoint
 from moco_d2.detection.hooks import RepeatablePreciseBN
 from moco_d2.detection.metrics.coco import ExactCOCOEvaluator
 from moco_d2.detection.metrics.evaluators import build_evaluator
@@ -24,6 +25,7 @@ from moco_d2.detection.metrics.voc import VOCEvaluator
 from moco_d2.detection.preflight import check_run, fit_to_machine
 from moco_d2.detection.trainer import TransferTrainer, evaluate
 from moco_d2.io.provenance import sha256
+from moco_d2.layers.resnet import build_resnet, describe
 
 # Detectron2's own: meshgrid in the old way, masks handed to numpy 2 in the old way, classes without any box in VOC.
 pytestmark = [
@@ -86,6 +88,31 @@ def test_voc_training_evaluation_resuming_and_evaluation_only(converted_file, tm
     evaluate(small_cfg(VOC_C4, *opts, "MODEL.WEIGHTS", tmp_path / "model_final.pth"))
     again = json.loads((tmp_path / "results_eval_only.json").read_text())
     assert again["metrics"] == json.loads((tmp_path / "results.json").read_text())["metrics"]
+
+
+def test_a_narrow_resnet18_trains_and_is_evaluated_in_both_detectors_as_the_converter_says(tmp_path):
+    torch.manual_seed(0)
+    network = build_resnet("resnet18", width=0.25)
+    torch.save({"state_dict": network.state_dict(), "facts": describe(network).as_dict()}, tmp_path / "backbone.pth")
+    _, differences = convert_checkpoint(tmp_path / "backbone.pth", tmp_path / "out.pth")
+    assert len(differences) == 4, "proven"
+    (tmp_path / "leaf.yaml").write_text(f"_BASE_: [{VOC_C4}, out.yaml]")  # the config beside the weights is enough
+    fpn = "quick_schedules/mask_rcnn_R_18_FPN_quick"
+    for config, sets, stem in ((tmp_path / "leaf.yaml", VOC_SETS, "backbone"), (fpn, COCO_SETS, "backbone.bottom_up")):
+        folder = tmp_path / stem
+        options = [*SHORT, *sets, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", tmp_path / "out.pth", "OUTPUT_DIR", folder]
+        cfg = load_cfg(config, list(map(str, options)))
+        check_run(cfg, 1)
+        trainer = TransferTrainer(cfg)
+        trainer.resume_or_load(resume=False)
+        state = trainer.model.state_dict()
+        torch.testing.assert_close(state[f"{stem}.stem.conv1.weight"], network.conv1.weight, rtol=0, atol=0)
+        conv5 = f"{stem}.res5" if stem.endswith("up") else "roi_heads.res5"
+        torch.testing.assert_close(state[f"{conv5}.1.conv2.weight"], network.layer4[1].conv2.weight, rtol=0, atol=0)
+        trainer.train()
+        result = json.loads((folder / "results.json").read_text())
+        assert (result["iterations"], result["weights"]["facts"]["res2_channels"]) == (2, 16)
+        assert {"AP", "AP50"} <= set(result["metrics"][cfg.DATASETS.TEST[0]]["bbox"])
 
 
 def test_a_resume_with_another_lr_says_that_the_checkpoints_goes_on(converted_file, tmp_path, caplog):

@@ -1,9 +1,9 @@
-"""Maker of a small $DETECTRON2_DATASETS folder for all shipped configs: about a thousand pictures in seconds.
+"""Maker of a small $DETECTRON2_DATASETS folder for all shipped configs: some thousand pictures in half a minute.
 
     moco-d2 samples OUT
 
 It writes VOC2007, VOC2012 (objects and semantic segmentation), coco (objects and keypoints), lvis, cityscapes and
-imagenet/train. Folders, file formats, class names and category ids are those of the real data sets, so every shipped
+imagenet. Folders, file formats, class names and category ids are those of the real data sets, so every shipped
 config can read them; only schedule and sizes have to be smaller. The same seed gives the same files. See
 datasets/README.md.
 """
@@ -38,7 +38,8 @@ JPEG_QUALITY = 92
 VOID = 255  # label of ignored pixels in VOC and Cityscapes
 # Pictures per split. The position in this table is part of each picture's seed, so a new split goes to the end.
 SPLITS = {
-    "imagenet/train": 300,
+    # For pretraining, and for the classifiers of probes: a queue of negatives needs many pictures, which are small instead.
+    "imagenet/train": 4000,
     "VOC2007/trainval": 120,
     "VOC2007/test": 80,
     "VOC2012/trainval": 120,
@@ -49,7 +50,10 @@ SPLITS = {
     "person_keypoints/val2017": 40,
     "cityscapes/train": 24,
     "cityscapes/val": 8,
+    "imagenet/val": 800,
 }
+OBJECT_SIDE = 72  # of a picture of imagenet
+
 CITIES = {"train": ("inkton", "paperville"), "val": ("brushford",)}
 STREET_SIZE = (128, 256)
 # COCO's evaluator averages over the kinds that occur; with fewer kinds a short run sees more of each.
@@ -69,12 +73,13 @@ def scenes(split: str, count: int, seed: int) -> Iterator[Scene]:
     """
     for number in range(count):
         rng = generator(split, number, seed)
+        if split.startswith("imagenet"):  # one object fills the picture, as in ImageNet
+            kinds, scale = [KINDS[number % len(KINDS)]], (0.5, 0.9)
+            yield draw_scene(rng, OBJECT_SIDE, OBJECT_SIDE, kinds, scale, clutter=False, border=0.4)
+            continue
         height, width = int(rng.integers(110, 151)), int(rng.integers(140, 201))
         if rng.random() < 0.25:
             height, width = width, height
-        if split.startswith("imagenet"):  # one object fills the picture, as in ImageNet
-            yield draw_scene(rng, height, width, [KINDS[number % len(KINDS)]], (0.45, 0.85))
-            continue
         pool = COCO_KINDS if split.startswith("coco") else KINDS
         if split.startswith("person_keypoints"):
             others = rng.choice([kind for kind in KINDS if kind != "person"], int(rng.integers(0, 3)))
@@ -93,11 +98,11 @@ def save_jpeg(scene: Scene, path: Path) -> None:
     Image.fromarray(scene.image).save(path, quality=JPEG_QUALITY)
 
 
-def make_imagenet(root: Path, seed: int) -> None:
+def make_imagenet(root: Path, split: str, seed: int) -> None:
     """Write one folder for each kind, as ImageFolder expects; the names look like synsets but are invented."""
-    for number, scene in enumerate(scenes("imagenet/train", SPLITS["imagenet/train"], seed)):
+    for number, scene in enumerate(scenes(f"imagenet/{split}", SPLITS[f"imagenet/{split}"], seed)):
         folder = f"n9000{number % len(KINDS):04d}"
-        save_jpeg(scene, root / "imagenet" / "train" / folder / f"{folder}_{number}.JPEG")
+        save_jpeg(scene, root / "imagenet" / split / folder / f"{folder}_{number}.JPEG")
 
 
 def make_voc(root: Path, year: int, seed: int) -> None:
@@ -280,7 +285,8 @@ def make_all(out: Path, seed: int) -> None:
     from moco_d2.io.files import replaced_folder
 
     with replaced_folder(out.resolve(), "OUT") as root:
-        make_imagenet(root, seed)
+        make_imagenet(root, "train", seed)
+        make_imagenet(root, "val", seed)
         make_voc(root, 2007, seed)
         make_voc(root, 2012, seed)
         make_coco(root, "train2017", seed)

@@ -28,6 +28,8 @@ _SUBPIXEL_BITS = 4
 Range = tuple[float, float]
 TEXTURES = ("plain", "stripes", "dots", "checks", "waves")
 HUES = 10
+# RGB of the backgrounds: sky, grass, sand, asphalt.
+BACKDROPS = ((150, 166, 184), (112, 128, 96), (170, 156, 130), (104, 104, 108))
 # 3 and 10 have no common factor, so the 20 kinds have 20 different pairs of texture and hue.
 _KIND_TEXTURE = {kind: TEXTURES[i % len(TEXTURES)] for i, kind in enumerate(KINDS)}
 _KIND_HUE = {kind: ((3 * i + i // 10 * 2) % HUES) / HUES for i, kind in enumerate(KINDS)}
@@ -85,18 +87,18 @@ def clouds(rng: np.random.Generator, height: int, width: int, cell: float) -> np
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Draw a background: a muted colour in uneven light, with noise that is stronger at larger scales, as in photographs.
+    """Draw one of a few backgrounds: a muted colour in uneven light, with noise that is stronger at larger scales.
 
-    It tells nothing about the objects, and too little about itself to tell one picture from another: otherwise a network
-    that learns to tell pictures apart would learn the backgrounds.
+    It tells nothing about the objects, and hardly one picture from another: otherwise a network that learns to tell
+    pictures apart would learn the backgrounds.
     """
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     along = x * np.float32(np.cos(angle) / width) + y * np.float32(np.sin(angle) / height)
     light = 1 + np.float32(rng.uniform(0, 0.25)) * along
     noise = sum((clouds(rng, height, width, cell) - 0.5) * np.float32(np.sqrt(cell)) for cell in (3, 8, 20))
-    main = colour(rng, rng.random(), (0, 0.25), (0.3, 0.85))
-    canvas: np.ndarray = main * light[..., None] + noise[..., None] * np.float32(rng.uniform(4, 16))
+    main = np.array(BACKDROPS[rng.integers(len(BACKDROPS))], np.float32)
+    canvas: np.ndarray = main * light[..., None] + noise[..., None] * np.float32(10)
     return canvas
 
 

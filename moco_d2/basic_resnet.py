@@ -31,7 +31,7 @@ def build_basic_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbon
         input_shape: the pictures' number of channels.
 
     Raises:
-        ValueError: see :func:`basic_resnet_problems`.
+        ValueError: see :func:`basic_resnet_problems`; or RetinaNet's ``OUT_FEATURES`` lack res5.
     """
     problems = list(basic_resnet_problems(cfg))
     if problems:
@@ -45,6 +45,11 @@ def build_basic_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbon
     if not fpn.IN_FEATURES:
         return bottom_up
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        if "res5" not in resnets.OUT_FEATURES:
+            raise ValueError(
+                f"MODEL.RESNETS.OUT_FEATURES is {resnets.OUT_FEATURES}; it must contain res5, on which RetinaNet's "
+                "upper levels are built"
+            )
         top = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, fpn.OUT_CHANNELS)
     else:
         top = LastLevelMaxPool()
@@ -66,15 +71,19 @@ def basic_stage(cfg: CfgNode, stage: int) -> list[Any]:
 def basic_resnet_problems(cfg: CfgNode) -> Iterator[str]:
     """Yield the keys of ``MODEL.RESNETS`` that ask for what Detectron2's basic blocks do not have."""
     resnets = cfg.MODEL.RESNETS
+    if resnets.DEPTH not in BASIC_DEPTHS:
+        known = " or ".join(map(str, BASIC_DEPTHS))
+        yield f"MODEL.RESNETS.DEPTH is {resnets.DEPTH}; with MODEL.BACKBONE.NAME {BASIC_BUILDER} it must be {known}"
     rules = {
-        "DEPTH": (resnets.DEPTH in BASIC_DEPTHS, "18 or 34"),
-        "NUM_GROUPS": (resnets.NUM_GROUPS == 1, "1"),
-        "RES5_DILATION": (resnets.RES5_DILATION == 1, "1"),
-        "DEFORM_ON_PER_STAGE": (not any(resnets.DEFORM_ON_PER_STAGE), "False for every stage"),
-    }
-    for name, (holds, rule) in rules.items():
+        "NUM_GROUPS": (resnets.NUM_GROUPS == 1, "1", "groups"),
+        "RES5_DILATION": (resnets.RES5_DILATION == 1, "1", "dilation"),
+        "DEFORM_ON_PER_STAGE": (
+            not any(resnets.DEFORM_ON_PER_STAGE), "False for every stage", "deformable convolutions",
+        ),
+    }  # fmt: skip
+    for name, (holds, rule, lacking) in rules.items():
         if not holds:
             yield (
-                f"MODEL.RESNETS.{name} is {resnets[name]}; it must be {rule} for {BASIC_BUILDER}, whose basic blocks "
-                "have neither groups nor dilation nor deformable convolutions"
+                f"MODEL.RESNETS.{name} is {resnets[name]}; it must be {rule}, because the basic blocks of "
+                f"ResNet-18 and 34 have no {lacking}"
             )

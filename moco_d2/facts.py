@@ -18,7 +18,10 @@ from typing import Any, Protocol
 KINDS = ("resnet",)
 NORMS = ("BN", "GN")
 BASIC_DEPTHS = (18, 34)  # of basic blocks; the deeper ResNets have bottlenecks
-BASIC_BUILDER = "build_basic_resnet_backbone"  # MODEL.BACKBONE.NAME: builds BASIC_DEPTHS at any width
+# MODEL.BACKBONE.NAME: this project's builder of BASIC_DEPTHS, and Detectron2's, which build their full width only.
+BASIC_BUILDER = "build_basic_resnet_backbone"
+FULL_WIDTH_BUILDERS = ("build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
+FULL_WIDTH = 64  # RES2_OUT_CHANNELS of BASIC_DEPTHS at full width
 
 
 class Config(Protocol):
@@ -144,8 +147,7 @@ class BackboneFacts:
         """Return the Detectron2 keys and values that build the pretrained network and feed it as in pretraining."""
         # Which batch norm a detector has (frozen, synchronised, ...) is the protocol's choice.
         norm = {"MODEL.RESNETS.NORM": self.norm} if self.norm != "BN" else {}
-        # Detectron2's own builders refuse basic blocks of another width than 64; one name serves C4, FPN and RetinaNet.
-        other_width = self.depth in BASIC_DEPTHS and self.res2_channels != 64
+        other_width = self.depth in BASIC_DEPTHS and self.res2_channels != FULL_WIDTH
         return {
             **({"MODEL.BACKBONE.NAME": BASIC_BUILDER} if other_width else {}),
             "MODEL.RESNETS.DEPTH": self.depth,
@@ -169,8 +171,6 @@ class BackboneFacts:
         """
         lines = []
         for key, wanted in self.config().items():
-            if key == "MODEL.BACKBONE.NAME":  # a user's own builder may build the same network
-                continue
             value: Any = cfg
             for part in key.split("."):
                 value = getattr(value, part)
@@ -178,6 +178,8 @@ class BackboneFacts:
                 agree = len(value) == len(wanted) and all(
                     abs(v - w) <= tolerance for v, w in zip(value, wanted, strict=True)
                 )
+            elif key == "MODEL.BACKBONE.NAME":  # a user's own builder may build the same network
+                agree = value not in FULL_WIDTH_BUILDERS
             else:
                 agree = value == wanted
             if not agree:

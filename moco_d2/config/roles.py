@@ -210,7 +210,6 @@ _OFF = {
         _Off(
             ("MODEL.FPN",), "MODEL.BACKBONE.NAME", ("build_resnet_backbone", "build_resnet_dilated_c5_backbone"),
         ),
-        _Off(_group("MODEL.FPN", "FUSE_TYPE", "NORM", "OUT_CHANNELS"), "MODEL.FPN.IN_FEATURES", ([],)),
         _Off(("MODEL.ANCHOR_GENERATOR.ANGLES",), "MODEL.ANCHOR_GENERATOR.NAME", ("DefaultAnchorGenerator",)),
         _Off(
             _group("MODEL.RESNETS", "DEFORM_MODULATED", "DEFORM_NUM_GROUPS"),

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moco_d2.basic_resnet import basic_resnet_problems
-from moco_d2.facts import BASIC_BUILDER, BASIC_DEPTHS
+from moco_d2.facts import BASIC_BUILDER, BASIC_DEPTHS, FULL_WIDTH, FULL_WIDTH_BUILDERS
 
 _CHANNELS = 512  # MoCo paper, appendix
-_DETECTRON2 = ("build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
 
 
 class DilatedC5(Backbone):
@@ -60,11 +59,12 @@ def build_resnet_dilated_c5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Di
 def backbone_problems(cfg: CfgNode) -> Iterator[str]:
     """Yield why ``MODEL.BACKBONE.NAME`` cannot build a ResNet of basic blocks."""
     name, resnets = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS
-    other_width = name in _DETECTRON2 and resnets.DEPTH in BASIC_DEPTHS and resnets.RES2_OUT_CHANNELS != 64
-    if other_width:
+    basic = resnets.DEPTH in BASIC_DEPTHS
+    if basic and name in FULL_WIDTH_BUILDERS and resnets.RES2_OUT_CHANNELS != FULL_WIDTH:
         yield (
-            f"MODEL.BACKBONE.NAME is {name}, which builds a ResNet-{resnets.DEPTH} with 64 channels in res2 only, but "
-            f"MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}: pass MODEL.BACKBONE.NAME {BASIC_BUILDER}"
+            f"MODEL.BACKBONE.NAME is {name}, which builds a ResNet-{resnets.DEPTH} with {FULL_WIDTH} channels in res2 "
+            f"only, but MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}: pass MODEL.BACKBONE.NAME "
+            f"{BASIC_BUILDER}"
         )
-    if other_width or name == BASIC_BUILDER:
+    if name == BASIC_BUILDER or (basic and name in (*FULL_WIDTH_BUILDERS, "build_resnet_dilated_c5_backbone")):
         yield from basic_resnet_problems(cfg)

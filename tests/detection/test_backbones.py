@@ -9,6 +9,7 @@ from detectron2.modeling import build_backbone, build_model
 
 from moco_d2.config import load_cfg
 from moco_d2.detection.preflight import run_problems
+from moco_d2.facts import BackboneFacts
 
 C4 = "PascalVOC-Detection/faster_rcnn_R_50_C4_24k"
 FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
@@ -57,17 +58,24 @@ def test_detectron2s_builder_of_another_width_is_refused_with_the_name_of_ours()
         "MODEL.BACKBONE.NAME is build_resnet_fpn_backbone, which builds a ResNet-18 with 64 channels in res2 only, but "
         "MODEL.RESNETS.RES2_OUT_CHANNELS is 16: pass MODEL.BACKBONE.NAME build_basic_resnet_backbone"
     ]
+    narrow = BackboneFacts(depth=18, stem_channels=16, res2_channels=16, width_per_group=64)
+    assert narrow.contradictions(basic(FPN, width=16)) == [
+        "MODEL.BACKBONE.NAME is build_resnet_fpn_backbone in the config, "
+        "but the weights need build_basic_resnet_backbone"
+    ]
+    for builder in (OURS, ("MODEL.BACKBONE.NAME", "my_own")):
+        assert narrow.contradictions(basic(FPN, *builder, width=16)) == []
     for cfg in (basic(FPN), basic(FPN, *OURS, width=16)):
         assert not [line for line in run_problems(cfg, 1) if "RESNETS" in line]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
-    [("DEPTH", "50", "18 or 34"), ("NUM_GROUPS", "2", "1"), ("RES5_DILATION", "2", "1"),
-     ("DEFORM_ON_PER_STAGE", "[False, False, False, True]", "False for every stage")],
+    [("DEPTH", "50", "18 or 34$"), ("NUM_GROUPS", "2", "1, .* no groups"), ("RES5_DILATION", "2", "1, .* no dilation"),
+     ("DEFORM_ON_PER_STAGE", "[False, False, False, True]", "False for every stage, .* no deformable")],
 )  # fmt: skip
 def test_what_basic_blocks_do_not_have_is_refused(key, value, rule):
     cfg = basic(FPN, *OURS, f"MODEL.RESNETS.{key}", value)
-    with pytest.raises(ValueError, match=rf"^MODEL\.RESNETS\.{key} is .*; it must be {rule} for build_basic") as told:
+    with pytest.raises(ValueError, match=rf"^MODEL\.RESNETS\.{key} is .*; .*it must be {rule}") as told:
         build_backbone(cfg, ShapeSpec(channels=3))
     assert str(told.value) in list(run_problems(cfg, 1))

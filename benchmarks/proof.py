@@ -6,7 +6,6 @@ import argparse
 import csv
 import io
 import json
-import math
 import os
 import re
 import shlex
@@ -119,7 +118,9 @@ def pictures(source: str, folder: Path) -> tuple[str, str]:
         raise ValueError(f"--pictures {source}: there is no such file or folder; leave it out to download CIFAR-10")
     halves = open_pair(*2 * (source or _downloaded(),))
     if (count := len(halves[0].classes)) != 10:
-        raise ValueError(f"--pictures {source}: it has {count} classes; the authors' curve is of CIFAR-10, which has 10")
+        raise ValueError(
+            f"--pictures {source}: it has {count} classes; the authors' curve is of CIFAR-10, which has 10"
+        )
     if halves[0].arrays is None:
         return os.path.commonpath(halves[0].files), source
     with files.replaced_folder(folder, "--output") as new:
@@ -144,10 +145,11 @@ def _downloaded() -> str:
 
 
 def _write(half: LabelledSet, folder: Path) -> None:
-    for name in half.classes:
-        (folder / name).mkdir(parents=True)
+    folders = [folder / files.file_name(name) for name in half.classes]
+    for one in folders:
+        one.mkdir(parents=True, exist_ok=True)
     for number, label in enumerate(half.labels.tolist()):
-        half.picture(number).save(folder / half.classes[label] / f"{number:05d}.png")
+        half.picture(number).save(folders[label] / f"{number:05d}.png")
 
 
 def report(output: Path) -> str:
@@ -160,6 +162,7 @@ def report(output: Path) -> str:
         ValueError: there is no run, or it has recorded nothing yet.
     """
     from moco_d2.config import load_cfg
+    from moco_d2.engine.build import outline
     from moco_d2.reports.records import read_json, read_scalars
 
     records = list(read_scalars(output / "run"))
@@ -174,7 +177,11 @@ def report(output: Path) -> str:
         "minutes": {"training": _training_seconds(records) / 60, "probes": probes / 60},
     }  # fmt: skip
     text = page(content)
-    draw(found, published, f"ours, width {content['width']:g}, {content['epochs']} epochs", output / "proof.png")
+    references = {
+        d.key: [(d.reference_label, d.reference)] for d in outline(cfg).diagnostics() if d.reference is not None
+    }
+    label = f"ours, width {content['width']:g}, {content['epochs']} epochs"
+    draw(found, published, references, label, output / "proof.png")
     for name, words in (("proof.json", json.dumps(content, indent=2)), ("proof.md", text)):
         with files.atomic_write(output / name) as file:
             file.write(words.encode() + b"\n")
@@ -195,23 +202,22 @@ def curves(records: list[dict[str, Any]]) -> dict[str, dict[float, float]]:
 
 
 def rows(found: Mapping[str, Mapping[float, float]], published: Mapping[int, Mapping[str, float]]) -> Rows:
-    """Return a row for each probe, with the authors' figures; losses are means over the epoch that it ends."""
-
-    def mean(key: str, epoch: float) -> float | None:
-        return statistics.fmean(within) if (within := _within(found[key], epoch)) else None
-
-    return [
-        {
-            "epoch": round(epoch, 2), "kNN, %": value, "authors' kNN, %": published.get(round(epoch), {}).get("knn_acc1"),
-            "loss": mean("total_loss", epoch), "authors' loss": published.get(round(epoch), {}).get("train_loss"),
-            "feature std": mean("feature_std", epoch),
-        }
-        for epoch, value in sorted(found["monitor/knn_top1"].items())
-    ]  # fmt: skip
+    """Return a row for each probe, with the authors' figures; loss and std are means over the epoch that it ends."""
+    made: Rows = []
+    for epoch, value in sorted(found["monitor/knn_top1"].items()):
+        theirs = published.get(round(epoch), {})
+        made.append({
+            "epoch": round(epoch, 2), "kNN, %": value, "authors' kNN, %": theirs.get("knn_acc1"),
+            "loss": _mean(found["total_loss"], epoch), "authors' loss": theirs.get("train_loss"),
+            "feature std": _mean(found["feature_std"], epoch),
+        })  # fmt: skip
+    return made
 
 
-def _within(values: Mapping[float, float], end: float) -> list[float]:
-    return [value for epoch, value in values.items() if end - 1 < epoch <= end + 1e-6]
+def _mean(values: Mapping[float, float], end: float) -> float | None:
+    """Return the mean over the epoch before ``end``."""
+    within = [value for epoch, value in values.items() if end - 1 < epoch <= end + 1e-6]
+    return statistics.fmean(within) if within else None
 
 
 def _training_seconds(records: list[dict[str, Any]]) -> float:
@@ -239,27 +245,39 @@ def page(content: Mapping[str, Any]) -> str:
 
 
 def draw(
-    found: Mapping[str, Mapping[float, float]], published: Mapping[int, Mapping[str, float]], label: str, path: Path
+    found: Mapping[str, Mapping[float, float]],
+    published: Mapping[int, Mapping[str, float]],
+    references: Mapping[str, Sequence[tuple[str, float]]],
+    label: str,
+    path: Path,
 ) -> None:
-    """Draw kNN accuracy, loss and feature std over epochs, the first two over the authors' curves, as a PNG."""
+    """Draw kNN accuracy, loss and feature std over epochs, the first two over the authors' curves, as a PNG.
+
+    Args:
+        found: of :func:`curves`.
+        published: the authors' figures by epoch.
+        references: labels and values of a figure's dashed lines.
+        label: of the run's lines.
+        path: of the PNG.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from moco_d2.reports.curves import plot_lines
 
-    end = max(2.0, *(epoch for values in found.values() for epoch in values))
+    end = max(1.0, *(epoch for values in found.values() for epoch in values))
+    panels = (
+        ("kNN top-1 of the test pictures, %", "monitor/knn_top1", "knn_acc1"), ("loss", "total_loss", "train_loss"),
+        ("feature std", "feature_std", ""),
+    )  # fmt: skip
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    panels = {
-        "kNN top-1 of the test pictures, %": ("monitor/knn_top1", "knn_acc1", []),
-        "loss": ("total_loss", "train_loss", [("chance: log(1 + 4096)", math.log(1 + 4096))]),
-        "feature std": ("feature_std", "", [("spread evenly: 1/sqrt(128)", 128**-0.5)]),
-    }
-    for axis, (title, (key, theirs, references)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    for axis, (title, key, theirs) in zip(figure.subplots(1, 3), panels, strict=True):
         lines = {label: [sorted(found[key].items())]}
         if theirs:
-            known = [(float(epoch), row[theirs]) for epoch, row in published.items() if epoch <= end + 1]
-            lines["authors, width 1, 200 epochs"] = [known]
-        plot_lines(axis, title, lines, references)
-        axis.set_xlabel("epoch")
+            lines["authors, width 1, 200 epochs"] = [[(e, row[theirs]) for e, row in published.items() if e <= end]]
+        plot_lines(axis, title, lines, references.get(key, ()))
+        axis.set(xlabel="epoch", xlim=(0, 1.02 * end))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     with files.atomic_write(path) as file:

@@ -265,7 +265,7 @@ def draw(
 
     from moco_d2.reports.curves import plot_lines
 
-    end = max(1.0, *(epoch for values in found.values() for epoch in values))
+    end = max([1.0, *(epoch for values in found.values() for epoch in values)])
     panels = (
         ("kNN top-1 of the test pictures, %", "monitor/knn_top1", "knn_acc1"), ("loss", "total_loss", "train_loss"),
         ("feature std", "feature_std", ""),

@@ -48,7 +48,6 @@ def run(args: argparse.Namespace) -> None:
         files.claim(output, CONTENT, "--output")
         train, labelled = pictures(args.pictures, output / "pictures")
         pretrain(output, [*settings(args.epochs, args.width, train, labelled), *args.opts])
-    files.claim(output, CONTENT[-3:], "--output")
     print(report(output))
 
 
@@ -168,6 +167,7 @@ def report(output: Path) -> str:
     records = list(read_scalars(output / "run"))
     if not records:
         raise ValueError(f"{output / 'run'} has no figures yet: wait for the first ones, or name the run's --output")
+    files.claim(output, CONTENT[-3:], "--output")
     cfg = load_cfg(output / "run" / "config.yaml")
     found, published = curves(records), {int(row["epoch"]): row for row in _published()}
     probes = sum(record.get("monitor/seconds", 0) for record in records)

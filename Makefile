@@ -16,7 +16,7 @@ PIP := "$(BIN)/python" -m pip --disable-pip-version-check
 STAMP := $(VENV)/.moco_d2-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-full test test-slow lint format doctor clean
+.PHONY: help install demo demo-full proof test test-slow lint format doctor clean
 
 help: ## Show this list
 	@echo "usage: make TARGET [VENV=.venv] [PYTHON=python3] [CONSTRAINTS=constraints.txt]"
@@ -27,6 +27,11 @@ demo: $(STAMP) ## The whole pipeline on sample pictures: pretrain, convert, dete
 
 demo-full: $(STAMP) ## The demo with a full-width ResNet-50 (much longer; a GPU helps)
 	"$(BIN)/moco-d2" demo --full --output "$(DEMO_OUTPUT)-full"
+
+# Without CIFAR=, torchvision downloads the pictures. A second call continues the run in OUTPUT.
+proof: $(STAMP) ## The MoCo authors' CIFAR-10 demo beside their curve (CIFAR= WIDTH=0.25 EPOCHS=12 OUTPUT=)
+	"$(BIN)/python" -m benchmarks proof $(if $(CIFAR),--pictures "$(CIFAR)") $(if $(WIDTH),--width "$(WIDTH)") \
+	    $(if $(EPOCHS),--epochs "$(EPOCHS)") $(if $(OUTPUT),--output "$(OUTPUT)")
 
 # One thread and one process a core: three times as fast on 2 cores as one process with two threads.
 test: $(STAMP) ## The tests (PYTEST_ARGS="tests/layers -n 0 -x" goes to pytest)

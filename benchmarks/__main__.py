@@ -10,8 +10,9 @@
     python -m benchmarks scale                                     # many files, shards, streams: about a minute
     python -m benchmarks scale --files 1300000 --folders 1000      # as many as ImageNet's; $TMPDIR names another disk
     python -m benchmarks startup                                   # --help of every command
+    python -m benchmarks proof --width 0.25 --epochs 12            # the authors' CIFAR-10 demo: two hours on a CPU core
 
-Prints a table and, with --output, writes it as JSON together with commit, command and versions.
+Prints a table and, with --output, writes it as JSON together with commit, command and versions; proof's is a folder.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from moco_d2.commands import cli
@@ -129,6 +131,15 @@ def startup(args: argparse.Namespace) -> None:
     tables({"startup": help_times(args.repeats)}, {}, args.output)
 
 
+def proof(args: argparse.Namespace) -> None:
+    """Pretrain on CIFAR-10 as the MoCo authors' demo does, and draw the curve over theirs."""
+    check(args, epochs=1)
+
+    from benchmarks.proof import run
+
+    run(args)
+
+
 def main() -> None:
     """Read the command line and run one benchmark."""
     parser = argparse.ArgumentParser(
@@ -173,6 +184,20 @@ def main() -> None:
     command.add_argument("--repeats", type=int, default=5, help="runs of each (default: %(default)s)")
     for command in commands.choices.values():
         command.add_argument("-o", "--output", type=cli.path, metavar="FILE", help="write the numbers as JSON")
+    command = commands.add_parser("proof", help="the authors' CIFAR-10 demo; KEY VALUE pairs of the config come last")
+    command.set_defaults(run=proof)
+    command.add_argument(
+        "--pictures", type=cli.expanded, default="", metavar="CIFAR",
+        help="CIFAR-10: torchvision's folder, an .npz, or a folder with train/ and test/ (default: downloaded)",
+    )  # fmt: skip
+    command.add_argument("--epochs", type=int, default=200, help="of the schedule (default: %(default)s)")
+    command.add_argument("--width", type=float, default=1.0, help="of the ResNet-18 (default: %(default)s)")
+    command.add_argument("--draw", action="store_true", help="only draw what the run in the folder has recorded so far")
+    command.add_argument(
+        "-o", "--output", type=cli.path, default=Path("output/proof"), metavar="FOLDER",
+        help="a new folder, or one whose run is continued (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     args = parser.parse_args()
     args.run(args)
 

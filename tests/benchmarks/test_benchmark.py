@@ -55,7 +55,7 @@ def test_eval_compares_every_backend_and_both_voc_metrics(run: Run, capsys: pyte
     assert problems["VOC 2007, 6 x 9"] == problems["VOC 2012, 6 x 9"] == 2
 
 
-@pytest.mark.parametrize("name", ["eval", "convert", "step", "data", "scale", "startup"])
+@pytest.mark.parametrize("name", ["eval", "convert", "step", "data", "scale", "startup", "proof"])
 def test_every_benchmark_starts(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", name, "--help"])
     with pytest.raises(SystemExit) as ended:

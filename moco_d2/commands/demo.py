@@ -1,10 +1,10 @@
 """Run the whole pipeline on sample pictures: pretrain, convert, fine-tune, compare.
 
-    moco-d2 demo                      # quarter-width ResNet-50, minutes on two CPU cores
-    moco-d2 demo --full               # full width: the same, slower
+    moco-d2 demo                      # quarter-width ResNet-18, minutes on two CPU cores
+    moco-d2 demo --full               # ResNet-50 at full width: the same, much slower
 
 Each stage is the command that a lab would type, with a config from configs/quick_schedules (the shipped configs with
-smaller numbers). Logs, checkpoints, the table and the pictures stay in the output folder.
+smaller numbers). Logs, checkpoints, the table, the pictures and a report page stay in the output folder.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ FULL_WIDTH = {
         "MODEL.RESNETS.WIDTH_PER_GROUP", "64",
     ],
 }  # fmt: skip
+PRETRAIN = "quick_schedules/moco_v2_R{}_quick"
 DETECTORS = {
-    "VOC R50-C4": "quick_schedules/faster_rcnn_R_50_C4_quick",
-    "COCO R50-FPN": "quick_schedules/mask_rcnn_R_50_FPN_quick",
+    "VOC C4": "quick_schedules/faster_rcnn_R_{}_C4_quick",
+    "COCO FPN": "quick_schedules/mask_rcnn_R_{}_FPN_quick",
 }
 INITS = ("MoCo", "random")
-PRETRAIN = "quick_schedules/moco_v2_R50_quick"
 
 
 class Demo:
@@ -42,6 +42,7 @@ class Demo:
         from moco_d2.io import files
 
         self.output = output
+        self.depth = 50 if full else 18
         self.pretrain_options = FULL_WIDTH["pretrain"] if full else []
         self.detect_options = FULL_WIDTH["detect"] if full else []
         if steps is not None:
@@ -72,14 +73,14 @@ class Demo:
         out = self.output
         self.stage("sample pictures", "samples", out / "datasets")
         self.stage(
-            "pretrain MoCo v2", "pretrain", "--config-file", PRETRAIN, "OUTPUT_DIR", out / "pretrain",
+            "pretrain MoCo v2", "pretrain", "--config-file", PRETRAIN.format(self.depth), "OUTPUT_DIR", out / "pretrain",
             *self.pretrain_options,
         )  # fmt: skip
         self.stage("convert and prove", "convert", out / "pretrain/backbone.pth", out / "moco.pth")
         for name, config in DETECTORS.items():
             for init, weights in zip(INITS, (out / "moco.pth", ""), strict=True):
                 self.stage(
-                    f"fine-tune {name} from {init}", "train", "--config-file", config,
+                    f"fine-tune {name} from {init}", "train", "--config-file", config.format(self.depth),
                     "MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", self.run_folder(name, init), *self.detect_options,
                 )  # fmt: skip
         self.report()

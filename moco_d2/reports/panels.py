@@ -4,40 +4,39 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from moco_d2.config import load_cfg
 from moco_d2.engine.build import outline
 from moco_d2.engine.monitor import DIAGNOSTICS as MONITORED
 from moco_d2.methods import Diagnostic
-from moco_d2.reports.curves import Line
+from moco_d2.reports.curves import Line, draw_lines
 from moco_d2.reports.pretraining import CONFIG, Pretraining, run_names
 
 
-@dataclass
-class Panel:
-    """One plot.
+class Panel(NamedTuple):
+    """One plot: the arguments of :func:`moco_d2.reports.curves.plot_lines`.
 
     Attributes:
         title: of the plot.
-        x: what its lines are over: ``iteration`` or ``epoch``.
         lines: label to lines of (x, value).
         references: (label, value) of constants.
+        x: what the lines are over: ``iteration`` or ``epoch``.
     """
 
     title: str
+    lines: dict[str, list[Line]]
+    references: list[tuple[str, float]]
     x: str
-    lines: dict[str, list[Line]] = field(default_factory=dict)
-    references: list[tuple[str, float]] = field(default_factory=list)
 
 
 def panels_of_run(run: Pretraining) -> list[Panel]:
     """Return the panels of one run, over iterations; diagnostics with the same title share a panel."""
     panels: dict[str, Panel] = {}
     for one in _diagnostics(run):
-        panel = panels.setdefault(one.panel, Panel(one.panel, "iteration"))
+        panel = panels.setdefault(one.panel, Panel(one.panel, {}, [], "iteration"))
         panel.lines.setdefault(one.label.removeprefix("-"), []).append(run.scalar(one.key))
-        panel.references += _reference(one)
+        panel.references.extend(_reference(one))
     return list(panels.values())
 
 
@@ -53,12 +52,18 @@ def panels_of_runs(runs: Sequence[Pretraining]) -> list[Panel]:
         shared = Counter(one.panel for one in diagnostics)
         for one in diagnostics:
             title = one.panel + f": {one.label.removeprefix('-')}" * (shared[one.panel] > 1)
-            panel = panels.setdefault(one.key, Panel(title, x))
+            panel = panels.setdefault(one.key, Panel(title, {}, [], x))
             step = run.steps_per_epoch if x == "epoch" else 1
             panel.lines[name] = [[(done / step, value) for done, value in run.scalar(one.key)]]
             # A constant that several runs share is drawn once.
-            panel.references += [found for found in _reference(one) if found not in panel.references]
+            panel.references.extend(found for found in _reference(one) if found not in panel.references)
     return list(panels.values())
+
+
+def drawings(runs: Sequence[Pretraining]) -> list[str]:
+    """Return the panels of one run or of several as ``<svg>`` elements."""
+    panels = panels_of_run(runs[0]) if len(runs) == 1 else panels_of_runs(runs)
+    return [draw_lines(f"pretraining, {panel.title}", *panel) for panel in panels]
 
 
 def _reference(one: Diagnostic) -> list[tuple[str, float]]:

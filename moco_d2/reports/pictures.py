@@ -63,8 +63,7 @@ def _draw_panels(panels: Sequence[Panel], path: FolderLike) -> None:
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, panels, strict=False):
-        plot_lines(axis, panel.title, panel.lines, panel.references)
-        axis.set_xlabel(panel.x)
+        plot_lines(axis, *panel)
     _save_figure(figure, path)
 
 

@@ -67,14 +67,17 @@ def _figures(value: Any) -> bool:
     """Check a row of a probe's accuracies."""
     if not isinstance(value, dict) or not is_number(value.get("top1")):
         return False
-    return "k" not in value or is_number(value["k"]) and is_number(value.get("temperature"))
+    return "k" not in value or (is_number(value["k"]) and is_number(value.get("temperature")))
+
+
+def _set(value: Any) -> bool:
+    """Check what a probe's result says about a set."""
+    return isinstance(value, dict) and _is(str)(value.get("name")) and _is(int)(value.get("pictures"))
 
 
 _TEXT, _WHOLE = _is(str), _is(int)
 _FACTS = _fields(origin=_TEXT, recipe=_TEXT, protocol=_TEXT, parts=_list_of(_TEXT))
-_WEIGHTS = _fields(
-    path=_or_null(_TEXT), sha256=_or_null(_TEXT), source_sha256=_or_null(_TEXT), facts=_or_null(_FACTS)
-)
+_WEIGHTS = _fields(path=_or_null(_TEXT), sha256=_or_null(_TEXT), source_sha256=_or_null(_TEXT), facts=_or_null(_FACTS))
 
 # Test set -> task -> metric -> figure, null if the evaluator has none.
 _METRICS = _mapping_of(_or_null(_mapping_of(_mapping_of(_or_null(is_number)))))
@@ -96,14 +99,13 @@ _TRIAL: dict[str, Check] = {
     "config": _mapping_of(lambda value: True),
 }
 
-_SET: Check = lambda value: isinstance(value, dict) and _TEXT(value.get("name")) and _WHOLE(value.get("pictures"))
 _PROBE: dict[str, Check] = {
     "probe": _TEXT,
     "weights": _WEIGHTS,
     "protocol": _or_null(_TEXT),
     "changes": _or_null(_list_of(_TEXT)),
-    "train": _SET,
-    "val": _SET,
+    "train": _set,
+    "val": _set,
     "results": lambda value: bool(value) and _list_of(_figures)(value),
     "size": _WHOLE,
     "seed": _WHOLE,

@@ -108,6 +108,7 @@ def test_files_of_every_layout_are_converted_and_proven(name: str, net: nn.Modul
 
     written = torch.load(tmp_path / "new" / "out.pth", weights_only=True)
     assert written["__author__"] == "moco_d2" and written["matching_heuristics"] is True
+    assert written["source_sha256"] == sha256(tmp_path / "in.pth.tar")
     assert BackboneFacts.from_dict(written["facts"]) == conversion.facts == read_facts(tmp_path / "new" / "out.pth")
     back, wanted = rename_table(DETECTRON2, TORCHVISION, 50), own_tensors(layout.weights(net))
     assert {back[key] for key in written["model"]} == set(wanted)

@@ -74,8 +74,9 @@ def read(paths: Iterable[str | os.PathLike[str]], labels: Sequence[str] = ()) ->
             runs.setdefault(run.file, run)
         for one in started:
             pretrainings.setdefault(one.folder, one)
-        # A linear probe's result may be in its folder and under the name that --output gave.
-        probes += [one for one in probed if one.content not in [other.content for other in probes]]
+        for probe in probed:  # a linear probe's result may be in its folder and under the name that --output gave
+            if all(probe.content != other.content for other in probes):
+                probes.append(probe)
         left_out += problems
     return Content(list(runs.values()), list(pretrainings.values()), probes, labels, left_out)
 

@@ -26,7 +26,7 @@ from moco_d2.reports.summary import BASELINES, Cell, Run, Table, heading
 BACKBONE, CONFIG = "backbone.pth", "config.yaml"
 KNN = "monitor/knn_top1"
 _SKIPPED = "unreadable_images"  # a scalar that pretraining records from its first line on, and no other training
-_DONE = re.compile(r", (\d+) of \d+ iterations")  # in the origin of a backbone of ours
+_DONE = re.compile(r", (\d+) of (\d+) iterations")  # in the origin of a backbone of ours
 _NETWORK = re.compile(r", its network `.*`$")  # added to it when another network of the method is converted
 _SHAPE = ("depth", "stem_channels", "res2_channels", "groups", "width_per_group", "norm")
 
@@ -213,10 +213,9 @@ def run_names(runs: Iterable[Pretraining]) -> list[str]:
 def build_backbones(runs: Sequence[Pretraining], probes: Sequence[Probe], tables: Sequence[Table]) -> Backbones:
     """Join runs, probes and the tables of detectors to rows."""
     names = dict(zip((run.folder for run in runs), run_names(runs), strict=True))
-    rows = {
-        (run.folder, run.origin): Row(names[run.folder], run.recipe, run.recipe, progress=run.progress())
-        for run in runs
-    }  # fmt: skip
+    rows: dict[Key, Row] = {}
+    for run in runs:
+        rows[run.folder, run.origin] = Row(names[run.folder], run.recipe, run.recipe, progress=run.progress())
     columns: dict[Key, Column] = {}
 
     def add(key: Key, column: Column, value: float, weights: Mapping[str, Any], detector: Run | None) -> None:
@@ -250,21 +249,21 @@ def _row(
         depth = f"R-{facts['depth']}" if "depth" in facts else "encoder unknown"
         return ("random", *(facts.get(key) for key in _SHAPE)), Row(f"random, {depth}", "", "random")
     network = "".join(_NETWORK.findall(origin))
-    done = _DONE.search(origin)
+    stated = _DONE.search(origin)
+    done, length = map(int, stated.groups()) if stated else (0, 0)
     for run in runs if done else ():
-        if _has(run, root, origin.removesuffix(network), int(done.group(1)) if done else 0):
-            iterations = int(done.group(1)) if done else 0
-            label = f"{names[run.folder]}, {iterations} iterations{network}"
-            return (run.folder, origin), Row(label, recipe, recipe, root, run.progress(iterations))
+        if _has(run, root, origin.removesuffix(network), done, length):
+            label = f"{names[run.folder]}, {done} iterations{network}"
+            return (run.folder, origin), Row(label, recipe, recipe, root, run.progress(done))
     stem = Path(path).stem or "unknown"
     label = detector.label if detector else "/".join(Path(path).with_suffix("").parts[-2:]) or stem
     return (root or path, network), Row(label, recipe, detector.init if detector else recipe, root)
 
 
-def _has(run: Pretraining, sha256: str, origin: str, done: int) -> bool:
-    """Return whether a file of a run has this SHA-256; only files of that many iterations are read."""
-    names = [BACKBONE] if origin == run.origin else []
-    for file in (run.folder / name for name in (*names, f"model_{done - 1:07d}.pth", "model_final.pth")):
+def _has(run: Pretraining, sha256: str, origin: str, done: int, length: int) -> bool:
+    """Return whether a file of a run has this SHA-256; only its states after ``done`` iterations are read."""
+    names = [BACKBONE] * (origin == run.origin) + [f"model_{done - 1:07d}.pth"] + ["model_final.pth"] * (done == length)
+    for file in (run.folder / name for name in names):
         try:
             if file.is_file() and checkpoint_sha256(file) == sha256:
                 return True

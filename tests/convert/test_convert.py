@@ -36,6 +36,7 @@ from torch import nn
 from moco_d2.convert import SOURCES, CheckpointError, Choice, convert_checkpoint, convert_state, prove, read_facts
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
 from moco_d2.facts import CAFFE_BGR, IMAGENET_RGB, BackboneFacts
+from moco_d2.io.provenance import sha256
 from moco_d2.layers.resnet import DEPTHS, network_for
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"

@@ -43,7 +43,8 @@ def pretrain(folder: Path, recipe: str = RECIPE, done: int = 40, queue: int = 64
 
 def converted(source: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Return the weights entry of a detector that started from a converted file, which may be gone."""
-    return {"path": "/gone/c.pth", "sha256": "0" * 64, "source_sha256": sha256(source), "facts": facts}
+    root = sha256(source)
+    return {"path": "/gone/c.pth", "sha256": root[::-1], "source_sha256": root, "facts": facts}
 
 
 def probe(file: Path, weights: dict[str, Any], top1: float, of: str = "imagenet", **more: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moco_d2.reports import pretraining, summary
 from moco_d2.reports.pretraining import Backbones, Pretraining, Probe, build_backbones
+from moco_d2.reports.records import PROBES, RESULTS
 from moco_d2.reports.summary import Run, Table
 
 
@@ -67,8 +68,8 @@ def read(paths: Iterable[str | os.PathLike[str]], labels: Sequence[str] = ()) ->
             if problems:
                 raise ValueError(f"{path} contains no finished run that can be read:\n" + "\n".join(problems))
             raise ValueError(
-                f"{path} contains no finished run, no pretraining run and no probe: there is no {summary.RESULTS} and "
-                f"no {pretraining.PROBES} in it or below, and no folder that moco-d2 pretrain wrote"
+                f"{path} contains no finished run, no pretraining run and no probe: there is no {RESULTS} and "
+                f"no {PROBES} in it or below, and no folder that moco-d2 pretrain wrote"
             )
         for run in found:
             runs.setdefault(run.file, run)

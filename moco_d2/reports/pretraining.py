@@ -229,9 +229,8 @@ def build_backbones(runs: Sequence[Pretraining], probes: Sequence[Probe], tables
     for table in tables:
         key, column = ("detector", table.name, table.variant, table.test_set), _detector_column(table)
         for detector in [run for row in table.rows if row.percent == 100 for run in row.runs if not run.evaluation]:
-            value = detector.metrics[table.test_set].get(column.metric)
-            if value is not None:
-                add(key, column, value, detector.weights, detector)
+            if column.metric in (metrics := detector.metrics[table.test_set]):
+                add(key, column, metrics[column.metric], detector.weights, detector)
     ranks = {init: rank for rank, init in enumerate(BASELINES, start=1)}
     ordered = sorted(rows.values(), key=lambda row: (ranks.get(row.init, 0), row.label))
     return Backbones(tuple(_told_apart(ordered)), _headed(columns))

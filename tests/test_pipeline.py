@@ -62,7 +62,10 @@ def the_detectors_started_from_what_was_pretrained(output: Path) -> None:
             init: json.loads((output / f"{name}_{init}" / "results.json").read_text()) for init in ("MoCo", "random")
         }
         moco = output / "moco.pth"
-        assert results["MoCo"]["weights"] == {"path": str(moco), "sha256": sha256(moco), "facts": facts.as_dict()}
+        assert results["MoCo"]["weights"] == {
+            "path": str(moco), "sha256": sha256(moco), "source_sha256": sha256(output / "pretrain/backbone.pth"),
+            "facts": facts.as_dict(),
+        }  # fmt: skip
         assert results["random"]["weights"]["path"] == results["random"]["weights"]["sha256"] == ""
         assert results["MoCo"]["schedule"] == results["random"]["schedule"], "the same budget"
     assert "res5" in (output / "logs" / "convert_and_prove.log").read_text(), "the proof was made"

@@ -46,6 +46,7 @@ class Conversion:
         notes: what the weights do not show, and what was assumed or done about it.
         parts: what of a detector was converted with the backbone.
         source_pixels: the input of ``source_tensors``, if ``tensors`` were baked for another.
+        source_sha256: of the checkpoint, so that reports know what the written file was made of; empty if unknown.
     """
 
     source: CheckpointSource
@@ -61,6 +62,7 @@ class Conversion:
     notes: tuple[str, ...] = ()
     parts: tuple[Component, ...] = ()
     source_pixels: Pixels | None = None
+    source_sha256: str = ""
 
     @property
     def mapped(self) -> dict[str, str]:
@@ -177,6 +179,7 @@ def save(conversion: Conversion, output: str | os.PathLike[str]) -> None:
         # One file must fit backbone.res4 and roi_heads.res5 (C4) as well as backbone.bottom_up.res4 (FPN).
         "matching_heuristics": True,
         "facts": conversion.facts.as_dict(),
+        "source_sha256": conversion.source_sha256,
     }
     with open(output, "wb") as file:
         if output.suffix == ".pkl":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from moco_d2.convert.parts import Component, Part, check_component, choose
 from moco_d2.convert.recognise import Match, recognise
 from moco_d2.convert.sources import DETECTOR_HEADS, INVISIBLE, SOURCES, unwrap
 from moco_d2.facts import BackboneFacts
-from moco_d2.io.checkpoints import CheckpointError, facts_in, read_checkpoint
+from moco_d2.io.checkpoints import CheckpointError, checkpoint_sha256, facts_in, read_checkpoint
 from moco_d2.layers.resnet import facts_from_shapes
 
 # To be raised if the same file would be converted differently: the catalogue then converts its files anew.
@@ -66,7 +67,10 @@ def convert_checkpoint(
         ValueError: the output's name is unusable, or the proof failed (:class:`moco_d2.convert.prove.ProofError`).
     """
     check_output(source, output)
-    conversion = convert_state(read_checkpoint(source), source, choice)
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(checkpoint_sha256, source)  # on another core: hashlib lets other threads run
+        conversion = convert_state(read_checkpoint(source), source, choice)
+    conversion = replace(conversion, source_sha256=digest.result())
     if bake:
         conversion = baked(conversion, source)
     differences = write(conversion, output, proof, picture)

@@ -6,7 +6,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from moco_d2.convert.choice import Choice
@@ -33,10 +32,8 @@ def convert_and_report(
 ) -> dict[str, Any]:
     """Convert a checkpoint and return the report; see :func:`convert_checkpoint` and :func:`report`."""
     image = None if picture is None else read_picture(picture)
-    with ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(checkpoint_sha256, source)  # on another core: hashlib lets other threads run
-        conversion, differences = convert_checkpoint(source, output, proof, choice, image, bake)
-    content = report(conversion, differences, source, output, digest.result())
+    conversion, differences = convert_checkpoint(source, output, proof, choice, image, bake)
+    content = report(conversion, differences, source, output)
     reasons = Counter(conversion.dropped.values())
     content["drop"] = {pattern: reasons[dropped_by(pattern)] for pattern in (choice.drop if choice else ())}
     if picture is not None and proof:
@@ -49,7 +46,6 @@ def report(
     differences: Mapping[str, float],
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
-    digest: str = "",
 ) -> dict[str, Any]:
     """Return everything about a conversion, as plain values.
 
@@ -58,7 +54,6 @@ def report(
         differences: largest relative difference per stage, empty without a proof.
         source: the checkpoint.
         output: the file that was written.
-        digest: SHA-256 of the checkpoint, if it is already known.
     """
     record = conversion.source
     return {
@@ -85,7 +80,7 @@ def report(
         )
         if record.padding
         else {},
-        "input": {"path": str(source), "sha256": digest or checkpoint_sha256(source)},
+        "input": {"path": str(source), "sha256": conversion.source_sha256 or checkpoint_sha256(source)},
         "output": {"path": str(output), "sha256": sha256(os.fspath(output)), "config": str(config_path(output))},
         "config": conversion.config(),
         **provenance(),

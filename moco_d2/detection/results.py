@@ -38,7 +38,7 @@ def describe_result(
     engine = [key.removeprefix("ENGINE.") for key in flat(cfg) if key.startswith("ENGINE.") and role(key, DETECTION)]
     return {
         "protocol": cfg.PROTOCOL,
-        "weights": {"path": weights.path, "sha256": weights.sha256, "facts": weights.facts.as_dict()},
+        "weights": {**weights.files(), "facts": weights.facts.as_dict()},
         "metrics": metrics,
         "schedule": {key: solver[key] for key in ("IMS_PER_BATCH", "BASE_LR", "STEPS", "MAX_ITER", "WARMUP_ITERS")},
         "evaluators": libraries,

@@ -219,8 +219,7 @@ class TransferTrainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loop's state: iteration, optimizer, scheduler, initial weights, and the settings to compare."""
-        weights = {"path": self.weights.path, "sha256": self.weights.sha256}
-        return {**super().state_dict(), "run": self._run(), "weights": weights}
+        return {**super().state_dict(), "run": self._run(), "weights": self.weights.files()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; warn of settings that differ from the checkpoint's.
@@ -232,6 +231,7 @@ class TransferTrainer(DefaultTrainer):
         # own checkpoints record neither weights nor settings.
         began = state.get("weights", {"path": self.cfg.MODEL.WEIGHTS, "sha256": ""})
         self.weights.path, self.weights.sha256 = began["path"], began["sha256"]
+        self.weights.source_sha256 = began.get("source_sha256", "")
         then, now = state.get("run", {}), self._run()
         if then and then["SOLVER.IMS_PER_BATCH"] != now["SOLVER.IMS_PER_BATCH"]:
             raise ValueError(

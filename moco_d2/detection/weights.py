@@ -42,11 +42,13 @@ class WeightsRecord:
     Attributes:
         path: ``MODEL.WEIGHTS``, empty for random initialisation.
         facts: the file's facts, or the config's if the file has none.
+        source_sha256: SHA-256 of the file that it was converted from; empty if it does not say so.
         version: version of the file that was read; None for random initialisation.
     """
 
     path: str
     facts: BackboneFacts
+    source_sha256: str = ""
     version: FileVersion | None = field(default=None, compare=False)
 
     @cached_property
@@ -57,6 +59,10 @@ class WeightsRecord:
             ValueError: the file has changed since.
         """
         return self.version.sha256() if self.version else ""
+
+    def files(self) -> dict[str, str]:
+        """Return the path and the two SHA-256, as results and checkpoints record them."""
+        return {"path": self.path, "sha256": self.sha256, "source_sha256": self.source_sha256}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the facts; Detectron2's checkpointer calls this."""
@@ -136,7 +142,8 @@ def load_weights(
     model = checkpointer.model
     file = read_weight_file(path, model.state_dict().keys())
     content = file.content
-    record = replace(_check_facts(content, cfg, path), version=file.version)
+    source = str(content.get("source_sha256", ""))
+    record = replace(_check_facts(content, cfg, path), source_sha256=source, version=file.version)
     with _record_filled(model) as filled:
         load_content(checkpointer, content, path, checkpointables)
     wanted = names(model)

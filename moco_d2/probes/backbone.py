@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Backbone:
         path: as the user wrote it.
         sha256: of the file; empty for random weights.
         read_as: which kind of file it was taken for.
+        source_sha256: of the file that it was converted from, if it says so.
     """
 
     network: nn.Module
@@ -55,10 +56,14 @@ class Backbone:
     path: str
     sha256: str
     read_as: str
+    source_sha256: str = ""
 
     def record(self) -> dict[str, Any]:
         """Return what results say about the weights."""
-        return {"path": self.path, "sha256": self.sha256, "read_as": self.read_as, "facts": self.facts.as_dict()}
+        return {
+            "path": self.path, "sha256": self.sha256, "source_sha256": self.source_sha256, "read_as": self.read_as,
+            "facts": self.facts.as_dict(),
+        }  # fmt: skip
 
 
 def load_backbone(weights: str, cfg: CfgNode) -> Backbone:
@@ -88,7 +93,7 @@ def load_backbone(weights: str, cfg: CfgNode) -> Backbone:
     logger.info("%s: read as %s; input %s", weights, read_as, facts.pixels)
     backbone = _frozen(network, facts, weights, checkpoint_sha256(path), read_as)
     forget_checkpoint()
-    return backbone
+    return replace(backbone, source_sha256=str(content.get("source_sha256", "")))
 
 
 def _frozen(network: nn.Module, facts: BackboneFacts, path: str, sha256: str, read_as: str) -> Backbone:

@@ -21,15 +21,20 @@ _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "yti
 
 
 def plot_lines(
-    axis: Any, title: str, lines: Mapping[str, Sequence[Line]], references: Iterable[tuple[str, float]] = ()
+    axis: Any,
+    title: str,
+    lines: Mapping[str, Sequence[Line]],
+    references: Iterable[tuple[str, float]] = (),
+    x: str = "iteration",
 ) -> None:
-    """Plot lines over iterations on an axis, with a legend.
+    """Plot lines over iterations or epochs on an axis, with a legend.
 
     Args:
         axis: of matplotlib.
         title: of the plot.
-        lines: label to its lines, each a sequence of (iteration, value); lines of one label have one colour.
+        lines: label to its lines, each a sequence of (x, value); lines of one label have one colour.
         references: (label, value) of constants, drawn as dashed lines.
+        x: label of the horizontal axis.
     """
     for colour, (label, found) in zip(_colours(lines), lines.items(), strict=True):
         for number, line in enumerate(found):
@@ -39,7 +44,7 @@ def plot_lines(
             )  # fmt: skip
     for label, value in references:
         axis.axhline(value, color="grey", linestyle="--", linewidth=1, label=label)
-    axis.set(title=title, xlabel="iteration")
+    axis.set(title=title, xlabel=x)
     axis.grid(alpha=0.2)
     axis.legend(frameon=False, fontsize=9)
 
@@ -64,6 +69,11 @@ def learning_curves(table: Table) -> list[str]:
         if any(len(line) > 1 for found in lines.values() for line in found):
             drawings.append(_draw(_name(table, title), partial(plot_lines, title=title, lines=lines)))
     return drawings
+
+
+def draw_lines(name: str, *panel: Any) -> str:
+    """Draw the arguments of :func:`plot_lines` and return an ``<svg>`` element; its name is unique on the page."""
+    return _draw(name, lambda axis: plot_lines(axis, *panel))
 
 
 def fraction_curves(table: Table) -> str:

@@ -25,14 +25,13 @@ from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.mapper import read_label_image, read_pixels
 from moco_d2.detection.preflight import building
 from moco_d2.detection.weights import all_names, load_weights
-from moco_d2.engine.build import outline
-from moco_d2.engine.monitor import DIAGNOSTICS as MONITORED
 from moco_d2.io.files import atomic_write
-from moco_d2.methods import Diagnostic
-from moco_d2.reports.curves import Line, plot_lines
-from moco_d2.reports.records import read_scalars
+from moco_d2.reports.curves import plot_lines
+from moco_d2.reports.panels import Panel, panels_of_run, panels_of_runs
+from moco_d2.reports.pretraining import Pretraining, read_pretraining
 
 FolderLike = str | os.PathLike[str]
+SOFTWARE = "moco_d2"  # in the header of our pictures, so that only those are replaced
 
 
 def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
@@ -45,24 +44,26 @@ def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
     Raises:
         ValueError: the run recorded nothing.
     """
-    records = list(read_scalars(Path(run)))
-    if not records:
-        raise ValueError(f"{Path(run) / 'metrics.json'} is missing, or has no figures of a pretraining run")
-    panels: dict[str, list[Diagnostic]] = {}
-    recorded = {key for record in records for key in record}
-    monitored = [one for one in MONITORED if one.key in recorded]
-    for one in (*outline(load_cfg(Path(run) / "config.yaml")).diagnostics(), *monitored):
-        panels.setdefault(one.panel, []).append(one)
+    _draw_panels(panels_of_run(read_pretraining(Path(run))), path)
+
+
+def draw_pretraining_curves(runs: Sequence[Pretraining], path: FolderLike) -> None:
+    """Draw the same of several runs over epochs, with a line a run.
+
+    Args:
+        runs: finished or not.
+        path: of the PNG.
+    """
+    _draw_panels(panels_of_runs(runs), path)
+
+
+def _draw_panels(panels: Sequence[Panel], path: FolderLike) -> None:
     rows, columns = -(-len(panels) // 2), min(2, len(panels))
     figure, axes = _figure(rows, columns, (5 * columns, 3.2 * rows))
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-        lines: dict[str, list[Line]] = {}
-        for one in curves:
-            points = [(r["iteration"] + 1, r[one.key]) for r in records if one.key in r]
-            lines.setdefault(one.label.removeprefix("-"), []).append(points)
-        plot_lines(axis, title, lines, [(o.reference_label, o.reference) for o in curves if o.reference is not None])
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        plot_lines(axis, *panel)
     _save_figure(figure, path)
 
 
@@ -242,6 +243,13 @@ def load_predictor(weights: FolderLike, threshold: float, opts: Sequence[str] = 
     return predictor
 
 
+def is_picture(path: Path) -> bool:
+    """Return whether a file is a picture that this module drew."""
+    with path.open("rb") as file:
+        head = file.read(256)
+    return head.startswith(b"\x89PNG") and f"Software\0{SOFTWARE}".encode() in head
+
+
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -249,6 +257,6 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 
 def _save_figure(figure: Any, path: FolderLike) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": SOFTWARE})
     with atomic_write(path) as file:
         file.write(buffer.getvalue())

@@ -1,4 +1,4 @@
-"""Reader of the files that runs leave for reports: results, requests of trials, and scalars over iterations.
+"""Reader of the files that runs leave for reports: results of trainings and probes, requests, scalars over iterations.
 
 A file in a folder of runs may belong to another program, or be cut short. If its content does not have the form that
 this project writes, it is refused by name, so that no report shows a figure of another program. Fields that an earlier
@@ -17,6 +17,7 @@ RESULTS = "results.json"  # of a finished training
 EVALUATION = "results_eval_only.json"  # of an evaluation alone (--eval-only)
 RECORD = "trial.json"  # the request of a trial
 SCALARS = "metrics.json"  # figures during training, a line each time
+PROBES = "probe*.json"  # results of probes
 FRACTION = "DATASETS.FRACTION="
 
 Check = Callable[[Any], bool]
@@ -62,9 +63,21 @@ def _change(value: Any) -> bool:
         return False
 
 
+def _figures(value: Any) -> bool:
+    """Check a row of a probe's accuracies."""
+    if not isinstance(value, dict) or not is_number(value.get("top1")):
+        return False
+    return "k" not in value or (is_number(value["k"]) and is_number(value.get("temperature")))
+
+
+def _set(value: Any) -> bool:
+    """Check what a probe's result says about a set."""
+    return isinstance(value, dict) and _is(str)(value.get("name")) and _is(int)(value.get("pictures"))
+
+
 _TEXT, _WHOLE = _is(str), _is(int)
 _FACTS = _fields(origin=_TEXT, recipe=_TEXT, protocol=_TEXT, parts=_list_of(_TEXT))
-_WEIGHTS = _fields(path=_or_null(_TEXT), sha256=_or_null(_TEXT), facts=_or_null(_FACTS))
+_WEIGHTS = _fields(path=_or_null(_TEXT), sha256=_or_null(_TEXT), source_sha256=_or_null(_TEXT), facts=_or_null(_FACTS))
 
 # Test set -> task -> metric -> figure, null if the evaluator has none.
 _METRICS = _mapping_of(_or_null(_mapping_of(_mapping_of(_or_null(is_number)))))
@@ -84,6 +97,18 @@ _TRIAL: dict[str, Check] = {
     "init": _fields(label=_TEXT, kind=_TEXT),
     "weights": _WEIGHTS,
     "config": _mapping_of(lambda value: True),
+}
+
+_PROBE: dict[str, Check] = {
+    "probe": _TEXT,
+    "weights": _WEIGHTS,
+    "protocol": _or_null(_TEXT),
+    "changes": _or_null(_list_of(_TEXT)),
+    "train": _set,
+    "val": _set,
+    "results": lambda value: bool(value) and _list_of(_figures)(value),
+    "size": _WHOLE,
+    "seed": _WHOLE,
 }
 
 
@@ -119,6 +144,18 @@ def read_trial(folder: Path, complete: bool = False) -> dict[str, Any]:
         if missing := {"config", "weights.path", "weights.sha256"} - found:
             raise ValueError(f"{path} was not written by moco-d2 trials: it lacks {', '.join(sorted(missing))}")
     return content
+
+
+def read_probe(path: Path) -> dict[str, Any]:
+    """Return the result of a probe.
+
+    Raises:
+        ValueError: the file is damaged, or another program's.
+    """
+    content = read_json(path)
+    if missing := [key for key in ("probe", "weights", "train", "val", "results") if key not in content]:
+        raise ValueError(f"{path} is not a result of moco-d2 probe: it has no {' and no '.join(missing)}")
+    return _checked(path, content, _PROBE, "moco-d2 probe")
 
 
 def read_scalars(folder: Path) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""Reports of fine-tuning results: a short table for the screen, and a full report of many runs.
+"""Reports of results: a short table for the screen, and a full report of many runs.
 
 The full report is Markdown, CSV, LaTeX and one self-contained HTML page. :mod:`moco_d2.reports.summary` computes the
-figures; this module formats them.
+figures of detectors, :mod:`moco_d2.reports.pretraining` those of backbones; this module formats them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import moco_d2
 from moco_d2.io import files
 from moco_d2.model_zoo import Published
 from moco_d2.reports import curves, summary
-from moco_d2.reports.summary import Difference, Row, Run, Table, heading
+from moco_d2.reports.content import Content, provenance, read
+from moco_d2.reports.pretraining import Backbones, Pretraining
+from moco_d2.reports.summary import Difference, Row, Table, heading
 
 logger = logging.getLogger(__name__)
 
@@ -80,24 +82,22 @@ def write_report(
         The files of the report.
 
     Raises:
-        ValueError: a path contains no finished run, a label is not among the runs, or the folder has files of these
-            names that this function did not write.
+        ValueError: a path contains no run, a label is not among the runs, or the folder has files of these names that
+            this function did not write.
     """
-    left_out: list[str] = []
-    runs = summary.find_runs(paths, left_out.append)
-    for problem in left_out:
+    content = read(paths, labels)
+    for problem in content.left_out:
         logger.warning("left out: %s", problem)
-    tables = summary.build_tables(runs)
-    known = sorted({row.label for table in tables for row in table.rows})
+    known = sorted({row.label for table in content.tables for row in table.rows})
     for label in labels:
         if label not in known:
             raise ValueError(f"no run was initialised from {label!r}; the runs are {', '.join(known)}")
     texts = {
-        "report.md": markdown(tables, runs, labels, left_out),
-        "report.html": html(tables, runs, labels, left_out),
-        "report.tex": latex(tables),
-        "report.csv": _csv(_cell_records(tables)),
-        "runs.csv": _csv(provenance(run) for run in runs),
+        "report.md": markdown(content),
+        "report.html": html(content),
+        "report.tex": latex(content),
+        "report.csv": _csv([*_probe_records(content.backbones), *_cell_records(content.tables)]),
+        "runs.csv": _csv(content.origins()),
     }
     files.claim(folder, list(texts), "--output")
     for name, text in texts.items():
@@ -106,60 +106,76 @@ def write_report(
     return [Path(folder) / name for name in texts]
 
 
-def markdown(
-    tables: Sequence[Table], runs: Sequence[Run], labels: Sequence[str] = (), left_out: Sequence[str] = ()
-) -> str:
+def markdown(content: Content) -> str:
     """Return the report as Markdown."""
-    parts = ["# Results", _LEGEND]
-    for table in tables:
+    parts = ["# Results", *([_LEGEND] if content.tables else [])]
+    if content.backbones:
+        parts += ["## Pretraining", BACKBONE_LEGEND, _markdown_table(*backbone_lines(content.backbones))]
+    for table in content.tables:
         parts += [f"## {table.name} on {table.test_set}", "\n".join(f"* {line}" for line in about(table))]
         parts.append(_markdown_table(*result_lines(table)))
         if table.differences:
             parts.append(_markdown_table(*difference_lines(table)))
-        pair = summary.compared(table, labels)
+        pair = summary.compared(table, content.labels)
         for metric, entries in summary.per_class(*pair).items() if pair else ():
             first, second = (row.label for row in pair or ())
             body = [(name, f"{a}", f"{b}", signed(a.mean - b.mean)) for name, a, b in entries]
             head = (f"{heading(metric)} of", first, second, "difference")
             parts.append(f"<details><summary>{heading(metric)} by class</summary>\n\n{_markdown_table(head, body)}")
             parts[-1] += "\n\n</details>"
-    records = [provenance(run) for run in runs]
+    records = content.origins()
+    keys = list(dict.fromkeys(key for record in records for key in record))
     # Values that all runs share are listed once, below the table: they are many and long.
-    own = [key for key in records[0] if key != "command" and (key == "folder" or len({r[key] for r in records}) > 1)]
-    shared = [key for key in records[0] if key not in (*own, "command") and records[0][key]]
-    parts += ["## Origin of the figures", _markdown_table(own, [[r[key] for key in own] for r in records])]
+    own = [key for key in keys if key != "command" and (key == "folder" or len({r.get(key) for r in records}) > 1)]
+    shared = [key for key in keys if key not in (*own, "command") and records[0][key]]
+    parts += ["## Origin of the figures", _markdown_table(own, [[r.get(key, "") for key in own] for r in records])]
     if shared:
         parts += ["All runs:", "\n".join(f"* {key}: {records[0][key]}" for key in shared)]
-    parts += ["Commands:", "\n".join(f"    {record['command']}" for record in records)]
-    if left_out:
-        parts += [f"{len(left_out)} left out:", "\n".join(f"* {problem}" for problem in left_out)]
+    if commands := [record["command"] for record in records if record.get("command")]:
+        parts += ["Commands:", "\n".join(f"    {command}" for command in commands)]
+    if content.left_out:
+        parts += [f"{len(content.left_out)} left out:", "\n".join(f"* {problem}" for problem in content.left_out)]
     return "\n\n".join(parts) + "\n"
 
 
-def latex(tables: Sequence[Table]) -> str:
+def latex(content: Content) -> str:
     """Return the report's tables as LaTeX, for the package booktabs."""
     lines = ["% \\usepackage{booktabs}"]
-    for table in tables:
+    if content.backbones:
+        head, body = backbone_lines(content.backbones)
+        lines += _latex_table("pretraining", head, body, len(content.backbones.columns))
+    for table in content.tables:
+        about = f"{table.name} on {table.test_set}; {table.variant or 'the protocol as it is shipped'}"
         for head, body in (result_lines(table), difference_lines(table)):
-            if not body:
-                continue
-            lines += ["", f"% {table.name} on {table.test_set}; {table.variant or 'the protocol as it is shipped'}"]
-            lines += [f"\\begin{{tabular}}{{{'l' * (len(head) - len(table.columns))}{'r' * len(table.columns)}}}"]
-            rows = [" & ".join(map(_latex_text, line)) + r" \\" for line in (head, *body)]
-            lines += [r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}"]
+            if body:
+                lines += _latex_table(about, head, body, len(table.columns))
     return "\n".join(lines) + "\n"
 
 
-def html(tables: Sequence[Table], runs: Sequence[Run], labels: Sequence[str] = (), left_out: Sequence[str] = ()) -> str:
+def _latex_table(about: str, head: Sequence[str], body: Sequence[Sequence[str]], figures: int) -> list[str]:
+    rows = [" & ".join(map(_latex_text, line)) + r" \\" for line in (head, *body)]
+    return [
+        "", f"% {about}", f"\\begin{{tabular}}{{{'l' * (len(head) - figures)}{'r' * figures}}}",
+        r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule", r"\end{tabular}",
+    ]  # fmt: skip
+
+
+def html(content: Content) -> str:
     """Return the report as one self-contained HTML page."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(resources.files(__package__).joinpath("report.html").read_text())
     return template.render(
-        tables=tables,
-        runs=runs,
-        left_out=left_out,
-        anchors={run.file: f"run-{number}" for number, run in enumerate(runs, start=1)},
-        pairs=[summary.compared(table, labels) for table in tables],
+        tables=content.tables,
+        runs=content.runs,
+        pretrainings=content.pretrainings,
+        probes=content.probes,
+        backbones=content.backbones,
+        backbone_lines=backbone_lines,
+        backbone_legend=BACKBONE_LEGEND,
+        pretraining_curves=_pretraining_curves,
+        left_out=content.left_out,
+        anchors={run.file: f"run-{number}" for number, run in enumerate(content.runs, start=1)},
+        pairs=[summary.compared(table, content.labels) for table in content.tables],
         about=about,
         heading=heading,
         published_cell=published_cell,
@@ -168,11 +184,43 @@ def html(tables: Sequence[Table], runs: Sequence[Run], labels: Sequence[str] = (
         fraction_curves=lambda table: Markup(curves.fraction_curves(table)),
         per_class=summary.per_class,
         provenance=provenance,
+        other_origins=content.origins()[: -len(content.runs) or None],
         legend=_LEGEND,
         flag=FLAG,
         version=moco_d2.__version__,
         date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
     )
+
+
+def _pretraining_curves(runs: Sequence[Pretraining]) -> list[Markup]:
+    """Draw the curves of the runs, if there are any."""
+    if not runs:
+        return []
+    from moco_d2.reports import panels  # builds each run's method; a report of detectors need not load the engine
+
+    return [Markup(drawing) for drawing in panels.drawings(runs)]
+
+
+def backbone_lines(backbones: Backbones) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the lines of the table of backbones: our rows, and below those of a recipe its published row.
+
+    A modified or unfinished recipe has none.
+    """
+    head = ["pretraining", "recipe", "epochs", "loss", "monitor kNN"]
+    head += [column.heading for column in backbones.columns.values()]
+    body = []
+    last = {row.init: row for row in backbones.rows}
+    for row in backbones.rows:
+        body.append([row.label, row.recipe or "-", *row.progress, *map(row.cell, backbones.columns)])
+        published = backbones.published(row)
+        if published and last[row.init] is row:
+            cells = [
+                published_cell(published[key], column.metric) if key in published else "-"
+                for key, column in backbones.columns.items()
+            ]
+            name = next(iter(published.values())).label
+            body.append([f"{name}, published", row.recipe or "-", "-", "-", "-", *cells])
+    return head, body
 
 
 def about(table: Table) -> list[str]:
@@ -225,30 +273,12 @@ def difference_lines(table: Table) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def provenance(run: Run) -> dict[str, str]:
-    """Return the origin of a run's figures: folder, code, weights, machine, settings."""
-    result, weights = run.result, run.weights
-    versions = {**(result.get("versions") or {}), "python": result.get("python")}
-    return {
-        "protocol": run.protocol,
-        "pre-train": run.label,
-        "labels": f"{run.percent:g}%",
-        "seed": str(result.get("seed", "")),
-        "folder": str(run.folder),
-        "commit": str(result.get("commit") or ""),
-        "date": str(result.get("date") or ""),
-        "hardware": f"{run.processes} x {result.get('device', '?')}",
-        "iterations": str(result.get("iterations", "")),
-        "weights": str(weights.get("path") or ""),
-        "weights SHA-256": run.sha256,
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "performance options": run.performance,
-        "departures": "not recorded" if run.changes is None else " ".join(run.changes),
-        "scaled": run.scaled,
-        "command": str(result.get("command") or ""),
-    }
-
-
+BACKBONE_LEGEND = (
+    "A row is a backbone: of a pretraining run as it is now, of an earlier checkpoint of it, or of another file. "
+    "Probes: top-1 in percent, a classifier's after the last epoch (papers print the best one). AP: on all labels. "
+    "Mean ± sample standard deviation (number of results). Only complete, unmodified recipes and protocols have "
+    "published figures."
+)
 _LEGEND = (
     "Mean ± sample standard deviation (number of runs), in percent. Published figures are the papers' own. "
     f"{FLAG} marks a difference from the published row of more than {summary.FLAG_STD} published standard deviations. "
@@ -295,6 +325,19 @@ def _cell_records(tables: Sequence[Table]) -> Iterator[dict[str, str]]:
                         record[f"minus {against}"] = f"{item.deltas[metric]:+.4f}"
                         record["flag"] += FLAG * (metric in item.flags)
                 yield record
+
+
+def _probe_records(backbones: Backbones | None) -> Iterator[dict[str, str]]:
+    """Yield a record for each accuracy of a probe; the APs have records of their own."""
+    for row in backbones.rows if backbones else ():
+        for key, values in row.values.items():
+            column = backbones.columns[key] if backbones else None
+            if column and column.metric == "top1":
+                cell = summary.Cell.of(values)
+                yield {
+                    "protocol": column.long, "pre-train": row.label, "recipe": row.recipe, "metric": column.metric,
+                    "mean": f"{cell.mean:.4f}", "std": "" if cell.std is None else f"{cell.std:.4f}", "n": str(cell.n),
+                }  # fmt: skip
 
 
 def _csv(records: Iterable[Mapping[str, str]]) -> str:

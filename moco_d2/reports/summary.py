@@ -254,15 +254,18 @@ class Table:
         return found
 
 
-def find_runs(paths: Iterable[str | os.PathLike[str]], report: Callable[[str], None] = logger.warning) -> list[Run]:
+def find_runs(
+    paths: Iterable[str | os.PathLike[str]], report: Callable[[str], None] = logger.warning, required: bool = True
+) -> list[Run]:
     """Read every finished run and evaluation in folders and below them.
 
     Args:
         paths: the folders.
         report: called with a message for each result that is left out, because it is damaged or another program's.
+        required: whether each path must contain a run.
 
     Raises:
-        ValueError: a path contains no run.
+        ValueError: a path contains no run, and must.
     """
     runs: dict[Path, Run] = {}
     for path in paths:
@@ -273,9 +276,9 @@ def find_runs(paths: Iterable[str | os.PathLike[str]], report: Callable[[str], N
                 runs.setdefault(file, read_run(file.parent, evaluation=file.name == EVALUATION))
             except ValueError as error:
                 problems.append(str(error))
-        if not found:
+        if not found and required:
             raise ValueError(f"{path} contains no finished run: there is no {RESULTS} in it or below")
-        if len(problems) == len(found):
+        if len(problems) == len(found) and required:
             raise ValueError(f"{path} contains no finished run that can be read:\n" + "\n".join(problems))
         for problem in problems:
             report(problem)

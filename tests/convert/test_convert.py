@@ -36,6 +36,7 @@ from torch import nn
 from moco_d2.convert import SOURCES, CheckpointError, Choice, convert_checkpoint, convert_state, prove, read_facts
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
 from moco_d2.facts import CAFFE_BGR, IMAGENET_RGB, BackboneFacts
+from moco_d2.io.provenance import sha256
 from moco_d2.layers.resnet import DEPTHS, network_for
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -108,6 +109,7 @@ def test_files_of_every_layout_are_converted_and_proven(name: str, net: nn.Modul
 
     written = torch.load(tmp_path / "new" / "out.pth", weights_only=True)
     assert written["__author__"] == "moco_d2" and written["matching_heuristics"] is True
+    assert written["source_sha256"] == sha256(tmp_path / "in.pth.tar")
     assert BackboneFacts.from_dict(written["facts"]) == conversion.facts == read_facts(tmp_path / "new" / "out.pth")
     back, wanted = rename_table(DETECTRON2, TORCHVISION, 50), own_tensors(layout.weights(net))
     assert {back[key] for key in written["model"]} == set(wanted)

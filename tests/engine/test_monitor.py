@@ -140,7 +140,7 @@ def draw_and_look(run: Path, cfg: CfgNode) -> None:
     (run / "config.yaml").write_text(cfg.dump())
     titles: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "plot_lines", lambda axis, title, lines, references: titles.append(title))
+        patch.setattr(pictures, "plot_lines", lambda axis, title, *_: titles.append(title))
         pictures.draw_pretraining_curve(run, run / "curve.png")
     assert titles[-3:] == list(dict.fromkeys(one.panel for one in DIAGNOSTICS))
 

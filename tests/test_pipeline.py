@@ -43,21 +43,25 @@ def run(command: list[str], package: Path, **options: Any) -> subprocess.Complet
 def the_table_compares_both_inits_on_both_tasks(output: Path, screen: str) -> None:
     table = (output / "table.md").read_text()
     assert table.strip() in screen
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    assert [(row[0], row[2]) for row in cells] == [
-        ("MoCo", "voc_2007_test"), ("random", "voc_2007_test"), ("MoCo", "coco_2017_val"), ("random", "coco_2017_val"),
-    ]  # fmt: skip
-    assert all(row[1].startswith("quick_") and row[-1] == "3" for row in cells)
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert head[:4] == ["pre-train", "kNN %", "VOC C4 AP", "VOC C4 AP50"] and head[-1] == "COCO FPN mask AP"
+    assert [row[0] for row in rows] == ["MoCo", "random"]
+    measured = [json.loads(line) for line in (output / "pretrain" / "metrics.json").read_text().splitlines()]
+    knn = [f"{record['monitor/knn_top1']:.2f}" for record in measured if "monitor/knn_top1" in record]
+    assert [row[1] for row in rows] == [knn[-1], knn[0]], "after and before pretraining"
+    for row, init in zip(rows, ("MoCo", "random"), strict=True):
+        coco = json.loads((output / f"COCO_FPN_{init}" / "results.json").read_text())["metrics"]["coco_2017_val"]
+        assert row[-1] == f"{coco['segm']['AP']:.2f}"
 
 
 def the_detectors_started_from_what_was_pretrained(output: Path) -> None:
     backbone = torch.load(output / "pretrain" / "backbone.pth")["state_dict"]
     converted = torch.load(output / "moco.pth")["model"]
-    assert len(converted) == 265
-    assert torch.equal(converted["res5.2.conv3.weight"], backbone["layer4.2.conv3.weight"])
+    assert len(converted) == 100
+    assert torch.equal(converted["res5.1.conv2.weight"], backbone["layer4.1.conv2.weight"])
     facts = read_facts(output / "moco.pth")
-    assert facts is not None and (facts.recipe, facts.stem_channels) == ("quick_moco_v2_R50 (modified)", 16)
-    for name in ("VOC_R50-C4", "COCO_R50-FPN"):
+    assert facts is not None and (facts.recipe, facts.stem_channels) == ("quick_moco_v2_R18 (modified)", 16)
+    for name in ("VOC_C4", "COCO_FPN"):
         results = {
             init: json.loads((output / f"{name}_{init}" / "results.json").read_text()) for init in ("MoCo", "random")
         }
@@ -72,7 +76,7 @@ def the_detectors_started_from_what_was_pretrained(output: Path) -> None:
 
 
 def a_detector_is_evaluated_again_in_its_runs_folder_and_the_run_stays_as_it_was(output: Path) -> None:
-    folder = output / "VOC_R50-C4_random"
+    folder = output / "VOC_C4_random"
     config = (folder / "config.yaml").read_bytes()
     weights = str(folder / "model_final.pth")
     command = [
@@ -94,7 +98,7 @@ def a_detector_is_evaluated_again_in_its_runs_folder_and_the_run_stays_as_it_was
 
 def the_wheel_holds_what_a_report_is_made_of(output: Path, unpacked_wheel: Path, tmp_path: Path) -> None:
     run(["-m", "moco_d2", "report", str(output), "-o", "report"], unpacked_wheel, cwd=tmp_path)
-    assert "quick_voc0712_faster_rcnn_R_50_C4" in (tmp_path / "report" / "report.html").read_text()
+    assert "quick_voc0712_faster_rcnn_R_18_C4" in (tmp_path / "report" / "report.html").read_text()
 
 
 def the_picture_is_there(path: Path) -> None:

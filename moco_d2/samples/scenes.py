@@ -1,4 +1,4 @@
-"""Scenes of the sample data: textured backgrounds, unlabelled clutter and twenty kinds of objects.
+"""Scenes of the sample data: a few backgrounds, unlabelled clutter and twenty kinds of objects.
 
 A kind is an outline, a texture and a main colour, with the name of a VOC class. No single cue identifies a kind: two
 kinds share each of the ten hues, four share each of the five textures, and the clutter has the same hues. Shape,

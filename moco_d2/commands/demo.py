@@ -75,8 +75,8 @@ class Demo:
         out = self.output
         self.stage("sample pictures", "samples", out / "datasets")
         self.stage(
-            "pretrain MoCo v2", "pretrain", "--config-file", PRETRAIN.format(self.depth), "OUTPUT_DIR", out / "pretrain",
-            *self.pretrain_options,
+            "pretrain MoCo v2", "pretrain", "--config-file", PRETRAIN.format(self.depth),
+            "OUTPUT_DIR", out / "pretrain", *self.pretrain_options,
         )  # fmt: skip
         self.stage("convert and prove", "convert", out / "pretrain/backbone.pth", out / "moco.pth")
         for name, config in DETECTORS.items():
@@ -109,7 +109,7 @@ class Demo:
         runs = [self.run_folder(name, init) for name in DETECTORS for init in INITS]
         report.write_report([out / "pretrain", *runs], out / "report")
         print(f"\n[{self._clock()}] done\n\n{table}\n")
-        print("kNN: share of held-out pictures whose nearest neighbours tell their kind (chance: 5 %). AP: of one seed.")
+        print("kNN: held-out pictures whose nearest neighbours tell their kind (chance: 5 %). AP: one short run each.")
         print(f"The page report/report.html, pictures (*.png), logs and checkpoints are in {out}")
 
     def table(self) -> str:

@@ -38,7 +38,7 @@ JPEG_QUALITY = 92
 VOID = 255  # label of ignored pixels in VOC and Cityscapes
 # Pictures per split. The position in this table is part of each picture's seed, so a new split goes to the end.
 SPLITS = {
-    # For pretraining, and for the classifiers of probes: a queue of negatives needs many pictures, which are small instead.
+    # For pretraining and probes. A queue of negatives needs many pictures; they are small instead.
     "imagenet/train": 4000,
     "VOC2007/trainval": 120,
     "VOC2007/test": 80,

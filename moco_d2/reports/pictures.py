@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,14 @@ def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
             points = [(r["iteration"] + 1, r[one.key]) for r in records if one.key in r]
             lines.setdefault(one.label.removeprefix("-"), []).append(points)
         plot_lines(axis, title, lines, [(o.reference_label, o.reference) for o in curves if o.reference is not None])
+    _save_figure(figure, path)
+
+
+def save_panels(painters: Sequence[Callable[[Any], None]], path: FolderLike) -> None:
+    """Draw plots as :func:`moco_d2.reports.curves.draw_panels` does, into a PNG."""
+    figure = Figure(figsize=(7.5, 2.6 * len(painters)), layout="constrained")
+    for axis, paint in zip(figure.subplots(len(painters), sharex=True, squeeze=False)[:, 0], painters, strict=True):
+        paint(axis)
     _save_figure(figure, path)
 
 

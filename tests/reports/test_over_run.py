@@ -44,9 +44,10 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, dataset_root: Path) -> 
     """A pretraining of two epochs of two steps, with a checkpoint of each epoch."""
     folder = tmp_path_factory.mktemp("pretraining")
     words = [
-        "DATASETS.TRAIN", f"('{dataset_root}/VOC2007/JPEGImages',)", "OUTPUT_DIR", folder, "SOLVER.EPOCHS", 2,
-        "SOLVER.IMS_PER_BATCH", 2, "SOLVER.CHECKPOINT_PERIOD", 2, "DATA.CROP_SIZE", 32, "SSL.ARGS.queue_size", 8,
-        "SSL.ARGS.dim", 16, "SSL.ENCODER.ARGS.width", 0.25, "SSL.ARGS.bn_groups", 0, "DATALOADER.NUM_WORKERS", 0,
+        "DATASETS.TRAIN", tuple(f"{dataset_root}/VOC{year}/JPEGImages" for year in (2007, 2012)),
+        "OUTPUT_DIR", folder, "SOLVER.EPOCHS", 2,
+        "SOLVER.IMS_PER_BATCH", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "DATA.CROP_SIZE", 32, "SSL.ARGS.queue_size", 8,
+        "SSL.ARGS.dim", 16, "SSL.ENCODER.ARGS.width", 0.25, "SSL.ARGS.bn_groups", 2, "DATALOADER.NUM_WORKERS", 0,
         "MODEL.DEVICE", "cpu", "SEED", 7,
     ]  # fmt: skip
     cfg = load_cfg("Pretrain/moco_v2_R50_200ep", list(map(str, words)), stage="pretraining")

@@ -78,7 +78,8 @@ def _add_detection(part: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Read the command line and probe."""
-    words, opts = list(sys.argv[1:] if argv is None else argv), []
+    words = list(sys.argv[1:] if argv is None else argv)
+    opts: list[str] = []
     if words[:1] == ["detection"]:  # RUN is no key, even in capitals
         words, opts = trials.split(words, start=2)
     args = parser().parse_args(words)
@@ -189,9 +190,8 @@ def detection(args: argparse.Namespace, opts: Sequence[str]) -> int:
     over_run.claim(run, args.protocol, args.output)
     with cli.stop_on_signals():
         for one in chosen:
-            print(
-                f"{one.label}: {'converted' if over_run.convert(one, args.output) else 'converted before'}", flush=True
-            )
+            new = over_run.convert(one, args.output)
+            print(f"{one.label}: {'converted' if new else 'converted before'}", flush=True)
         planned = over_run.plan(args.protocol, args.output, chosen, *rest)
         draw = functools.partial(write_page, run, args.protocol, args.output)
         code = trials.run_all(planned, args.num_gpus, after=draw)

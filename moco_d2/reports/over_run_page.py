@@ -152,7 +152,17 @@ def _paint_results(run: Pretraining, content: Mapping[str, Any], axis: Any) -> N
         ]  # fmt: skip
         if points:
             x, y, error = zip(*points, strict=True)
-            axis.errorbar(x, y, error, color=colour, label=name, marker="o", markersize=4, capsize=3, linewidth=1.4)
+            axis.errorbar(
+                x,
+                y,
+                error if any(error) else None,
+                color=colour,
+                label=name,
+                marker="o",
+                markersize=4,
+                capsize=3,
+                linewidth=1.4,
+            )
         for label, style in zip(_references(content, result), ("--", ":", "-.") * len(result["rows"]), strict=False):
             if cell := _cell(result, label, metric):
                 shown = f"{label}, {result['test_set']}" if several else label

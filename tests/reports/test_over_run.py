@@ -282,7 +282,5 @@ def test_the_page_shows_what_was_recorded(
     chance = next(line for line in loss.lines if line.get_label() == "chance, log(1 + K)")
     assert chance.get_ydata()[0] == pytest.approx(np.log(1025)) and loss.get_xlabel() == "epoch of pretraining"
     page = (output / "detection_over_run.html").read_text()
-    assert (
-        page.count("<svg") == 1 and "11.50 ± 2.12 (2)" in page and "http" not in page.replace("http://www.w3.org", "")
-    )
+    assert page.count("<svg") == 1 and "11.50 ± 2.12 (2)" in page and not re.search("<(link|script|img)", page)
     assert (output / "detection_over_run.png").stat().st_size > 10_000

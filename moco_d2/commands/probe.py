@@ -1,9 +1,11 @@
-r"""Measure what a backbone has learned, by nearest neighbours or a linear classifier.
+r"""Measure what a backbone has learned: by nearest neighbours, a linear classifier, or detectors over a pretraining.
 
     moco-d2 probe knn --weights output/moco_v2/backbone.pth --train imagenet_train --val imagenet_val
     moco-d2 probe knn --weights random --config-file Pretrain/moco_v2_R50_200ep --data FOLDER --k 1 20 200
     moco-d2 probe linear --protocol moco --weights moco-d2://moco_v2_800ep --num-gpus 8 \
         --train imagenet_train --val imagenet_val OUTPUT_DIR output/linear
+    moco-d2 probe detection output/moco_v2 --protocol voc0712_faster_rcnn_R_50_C4_24k --checkpoints every 20 epochs \
+        --weights random --output output/over_run
 
 docs/probes.md describes sets, weights, protocols and the file that is written.
 """
@@ -11,12 +13,15 @@ docs/probes.md describes sets, weights, protocols and the file that is written.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import logging
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from moco_d2.commands import cli
+from moco_d2.commands import cli, trials
 
 _PROTOCOLS = ("moco", "moco_v3", "simsiam", "swav", "barlow_twins", "dino", "moco_cached")
 
@@ -24,7 +29,7 @@ _PROTOCOLS = ("moco", "moco_v3", "simsiam", "swav", "barlow_twins", "dino", "moc
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     built = cli.new_parser("probe", __doc__)
-    kinds = built.add_subparsers(dest="kind", required=True, metavar="knn|linear")
+    kinds = built.add_subparsers(dest="kind", required=True, metavar="knn|linear|detection")
     knn = kinds.add_parser("knn", help="weighted k-nearest neighbours of features")
     _add_common(knn)
     knn.add_argument("--config-file", default="", metavar="FILE", help="config: data sets of your own, SSL.ENCODER")
@@ -37,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
     for name, kind in (("batch", int), ("epochs", int), ("lr", float), ("size", int)):
         linear.add_argument(f"--{name}", type=kind, help="another value than the protocol's, which is then modified")
     cli.add_launch_arguments(linear, needs_config=False)
+    detection = kinds.add_parser("detection", help="detectors fine-tuned from the checkpoints of a pretraining")
+    _add_detection(detection)
     for part in (knn, linear):
         part.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     return built
@@ -52,9 +59,32 @@ def _add_common(part: argparse.ArgumentParser) -> None:
     part.add_argument("--output", type=cli.path, metavar="FILE", help="write the result as JSON")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def _add_detection(part: argparse.ArgumentParser) -> None:
+    part.add_argument("run", type=cli.path, metavar="RUN", help="OUTPUT_DIR of a moco-d2 pretrain, finished or not")
+    part.add_argument("--protocol", required=True, metavar="NAME", help="name of a protocol (docs/configs.md)")
+    part.add_argument("--output", required=True, type=cli.path, metavar="FOLDER", help="for weights, trials and page")
+    part.add_argument(
+        "--checkpoints", nargs="+", default=["all"], metavar="WHICH",
+        help="every N epochs, every N iterations, or numbers, as in 20 50 200 epochs (default: all)",
+    )  # fmt: skip
+    part.add_argument(
+        "--weights", nargs="+", default=[], metavar="WEIGHTS",
+        help="to compare with: random, supervised, converted files, as moco-d2 trials takes them",
+    )  # fmt: skip
+    part.add_argument("--seeds", default="0", help="such as 0-4 or 0,2,7 (default: 0)")
+    part.add_argument("--num-gpus", type=int, default=1, help="processes of a training (without GPUs: on the CPU)")
+    part.add_argument("--dry-run", action="store_true", help="check everything, list the checkpoints and stop")
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
     """Read the command line and probe."""
-    args = parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    opts: list[str] = []
+    if words[:1] == ["detection"]:  # RUN is no key, even in capitals
+        words, opts = trials.split(words, start=2)
+    args = parser().parse_args(words)
+    if args.kind == "detection":
+        return detection(args, opts)
     args.train, args.val = args.train or args.data, args.val or args.data
     if not args.train or not args.val:
         raise ValueError("the labelled sets are missing: give --train and --val, or --data for a folder with both")
@@ -62,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         knn(args)
     else:
         cli.run(linear, args)
+    return None
 
 
 def knn(args: argparse.Namespace) -> None:
@@ -135,3 +166,34 @@ def _print(content: dict[str, Any]) -> None:
     print(f"weights  {content['weights']['path']} ({content['weights']['facts']['origin']})")
     print(f"sets     {train['pictures']} pictures of {train['name']}; tested on {val['pictures']} of {val['name']}")
     print(tabulate(content["results"], "keys", tablefmt="pipe", floatfmt=".2f"))
+
+
+def detection(args: argparse.Namespace, opts: Sequence[str]) -> int:
+    """Fine-tune detectors from checkpoints of a pretraining, and draw the results; return the exit code."""
+    from moco_d2.reports import over_run
+    from moco_d2.reports.over_run_page import write_page
+
+    logging.getLogger("fvcore").setLevel(logging.ERROR)  # hides the list of tensors that the check of the weights loads
+    seeds = trials.read_seeds(args.seeds)
+    run = over_run.read_pretraining(args.run, args.output)
+    print(f"{args.run}: {run.cfg.SSL.METHOD}, checkpoints of {run.describe(run.checkpoints)}", flush=True)
+    chosen, note = run.choose(" ".join(args.checkpoints))
+    print(*[f"note: {note}"] * bool(note), f"probed: {run.describe(chosen)}", sep="\n", flush=True)
+    rest = args.weights, seeds, opts, args.num_gpus
+    over_run.check(run, args.protocol, args.output, *rest)
+    if args.dry_run:
+        for one in chosen:
+            over_run.check_convertible(one)
+        print(f"dry run passed: {len(seeds) * (len(chosen) + len(args.weights))} trials")
+        return 0
+    over_run.check_convertible(chosen[0])  # nothing is written if the encoder cannot be converted
+    over_run.claim(run, args.protocol, args.output)
+    with cli.stop_on_signals():
+        for one in chosen:
+            new = over_run.convert(one, args.output)
+            print(f"{one.label}: {'converted' if new else 'converted before'}", flush=True)
+        planned = over_run.plan(args.protocol, args.output, chosen, *rest)
+        draw = functools.partial(write_page, run, args.protocol, args.output)
+        code = trials.run_all(planned, args.num_gpus, after=draw)
+        print(*draw(), sep="\n")
+    return code

@@ -20,7 +20,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,10 +48,21 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=cli.path, default=Path("output/trials"), help="(default: output/trials)")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes of a training (without GPUs: on the CPU)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, list the trials and stop")
-    first_key = next((place for place, word in enumerate(words) if KEY.fullmatch(word)), len(words))
-    args = parser.parse_args(words[:first_key])
-    args.opts = list(words[first_key:])
+    words, opts = split(words)
+    args = parser.parse_args(words)
+    args.opts = opts
     return args
+
+
+def split(words: Sequence[str], start: int = 0) -> tuple[list[str], list[str]]:
+    """Split a command line before its first KEY; an option with several values would take what follows.
+
+    Args:
+        words: of the command line.
+        start: number of words at the beginning that are no keys.
+    """
+    first = next((place for place in range(start, len(words)) if KEY.fullmatch(words[place])), len(words))
+    return list(words[:first]), list(words[first:])
 
 
 def read_seeds(text: str) -> list[int]:
@@ -102,14 +113,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     planned = trials.plan(
         args.protocol, args.weights, seeds, args.output, args.fractions, args.opts, processes=args.num_gpus
     )
+    return run_all(planned, args.num_gpus, args.dry_run)
+
+
+def run_all(
+    planned: Sequence[Trial], num_gpus: int, dry_run: bool = False, after: Callable[[], object] = lambda: None
+) -> int:
+    """Run the missing trials, print the outcomes, and return the exit code.
+
+    Args:
+        planned: by :func:`moco_d2.reports.trials.plan`.
+        num_gpus: processes of each training.
+        dry_run: whether to list the trials only.
+        after: called after each training that this command has finished.
+    """
+    from moco_d2.reports import trials
+
     outcomes: list[tuple[str, Trial]] = []
     with cli.stop_on_signals():
         for number, trial in enumerate(planned, start=1):
             state = trials.state(trial)
             print(f"[{number}/{len(planned)}] {trial.name}: {state}", flush=True)
-            if not args.dry_run:
-                outcomes.append(("done before" if state == "done" else run_trial(trial, args.num_gpus), trial))
-    if args.dry_run:
+            if not dry_run:
+                outcomes.append(("done before" if state == "done" else run_trial(trial, num_gpus), trial))
+                if outcomes[-1][0] == "done":
+                    after()
+    if dry_run:
         return 0
     counts = Counter(outcome for outcome, _ in outcomes)
     print("\n" + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()))

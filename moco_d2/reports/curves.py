@@ -106,6 +106,24 @@ def fraction_curves(table: Table) -> str:
     return _draw(_name(table, "label fractions"), paint)
 
 
+def draw_panels(name: str, painters: Sequence[Callable[[Any], None]]) -> str:
+    """Draw plots one below the other, with one horizontal axis.
+
+    Args:
+        name: see :func:`_draw`.
+        painters: functions that draw on axes, from the top.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+
+    def paint(axes: Any) -> None:
+        for axis, painter in zip(axes[:, 0], painters, strict=True):
+            painter(axis)
+
+    return _draw(name, paint, (7.5, 2.6 * len(painters)), nrows=len(painters), sharex=True, squeeze=False)
+
+
 def _name(table: Table, what: str) -> str:
     return f"{what}, {table.name} on {table.test_set}" + f" ({table.variant})" * bool(table.variant)
 
@@ -123,19 +141,21 @@ def _colours(labels: Collection[str]) -> list[str]:
     return [_COLOURS[number % len(_COLOURS)] for number in range(len(labels))]
 
 
-def _draw(name: str, paint: Callable[[Any], None]) -> str:
+def _draw(name: str, paint: Callable[[Any], None], size: tuple[float, float] = (5.2, 3.3), **layout: Any) -> str:
     """Return what ``paint`` draws on axes as an ``<svg>`` element.
 
     Args:
         name: of the drawing, unique on the page. Ids follow from it, so that they are the same each time.
         paint: a function that draws on axes.
+        size: in inches.
+        layout: of matplotlib's ``Figure.subplots``.
     """
     style: dict[Any, Any] = dict.fromkeys(_INKED, _INK)
     style |= {"svg.hashsalt": name, "axes.spines.top": False, "axes.spines.right": False}
     file = io.StringIO()
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-        paint(figure.subplots())
+        figure = Figure(figsize=size, layout="constrained")
+        paint(figure.subplots(**layout))
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")

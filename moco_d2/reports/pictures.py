@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,14 @@ def _draw_panels(panels: Sequence[Panel], path: FolderLike) -> None:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         plot_lines(axis, *panel)
+    _save_figure(figure, path)
+
+
+def save_panels(painters: Sequence[Callable[[Any], None]], path: FolderLike) -> None:
+    """Draw plots as :func:`moco_d2.reports.curves.draw_panels` does, into a PNG."""
+    figure = Figure(figsize=(7.5, 2.6 * len(painters)), layout="constrained")
+    for axis, paint in zip(figure.subplots(len(painters), sharex=True, squeeze=False)[:, 0], painters, strict=True):
+        paint(axis)
     _save_figure(figure, path)
 
 

@@ -119,7 +119,7 @@ def _candidates(folder: Path) -> list[Path]:
         return []
     named = folder / pointer.read_text(errors="replace").strip()
     # Later ones come from an abandoned continuation of the run, or from a run killed before it moved the pointer.
-    others = sorted(_periodic(folder), key=lambda path: (path.name > named.name, -_iteration(path)))
+    others = sorted(periodic(folder), key=lambda path: (path.name > named.name, -iteration(path)))
     return list(dict.fromkeys([named, *others]))
 
 
@@ -253,9 +253,9 @@ class PeriodicCheckpoint(HookBase):
         self.saved = step
         if self.keep and comm.is_main_process():
             # Later ones come from a run that was resumed from an earlier checkpoint; this run will overwrite them.
-            mine = [path for path in _periodic(Path(self.checkpointer.save_dir)) if _iteration(path) <= step]
+            mine = [path for path in periodic(Path(self.checkpointer.save_dir)) if iteration(path) <= step]
             for path in mine[: -self.keep]:
-                if not self.keep_every or (_iteration(path) + 1) % self.keep_every:
+                if not self.keep_every or (iteration(path) + 1) % self.keep_every:
                     remove(path)
 
     def _write(self, name: str) -> None:
@@ -263,12 +263,13 @@ class PeriodicCheckpoint(HookBase):
         self.checkpointer.save(name, iteration=self.trainer.iter)
 
 
-def _periodic(folder: Path) -> list[Path]:
-    """Return the checkpoints with a number, oldest first."""
-    return sorted(folder.glob("model_" + 7 * "[0-9]" + "*.pth"), key=_iteration)
+def periodic(folder: Path) -> list[Path]:
+    """Return a run's checkpoints with a number, oldest first."""
+    return sorted(folder.glob("model_" + 7 * "[0-9]" + "*.pth"), key=iteration)
 
 
-def _iteration(path: Path) -> int:
+def iteration(path: Path) -> int:
+    """Return the iteration, from 0, after which a :func:`periodic` checkpoint was written."""
     return int(path.stem.removeprefix("model_"))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from moco_d2.samples import make
 
-FEW = 20  # one picture a kind
+FEW = 40  # two pictures a kind: the object of one may be hidden
 FEW_STREETS = 6
 
 

@@ -22,9 +22,9 @@ from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances, polygons_to_bitmask
 from PIL import Image, ImageDraw
 
-FEW = 20
+FEW = 40
 FEW_STREETS = 6
-V1_MOVED = 3  # of FEW training pictures, those that LVIS v1 has in val
+V1_MOVED = 5  # of FEW training pictures, those that LVIS v1 has in val
 # pycocotools hands NumPy its run-length codes in a way that NumPy 2 means to drop.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"

@@ -83,7 +83,13 @@ def drawn(pictures: LabelledSet, percent: float, seed: int) -> LabelledSet:
 
 
 def as_list(part: LabelledSet, whole: LabelledSet) -> bytes:
-    """Return the text of a list for :func:`listed`: the path of each file in the folder that holds the whole set."""
+    """Return the text of a list for :func:`listed`: the path of each file in the folder that holds the whole set.
+
+    Raises:
+        ValueError: the pictures are objects, of which several may be in a file.
+    """
+    if whole.boxes is not None:
+        raise ValueError(f"{whole.name} consists of objects, which a list of files cannot name: leave out --write-list")
     root = os.path.commonpath([os.path.dirname(file) for file in whole.files])
     names = dict.fromkeys(os.path.relpath(file, root) for file in part.files)
     return "".join(f"{name}\n" for name in names).encode()

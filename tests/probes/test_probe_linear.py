@@ -167,7 +167,7 @@ def both(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    grow(tmp_path / "pictures")
+    grow(tmp_path / "pictures", val=8)
     (tmp_path / "pictures/val/red/3.png").write_bytes(b"broken")
     one = run(tmp_path / "pictures", tmp_path / "one")
     run(tmp_path / "pictures", tmp_path / "one_cached", CACHED)

@@ -157,7 +157,7 @@ def test_a_draw_and_its_list_are_the_same_run(tmp_path: Path, capsys: pytest.Cap
     assert listed["protocol"] == "swav_10 (modified)" and listed["lr"] == pytest.approx(0.2 * 6 / 256)
     assert not any("percent" in change for change in listed["changes"]), "9.5 % are the protocol's 10"
     half = command(data, tmp_path / "half", "--percent", "50")
-    assert "percent 52.38 instead of 10" in half["changes"]
+    assert "percent 47.62 instead of 10" in half["changes"]
     capsys.readouterr()
     names.write_text("red/99.png\n")
     with pytest.raises(SystemExit) as ended:

@@ -38,8 +38,8 @@ def launch_parser(name: str, description: str | None) -> argparse.ArgumentParser
     return parser
 
 
-def add_launch_arguments(parser: argparse.ArgumentParser, needs_config: bool = True) -> None:
-    """Add the arguments of a run: config, processes, and whether it is resumed."""
+def add_launch_arguments(parser: argparse.ArgumentParser, needs_config: bool = True, resumes: bool = True) -> None:
+    """Add the arguments of a run: config, processes, and whether it is resumed, unless it never is."""
     parser.add_argument(
         "--config-file", required=needs_config, default="", metavar="FILE", help="path or shipped name of a config"
     )
@@ -51,7 +51,8 @@ def add_launch_arguments(parser: argparse.ArgumentParser, needs_config: bool = T
         "--timeout", type=float, metavar="SECONDS",
         help="longest wait for another process or for a batch (default: see docs/reliability.md)",
     )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR, if there is one")
+    if resumes:
+        parser.add_argument("--resume", action="store_true", help="continue the run in OUTPUT_DIR, if there is one")
 
 
 def expanded(text: str) -> str:
@@ -142,13 +143,7 @@ def dry_run(
     folder.check(cfg.OUTPUT_DIR, args.resume)
     check(cfg)
     with tempfile.TemporaryDirectory() as own:
-
-        def leave(*_: object) -> NoReturn:
-            shutil.rmtree(own, ignore_errors=True)
-            os._exit(os.EX_TEMPFAIL)  # an exception would make the other processes wait for this one
-
-        for number in SIGNALS:
-            signal.signal(number, leave)
+        leave_on_signals(lambda: shutil.rmtree(own, ignore_errors=True))
         scratch = comm.all_gather(own)[0]  # one for all processes, because they read what the first one writes
         for subject, finding in rehearse(load_cfg(args.config_file, [*args.opts, "OUTPUT_DIR", scratch])):
             if comm.is_main_process():
@@ -158,11 +153,23 @@ def dry_run(
         print("dry run     passed")
 
 
+def leave_on_signals(clean: Callable[[], None] = lambda: None) -> None:
+    """End this process at SIGTERM and SIGUSR1 at once, with the code for "again", because there is nothing to save."""
+
+    def leave(*_: object) -> NoReturn:
+        clean()
+        os._exit(os.EX_TEMPFAIL)  # an exception would make the other processes wait for this one
+
+    for number in SIGNALS:
+        signal.signal(number, leave)
+
+
 def run(
     main: Callable[[argparse.Namespace], None],
     args: argparse.Namespace,
     check: Callable[[Any], Iterable[str]] | None = None,
     stage: str = "",
+    writes: bool = True,
 ) -> NoReturn:
     """Launch ``main(args)`` in every process, and end with one of the exit codes of docs/reliability.md.
 
@@ -173,6 +180,7 @@ def run(
         args: the command line.
         check: see :func:`moco_d2.config.load_cfg`.
         stage: see :func:`moco_d2.config.load_cfg`.
+        writes: whether ``main`` writes to ``OUTPUT_DIR``.
     """
 
     def work() -> None:
@@ -183,7 +191,8 @@ def run(
 
         cfg = load_cfg(args.config_file, args.opts, check, stage)
         use_available_device(cfg)
-        check_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
+        if writes:
+            check_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
         timeout = timeouts.DEFAULT if args.timeout is None else args.timeout
         machines = args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
         launch(main, *machines, args, timeout, cfg.MODEL.DEVICE)

@@ -1,9 +1,11 @@
-r"""Measure what a backbone has learned: by nearest neighbours, a linear classifier, or detectors over a pretraining.
+r"""Measure what a backbone has learned: by nearest neighbours, a classifier, few labels, or detectors.
 
     moco-d2 probe knn --weights output/moco_v2/backbone.pth --train imagenet_train --val imagenet_val
     moco-d2 probe knn --weights random --config-file Pretrain/moco_v2_R50_200ep --data FOLDER --k 1 20 200
     moco-d2 probe linear --protocol moco --weights moco-d2://moco_v2_800ep --num-gpus 8 \
         --train imagenet_train --val imagenet_val OUTPUT_DIR output/linear
+    moco-d2 probe semi --protocol swav_1 --list 1percent.txt --weights FILE --num-gpus 8 \
+        --train imagenet_train --val imagenet_val OUTPUT_DIR output/semi
     moco-d2 probe detection output/moco_v2 --protocol voc0712_faster_rcnn_R_50_C4_24k --checkpoints every 20 epochs \
         --weights random --output output/over_run
 
@@ -24,27 +26,37 @@ from typing import Any
 from moco_d2.commands import cli, trials
 
 _PROTOCOLS = ("moco", "moco_v3", "simsiam", "swav", "barlow_twins", "dino", "moco_cached")
+_SEMI_PROTOCOLS = ("swav_1", "swav_10", "barlow_twins_1", "barlow_twins_10", "vicreg_1", "vicreg_10")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
     built = cli.new_parser("probe", __doc__)
-    kinds = built.add_subparsers(dest="kind", required=True, metavar="knn|linear|detection")
+    kinds = built.add_subparsers(dest="kind", required=True, metavar="knn|linear|semi|detection")
     knn = kinds.add_parser("knn", help="weighted k-nearest neighbours of features")
     _add_common(knn)
-    knn.add_argument("--config-file", default="", metavar="FILE", help="config: data sets of your own, SSL.ENCODER")
     knn.add_argument("--k", nargs="+", default=["1", "20", "200"], metavar="K", help="neighbours (1 20 200)")
     knn.add_argument("--temperature", type=float, default=0.07, help=".07: InstDisc, DINO; .1: MoCo's CIFAR demo")
     knn.add_argument("--size", type=int, metavar="PIXELS", help="side of the crop (224; CIFAR: 32)")
+    cli.add_launch_arguments(knn, needs_config=False, resumes=False)
     linear = kinds.add_parser("linear", help="a linear classifier on frozen features")
     _add_common(linear)
     linear.add_argument("--protocol", required=True, choices=_PROTOCOLS, help="published protocol; moco_cached: fast")
-    for name, kind in (("batch", int), ("epochs", int), ("lr", float), ("size", int)):
-        linear.add_argument(f"--{name}", type=kind, help="another value than the protocol's, which is then modified")
-    cli.add_launch_arguments(linear, needs_config=False)
+    semi = kinds.add_parser("semi", help="backbone and classifier, fine-tuned on few labels")
+    _add_common(semi)
+    semi.add_argument("--protocol", required=True, choices=_SEMI_PROTOCOLS, help="published protocol; _10: of 10 %%")
+    labels = semi.add_mutually_exclusive_group(required=True)
+    labels.add_argument("--list", type=cli.path, metavar="FILE", help="names of the labelled training pictures")
+    labels.add_argument("--percent", type=float, metavar="P", help="draw them by SEED, as many of each class")
+    semi.add_argument("--write-list", type=cli.path, metavar="FILE", help="write the names of the labelled pictures")
+    semi.add_argument("--backbone-lr", type=float, help="another value than the protocol's, which is then modified")
+    for part in (linear, semi):
+        for name, kind in (("batch", int), ("epochs", int), ("lr", float), ("size", int)):
+            part.add_argument(f"--{name}", type=kind, help="another value than the protocol's, which is then modified")
+        cli.add_launch_arguments(part, needs_config=False)
     detection = kinds.add_parser("detection", help="detectors fine-tuned from the checkpoints of a pretraining")
     _add_detection(detection)
-    for part in (knn, linear):
+    for part in (knn, linear, semi):
         part.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
     return built
 
@@ -89,14 +101,17 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if not args.train or not args.val:
         raise ValueError("the labelled sets are missing: give --train and --val, or --data for a folder with both")
     if args.kind == "knn":
-        knn(args)
-    else:
-        cli.run(linear, args)
+        numbers = list(itertools.takewhile(re.compile(r"-?\d+").fullmatch, args.k))
+        args.opts = [*args.k[len(numbers) :], *args.opts]  # argparse takes the words after --k, too
+        args.k = [int(number) for number in numbers]
+        cli.run(knn, args, writes=False)
+    cli.run(classifier, args)
     return None
 
 
 def knn(args: argparse.Namespace) -> None:
-    """Probe by nearest neighbours, print a table, and write the result if a file is named."""
+    """Probe by nearest neighbours in this process, print a table, and write the result if a file is named."""
+    from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
     from moco_d2.config import load_cfg, use_available_device
@@ -106,27 +121,22 @@ def knn(args: argparse.Namespace) -> None:
     from moco_d2.probes.features import side
     from moco_d2.probes.knn import probe_knn
 
-    ks = [int(word) for word in itertools.takewhile(re.compile(r"-?\d+").fullmatch, args.k)]
-    opts = [*args.k[len(ks) :], *args.opts]  # argparse takes the words after --k, too
-    check_votes(ks, args.temperature)
+    cli.leave_on_signals()
+    check_votes(args.k, args.temperature)
     if args.size is not None and args.size < 1:
         raise ValueError(f"--size is {args.size}; it must be at least 1 pixel")
     result.check_output(args.output)
-    setup_logger(name="moco_d2", abbrev_name="moco_d2")
-    cfg = load_cfg(args.config_file, opts)
+    setup_logger(distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
+    cfg = load_cfg(args.config_file, args.opts)
     use_available_device(cfg)
     train, val = _sets(cfg, args)
     backbone = load_backbone(args.weights, cfg)
-    content = probe_knn(backbone, train, val, cfg, args.size or side(val), ks, args.temperature)
-    _print(content)
-    if args.output:
-        result.write(content, args.output)
+    content = probe_knn(backbone, train, val, cfg, args.size or side(val), args.k, args.temperature)
+    _report(content, args)
 
 
-def linear(args: argparse.Namespace) -> None:
-    """Train and test a linear classifier in this process."""
-    from detectron2.utils import comm
-
+def classifier(args: argparse.Namespace) -> None:
+    """Train and test a linear classifier in this process, on frozen features or together with the backbone."""
     from moco_d2.probes import result
     from moco_d2.probes.backbone import load_backbone
     from moco_d2.probes.features import side
@@ -134,16 +144,46 @@ def linear(args: argparse.Namespace) -> None:
     from moco_d2.probes.protocols import changed
 
     result.check_output(args.output)
-    changed(args.protocol, batch=args.batch, epochs=args.epochs, lr=args.lr, size=args.size)
+    fields = ("batch", "epochs", "lr", "size", "backbone_lr", "percent")
+    values = {name: getattr(args, name, None) for name in fields}
+    published, *_ = changed(args.protocol)
+    changed(args.protocol, **values)
     cfg = cli.setup(args)
     train, val = _sets(cfg, args)
-    size = args.size or (side(val) if val.arrays is not None else None)
-    protocol = changed(args.protocol, batch=args.batch, epochs=args.epochs, lr=args.lr, size=size)
-    content = probe_linear(load_backbone(args.weights, cfg), train, val, cfg, *protocol, resume=args.resume)
-    if comm.is_main_process():
-        _print(content)
-        if args.output:
-            result.write(content, args.output)
+    labels: dict[str, Any] = {}
+    if args.kind == "semi":
+        pictures = len(train)
+        train, labels = _few_labels(train, cfg.SEED, args)
+        percent = 100 * len(train) / pictures
+        # Classes of different sizes make it differ a little: SimCLR's list of 1 % has 12 or 13 pictures of a class.
+        near = abs(percent - published.percent) <= 0.1 * published.percent
+        values["percent"] = None if near else round(percent, 2)
+    if val.arrays is not None:
+        values["size"] = args.size or side(val)
+    protocol = changed(args.protocol, **values)
+    backbone = load_backbone(args.weights, cfg)
+    _report(probe_linear(backbone, train, val, cfg, *protocol, resume=args.resume, labels=labels), args)
+
+
+def _few_labels(train: Any, seed: int, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the labelled part of a training set, and what the result says of it."""
+    from detectron2.utils import comm
+
+    from moco_d2.data.label_lists import as_list, drawn, listed
+    from moco_d2.io.files import named_file
+    from moco_d2.io.provenance import sha256
+
+    if args.list:
+        part = listed(train, args.list)
+        labels = {"list": str(args.list), "sha256": sha256(args.list), "pictures": len(part)}
+    else:
+        part = drawn(train, args.percent, seed)
+        labels = {"drawn percent": args.percent, "seed": seed, "pictures": len(part)}
+    if args.write_list and comm.is_main_process():
+        text = as_list(part, train)
+        with named_file(args.write_list, lambda path: path.read_bytes() == text) as file:
+            file.write(text)
+    return part, labels
 
 
 def _sets(cfg: Any, args: argparse.Namespace) -> Any:
@@ -159,13 +199,21 @@ def _sets(cfg: Any, args: argparse.Namespace) -> Any:
     return open_pair(args.train, args.val)
 
 
-def _print(content: dict[str, Any]) -> None:
+def _report(content: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print the result and write it if a file is named, in the main process."""
+    from detectron2.utils import comm
     from tabulate import tabulate
 
+    from moco_d2.probes import result
+
+    if not comm.is_main_process():
+        return
     train, val = content["train"], content["val"]
     print(f"weights  {content['weights']['path']} ({content['weights']['facts']['origin']})")
     print(f"sets     {train['pictures']} pictures of {train['name']}; tested on {val['pictures']} of {val['name']}")
     print(tabulate(content["results"], "keys", tablefmt="pipe", floatfmt=".2f"))
+    if args.output:
+        result.write(content, args.output)
 
 
 def detection(args: argparse.Namespace, opts: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ import logging
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,15 @@ class LabelledSet:
             return Image.fromarray(self.arrays[index])
         image = read_image(self.files[index], max_pixels)
         return image if self.boxes is None else image.crop(tuple(self.boxes[index].round().astype(int)))
+
+    def part(self, numbers: Sequence[int]) -> LabelledSet:
+        """Return the set of some of the pictures, in the order of their numbers given here."""
+        if list(numbers) == list(range(len(self))):
+            return self
+        chosen = np.asarray(numbers, np.int64)
+        boxes, arrays = (None if of is None else of[chosen] for of in (self.boxes, self.arrays))
+        files = [self.files[number] for number in numbers]
+        return replace(self, files=files, labels=self.labels[torch.from_numpy(chosen)], boxes=boxes, arrays=arrays)
 
     def without_pictures(self) -> list[str]:
         """Return the names of the classes that have no pictures."""

@@ -68,7 +68,7 @@ class LabelledLoader:
         max_pixels: int = MAX_PIXELS,
         max_skipped: float = 0.0,
         device: str | torch.device = "cpu",
-        part: Sequence[int] | None = None,
+        whole: int | None = None,
     ) -> None:
         """Set up.
 
@@ -83,11 +83,12 @@ class LabelledLoader:
             max_pixels: ``DATA.MAX_PIXELS``.
             max_skipped: ``DATA.MAX_SKIPPED``, the fraction of the pictures that may be unreadable.
             device: where the pictures go.
-            part: numbers of the pictures to load; None: all.
+            whole: if the set is a process's share of another one, the number of pictures of that one, of which
+                ``max_skipped`` is a fraction.
         """
         fits = pictures.arrays is not None and pictures.arrays.shape[1:3] == (size, size)
         self.dataset = _TestPictures(pictures, size if fits else round(size * 256 / 224), size, bicubic, max_pixels)
-        self.pictures, self.pixels, self.part = pictures, pixels, range(len(pictures)) if part is None else part
+        self.pictures, self.pixels, self.whole = pictures, pixels, whole or len(pictures)
         self.max_skipped, self.device, self.unreadable = max_skipped, device, 0
         # A generator of its own: a DataLoader draws a seed, which would shift the draws of a run that is being watched.
         self._options: dict[str, Any] = {"num_workers": workers, "generator": torch.Generator(), "batch_size": batch}
@@ -96,7 +97,7 @@ class LabelledLoader:
         self._skips = SkipLog()
 
     def __len__(self) -> int:
-        return len(self.part)
+        return len(self.pictures)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches.
@@ -106,7 +107,7 @@ class LabelledLoader:
         """
         self.unreadable = 0
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.pixels.mean, self.pixels.std))
-        for images, labels, skips in DataLoader(self.dataset, sampler=self.part, collate_fn=_collate, **self._options):
+        for images, labels, skips in DataLoader(self.dataset, collate_fn=_collate, **self._options):
             self._record(skips)
             if len(labels):
                 pixels = images.to(self.device).float()
@@ -116,10 +117,18 @@ class LabelledLoader:
     def _record(self, skips: Sequence[Skip]) -> None:
         self._skips.record(skips)
         self.unreadable += len(skips)
-        if self.unreadable > self.max_skipped * len(self.part):
+        self.check(self.unreadable, f"; the last is {skips[-1].path}: {skips[-1].error}" if skips else "")
+
+    def check(self, unreadable: int, example: str = "") -> None:
+        """Check a number of unreadable pictures, such as that of all processes.
+
+        Raises:
+            PictureError: there are more than ``max_skipped`` allows.
+        """
+        if unreadable > self.max_skipped * self.whole:
             raise PictureError(
-                f"{self.unreadable} of the {len(self.part)} pictures of {self.pictures.name} cannot be read, more than "
-                f"DATA.MAX_SKIPPED {self.max_skipped:g} allows; the last is {skips[-1].path}: {skips[-1].error}. "
+                f"{unreadable} of the {self.whole} pictures of {self.pictures.name} cannot be read, more than "
+                f"DATA.MAX_SKIPPED {self.max_skipped:g} allows{example}. "
                 "Repair or remove these files, or raise DATA.MAX_SKIPPED"
             )
 

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -29,9 +28,9 @@ from moco_d2.data.labelled import LabelledSet, open_pair
 from moco_d2.data.labelled_loader import LabelledLoader
 from moco_d2.data.view_pairs import view_pairs
 from moco_d2.io.pictures import describe
-from moco_d2.layers.distributed import all_gather, rank, total, world_size
+from moco_d2.layers.distributed import gather_rows, rank, share, total, world_size
 from moco_d2.layers.features import extract
-from moco_d2.layers.knn import accuracy, knn_scores
+from moco_d2.layers.knn import hits, knn_scores
 from moco_d2.layers.spread import alignment, effective_rank, uniformity
 from moco_d2.methods import Diagnostic, SSLMethod
 from moco_d2.running.picture_check import evenly
@@ -126,7 +125,7 @@ class Monitor:
             "workers": cfg.DATALOADER.NUM_WORKERS, "max_pixels": cfg.DATA.MAX_PIXELS, "device": self.device,
         }  # fmt: skip
         bank, held_out = labelled_sets(monitor.DATASET, monitor.VAL)
-        self.bank, self.held_out = (_part(s, evenly(len(s), monitor.PICTURES)) for s in (bank, held_out))
+        self.bank, self.held_out = (s.part(evenly(len(s), monitor.PICTURES)) for s in (bank, held_out))
         self.spread = evenly(len(self.held_out), _SPREAD)
 
     def probe(self) -> dict[str, float]:
@@ -143,12 +142,10 @@ class Monitor:
         bank, held_out, pairs = self._features()
         if not all(part.isfinite().all() for part in (bank, held_out, pairs)):
             raise ValueError("the monitor (SSL.MONITOR): the backbone's features are not finite")
-        own = slice(rank(), None, world_size())
-        labels = self.held_out.labels[own].to(self.device)
+        labels = share(self.held_out.labels).to(self.device)
         known, classes = self.bank.labels.to(self.device), len(self.bank.classes)
-        (scores,) = knn_scores(held_out[own], bank, known, classes, [self.k], self.temperature)
-        right = accuracy(scores, labels) / 100 * len(labels) if len(labels) else 0.0
-        right = total(torch.tensor(right, device=self.device)).item()
+        (scores,) = knn_scores(share(held_out), bank, known, classes, [self.k], self.temperature)
+        right = total(torch.tensor(hits(scores, labels), device=self.device)).item()
         if rank():
             return {}
         features = held_out[self.spread].cpu()
@@ -171,9 +168,10 @@ class Monitor:
             try:
                 for pictures in (self.bank, self.held_out):
                     dtype = torch.float16 if len(pictures) > _LARGE else torch.float32
-                    loader = self._loader(pictures)
+                    own = pictures.part(share(range(len(pictures))))
+                    loader = LabelledLoader(own, self.augmentation.pixels, self.size, **self.options)
                     found.append(extract(network, loader, len(loader), dtype=dtype)[0])
-                numbers = _share(self.spread)
+                numbers = share(self.spread)
                 pairs = view_pairs(self.held_out, numbers, self.augmentation, **self.options)
                 views, _ = extract(
                     network, ((images, images.new_empty(len(images))) for images in pairs), 2 * len(numbers)
@@ -184,38 +182,8 @@ class Monitor:
         # Before any process waits for the others' features.
         if problems := [theirs for theirs in comm.all_gather(error) if theirs]:
             raise ValueError(f"the monitor (SSL.MONITOR): {problems[0]}")
-        bank, held_out, views = found
-        return (
-            _gathered(bank, len(self.bank)),
-            _gathered(held_out, len(self.held_out)),
-            _gathered(views, len(self.spread)),
-        )
-
-    def _loader(self, pictures: LabelledSet) -> LabelledLoader:
-        own = _share(range(len(pictures)))
-        return LabelledLoader(pictures, self.augmentation.pixels, self.size, part=own, **self.options)
-
-
-def _share(numbers: Sequence[int]) -> list[int]:
-    """Return every R-th number for this process of R; some take one again, so that all have as many."""
-    most = math.ceil(len(numbers) / world_size())
-    return [numbers[(rank() + place * world_size()) % len(numbers)] for place in range(most)]
-
-
-def _gathered(own: torch.Tensor, count: int) -> torch.Tensor:
-    """Return what all processes have of their shares, in the order of the ``count`` numbers that were shared out."""
-    everyone: torch.Tensor = all_gather(own).unflatten(0, (world_size(), -1))
-    return everyone.transpose(0, 1).flatten(0, 1)[:count]
-
-
-def _part(pictures: LabelledSet, numbers: Sequence[int]) -> LabelledSet:
-    """Return some of the pictures of a set."""
-    chosen = torch.as_tensor(numbers)
-    if torch.equal(chosen, torch.arange(len(pictures))):
-        return pictures
-    boxes, arrays = (None if of is None else of[chosen.numpy()] for of in (pictures.boxes, pictures.arrays))
-    files = [pictures.files[number] for number in numbers]
-    return replace(pictures, files=files, labels=pictures.labels[chosen], boxes=boxes, arrays=arrays)
+        bank, held_out, views = map(gather_rows, found)
+        return bank, held_out, views
 
 
 @contextmanager

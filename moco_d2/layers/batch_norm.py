@@ -90,6 +90,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return joint.y
 
 
+def use_sync_batch_norm(network: nn.Module) -> nn.Module:
+    """Make every BatchNorm2d inside ``network`` a :class:`SyncBatchNorm2d`, in place; returns it."""
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SyncBatchNorm2d  # which has the same state
+    return network
+
+
 def _next_momentum(norm: nn.BatchNorm2d) -> float:
     """Count a batch and return its weight in the running statistics."""
     assert norm.num_batches_tracked is not None

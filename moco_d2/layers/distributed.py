@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+_Pictures = TypeVar("_Pictures", torch.Tensor, Sequence[int])
 
 
 def world_size() -> int:
@@ -33,6 +38,43 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
         return x
     everyone = x.new_empty(world_size() * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(everyone, x.contiguous())
+    return everyone
+
+
+def share(pictures: _Pictures) -> _Pictures:
+    """Return this process's share: shares are contiguous, in rank order, and their lengths differ by 1 at most.
+
+    Args:
+        pictures: their numbers, or a row for each.
+
+    Raises:
+        ValueError: there are fewer pictures than processes.
+    """
+    count, processes = len(pictures), world_size()
+    if count < processes:
+        raise ValueError(f"{count} pictures cannot be divided among {processes} processes: use fewer processes")
+    return pictures[rank() * count // processes : (rank() + 1) * count // processes]
+
+
+@torch.no_grad()
+def gather_rows(x: torch.Tensor) -> torch.Tensor:
+    """Concatenate every process's rows, of which each may have another number, in rank order, without gradient.
+
+    Args:
+        x: (N, ...), in every process the same shape but for N.
+
+    Returns:
+        The rows of all processes; ``x`` itself in one process.
+    """
+    if world_size() == 1:
+        return x
+    counts = all_gather(torch.tensor([len(x)], device=x.device)).tolist()
+    everyone = x.new_empty(sum(counts), *x.shape[1:])
+    # Sent one after the other into their place: padded to the same length, a large bank would be there twice.
+    for source, rows in enumerate(everyone.split(counts)):
+        if source == rank():
+            rows.copy_(x)
+        dist.broadcast(rows, source)
     return everyone
 
 

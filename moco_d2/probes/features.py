@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 
 from moco_d2.data.labelled import LabelledSet
 from moco_d2.data.labelled_loader import LabelledLoader
+from moco_d2.layers.distributed import gather_rows, share
 from moco_d2.layers.features import extract
 from moco_d2.probes.backbone import Backbone
 from moco_d2.running.progress import Countdown
@@ -27,12 +28,16 @@ class Features:
     Attributes:
         values: (N, C), not normalised.
         labels: (N,) int64.
-        unreadable: number of pictures that were left out.
+        unreadable: number of pictures of the whole set that were left out.
     """
 
     values: torch.Tensor
     labels: torch.Tensor
     unreadable: int
+
+    def gathered(self) -> Features:
+        """Return the features of all processes' shares, in the set's order."""
+        return Features(gather_rows(self.values), gather_rows(self.labels), self.unreadable)
 
 
 def side(pictures: LabelledSet) -> int:
@@ -49,9 +54,10 @@ def features_of(
     bicubic: bool = False,
     batch: int = 256,
     dtype: torch.dtype = torch.float32,
-    part: Sequence[int] | None = None,
 ) -> Features:
-    """Compute the features of a set's pictures under the test transform, and log the progress.
+    """Compute the features of this process's share of a set under the test transform, and log the progress.
+
+    Every process must call this.
 
     Args:
         backbone: on ``MODEL.DEVICE``.
@@ -61,15 +67,18 @@ def features_of(
         bicubic: interpolation, else bilinear.
         batch: pictures at a time.
         dtype: of the features.
-        part: numbers of the pictures; None: all.
 
     Raises:
         PictureError: too many pictures cannot be read.
+        ValueError: there are fewer pictures than processes.
     """
+    own = pictures.part(share(range(len(pictures))))
     loader = LabelledLoader(
-        pictures, backbone.facts.pixels, size, bicubic=bicubic, batch=batch, workers=cfg.DATALOADER.NUM_WORKERS,
-        max_pixels=cfg.DATA.MAX_PIXELS, max_skipped=cfg.DATA.MAX_SKIPPED, device=cfg.MODEL.DEVICE, part=part,
+        own, backbone.facts.pixels, size, bicubic=bicubic, batch=batch, workers=cfg.DATALOADER.NUM_WORKERS,
+        max_pixels=cfg.DATA.MAX_PIXELS, max_skipped=cfg.DATA.MAX_SKIPPED, device=cfg.MODEL.DEVICE, whole=len(pictures),
     )  # fmt: skip
     countdown = Countdown(f"features of {pictures.name}", "pictures", len(loader))
     values, labels = extract(backbone.network, loader, len(loader), countdown.seen, dtype)
-    return Features(values, labels, loader.unreadable)
+    unreadable = sum(comm.all_gather(loader.unreadable))
+    loader.check(unreadable)
+    return Features(values, labels, unreadable)

@@ -9,7 +9,8 @@ import torch
 from detectron2.config import CfgNode
 
 from moco_d2.data.labelled import LabelledSet
-from moco_d2.layers.knn import accuracy, knn_scores
+from moco_d2.layers.distributed import share, total
+from moco_d2.layers.knn import hits, knn_scores
 from moco_d2.layers.spread import effective_rank, uniformity
 from moco_d2.probes.backbone import Backbone
 from moco_d2.probes.features import features_of
@@ -31,6 +32,8 @@ def probe_knn(
 ) -> dict[str, Any]:
     """Classify a held-out set by the features of a training set, both under the test transform.
 
+    Every process must call this. Each computes the features of a share of the pictures and classifies a share.
+
     Args:
         backbone: to be probed; moved to ``MODEL.DEVICE``.
         train: the bank.
@@ -44,14 +47,15 @@ def probe_knn(
         The content of ``probe.json``, with top-1 and top-5 in percent for each k.
     """
     backbone.network.to(cfg.MODEL.DEVICE)
-    bank = features_of(backbone, train, cfg, size, dtype=torch.float16)
-    queries = features_of(backbone, val, cfg, size, dtype=torch.float16)
-    scores = knn_scores(queries.values, bank.values, bank.labels, len(train.classes), ks, temperature)
+    bank = features_of(backbone, train, cfg, size, dtype=torch.float16).gathered()
+    queries = features_of(backbone, val, cfg, size, dtype=torch.float16).gathered()
+    labels = share(queries.labels)
+    scores = knn_scores(share(queries.values), bank.values, bank.labels, len(train.classes), ks, temperature)
+    right = total(torch.tensor([[hits(one, labels, top) for top in (1, 5)] for one in scores], device=labels.device))
     rows = [
-        {"k": k, "temperature": temperature, "top1": accuracy(one, queries.labels),
-         "top5": accuracy(one, queries.labels, 5)}
-        for k, one in zip(ks, scores, strict=True)
-    ]  # fmt: skip
+        {"k": k, "temperature": temperature, "top1": top1, "top5": top5}
+        for k, (top1, top5) in zip(ks, (100 * right.double() / len(queries.labels)).tolist(), strict=True)
+    ]
     found = {
         "results": rows,
         "train": describe(train, bank.unreadable),

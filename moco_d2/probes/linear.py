@@ -1,14 +1,18 @@
-"""The linear probe: a linear classifier on frozen features, under a published protocol.
+"""Linear classifiers under a published protocol: on frozen features, or trained together with the backbone.
 
-The backbone is in evaluation mode throughout, so its features of the test pictures never change: they are computed
-once. The backbone is verified to be unchanged at the end of every epoch.
+A frozen backbone is in evaluation mode throughout, so its features of the test pictures never change: they are
+computed once. It is verified to be unchanged at the end of every epoch. If the backbone is trained as well
+(semi-supervised), its batch norms use the statistics of all processes' batches, and the test pictures are seen again
+after every epoch.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from moco_d2.data.labelled import LabelledSet
 from moco_d2.data.labelled_loader import LabelledSource, crop_and_flip
 from moco_d2.data.listing import Paths
 from moco_d2.io.files import atomic_write
+from moco_d2.layers.batch_norm import use_sync_batch_norm
 from moco_d2.layers.distributed import total, wrap_ddp
 from moco_d2.layers.knn import hits
 from moco_d2.layers.lars import Lars
@@ -51,7 +56,8 @@ logger = logging.getLogger(__name__)
 
 LOG_PERIOD = 20
 
-# Features (n, C) and labels (n,) of this process's share of each batch, from a step on.
+# What is classified and labels (n,) of this process's share of each batch, from a step on: features (n, C) of a frozen
+# backbone, or pictures (n, 3, H, W).
 Batches = Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]]
 
 
@@ -64,8 +70,11 @@ def probe_linear(
     name: str,
     changes: Sequence[str] = (),
     resume: bool = False,
+    labels: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train a linear classifier on frozen features, test it after every epoch, and write ``OUTPUT_DIR/probe.json``.
+    """Train a linear classifier, test it after every epoch, and write ``OUTPUT_DIR/probe.json``.
+
+    The backbone is frozen, or trained as well, as the protocol says.
 
     Every process must call this.
 
@@ -78,6 +87,7 @@ def probe_linear(
         name: of the protocol, with ``(modified)`` if it was changed.
         changes: what was changed.
         resume: continue the run in ``OUTPUT_DIR``.
+        labels: what the result says of the choice of the training pictures (semi-supervised).
 
     Returns:
         The content of ``probe.json``, with top-1 and top-5 in percent, of the last epoch and of the best one.
@@ -87,8 +97,7 @@ def probe_linear(
     """
     _check(protocol, len(train))
     backbone.network.to(cfg.MODEL.DEVICE)
-    part = range(comm.get_rank(), len(val), comm.get_world_size())
-    tested = features_of(backbone, val, cfg, protocol.size, bicubic=protocol.bicubic, part=part)
+    tested = (_changing if protocol.backbone_lr else _frozen)(backbone, val, cfg, protocol)
     batches, sampler, skips = (_cached if protocol.cached else _augmented)(backbone, train, cfg, protocol)
 
     settings = {
@@ -97,19 +106,22 @@ def probe_linear(
         **{f"fingerprint of the {half} pictures' names": Paths(one.files).fingerprint
            for half, one in (("training", train), ("test", val))},
     }  # fmt: skip
-    trainer = LinearTrainer(batches, tested, len(train.classes), protocol, sampler.steps_per_epoch, cfg, settings)
-    trainer.unchanged = _verifier(backbone.network)
+    kind = "semi" if protocol.backbone_lr else "linear"
+    trainer = LinearTrainer(
+        backbone.network, batches, tested, len(train.classes), protocol, sampler.steps_per_epoch, cfg, settings
+    )
     logger.info(
-        "linear probe %s%s: %d pictures of %d classes, %d epochs of %d iterations of %d pictures, lr %g",
-        name, f" ({', '.join(changes)})" if changes else "", sampler.size, len(train.classes), protocol.epochs,
-        sampler.steps_per_epoch, protocol.batch, protocol.scaled_lr,
+        "%s probe %s%s: %d pictures of %d classes, %d epochs of %d iterations of %d pictures, lr %s",
+        kind, name, f" ({', '.join(changes)})" if changes else "", sampler.size, len(train.classes), protocol.epochs,
+        sampler.steps_per_epoch, protocol.batch, " and ".join(f"{lr:g}" for lr in protocol.lrs_at(0) if lr),
     )  # fmt: skip
     trainer.resume_or_start(resume)
     trainer.run()
 
-    sets = {"train": describe(train, skips()), "val": describe(val, sum(comm.all_gather(tested.unreadable)))}
+    sets = {"train": describe(train, skips()), "val": describe(val, trainer.unreadable)}
+    sets |= {"labels": dict(labels)} if labels else {}
     found = {"protocol": name, "changes": list(changes), **trainer.results(), **sets, "classes": len(train.classes)}
-    content = result("linear", backbone, cfg.SEED, cfg.MODEL.DEVICE, found)
+    content = result(kind, backbone, cfg.SEED, cfg.MODEL.DEVICE, found)
     if comm.is_main_process():
         with atomic_write(Path(cfg.OUTPUT_DIR) / FILE) as file:
             file.write(as_json(content))
@@ -117,8 +129,6 @@ def probe_linear(
 
 
 def _check(protocol: LinearProtocol, pictures: int) -> None:
-    if protocol.cached and comm.get_world_size() > 1:
-        raise ValueError("a probe on cached features runs in one process: leave --num-gpus at 1")
     if protocol.batch > pictures:
         raise ValueError(
             f"the training set has {pictures} pictures, fewer than a batch of {protocol.batch}: give a smaller --batch "
@@ -128,22 +138,30 @@ def _check(protocol: LinearProtocol, pictures: int) -> None:
         raise ValueError(f"a batch of {protocol.batch} pictures cannot be divided by {comm.get_world_size()} processes")
 
 
-def _verifier(network: nn.Module) -> Callable[[], None]:
-    """Return a function that raises if a tensor of the network is no longer what it is now."""
+def _frozen(backbone: Backbone, val: LabelledSet, cfg: CfgNode, protocol: LinearProtocol) -> Callable[[], Features]:
+    """Return a function that gives the test features, computed here, once; it raises if the backbone has changed."""
+    network = backbone.network
     before = {key: value.clone() for key, value in network.state_dict().items()}
+    features = features_of(backbone, val, cfg, protocol.size, bicubic=protocol.bicubic)
 
-    def verify() -> None:
+    def tested() -> Features:
         changed = [key for key, value in network.state_dict().items() if not torch.equal(value, before[key])]
         if changed:
             raise RuntimeError(f"the backbone was changed, though it is frozen: {', '.join(changed[:3])}")
+        return features
 
-    return verify
+    return tested
+
+
+def _changing(backbone: Backbone, val: LabelledSet, cfg: CfgNode, protocol: LinearProtocol) -> Callable[[], Features]:
+    """Return a function that gives the backbone's present features of the test pictures."""
+    return functools.partial(features_of, backbone, val, cfg, protocol.size, bicubic=protocol.bicubic)
 
 
 def _augmented(
     backbone: Backbone, train: LabelledSet, cfg: CfgNode, protocol: LinearProtocol
 ) -> tuple[Batches, EpochSampler, Callable[[], int]]:
-    """Return batches of features of augmented pictures, their sampler, and the number of unreadable pictures so far."""
+    """Return batches of augmented pictures or of their features, their sampler, and the number of unreadable ones."""
     pixels, device = backbone.facts.pixels, torch.device(cfg.MODEL.DEVICE)
     source = LabelledSource(train, cfg.DATA.MAX_PIXELS)
     dataset = ViewDataset(
@@ -160,9 +178,10 @@ def _augmented(
         sampler.start = start
         for views in loader:
             images = views.images[0] if pixels.order == "RGB" else views.images[0].flip(1)
-            with torch.no_grad():
-                features = backbone.network(images)
-            yield features, labels[views.index]  # of the pictures really shown
+            if not protocol.backbone_lr:
+                with torch.no_grad():
+                    images = backbone.network(images)
+            yield images, labels[views.index]  # of the pictures really shown
 
     return batches, sampler, lambda: len(set().union(*comm.all_gather(skips.paths)))
 
@@ -171,8 +190,8 @@ def _cached(
     backbone: Backbone, train: LabelledSet, cfg: CfgNode, protocol: LinearProtocol
 ) -> tuple[Batches, EpochSampler, Callable[[], int]]:
     """Return batches of the features of the test transform, which are computed here, once."""
-    features = features_of(backbone, train, cfg, protocol.size, bicubic=protocol.bicubic)
-    sampler = EpochSampler(len(features.labels), protocol.batch, cfg.SEED)
+    features = features_of(backbone, train, cfg, protocol.size, bicubic=protocol.bicubic).gathered()
+    sampler = EpochSampler(len(features.labels), protocol.batch, cfg.SEED, comm.get_rank(), comm.get_world_size())
 
     def batches(start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         sampler.start = start
@@ -189,13 +208,14 @@ class LinearTrainer(TrainerBase):
     Attributes:
         classifier: the Linear.
         history: accuracies on the test set after each epoch, in percent.
-        unchanged: called after each epoch; raises if the backbone has changed.
+        unreadable: number of test pictures that were left out.
     """
 
     def __init__(
         self,
+        backbone: nn.Module,
         batches: Batches,
-        tested: Features,
+        tested: Callable[[], Features],
         classes: int,
         protocol: LinearProtocol,
         steps_per_epoch: int,
@@ -208,17 +228,20 @@ class LinearTrainer(TrainerBase):
         self.steps_per_epoch, self.folder = steps_per_epoch, cfg.OUTPUT_DIR
         self.max_iter = protocol.epochs * steps_per_epoch
         self.history: list[dict[str, float]] = []
-        self.unchanged: Callable[[], None] = lambda: None
-        with seeded(cfg.SEED):
-            self.classifier = nn.Linear(tested.values.shape[1], classes)
-            nn.init.normal_(self.classifier.weight, std=0.01)
-            nn.init.zeros_(self.classifier.bias)
-        self.classifier.to(cfg.MODEL.DEVICE)
-        self.model = wrap_ddp(self.classifier)
-        self.optimizer = _optimizer(protocol, self.classifier)
-        self.checkpointer = _LinearCheckpointer(
-            self.classifier, self.folder, save_to_disk=comm.is_main_process(), trainer=self
-        )
+        self.unreadable = 0
+        with torch.no_grad(), seeded(cfg.SEED):
+            self.classifier = nn.Linear(backbone(torch.zeros(1, 3, 64, 64, device=cfg.MODEL.DEVICE)).shape[1], classes)
+            if not protocol.default_init:
+                nn.init.normal_(self.classifier.weight, std=0.01)
+                nn.init.zeros_(self.classifier.bias)
+        network: nn.Module = self.classifier.to(cfg.MODEL.DEVICE)
+        groups = [list(self.classifier.parameters())]
+        if protocol.backbone_lr:
+            use_sync_batch_norm(backbone.train().requires_grad_(True))
+            network = nn.Sequential(OrderedDict(backbone=backbone, classifier=self.classifier))
+            groups.append(list(backbone.parameters()))
+        self.model, self.optimizer = wrap_ddp(network), _optimizer(protocol, groups)
+        self.checkpointer = _LinearCheckpointer(network, self.folder, save_to_disk=comm.is_main_process(), trainer=self)
         checkpoint = PeriodicCheckpoint(self.checkpointer, steps_per_epoch, cfg.SOLVER.CHECKPOINT_KEEP)
         self.register_hooks([
             hooks.IterationTimer(),
@@ -249,11 +272,11 @@ class LinearTrainer(TrainerBase):
 
     def run_step(self) -> None:
         """Do a step of cross entropy."""
-        lr = self.protocol.lr_at(self.iter // self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
+        lrs = self.protocol.lrs_at(self.iter // self.steps_per_epoch)
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=False):  # there is one group if it is frozen
             group["lr"] = lr
-        features, labels = next(self._data)
-        loss = F.cross_entropy(self.model(features), labels)
+        inputs, labels = next(self._data)
+        loss = F.cross_entropy(self.model(inputs), labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -262,13 +285,15 @@ class LinearTrainer(TrainerBase):
             if not mean < float("inf"):
                 raise FloatingPointError(f"the loss is {mean} at iteration {self.iter}: give a lower --lr")
             get_event_storage().put_scalars(
-                total_loss=mean, lr=lr, epoch=(self.iter + 1) / self.steps_per_epoch, smoothing_hint=False
+                total_loss=mean, lr=lrs[0], epoch=(self.iter + 1) / self.steps_per_epoch, smoothing_hint=False
             )
 
     @torch.no_grad()
     def test(self) -> None:
         """Classify the test set, and add the accuracies to the history."""
-        scores, labels = self.classifier(self.tested.values), self.tested.labels
+        tested = self.tested()
+        self.unreadable = tested.unreadable
+        scores, labels = self.classifier(tested.values), tested.labels
         counts = torch.tensor([hits(scores, labels), hits(scores, labels, 5), len(labels)], device=labels.device)
         top1, top5, count = total(counts).tolist()
         found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
@@ -284,6 +309,7 @@ class LinearTrainer(TrainerBase):
             "by_epoch": self.history,
             "size": self.protocol.size,
             "lr": self.protocol.scaled_lr,
+            **({"backbone_lr": self.protocol.lrs_at(0)[1]} if self.protocol.backbone_lr else {}),
             "batch": self.protocol.batch,
             "epochs": self.protocol.epochs,
         }
@@ -291,7 +317,7 @@ class LinearTrainer(TrainerBase):
     def state_dict(self) -> dict[str, Any]:
         """Return the loop's state, and the settings that must not change."""
         state = {"optimizer": self.optimizer.state_dict(), "history": self.history, "run": self.settings}
-        return {**super().state_dict(), **state}
+        return {**super().state_dict(), **state, "unreadable": self.unreadable}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`.
@@ -306,22 +332,22 @@ class LinearTrainer(TrainerBase):
             )
         super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.history = state["history"]
+        self.history, self.unreadable = state["history"], state["unreadable"]
 
 
-def _optimizer(protocol: LinearProtocol, classifier: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(protocol: LinearProtocol, parameters: list[list[nn.Parameter]]) -> torch.optim.Optimizer:
+    groups = [{"params": group} for group in parameters]
     if protocol.optimizer == "larc":
-        return Lars(classifier.parameters(), protocol.scaled_lr, 0.9, protocol.weight_decay, form="larc")
-    return torch.optim.SGD(classifier.parameters(), protocol.scaled_lr, 0.9, weight_decay=protocol.weight_decay)
+        return Lars(groups, protocol.scaled_lr, 0.9, protocol.weight_decay, form="larc")
+    return torch.optim.SGD(groups, protocol.scaled_lr, 0.9, weight_decay=protocol.weight_decay)
 
 
 class _TestEveryEpoch(HookBase):
-    """Tests the classifier and verifies the backbone at the end of every epoch."""
+    """Tests the classifier at the end of every epoch."""
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self.trainer.steps_per_epoch == 0:
             self.trainer.test()
-            self.trainer.unchanged()
 
 
 class _LinearCheckpointer(Checkpointer):

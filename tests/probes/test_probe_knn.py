@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from labelled_pictures import WORDS, grow
+from labelled_pictures import WORDS, config, grow, in_two_processes
 from PIL import Image
 
-from moco_d2.commands.probe import main
+from moco_d2.commands import probe
+from moco_d2.data.labelled import open_pair
 from moco_d2.layers.resnet import build_resnet, describe
+from moco_d2.probes.backbone import load_backbone
+from moco_d2.probes.knn import probe_knn
 
 
 @pytest.fixture
@@ -23,6 +26,13 @@ def backbone(tmp_path: Path) -> str:
     network.fc = torch.nn.Identity()
     torch.save({"state_dict": network.state_dict(), "facts": describe(network).as_dict()}, tmp_path / "backbone.pth")
     return str(tmp_path / "backbone.pth")
+
+
+def main(words: list[str]) -> None:
+    """Run the command in this process."""
+    with pytest.raises(SystemExit) as ended:
+        probe.main(words)
+    assert not ended.value.code
 
 
 def test_a_table_and_a_file(backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,10 +53,13 @@ def test_a_table_and_a_file(backbone: str, tmp_path: Path, capsys: pytest.Captur
     main([*command, "--k", "3", "--temperature", "0.1", *WORDS])  # its own file is replaced
     assert json.loads(output.read_text())["results"][0]["k"] == 3
     output.write_text("{}")
-    with pytest.raises(ValueError, match="this command did not write it"):
-        main([*command, *WORDS])
-    with pytest.raises(ValueError, match=r"more than DATA\.MAX_SKIPPED 0 allows"):
-        main([*command[:-2], *WORDS, "DATA.MAX_SKIPPED", "0"])
+    for words, problem in (
+        ([*command, *WORDS], "this command did not write it"),
+        ([*command[:-2], *WORDS, "DATA.MAX_SKIPPED", "0"], "1 of the 48 pictures"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            probe.main(words)
+        assert ended.value.code == 2 and problem in capsys.readouterr().err
 
 
 def test_numbers_are_those_of_a_plain_loop(backbone: str, tmp_path: Path) -> None:
@@ -83,6 +96,30 @@ def test_numbers_are_those_of_a_plain_loop(backbone: str, tmp_path: Path) -> Non
     assert row["top1"] == pytest.approx(100 * right / len(wanted))
 
 
+def alone_or_together(folder: Path) -> None:
+    cfg = config(folder)
+    sets = open_pair(str(folder / "pictures"), str(folder / "pictures"))
+    content = probe_knn(load_backbone("random", cfg), *sets, cfg, 24, (1, 5))
+    name = f"{torch.distributed.get_rank()}.json" if torch.distributed.is_initialized() else "alone.json"
+    (folder / name).write_text(json.dumps(content))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_two_processes_are_one_with_pictures_that_only_one_cannot_read(tmp_path: Path) -> None:
+    data = grow(tmp_path / "pictures", train=9, val=8, noise=250)
+    for broken in ("train/blue/4.png", "val/red/1.png"):  # in the first share and in the second
+        (data / broken).write_bytes(b"broken")
+    alone_or_together(tmp_path)
+    in_two_processes(alone_or_together, tmp_path)
+    alone, *both = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("alone", "0", "1"))
+    assert 0 < alone["results"][1]["top1"] < 100 and alone["val"]["pictures"] == 23, "a task with mistakes"
+    for found in both:
+        assert [found[key] for key in ("results", "train", "val")] == [
+            alone[key] for key in ("results", "train", "val")
+        ]
+        assert found["features"] == pytest.approx(alone["features"], rel=1e-3)
+
+
 def test_objects_of_a_data_set_of_ones_own(backbone: str, tmp_path: Path) -> None:
     content = {"categories": [{"id": 7, "name": "bird"}, {"id": 9, "name": "boat"}], "images": [], "annotations": []}
     (tmp_path / "images").mkdir()
@@ -114,6 +151,7 @@ def test_objects_of_a_data_set_of_ones_own(backbone: str, tmp_path: Path) -> Non
     (["--data", "nowhere", "--size", "0"], "--size is 0; it must be at least 1 pixel"),
     (["--data", "nowhere", "--k", "0"], "k is 0 and the temperature 0.07; both must be positive"),
 ])  # fmt: skip
-def test_command_lines_that_cannot_be_run(words: list[str], problem: str) -> None:
-    with pytest.raises(ValueError, match=problem):
-        main(["knn", "--weights", "random", *words])
+def test_command_lines_that_cannot_be_run(words: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((SystemExit, ValueError)) as ended:  # a command's guard is around main
+        probe.main(["knn", "--weights", "random", *words])
+    assert problem in f"{ended.value}{capsys.readouterr().err}"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from labelled_pictures import WORDS, config, grow
+from detectron2.utils import comm
+from labelled_pictures import WORDS, config, grow, in_two_processes
 from torch import nn
 
 from moco_d2.commands import probe
@@ -40,10 +40,10 @@ def test_protocols_are_as_published() -> None:
     for name, (optimizer, lr, batch, epochs, decay, middle) in PUBLISHED.items():
         one = PROTOCOLS[name]
         assert (one.optimizer, one.batch, one.epochs, one.weight_decay) == (optimizer, batch, epochs, decay)
-        assert one.lr_at(0) == pytest.approx(lr) and one.lr_at(epochs // 2) == pytest.approx(middle * lr)
+        assert one.lrs_at(0) == pytest.approx((lr, 0)) and one.lrs_at(epochs // 2)[0] == pytest.approx(middle * lr)
         assert (one.size, one.bicubic, one.cached) == (224, name == "dino", name == "moco_cached")
     moco = PROTOCOLS["moco"]
-    assert [moco.lr_at(epoch) for epoch in (59, 60, 79, 80, 99)] == pytest.approx([30, 3, 3, 0.3, 0.3])
+    assert [moco.lrs_at(epoch)[0] for epoch in (59, 60, 79, 80, 99)] == pytest.approx([30, 3, 3, 0.3, 0.3])
 
 
 def test_a_changed_protocol_is_called_modified() -> None:
@@ -158,25 +158,26 @@ def test_batches_that_do_not_fit(tmp_path: Path) -> None:
         run(grow(tmp_path / "pictures"), tmp_path / "out", PROTOCOLS["moco"])
 
 
-def one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    content = run(Path(folder, "pictures"), Path(folder, "two"))
-    if rank == 1:
-        Path(folder, "rank1.json").write_text(json.dumps(content))
-    dist.barrier()
-    dist.destroy_process_group()
+def both(folder: Path) -> None:
+    content = run(folder / "pictures", folder / "two")
+    run(folder / "pictures", folder / "two_cached", CACHED)
+    if comm.get_rank() == 1:
+        (folder / "rank1.json").write_text(json.dumps(content))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    grow(tmp_path / "pictures")
+    grow(tmp_path / "pictures", val=8)
+    (tmp_path / "pictures/val/red/3.png").write_bytes(b"broken")
     one = run(tmp_path / "pictures", tmp_path / "one")
-    torch.multiprocessing.start_processes(one_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    run(tmp_path / "pictures", tmp_path / "one_cached", CACHED)
+    in_two_processes(both, tmp_path)
     two = json.loads((tmp_path / "two/probe.json").read_text())
     assert two["by_epoch"] == one["by_epoch"] == json.loads((tmp_path / "rank1.json").read_text())["by_epoch"]
-    for name, value in weights(tmp_path / "one").items():
-        torch.testing.assert_close(weights(tmp_path / "two")[name], value, rtol=1e-4, atol=1e-5)
+    assert two["val"]["unreadable"] == one["val"]["unreadable"] == 1
+    for kind in ("", "_cached"):
+        for name, value in weights(tmp_path / f"one{kind}").items():
+            torch.testing.assert_close(weights(tmp_path / f"two{kind}")[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_the_command_leaves_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         args.k = [int(number) for number in numbers]
         cli.run(knn, args, writes=False)
     cli.run(classifier, args)
-    return None
 
 
 def knn(args: argparse.Namespace) -> None:

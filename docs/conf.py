@@ -39,6 +39,7 @@ apidoc_modules = [
 autodoc_default_options = {"ignore-module-all": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+autodoc_use_type_comments = False  # there are none, and looking for them takes time
 autodoc_typehints_description_target = "documented"
 napoleon_use_ivar = True
 

@@ -63,7 +63,7 @@ def draw_pretraining_curve(run: FolderLike, path: FolderLike) -> None:
             points = [(r["iteration"] + 1, r[one.key]) for r in records if one.key in r]
             lines.setdefault(one.label.removeprefix("-"), []).append(points)
         plot_lines(axis, title, lines, [(o.reference_label, o.reference) for o in curves if o.reference is not None])
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def draw_view_pairs(cfg: CfgNode, path: FolderLike, count: int = 8) -> None:
@@ -84,7 +84,7 @@ def draw_view_pairs(cfg: CfgNode, path: FolderLike, count: int = 8) -> None:
             axes[row, column].imshow(view)
             axes[row, column].set_axis_off()
     figure.suptitle(f"views of {cfg.DATA.AUGMENTATION}, an image per column", fontsize=11)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def draw_detections(runs: Mapping[str, FolderLike], path: FolderLike, count: int = 4, threshold: float = 0.25) -> None:
@@ -112,7 +112,7 @@ def draw_detections(runs: Mapping[str, FolderLike], path: FolderLike, count: int
             axis.set_axis_off()
             if column == 0:
                 axis.set_title(f"{name} (score >= {threshold})" if name in predictors else name, loc="left")
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,8 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save_figure(figure: Any, path: FolderLike) -> None:
+def save_figure(figure: Any, path: FolderLike) -> None:
+    """Write a matplotlib figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     with atomic_write(path) as file:

@@ -16,8 +16,6 @@ def version() -> str:
     return match[1]
 
 
-
-
 def description() -> str:
     """Return the README without what PyPI cannot show: relative pictures, and the targets of relative links."""
     readme = ROOT / "README.md"

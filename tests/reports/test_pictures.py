@@ -13,6 +13,7 @@ from detectron2.structures import BoxMode
 from matplotlib.figure import Figure
 from PIL import Image
 
+from moco_d2.commands import visualize
 from moco_d2.config import load_cfg
 from moco_d2.reports import overview, pictures
 
@@ -108,17 +109,18 @@ def _the_overview_has_curves_ap_and_labels(
     monkeypatch.setattr(overview, "save_figure", pictures.save_figure)
     metrics = {"sample_pictures": {"bbox": {"AP": 12.34}}}
     (detector / "results.json").write_text(json.dumps({"protocol": "any", "metrics": metrics}))
-    words = ["visualize", "overview", "--pretraining", str(tmp_path / "pretraining"), "--run", str(detector)]
+    words = ["overview", "--pretraining", str(tmp_path / "pretraining"), "--run", str(detector)]
     words += ["--output", str(tmp_path / "overview.png"), "--count", "2"]
     (tmp_path / "pretraining").mkdir()
     (tmp_path / "pretraining" / "config.yaml").write_text(load_cfg().dump())
-    assert main(words) == 2  # nothing was recorded
+    with pytest.raises(ValueError, match=r"metrics\.json is missing"):
+        visualize.main(words)
     lines = [{"iteration": 9, "total_loss": 5.0, "monitor/knn_top1": 20.0}, {"iteration": 19, "total_loss": 4.0}]
     (tmp_path / "pretraining" / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(words) in (None, 0)
+    visualize.main(words)
     knn, loss, first, *_ = axes = figures[-1].axes
     assert len(axes) == 2 + 2 * 2  # two curves; two pictures of the run, and their labels
     assert (list(knn.lines[0].get_ydata()), list(loss.lines[0].get_xdata())) == ([20], [10, 20])
     assert first.get_title(loc="left") == "run: AP 12.3"
-    drawn = (tmp_path / "overview.png").read_bytes()
-    assert main(words) == 2 and (tmp_path / "overview.png").read_bytes() == drawn  # it stays as it was
+    with pytest.raises(ValueError, match="this file exists"):
+        visualize.main(words)

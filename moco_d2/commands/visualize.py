@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for page in (detections, overview):
         page.add_argument("--run", action="append", required=True, type=cli.path, help="give it twice to compare two")
     overview.add_argument("--output", required=True, type=cli.path, metavar="FILE", help="a new file, .png")
-    overview.add_argument("--count", type=int, default=4, help="test pictures (default: %(default)s)")
+    overview.add_argument("--count", type=int, default=3, help="test pictures (default: %(default)s)")
     detections.add_argument("--pictures", type=int, default=500, help="test pictures to look at; 0: all (default: 500)")
     for page in (samples, detections):
         page.add_argument("--output", required=True, type=cli.path, metavar="FOLDER", help="a new folder")
@@ -62,6 +62,6 @@ def make_page(args: argparse.Namespace) -> None:
     else:
         page = check_named_file(args.output, lambda path: False)
         names = [run.name for run in args.run]
-        runs = {run.name if names.count(run.name) == 1 else str(run): run for run in args.run}
+        runs = {run.name.replace("_", " ") if names.count(run.name) == 1 else str(run): run for run in args.run}
         draw_overview(args.pretraining, runs, page, args.count)
     print(page)

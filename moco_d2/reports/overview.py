@@ -23,7 +23,7 @@ KNN = DIAGNOSTICS[0]
 
 
 def draw_overview(
-    pretraining: FolderLike, runs: Mapping[str, FolderLike], path: FolderLike, count: int = 4, threshold: float = 0.5
+    pretraining: FolderLike, runs: Mapping[str, FolderLike], path: FolderLike, count: int = 3, threshold: float = 0.25
 ) -> None:
     """Draw the kNN accuracy and the loss of a pretraining, beside the detections of the detectors fine-tuned from it.
 
@@ -47,8 +47,8 @@ def draw_overview(
     rows = _detections(runs, count, threshold)
 
     columns = len(next(iter(rows.values())))
-    figure = Figure(figsize=(3.6 + 2.1 * columns, 1.9 * len(rows)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[3.6, 2.1 * columns])
+    figure = Figure(figsize=(3.6 + 2.8 * columns, 2.2 * len(rows)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[3.6, 2.8 * columns])
     for axis, (one, points) in zip(left.subplots(len(curves), 1, squeeze=False).flat, curves.items(), strict=True):
         references = [(one.reference_label, one.reference)] if one.reference is not None else []
         plot_lines(axis, one.panel, {one.label.removeprefix("-"): [points]}, references)

@@ -35,7 +35,9 @@ def test_the_notebook_pretrains_converts_and_detects(tmp_path: Path, monkeypatch
     assert not [cell for cell in code if cell.outputs], "the committed notebook has no outputs"
     assert code[0].metadata.tags == ["parameters"]
     code[0].source += "".join(f"\n{name} = {value!r}" for name, value in SMALL.items())
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(
+        notebook, timeout=900, startup_timeout=900, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     shown = [output for cell in code for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in shown) == 3
     assert "proof    largest relative difference" in _text(shown)

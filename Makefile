@@ -16,7 +16,7 @@ PIP := "$(BIN)/python" -m pip --disable-pip-version-check
 STAMP := $(VENV)/.moco_d2-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-full proof test test-slow lint format doctor clean
+.PHONY: help install demo demo-full proof test test-slow lint docs format doctor clean
 
 help: ## Show this list
 	@echo "usage: make TARGET [VENV=.venv] [PYTHON=python3] [CONSTRAINTS=constraints.txt]"
@@ -49,6 +49,10 @@ lint: $(STAMP) ## ruff, mypy, import-linter and codespell
 	"$(BIN)/lint-imports"
 	"$(BIN)/codespell"
 
+# A warning, such as a broken link, is an error; all are shown.
+docs: $(STAMP) ## The documentation site, in site/ (open site/index.html)
+	"$(BIN)/python" -m sphinx --quiet --fresh-env --fail-on-warning --keep-going -c docs . site
+
 format: $(STAMP) ## Let ruff format the code and fix what it can
 	"$(BIN)/ruff" format .
 	"$(BIN)/ruff" check --fix .
@@ -59,7 +63,7 @@ doctor: $(STAMP) ## What is installed, what works, which datasets are found
 install: $(STAMP) ## Only create the environment and install
 
 clean: ## Remove the default environment, caches and build leftovers (not your outputs)
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv build dist site docs/api *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

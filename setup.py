@@ -16,16 +16,24 @@ def version() -> str:
     return match[1]
 
 
-readme = ROOT / "README.md"
+def description() -> str:
+    """Return the README without what PyPI cannot show: relative pictures, and the targets of relative links."""
+    readme = ROOT / "README.md"
+    text = readme.read_text() if readme.is_file() else ""
+    text = re.sub(r"^!\[[^]]*\]\((?!https?://)[^)]*\)\n\n?", "", text, flags=re.MULTILINE)
+    return re.sub(r"\[((?:!\[[^]]*\]\([^)]*\)|[^]!])*)\]\((?!https?://)[^)]*\)", r"\1", text)
+
 
 # Faster COCO evaluation with the same numbers, and the evaluators that LVIS and Cityscapes need.
 EVAL = ["cityscapesscripts>=2.2.4", "faster-coco-eval>=1.8", "hotcoco>=1.3", "lvis>=0.5.3", "shapely>=2"]
+# The site that `make docs` makes. Its tools need Python 3.11; so does lint.
+DOCS = [f"{name}; python_version >= '3.11'" for name in ("furo>=2025.9.25", "myst-parser>=5", "sphinx>=9")]
 
 setup(
     name="moco_d2",
     version=version(),
     description="Pretraining without labels, checkpoint conversion and detection transfer for Detectron2",
-    long_description=readme.read_text() if readme.is_file() else "",
+    long_description=description(),
     long_description_content_type="text/markdown",
     author="moco_d2 contributors",
     license="MIT",
@@ -63,12 +71,16 @@ setup(
     ],
     extras_require={
         "eval": EVAL,
+        "docs": DOCS,
         "dev": [
+            *DOCS,
             *EVAL,
             "codespell>=2.3",
             "import-linter>=2.1",
+            "ipykernel>=6.29",
             "lightly>=1.5",
             "mypy>=1.11",
+            "nbclient>=0.10",
             "pre-commit>=3.5",
             "pytest>=8",
             "pytest-xdist>=3.5",

@@ -56,6 +56,13 @@ def files_below(folder: Path) -> set[str]:
     return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.parent.name != "__pycache__"}
 
 
+def test_the_long_description_needs_no_file_beside_it(unpacked_wheel: Path) -> None:
+    (distribution,) = metadata.distributions(path=[str(unpacked_wheel)])
+    text = distribution.metadata.get_payload() or distribution.metadata["Description"]
+    assert text.startswith("# moco_d2\n\n![License: MIT](https://img.shields.io/")
+    assert "make demo" in text and not re.findall(r"\]\((?!https?://)", text)
+
+
 def test_the_wheel_installs_the_command(unpacked_wheel: Path) -> None:
     (distribution,) = metadata.distributions(path=[str(unpacked_wheel)])
     (script,) = distribution.entry_points
@@ -285,4 +292,4 @@ def test_make_refuses_an_old_python(tmp_path: Path) -> None:
 def test_ci_runs_the_commands_of_the_readme() -> None:
     script = ROOT / ".ci" / "run"
     subprocess.run(["bash", "-n", script], check=True)
-    assert {"make lint", "make test", "make demo"} <= set(script.read_text().splitlines())
+    assert {"make lint", "make docs", "make test", "make demo"} <= set(script.read_text().splitlines())

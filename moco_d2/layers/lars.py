@@ -14,14 +14,14 @@ FORMS = ("lars", "lars_classic", "larc")
 
 
 class Lars(Optimizer):
-    """SGD with momentum that scales each tensor's step by ``trust |p| / |update|``.
+    """SGD with momentum that scales each tensor's step by ``trust ‖p‖ / ‖update‖``.
 
     With g the gradient, p the weights, u = g + weight_decay p and q the scale (1 if a norm is 0):
 
-    * ``lars`` (MoCo v3, BYOL, Barlow Twins, VICReg, DINO): q = trust |p| / |u|; v <- m v + q u; p <- p - lr v.
+    * ``lars`` (MoCo v3, BYOL, Barlow Twins, VICReg, DINO): q = trust ‖p‖ / ‖u‖; v <- m v + q u; p <- p - lr v.
     * ``lars_classic`` (SimCLR): the same q, with the lr inside the momentum: v <- m v + lr q u; p <- p - v. It differs
       from ``lars`` once the lr changes.
-    * ``larc`` (SwAV): q = trust |p| / (|g| + weight_decay |p| + 1e-8); v <- m v + q u; p <- p - lr v. If a norm is 0,
+    * ``larc`` (SwAV): q = trust ‖p‖ / (‖g‖ + weight_decay ‖p‖ + 1e-8); v <- m v + q u; p <- p - lr v. If a norm is 0,
       there is no weight decay either.
 
     A group with ``adapt`` False has q = 1. The papers do this for biases and norms, without weight decay.

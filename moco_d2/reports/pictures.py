@@ -64,7 +64,7 @@ def _draw_panels(panels: Sequence[Panel], path: FolderLike) -> None:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         plot_lines(axis, *panel)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def save_panels(painters: Sequence[Callable[[Any], None]], path: FolderLike) -> None:
@@ -72,7 +72,7 @@ def save_panels(painters: Sequence[Callable[[Any], None]], path: FolderLike) -> 
     figure = Figure(figsize=(7.5, 2.6 * len(painters)), layout="constrained")
     for axis, paint in zip(figure.subplots(len(painters), sharex=True, squeeze=False)[:, 0], painters, strict=True):
         paint(axis)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def draw_view_pairs(cfg: CfgNode, path: FolderLike, count: int = 8) -> None:
@@ -93,7 +93,7 @@ def draw_view_pairs(cfg: CfgNode, path: FolderLike, count: int = 8) -> None:
             axes[row, column].imshow(view)
             axes[row, column].set_axis_off()
     figure.suptitle(f"views of {cfg.DATA.AUGMENTATION}, an image per column", fontsize=11)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def draw_detections(runs: Mapping[str, FolderLike], path: FolderLike, count: int = 4, threshold: float = 0.25) -> None:
@@ -121,7 +121,7 @@ def draw_detections(runs: Mapping[str, FolderLike], path: FolderLike, count: int
             axis.set_axis_off()
             if column == 0:
                 axis.set_title(f"{name} (score >= {threshold})" if name in predictors else name, loc="left")
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,8 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save_figure(figure: Any, path: FolderLike) -> None:
+def save_figure(figure: Any, path: FolderLike) -> None:
+    """Write a matplotlib figure as a PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": SOFTWARE})
     with atomic_write(path) as file:

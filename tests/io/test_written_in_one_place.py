@@ -46,7 +46,7 @@ ALLOWED = {
     "moco_d2/running/launch.py _rank_main": "a temporary folder of the launcher",
     "moco_d2/exits.py leave": "os.devnull",
     "moco_d2/reports/curves.py _draw": "a figure into memory",
-    "moco_d2/reports/pictures.py _save_figure": "a figure into memory",
+    "moco_d2/reports/pictures.py save_figure": "a figure into memory",
     "moco_d2/reports/visualize.py _figure": "a picture into memory",
     "moco_d2/io/download.py _attempt": "a partial download, under a name of ours, goes on growing",
     "moco_d2/io/locks.py lock": "the lock's own file",

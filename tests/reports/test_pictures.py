@@ -13,8 +13,9 @@ from detectron2.structures import BoxMode
 from matplotlib.figure import Figure
 from PIL import Image
 
+from moco_d2.commands import visualize
 from moco_d2.config import load_cfg
-from moco_d2.reports import pictures
+from moco_d2.reports import overview, pictures
 
 # A detector that is built in a moment.
 SMALL = [
@@ -28,8 +29,8 @@ SMALL = [
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are saved."""
     saved: list[Figure] = []
-    save = pictures._save_figure
-    monkeypatch.setattr(pictures, "_save_figure", lambda figure, path: (saved.append(figure), save(figure, path)))
+    save = pictures.save_figure
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: (saved.append(figure), save(figure, path)))
     return saved
 
 
@@ -76,7 +77,9 @@ def test_views_are_shown_in_their_own_colours(photos: Path, tmp_path: Path, figu
 
 # Detectron2's anchors call meshgrid in the old way.
 @pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
-def test_detections_of_each_run_beside_the_truth(photos: Path, tmp_path: Path, figures: list[Figure]) -> None:
+def test_detections_of_each_run_beside_the_truth(
+    photos: Path, tmp_path: Path, figures: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
     box = {"bbox": [10, 10, 50, 50], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 2}
     records = [
         {"file_name": str(path), "image_id": path.stem, "height": 64, "width": 96, "annotations": [box]}
@@ -97,3 +100,27 @@ def test_detections_of_each_run_beside_the_truth(photos: Path, tmp_path: Path, f
     headings = {axis.get_title(loc="left") for axis in figures[0].axes} - {""}
     assert {heading.split(" (")[0] for heading in headings} == {"ground truth", "MoCo", "random"}
     assert _pixels(tmp_path / "found.png").std() > 1
+    _the_overview_has_curves_ap_and_labels(folder, tmp_path, figures, monkeypatch)
+
+
+def _the_overview_has_curves_ap_and_labels(
+    detector: Path, tmp_path: Path, figures: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overview, "save_figure", pictures.save_figure)
+    metrics = {"sample_pictures": {"bbox": {"AP": 12.34}}}
+    (detector / "results.json").write_text(json.dumps({"protocol": "any", "metrics": metrics}))
+    words = ["overview", "--pretraining", str(tmp_path / "pretraining"), "--run", str(detector)]
+    words += ["--output", str(tmp_path / "overview.png"), "--count", "2"]
+    (tmp_path / "pretraining").mkdir()
+    (tmp_path / "pretraining" / "config.yaml").write_text(load_cfg().dump())
+    with pytest.raises(ValueError, match=r"metrics\.json is missing"):
+        visualize.main(words)
+    lines = [{"iteration": 9, "total_loss": 5.0, "monitor/knn_top1": 20.0}, {"iteration": 19, "total_loss": 4.0}]
+    (tmp_path / "pretraining" / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    visualize.main(words)
+    knn, loss, first, *_ = axes = figures[-1].axes
+    assert len(axes) == 2 + 2 * 2  # two curves; two pictures of the run, and their labels
+    assert (list(knn.lines[0].get_ydata()), list(loss.lines[0].get_xdata())) == ([20], [10, 20])
+    assert first.get_title(loc="left") == "run: AP 12.3"
+    with pytest.raises(ValueError, match="this file exists"):
+        visualize.main(words)

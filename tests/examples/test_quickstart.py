@@ -17,7 +17,7 @@ NOTEBOOK = Path(__file__).parents[2] / "examples" / "quickstart.ipynb"
 SMALL: dict[str, Any] = {
     "PRETRAIN_OPTIONS": [
         "SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 8, "DATA.CROP_SIZE", 32,
-        "SSL.ARGS.queue_size", 16, "DATALOADER.NUM_WORKERS", 0,
+        "SSL.ARGS.queue_size", 16, "SSL.ARGS.bn_groups", 2, "DATALOADER.NUM_WORKERS", 0,
     ],
     "DETECT_OPTIONS": [
         "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", (), "SOLVER.IMS_PER_BATCH", 1, "DATALOADER.NUM_WORKERS", 0,
@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
 
 
 def test_the_notebook_pretrains_converts_and_detects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = dict.fromkeys(make.SPLITS, 3) | {"imagenet/train": 20, "VOC2007/test": 6}
+    few = dict.fromkeys(make.SPLITS, 3) | {"imagenet/train": 20, "imagenet/val": 20, "VOC2007/test": 6}
     monkeypatch.setattr(make, "SPLITS", few | {"VOC2007/trainval": 20})
     make.make_all(tmp_path / "output" / "quickstart" / "samples", seed=0)
     notebook = read(NOTEBOOK, as_version=4)

@@ -1,4 +1,4 @@
-r"""Measure what a backbone has learned: by nearest neighbours, a classifier, few labels, or detectors.
+r"""Measure what a backbone has learned: kNN, classifiers, few labels, detectors.
 
     moco-d2 probe knn --weights output/moco_v2/backbone.pth --train imagenet_train --val imagenet_val
     moco-d2 probe knn --weights random --config-file Pretrain/moco_v2_R50_200ep --data FOLDER --k 1 20 200

@@ -96,7 +96,8 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     angle = rng.uniform(0, 2 * np.pi)
     along = x * np.float32(np.cos(angle) / width) + y * np.float32(np.sin(angle) / height)
     light = 1 + np.float32(rng.uniform(0, 0.25)) * along
-    noise = sum((clouds(rng, height, width, cell) - 0.5) * np.float32(np.sqrt(cell)) for cell in (3, 8, 20))
+    layers = [(clouds(rng, height, width, cell) - 0.5) * np.float32(np.sqrt(cell)) for cell in (3, 8, 20)]
+    noise = np.sum(layers, axis=0)
     main = np.array(BACKDROPS[rng.integers(len(BACKDROPS))], np.float32)
     canvas: np.ndarray = main * light[..., None] + noise[..., None] * np.float32(10)
     return canvas

@@ -28,8 +28,8 @@ _SUBPIXEL_BITS = 4
 Range = tuple[float, float]
 TEXTURES = ("plain", "stripes", "dots", "checks", "waves")
 HUES = 10
-# RGB of the backgrounds: sky, grass, sand, asphalt.
-BACKDROPS = ((150, 166, 184), (112, 128, 96), (170, 156, 130), (104, 104, 108))
+# RGB of the backgrounds, which differ by less than the jitter of colours does: sky, grass, sand, asphalt on a dull day.
+BACKDROPS = ((132, 137, 142), (125, 131, 120), (140, 134, 124), (122, 122, 126))
 # 3 and 10 have no common factor, so the 20 kinds have 20 different pairs of texture and hue.
 _KIND_TEXTURE = {kind: TEXTURES[i % len(TEXTURES)] for i, kind in enumerate(KINDS)}
 _KIND_HUE = {kind: ((3 * i + i // 10 * 2) % HUES) / HUES for i, kind in enumerate(KINDS)}
@@ -95,7 +95,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     y, x = np.mgrid[:height, :width].astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     along = x * np.float32(np.cos(angle) / width) + y * np.float32(np.sin(angle) / height)
-    light = 1 + np.float32(rng.uniform(0, 0.25)) * along
+    light = 1 + np.float32(rng.uniform(0, 0.15)) * along
     layers = [(clouds(rng, height, width, cell) - 0.5) * np.float32(np.sqrt(cell)) for cell in (3, 8, 20)]
     noise = np.sum(layers, axis=0)
     main = np.array(BACKDROPS[rng.integers(len(BACKDROPS))], np.float32)
@@ -321,13 +321,20 @@ def draw_scene(
                 break
     if crowd and (herd := _draw_crowd(rng, canvas, things, crowd)):
         things.append(herd)
-    return Scene(develop(rng, canvas, (2, 7)), things)
+    return Scene(develop(rng, canvas, exposure=(1, 1), noise=(4, 4)), things)
 
 
-def develop(rng: np.random.Generator, canvas: np.ndarray, noise: Range) -> np.ndarray:
-    """Average a canvas down to a picture, (height, width, 3) uint8, with random exposure and noise (pixel values)."""
+def develop(rng: np.random.Generator, canvas: np.ndarray, exposure: Range, noise: Range) -> np.ndarray:
+    """Average a canvas down to a picture, (height, width, 3) uint8.
+
+    Args:
+        rng: source of exposure and noise.
+        canvas: (H, W, 3).
+        exposure: range of the factor of all pixel values.
+        noise: range of the standard deviation of the noise, in pixel values.
+    """
     height, width = (side // SUPERSAMPLING for side in canvas.shape[:2])
-    canvas = canvas * np.float32(rng.uniform(0.75, 1.15))
+    canvas = canvas * np.float32(rng.uniform(*exposure))
     small: np.ndarray = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
     small += np.asarray(rng.normal(0, rng.uniform(*noise), small.shape), np.float32)
     picture: np.ndarray = np.clip(small, 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-r"""Make a page of pictures: training samples, or what one or two detectors find. Or one picture of an experiment.
+r"""Draw training samples, what one or two detectors find, or an experiment in one picture.
 
     moco-d2 visualize samples --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x --output output/samples
     moco-d2 visualize detections --run output/moco --output output/moco_page

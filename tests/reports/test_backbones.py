@@ -138,8 +138,8 @@ def test_probes_that_differ_have_columns_of_their_own(tmp_path: Path) -> None:
 
 def test_curves_of_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[Figure] = []
-    save = pictures._save_figure
-    monkeypatch.setattr(pictures, "_save_figure", lambda figure, path: (saved.append(figure), save(figure, path)))
+    save = pictures.save_figure
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: (saved.append(figure), save(figure, path)))
     pretrain(tmp_path / "a")
     pretrain(tmp_path / "b", done=20, queue=128)
     for _ in range(2):  # it replaces its own picture

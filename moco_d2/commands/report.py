@@ -1,4 +1,4 @@
-r"""Write tables, curves and one HTML page about runs: pretraining, probes of backbones, and detectors.
+r"""Write tables, curves and one HTML page about pretraining, probes and detectors.
 
     moco-d2 report output/trials -o output/report
     moco-d2 report output/moco_v2 output/probe_knn.json output/trials/voc0712_faster_rcnn_R_50_C4_24k -o output/report

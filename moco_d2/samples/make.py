@@ -74,8 +74,8 @@ def scenes(split: str, count: int, seed: int) -> Iterator[Scene]:
     for number in range(count):
         rng = generator(split, number, seed)
         if split.startswith("imagenet"):  # one object fills the picture, as in ImageNet
-            kinds, scale = [KINDS[number % len(KINDS)]], (0.5, 0.9)
-            yield draw_scene(rng, OBJECT_SIDE, OBJECT_SIDE, kinds, scale, clutter=False, border=0.15)
+            kinds, scale = [KINDS[number % len(KINDS)]], (0.45, 0.8)
+            yield draw_scene(rng, OBJECT_SIDE, OBJECT_SIDE, kinds, scale, clutter=False, border=0.2)
             continue
         height, width = int(rng.integers(110, 151)), int(rng.integers(140, 201))
         if rng.random() < 0.25:

@@ -321,21 +321,25 @@ def draw_scene(
                 break
     if crowd and (herd := _draw_crowd(rng, canvas, things, crowd)):
         things.append(herd)
-    return Scene(develop(rng, canvas, exposure=(1, 1), noise=(4, 4)), things)
+    return Scene(develop(rng, canvas, exposure=(0.65, 1.25), saturation=(0.6, 1), noise=(4, 4)), things)
 
 
-def develop(rng: np.random.Generator, canvas: np.ndarray, exposure: Range, noise: Range) -> np.ndarray:
+def develop(
+    rng: np.random.Generator, canvas: np.ndarray, exposure: Range, saturation: Range, noise: Range
+) -> np.ndarray:
     """Average a canvas down to a picture, (height, width, 3) uint8.
 
     Args:
-        rng: source of exposure and noise.
+        rng: source of the following.
         canvas: (H, W, 3).
         exposure: range of the factor of all pixel values.
+        saturation: range of the factor of the differences from grey.
         noise: range of the standard deviation of the noise, in pixel values.
     """
     height, width = (side // SUPERSAMPLING for side in canvas.shape[:2])
-    canvas = canvas * np.float32(rng.uniform(*exposure))
     small: np.ndarray = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
+    grey = small.mean(axis=2, keepdims=True)
+    small = (grey + (small - grey) * np.float32(rng.uniform(*saturation))) * np.float32(rng.uniform(*exposure))
     small += np.asarray(rng.normal(0, rng.uniform(*noise), small.shape), np.float32)
     picture: np.ndarray = np.clip(small, 0, 255).astype(np.uint8)
     return picture

@@ -129,7 +129,8 @@ class Demo:
                 row |= {f"{name} AP": metrics["bbox"]["AP"], f"{name} AP50": metrics["bbox"]["AP50"]}
                 row |= {f"{name} mask AP": metrics["segm"]["AP"]} if "segm" in metrics else {}
             rows.append(row)
-        return tabulate(rows, "keys", "pipe", floatfmt=".2f", missingval="-")
+        text: str = tabulate(rows, "keys", "pipe", floatfmt=".2f", missingval="-")
+        return text
 
 
 def run_name(name: str, init: str) -> str:

@@ -26,7 +26,7 @@ def test_the_demo_of_a_wheel_in_an_empty_folder(
     the_table_compares_both_inits_on_both_tasks(output, done.stdout)
     the_detectors_started_from_what_was_pretrained(output)
     the_wheel_holds_what_a_report_is_made_of(output, unpacked_wheel, tmp_path)
-    for name in ("pretraining", "views", "detections_VOC", "detections_COCO"):
+    for name in ("pretraining", "views", "overview", "detections_VOC", "detections_COCO"):
         the_picture_is_there(output / f"{name}.png")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(output / "datasets"))
     a_detector_is_evaluated_again_in_its_runs_folder_and_the_run_stays_as_it_was(output)

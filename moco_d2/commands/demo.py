@@ -95,7 +95,7 @@ class Demo:
         """Write the table, the pictures and the report page."""
         from moco_d2.config import load_cfg
         from moco_d2.io.files import atomic_write
-        from moco_d2.reports import pictures, report
+        from moco_d2.reports import overview, pictures, report
 
         out = self.output
         table = self.table()
@@ -106,6 +106,7 @@ class Demo:
         for name in DETECTORS:
             folders = {f"from {init}": self.run_folder(name, init) for init in INITS}
             pictures.draw_detections(folders, out / f"detections_{name.split()[0]}.png")
+        overview.draw_overview(out / "pretrain", folders, out / "overview.png")
         runs = [self.run_folder(name, init) for name in DETECTORS for init in INITS]
         report.write_report([out / "pretrain", *runs], out / "report")
         print(f"\n[{self._clock()}] done\n\n{table}\n")
@@ -141,7 +142,7 @@ def run_name(name: str, init: str) -> str:
 def content() -> list[str]:
     """Return the names of everything that the demo writes; a folder that contains anything else is not emptied."""
     runs = [run_name(name, init) for name in DETECTORS for init in INITS]
-    pictures = ["pretraining.png", "views.png", *(f"detections_{name.split()[0]}.png" for name in DETECTORS)]
+    pictures = ["pretraining.png", "views.png", "overview.png", *(f"detections_{name.split()[0]}.png" for name in DETECTORS)]
     return ["datasets", "pretrain", "moco.pth", "moco.yaml", "logs", "table.md", "report", *pictures, *runs]
 
 

@@ -142,7 +142,8 @@ def run_name(name: str, init: str) -> str:
 def content() -> list[str]:
     """Return the names of everything that the demo writes; a folder that contains anything else is not emptied."""
     runs = [run_name(name, init) for name in DETECTORS for init in INITS]
-    pictures = ["pretraining.png", "views.png", "overview.png", *(f"detections_{name.split()[0]}.png" for name in DETECTORS)]
+    pictures = [f"{name}.png" for name in ("pretraining", "views", "overview")]
+    pictures += [f"detections_{name.split()[0]}.png" for name in DETECTORS]
     return ["datasets", "pretrain", "moco.pth", "moco.yaml", "logs", "table.md", "report", *pictures, *runs]
 
 

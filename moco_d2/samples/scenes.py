@@ -1,9 +1,9 @@
 """Scenes of the sample data: a few backgrounds, unlabelled clutter and twenty kinds of objects.
 
-A kind is an outline, a texture and a main colour, with the name of a VOC class. No single cue identifies a kind: two
-kinds share each of the ten hues, four share each of the five textures, and the clutter has the same hues. Shape,
-texture and colour have to be learned together. A small network begins to do so within a hundred steps and is not
-finished after a thousand.
+A kind is an outline, a texture and a main colour, with the name of a VOC class. No single cue identifies a kind: four
+kinds share each of the five hues, four each of the five textures, and the clutter has the same hues. Shape, texture and
+colour have to be learned together. A small network begins to do so within a hundred steps and is not finished after a
+thousand.
 
 Everything is drawn at twice the final size and averaged, so that edges look like those of a photograph.
 
@@ -27,12 +27,12 @@ LEAST_VISIBLE = 0.6
 _SUBPIXEL_BITS = 4
 Range = tuple[float, float]
 TEXTURES = ("plain", "stripes", "dots", "checks", "waves")
-HUES = 10
+HUES = 5
 # RGB of the backgrounds, which differ by less than the jitter of colours does: sky, grass, sand, asphalt on a dull day.
 BACKDROPS = ((132, 137, 142), (125, 131, 120), (140, 134, 124), (122, 122, 126))
-# 3 and 10 have no common factor, so the 20 kinds have 20 different pairs of texture and hue.
+# Kinds with the same texture differ in hue.
 _KIND_TEXTURE = {kind: TEXTURES[i % len(TEXTURES)] for i, kind in enumerate(KINDS)}
-_KIND_HUE = {kind: ((3 * i + i // 10 * 2) % HUES) / HUES for i, kind in enumerate(KINDS)}
+_KIND_HUE = {kind: ((2 * i + i // 5) % HUES) / HUES for i, kind in enumerate(KINDS)}
 
 
 @dataclass
@@ -321,25 +321,21 @@ def draw_scene(
                 break
     if crowd and (herd := _draw_crowd(rng, canvas, things, crowd)):
         things.append(herd)
-    return Scene(develop(rng, canvas, exposure=(0.65, 1.25), saturation=(0.6, 1), noise=(4, 4)), things)
+    return Scene(develop(rng, canvas, exposure=(1, 1), noise=(4, 4)), things)
 
 
-def develop(
-    rng: np.random.Generator, canvas: np.ndarray, exposure: Range, saturation: Range, noise: Range
-) -> np.ndarray:
+def develop(rng: np.random.Generator, canvas: np.ndarray, exposure: Range, noise: Range) -> np.ndarray:
     """Average a canvas down to a picture, (height, width, 3) uint8.
 
     Args:
-        rng: source of the following.
+        rng: source of exposure and noise.
         canvas: (H, W, 3).
         exposure: range of the factor of all pixel values.
-        saturation: range of the factor of the differences from grey.
         noise: range of the standard deviation of the noise, in pixel values.
     """
     height, width = (side // SUPERSAMPLING for side in canvas.shape[:2])
+    canvas = canvas * np.float32(rng.uniform(*exposure))
     small: np.ndarray = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
-    grey = small.mean(axis=2, keepdims=True)
-    small = (grey + (small - grey) * np.float32(rng.uniform(*saturation))) * np.float32(rng.uniform(*exposure))
     small += np.asarray(rng.normal(0, rng.uniform(*noise), small.shape), np.float32)
     picture: np.ndarray = np.clip(small, 0, 255).astype(np.uint8)
     return picture

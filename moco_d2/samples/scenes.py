@@ -1,9 +1,9 @@
 """Scenes of the sample data: a few backgrounds, unlabelled clutter and twenty kinds of objects.
 
-A kind is an outline, a texture and a main colour, with the name of a VOC class. No single cue identifies a kind: four
-kinds share each of the five hues, four each of the five textures, and the clutter has the same hues. Shape, texture and
-colour have to be learned together. A small network begins to do so within a hundred steps and is not finished after a
-thousand.
+A kind is an outline, a texture and a main colour, with the name of a VOC class. No single cue identifies a kind: two
+kinds share each of the ten hues, four share each of the five textures, and the clutter has the same hues. Shape,
+texture and colour have to be learned together. A small network begins to do so within a hundred steps and is not
+finished after a thousand.
 
 Everything is drawn at twice the final size and averaged, so that edges look like those of a photograph.
 
@@ -27,12 +27,12 @@ LEAST_VISIBLE = 0.6
 _SUBPIXEL_BITS = 4
 Range = tuple[float, float]
 TEXTURES = ("plain", "stripes", "dots", "checks", "waves")
-HUES = 5
+HUES = 10
 # RGB of the backgrounds, which differ by less than the jitter of colours does: sky, grass, sand, asphalt on a dull day.
 BACKDROPS = ((132, 137, 142), (125, 131, 120), (140, 134, 124), (122, 122, 126))
-# Kinds with the same texture differ in hue.
+# 3 and 10 have no common factor, so the 20 kinds have 20 different pairs of texture and hue.
 _KIND_TEXTURE = {kind: TEXTURES[i % len(TEXTURES)] for i, kind in enumerate(KINDS)}
-_KIND_HUE = {kind: ((2 * i + i // 5) % HUES) / HUES for i, kind in enumerate(KINDS)}
+_KIND_HUE = {kind: ((3 * i + i // 10 * 2) % HUES) / HUES for i, kind in enumerate(KINDS)}
 
 
 @dataclass

@@ -178,6 +178,4 @@ def draw_street(rng: np.random.Generator, height: int, width: int) -> Street:
     painter.traffic()
     bonnet = disc(width / 2, height, 0.55 * width, 0.08 * height)
     painter.area("ego vehicle", bonnet, rng.random(), (0.1, 0.5), (0.1, 0.3))
-    return Street(
-        develop(rng, painter.canvas, exposure=(0.75, 1.15), noise=(1, 2)), painter.outlines
-    )
+    return Street(develop(rng, painter.canvas, exposure=(0.75, 1.15), noise=(1, 2)), painter.outlines)

@@ -113,7 +113,7 @@ class Demo:
         report.write_report([out / "pretrain", *runs], out / "report")
         print(f"\n[{self._clock()}] done\n\n{table}\n")
         print("kNN: held-out pictures whose nearest neighbours tell their kind (chance: 5 %). AP: one short run each;")
-        print("docs/results.md has the means of five, and says which differences hold.")
+        print("docs/results.md has means over seeds, and says which differences hold.")
         print(f"The page report/report.html, pictures (*.png), logs and checkpoints are in {out}")
 
     def table(self) -> str:

@@ -19,8 +19,10 @@ signal.signal(signal.SIGTERM, save)
 print("begun", flush=True)
 time.sleep(60)
 """
+# SIGINT has its own handler again, which a test run in the background ignores and hands down.
 FOLLOWING = """
-import pathlib, re, sys
+import pathlib, re, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from moco_d2.commands import cli
 cli.guard(lambda: cli.follow(["-c", sys.argv[1]], pathlib.Path("log"), re.compile(".+")))
 """

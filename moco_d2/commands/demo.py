@@ -40,8 +40,6 @@ class Demo:
     def __init__(self, output: Path, full: bool, steps: int | None) -> None:
         # Set before Detectron2 is imported, which reads it then; the stages inherit it.
         os.environ["DETECTRON2_DATASETS"] = str(output / "datasets")
-        # The loader's process needs a core: with a thread for each core, a step takes 1.7 times as long on two cores.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - 1)))
         from moco_d2.io import files
 
         self.output = output
@@ -64,7 +62,11 @@ class Demo:
         log = self.output / "logs" / f"{title.replace(' ', '_').replace(',', '')}.log"
         print(f"\n[{self._clock()}] {title}\n  $ moco-d2 {shlex.join(words)}", flush=True)
         shown = cli.PROGRESS if "OUTPUT_DIR" in words else re.compile(r".*\S")
-        code = cli.follow(["-m", "moco_d2", *words], log, shown, pass_fds=[self.lock])
+        environment = dict(os.environ)
+        if words[0] == "pretrain":
+            # Its loader is busy all the time. With a thread for each core, loader and step hinder each other.
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - 1)))
+        code = cli.follow(["-m", "moco_d2", *words], log, shown, pass_fds=[self.lock], env=environment)
         if code:
             cli.fail(f"stage {title!r} failed with code {code}; its log is {log}", code if code > 0 else 1)
 

@@ -74,9 +74,7 @@ def probe_linear(
 ) -> dict[str, Any]:
     """Train a linear classifier, test it after every epoch, and write ``OUTPUT_DIR/probe.json``.
 
-    The backbone is frozen, or trained as well, as the protocol says.
-
-    Every process must call this.
+    The backbone is frozen, or trained as well, as the protocol says. Every process must call this.
 
     Args:
         backbone: to be probed; moved to ``MODEL.DEVICE``.
@@ -100,13 +98,11 @@ def probe_linear(
     tested = (_changing if protocol.backbone_lr else _frozen)(backbone, val, cfg, protocol)
     batches, sampler, skips = (_cached if protocol.cached else _augmented)(backbone, train, cfg, protocol)
 
+    kind = "semi" if protocol.backbone_lr else "linear"
     settings = {
         "SEED": cfg.SEED, "protocol": name, "changes": list(changes), "sha256 of the weights": backbone.sha256,
-        "number of images": sampler.size,
-        **{f"fingerprint of the {half} pictures' names": Paths(one.files).fingerprint
-           for half, one in (("training", train), ("test", val))},
+        "number of images": sampler.size, **_fingerprints(training=train, test=val),
     }  # fmt: skip
-    kind = "semi" if protocol.backbone_lr else "linear"
     trainer = LinearTrainer(
         backbone.network, batches, tested, len(train.classes), protocol, sampler.steps_per_epoch, cfg, settings
     )
@@ -122,10 +118,19 @@ def probe_linear(
     sets |= {"labels": dict(labels)} if labels else {}
     found = {"protocol": name, "changes": list(changes), **trainer.results(), **sets, "classes": len(train.classes)}
     content = result(kind, backbone, cfg.SEED, cfg.MODEL.DEVICE, found)
-    if comm.is_main_process():
-        with atomic_write(Path(cfg.OUTPUT_DIR) / FILE) as file:
-            file.write(as_json(content))
+    _write(content, Path(cfg.OUTPUT_DIR) / FILE)
     return content
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    if comm.is_main_process():
+        with atomic_write(path) as file:
+            file.write(as_json(content))
+
+
+def _fingerprints(**halves: LabelledSet) -> dict[str, Any]:
+    """Return what a resumed run compares of its pictures."""
+    return {f"fingerprint of the {half} pictures' names": Paths(one.files).fingerprint for half, one in halves.items()}
 
 
 def _check(protocol: LinearProtocol, pictures: int) -> None:

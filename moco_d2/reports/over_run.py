@@ -50,7 +50,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Pretraining:
+class CheckpointedRun:
     """A pretraining and its checkpoints, the oldest first.
 
     Attributes:
@@ -116,7 +116,7 @@ class Pretraining:
         return list(dict.fromkeys(chosen)), note
 
 
-def read_pretraining(folder: Path, output: Path) -> Pretraining:
+def read_pretraining(folder: Path, output: Path) -> CheckpointedRun:
     """Read which checkpoints a pretraining has, and which were converted into the output folder earlier.
 
     Raises:
@@ -144,13 +144,13 @@ def read_pretraining(folder: Path, output: Path) -> Pretraining:
         )
     found.setdefault(int(content["iteration"]) + 1, last)
     cfg = load_cfg(folder / "config.yaml")
-    empty = Pretraining(folder, cfg, run["number of images"] // run["SOLVER.IMS_PER_BATCH"], ())
+    empty = CheckpointedRun(folder, cfg, run["number of images"] // run["SOLVER.IMS_PER_BATCH"], ())
     listed = {label: Checkpoint(done, label, path) for done, path in found.items() for label in [_label(empty, done)]}
     earlier = {one.label: one for one in converted(output)}
     return replace(empty, checkpoints=tuple(sorted((earlier | listed).values(), key=lambda one: one.iteration)))
 
 
-def _label(run: Pretraining, done: int) -> str:
+def _label(run: CheckpointedRun, done: int) -> str:
     if run.unit == "iteration":
         return f"iteration_{done:07d}"
     return f"epoch_{run.place(done):07.2f}".removesuffix(".00")
@@ -169,7 +169,7 @@ def _weights(output: Path, label: str) -> Path:
 
 
 def check(
-    run: Pretraining, protocol: str, output: Path, references: Sequence[str], seeds: Sequence[int],
+    run: CheckpointedRun, protocol: str, output: Path, references: Sequence[str], seeds: Sequence[int],
     opts: Sequence[str] = (), processes: int = 1,
 ) -> None:  # fmt: skip
     """Check all that can be checked before the first conversion; nothing is written.
@@ -191,13 +191,13 @@ def check(
     trials.plan(protocol, list(dict.fromkeys(["random", *references])), seeds, output, (100.0,), opts, processes)
 
 
-def _request(run: Pretraining, protocol: str) -> dict[str, Any]:
+def _request(run: CheckpointedRun, protocol: str) -> dict[str, Any]:
     recipe = settings(run.cfg, roles.PRETRAINING, roles.RECIPE)
     request: dict[str, Any] = json.loads(json.dumps({"protocol": protocol, "SEED": run.cfg.SEED, **recipe}))
     return request
 
 
-def claim(run: Pretraining, protocol: str, output: Path) -> None:
+def claim(run: CheckpointedRun, protocol: str, output: Path) -> None:
     """Create the output folder, and record which pretraining and protocol it belongs to."""
     files.claim(output, [REQUEST, WEIGHTS, *PAGE], "--output")
     with files.one_line(output, "--output"), files.atomic_write(output / REQUEST) as file:

@@ -20,7 +20,7 @@ from moco_d2.io import files
 from moco_d2.io.provenance import provenance
 from moco_d2.methods import Diagnostic
 from moco_d2.reports.curves import Line, draw_panels, plot_lines
-from moco_d2.reports.over_run import PAGE, Pretraining, converted
+from moco_d2.reports.over_run import PAGE, CheckpointedRun, converted
 from moco_d2.reports.pictures import save_panels
 from moco_d2.reports.records import RESULTS, read_scalars
 from moco_d2.reports.report import signed
@@ -31,7 +31,7 @@ _POINTS = 400  # most points of a curve
 _LINES = ("#2f7ed8", "#e0732b", "#2a9d6f", "#a35fc4")
 
 
-def write_page(run: Pretraining, protocol: str, output: Path) -> list[str]:
+def write_page(run: CheckpointedRun, protocol: str, output: Path) -> list[str]:
     """Write JSON, HTML and PNG about the trials in the output folder that are finished.
 
     Returns:
@@ -54,7 +54,7 @@ def write_page(run: Pretraining, protocol: str, output: Path) -> list[str]:
 
 
 def collect(
-    run: Pretraining, protocol: str, output: Path, curves: Mapping[str, Sequence[tuple[int, float]]]
+    run: CheckpointedRun, protocol: str, output: Path, curves: Mapping[str, Sequence[tuple[int, float]]]
 ) -> dict[str, Any]:
     """Return the numbers of the page.
 
@@ -93,11 +93,11 @@ def collect(
     }  # fmt: skip
 
 
-def _loss(run: Pretraining) -> Diagnostic:
+def _loss(run: CheckpointedRun) -> Diagnostic:
     return next(one for one in outline(run.cfg).diagnostics() if one.key == "total_loss")
 
 
-def _curve(run: Pretraining, key: str) -> list[tuple[int, float]]:
+def _curve(run: CheckpointedRun, key: str) -> list[tuple[int, float]]:
     """Return (iterations done, value); the monitor's first value is that before training."""
     curve: dict[int, float] = {}
     for record in read_scalars(run.folder):
@@ -119,7 +119,7 @@ def _thin(points: Sequence[tuple[float, float]]) -> Line:
 
 
 def _painters(
-    run: Pretraining, content: Mapping[str, Any], curves: Mapping[str, Sequence[tuple[int, float]]]
+    run: CheckpointedRun, content: Mapping[str, Any], curves: Mapping[str, Sequence[tuple[int, float]]]
 ) -> list[Callable[[Any], None]]:
     """Return the plots from the top: AP, kNN accuracy if it was recorded, loss."""
     panels: list[Callable[[Any], None]] = [partial(_paint_results, run, content)]
@@ -140,7 +140,7 @@ def _painters(
     return [partial(finish, paint, paint is panels[-1]) for paint in panels]
 
 
-def _paint_results(run: Pretraining, content: Mapping[str, Any], axis: Any) -> None:
+def _paint_results(run: CheckpointedRun, content: Mapping[str, Any], axis: Any) -> None:
     """Draw the first metric of each result with its std over seeds, and references as dashed lines."""
     several = len(content["results"]) > 1
     for result, colour in zip(content["results"], _LINES, strict=False):
@@ -181,7 +181,9 @@ def _references(content: Mapping[str, Any], result: Mapping[str, Any]) -> list[s
     return [label for label in result["rows"] if label not in points]
 
 
-def rows(run: Pretraining, content: Mapping[str, Any], result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def rows(
+    run: CheckpointedRun, content: Mapping[str, Any], result: Mapping[str, Any]
+) -> tuple[list[str], list[list[str]]]:
     """Return the head and the lines of a result's table: the references, then the checkpoints.
 
     "change" is that of the first metric since the checkpoint before.
@@ -206,7 +208,7 @@ def rows(run: Pretraining, content: Mapping[str, Any], result: Mapping[str, Any]
     return head, body
 
 
-def finding(run: Pretraining, content: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+def finding(run: CheckpointedRun, content: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """Return in words where the first metric is highest, and from where on it is no more than one std lower."""
     metric = result["metrics"][0]
     points = [
@@ -225,7 +227,7 @@ def finding(run: Pretraining, content: Mapping[str, Any], result: Mapping[str, A
     return f"{text} The first checkpoint within one standard deviation of it is that of {at}."
 
 
-def _text(run: Pretraining, content: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+def _text(run: CheckpointedRun, content: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
     from tabulate import tabulate
 
     head, body = rows(run, content, result)
@@ -238,7 +240,7 @@ def _title(content: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     return f"{content['protocol']} on {result['test_set']}{variant}"
 
 
-def _html(run: Pretraining, content: Mapping[str, Any], picture: str) -> str:
+def _html(run: CheckpointedRun, content: Mapping[str, Any], picture: str) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page, report = (
         resources.files(__package__).joinpath(f"{name}.html").read_text() for name in ("over_run", "report")

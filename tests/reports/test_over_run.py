@@ -25,7 +25,7 @@ from moco_d2.config import load_cfg
 from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.io.provenance import sha256
 from moco_d2.reports import over_run_page, trials
-from moco_d2.reports.over_run import Checkpoint, Pretraining
+from moco_d2.reports.over_run import Checkpoint, CheckpointedRun
 from tests.detection.conftest import dataset_root  # noqa: F401, a fixture
 
 # Detectron2's own, when a detector is built.
@@ -208,9 +208,9 @@ def test_mistakes_are_named_before_anything_is_written(
     assert not trained and not (tmp_path / "out").exists()
 
 
-def pretraining(folder: Path, iterations: list[int], steps: int = 100) -> Pretraining:
+def pretraining(folder: Path, iterations: list[int], steps: int = 100) -> CheckpointedRun:
     checkpoints = tuple(Checkpoint(done, f"epoch_{done / steps:04g}", None) for done in iterations)
-    return Pretraining(
+    return CheckpointedRun(
         folder, load_cfg(opts=["SSL.ARGS.queue_size", "1024", "SOLVER.EPOCHS", "200"]), steps, checkpoints
     )
 

@@ -63,15 +63,15 @@ def use_group_batch_norm(network: nn.Module, groups: int) -> nn.Module:
     return network
 
 
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d with the statistics of all processes' batches, whose sizes may differ.
+class _SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm with the statistics of all processes' batches, whose sizes may differ.
 
     It computes what torch's SyncBatchNorm computes: every value counts alike, and ``running_var`` is unbiased. On GPUs
     it calls torch's kernels; torch's module refuses CPU tensors, for which this one has its own implementation.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise (N, C, H, W); in training every process must call this."""
+        """Normalise (N, C, ...); in training every process must call this."""
         if not self.training or world_size() == 1:
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None
@@ -82,27 +82,44 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
                 world_size(),
             )  # fmt: skip
             return y
-        joint = joint_batch_norm(x, self.weight, self.bias, self.eps, x.numel() // x.shape[1])
+        weight = torch.ones_like(self.running_mean) if self.weight is None else self.weight
+        bias = torch.zeros_like(self.running_mean) if self.bias is None else self.bias
+        maps = x if x.ndim == 4 else x.flatten(2)[..., None] if x.ndim > 2 else x[..., None, None]  # (N, C, H, W)
+        joint = joint_batch_norm(maps, weight, bias, self.eps, x.numel() // x.shape[1])
         unbiased = joint.variance * joint.total / (joint.total - 1).clamp(min=1)
         with torch.no_grad():
             self.running_mean.lerp_(joint.mean, momentum)
             self.running_var.lerp_(unbiased, momentum)
-        return joint.y
+        return joint.y.view_as(x)
+
+
+class SyncBatchNorm1d(_SyncBatchNorm, nn.BatchNorm1d):
+    """BatchNorm1d with the statistics of all processes' batches: for heads, (N, C)."""
+
+
+class SyncBatchNorm2d(_SyncBatchNorm, nn.BatchNorm2d):
+    """BatchNorm2d with the statistics of all processes' batches: for feature maps, (N, C, H, W)."""
+
+
+_SYNCHRONISED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: SyncBatchNorm1d,
+    nn.BatchNorm2d: SyncBatchNorm2d,
+}
 
 
 def use_sync_batch_norm(network: nn.Module) -> nn.Module:
-    """Make every BatchNorm2d inside ``network`` a :class:`SyncBatchNorm2d`, in place; returns it."""
+    """Let each BatchNorm1d and BatchNorm2d inside ``network`` take all processes' statistics, in place; returns it."""
     for module in network.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm2d  # which has the same state
+        # The synchronised class has the same state.
+        module.__class__ = _SYNCHRONISED.get(type(module), type(module))
     return network
 
 
-def _next_momentum(norm: nn.BatchNorm2d) -> float:
+def _next_momentum(norm: nn.modules.batchnorm._BatchNorm) -> float:
     """Count a batch and return its weight in the running statistics."""
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
-    # Without a momentum BatchNorm2d keeps the mean of all batches.
+    # Without a momentum, batch norm keeps the mean of all batches.
     return 1 / int(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from moco_d2.layers.batch_norm import SyncBatchNorm2d, use_sync_batch_norm
 from moco_d2.layers.views import Views
 from moco_d2.messages import unknown_name
 from moco_d2.signature import defaults, refuse_unknown
@@ -178,7 +179,7 @@ def default_args(name: str) -> dict[str, Any]:
 
 
 def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str, Any], images: int = 1) -> SSLMethod:
-    """Construct a method.
+    """Construct a method. If its encoder has synchronised batch norm, so have its heads.
 
     Args:
         name: a key of ``METHODS``.
@@ -193,4 +194,7 @@ def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str,
     constructor: Callable[..., SSLMethod] = method_class(name)
     if "images" in inspect.signature(constructor).parameters:
         args = {**args, "images": images}
-    return constructor(encoder, **args)
+    method = constructor(encoder, **args)
+    if any(isinstance(module, SyncBatchNorm2d) for module in method.modules()):
+        use_sync_batch_norm(method)  # the heads, too
+    return method

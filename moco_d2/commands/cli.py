@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # requests to stop
 # The parts of a training's log that are shown on the screen: progress, and the files that it leaves.
@@ -217,40 +217,68 @@ def guard(work: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options: Any) -> int:
-    """Run Python in a process of its own and return its exit code.
+class Followed(NamedTuple):
+    """A process that :func:`follow_all` runs.
 
-    The output goes straight into a file, so that the process can outlive this one; parts of it are printed as well. An
-    interruption from the keyboard reaches this process only, which ends the other one by SIGTERM, so that a training
-    saves, and waits for it.
+    Attributes:
+        command: Python's arguments: a script, or ``-m`` and a module, with the words for it.
+        log: the file that gets its output, appended to.
+        mark: printed before each of its lines.
+    """
+
+    command: Sequence[str]
+    log: Path
+    mark: str = "    "
+
+
+def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options: Any) -> int:
+    """Run Python in a process of its own and return its exit code; see :func:`follow_all`."""
+    (code,) = follow_all([Followed(command, log)], shown, **options)
+    return code
+
+
+def follow_all(jobs: Sequence[Followed], shown: re.Pattern[str], **options: Any) -> list[int]:
+    """Run Python processes at the same time and return their exit codes.
+
+    The output goes straight into a file, so that a process can outlive this one; parts of it are printed as well. An
+    interruption from the keyboard reaches this process only, which ends the others by SIGTERM, so that a training
+    saves, and waits for them.
 
     Args:
-        command: Python's arguments: a script, or ``-m`` and a module, with the words for it.
-        log: the file, appended to.
+        jobs: the processes.
         shown: the part of a line to print.
         options: of :class:`subprocess.Popen`.
     """
-    with log.open("ab") as output, log.open(errors="replace", newline="\n") as tail:
-        tail.seek(0, os.SEEK_END)
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the new process inherits it
-        process = subprocess.Popen(
-            [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **options
-        )
-        rest = ""
+    processes: list[subprocess.Popen[bytes]] = []
+    with contextlib.ExitStack() as files:
+        tails = []
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # the new processes inherit it
         try:
+            for job in jobs:
+                output = files.enter_context(job.log.open("ab"))
+                tails.append(files.enter_context(job.log.open(errors="replace", newline="\n")))
+                tails[-1].seek(0, os.SEEK_END)
+                words = [sys.executable, *job.command]
+                streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+                processes.append(subprocess.Popen(words, **streams, **options))
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            running = True
+            rests, running = [""] * len(jobs), True
             while running:
-                running = process.poll() is None
-                *lines, rest = (rest + tail.read()).split("\n")
-                for found in filter(None, map(shown.search, lines)):
-                    print(f"    {found.group()}", flush=True)
+                running = any(process.poll() is None for process in processes)
+                for i, (job, tail) in enumerate(zip(jobs, tails, strict=True)):
+                    *lines, rests[i] = (rests[i] + tail.read()).split("\n")
+                    for found in filter(None, map(shown.search, lines)):
+                        print(f"{job.mark}{found.group()}", flush=True)
                 time.sleep(0.1 * running)
         except BaseException:
-            process.terminate()
-            process.wait()
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait()
             raise
-    return process.returncode
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return [process.returncode for process in processes]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,33 @@ class Demo:
         self.lock = files.fresh_folder(output, content(), "--output")
         files.claim(output / "logs", ["*.log"], "--output")
 
-    def stage(self, title: str, *command: str | Path) -> None:
+    def stage(self, title: str, *command: str | Path, threads: int = 0) -> None:
         """Run one command and show its progress; if it fails, end with its exit code and name its log."""
-        words = [str(word) for word in command]
-        log = self.output / "logs" / f"{title.replace(' ', '_').replace(',', '')}.log"
-        print(f"\n[{self._clock()}] {title}\n  $ moco-d2 {shlex.join(words)}", flush=True)
+        self.stages({title: command}, threads)
+
+    def stages(self, commands: Mapping[str, Sequence[str | Path]], threads: int = 0) -> None:
+        """Run commands, by title, at the same time.
+
+        Args:
+            commands: the words of each.
+            threads: for each of them, at most; 0 for the default.
+        """
+        jobs = []
+        for number, (title, command) in enumerate(commands.items(), 1):
+            words = [str(word) for word in command]
+            log = self.output / "logs" / f"{title.replace(' ', '_').replace(',', '')}.log"
+            mark = f"    ({number}) " if len(commands) > 1 else "    "
+            print(f"\n[{self._clock()}] {mark.strip()} {title}".replace("  ", " "))
+            print(f"  $ moco-d2 {shlex.join(words)}", flush=True)
+            jobs.append(cli.Followed(["-m", "moco_d2", *words], log, mark))
         shown = cli.PROGRESS if "OUTPUT_DIR" in words else re.compile(r".*\S")
         environment = dict(os.environ)
-        if words[0] == "pretrain":
-            # Its loader is busy all the time. With a thread for each core, loader and step hinder each other.
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) - 1)))
-        code = cli.follow(["-m", "moco_d2", *words], log, shown, pass_fds=[self.lock], env=environment)
-        if code:
-            cli.fail(f"stage {title!r} failed with code {code}; its log is {log}", code if code > 0 else 1)
+        if threads:
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
+        codes = cli.follow_all(jobs, shown, pass_fds=[self.lock], env=environment)
+        for title, job, code in zip(commands, jobs, codes, strict=True):
+            if code:
+                cli.fail(f"stage {title!r} failed with code {code}; its log is {job.log}", code if code > 0 else 1)
 
     def _clock(self) -> str:
         minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
@@ -76,19 +90,25 @@ class Demo:
 
     def run(self) -> None:
         """Run everything and print the table."""
-        out = self.output
+        out, cores = self.output, os.cpu_count() or 1
         self.stage("sample pictures", "samples", out / "datasets")
         self.stage(
             "pretrain MoCo v2", "pretrain", "--config-file", PRETRAIN.format(self.depth),
             "OUTPUT_DIR", out / "pretrain", *self.pretrain_options,
+            # Its loader is busy all the time. With a thread for each core, loader and step hinder each other.
+            threads=max(1, cores - 1),
         )  # fmt: skip
         self.stage("convert and prove", "convert", out / "pretrain/backbone.pth", out / "moco.pth")
         for name, config in DETECTORS.items():
-            for init, weights in zip(INITS, (out / "moco.pth", ""), strict=True):
-                self.stage(
-                    f"fine-tune {name} from {init}", "train", "--config-file", config.format(self.depth),
-                    "MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", self.run_folder(name, init), *self.detect_options,
-                )  # fmt: skip
+            runs: dict[str, list[str | Path]] = {
+                f"fine-tune {name} from {init}": [
+                    "train", "--config-file", config.format(self.depth), "MODEL.WEIGHTS", str(weights), "OUTPUT_DIR",
+                    self.run_folder(name, init), *self.detect_options,
+                ]
+                for init, weights in zip(INITS, (out / "moco.pth", ""), strict=True)
+            }  # fmt: skip
+            # So small networks gain little from a second thread, and two trainings at a time gain all of a second core.
+            self.stages(runs, threads=max(1, cores // len(runs)))
         self.report()
 
     def run_folder(self, name: str, init: str) -> Path:

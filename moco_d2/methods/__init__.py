@@ -2,5 +2,15 @@
 
 from moco_d2.methods.base import METHODS, Diagnostic, SSLMethod, build_method, default_args, method_class
 from moco_d2.methods.moco import MoCo
+from moco_d2.methods.swav import SwAV
 
-__all__ = ["METHODS", "Diagnostic", "MoCo", "SSLMethod", "build_method", "default_args", "method_class"]
+__all__ = [
+    "METHODS",
+    "Diagnostic",
+    "MoCo",
+    "SSLMethod",
+    "SwAV",
+    "build_method",
+    "default_args",
+    "method_class",
+]

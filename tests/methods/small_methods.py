@@ -38,6 +38,9 @@ SMALL: dict[str, Small] = {
         {"dim": 16, "hidden": 16, "prototypes": 12, "queue_size": 16, "queue_start": 0.0, "freeze": 0.5},
         sizes=(32, 32, 16, 16),
     ),
+    "DeepClusterV2": Small(
+        {"dim": 16, "hidden": 16, "clusters": 5, "clusterings": 3, "iterations": 3}, sizes=(32, 32, 16, 16)
+    ),
 }
 
 

@@ -41,6 +41,10 @@ SMALL: dict[str, Small] = {
     "DeepClusterV2": Small(
         {"dim": 16, "hidden": 16, "clusters": 5, "clusterings": 3, "iterations": 3}, sizes=(32, 32, 16, 16)
     ),
+    "DINO": Small(
+        {"outputs": 24, "hidden": 16, "bottleneck": 8, "freeze": 0.5, "temperature_epochs": 3, "momentum": 0.9},
+        sizes=(32, 32, 16, 16),
+    ),
 }
 
 

@@ -88,7 +88,7 @@ class DeepClusterV2(SSLMethod):
             images: n.
             dim: C, size of a feature.
             hidden: size of the head's hidden layer.
-            clusters: K of each clustering, at most the number of images.
+            clusters: K of each clustering. An epoch of fewer images has as many clusters as images.
             clusterings: H; they take the features of the two large views in turn.
             temperature: tau > 0 of the predictions.
             iterations: of k-means.
@@ -113,10 +113,6 @@ class DeepClusterV2(SSLMethod):
 
     def before_epoch(self, epoch: int, replay: Callable[[], Iterator[Views]]) -> None:
         """Cluster the features of the last epoch; before the first one, those of a pass over its views."""
-        if (images := len(self.memory.seen)) < self.clusters:
-            raise ValueError(
-                f"SSL.ARGS.clusters is {self.clusters}, but there are {images} images: each cluster starts as an image"
-            )
         if epoch == 0:
             with torch.no_grad():
                 for views in replay():
@@ -129,11 +125,6 @@ class DeepClusterV2(SSLMethod):
         """Set the labels of the images that were seen, and the heads."""
         memory = self.memory
         rows = memory.seen.nonzero()[:, 0]  # (M,), the same in all processes
-        if len(rows) < self.clusters:
-            raise ValueError(
-                f"SSL.ARGS.clusters is {self.clusters}, but an epoch shows {len(rows)} images: lower it, or "
-                "SOLVER.IMS_PER_BATCH, of which an epoch has a multiple"
-            )
         memory.labels.fill_(UNLABELLED)
         for number, head in enumerate(self.heads):
             bank, linear = cast(MemoryBank, memory.banks[number % LARGE]), cast(nn.Linear, head)
@@ -145,7 +136,7 @@ class DeepClusterV2(SSLMethod):
                 nn.init.normal_(linear.weight, std=0.01)
                 nn.init.zeros_(linear.bias)
             else:
-                linear.weight.copy_(centroids)
+                linear.weight[: len(centroids)] = centroids  # fewer than K if fewer images were seen
         broadcast_module(self.heads)  # processes draw different weights
         memory.seen.zero_()
 

@@ -148,11 +148,9 @@ def test_values_out_of_range_are_named(argument: str, value: float, words: str) 
         build("DeepClusterV2", **{argument: value})
 
 
-def test_more_clusters_than_images_are_refused_and_few_images_each_are_told() -> None:
-    model = build("DeepClusterV2", clusters=40)
-    with pytest.raises(ValueError, match=rf"clusters is 40, but there are {IMAGES} images"):
-        model.before_epoch(0, lambda: iter(()))
-    with pytest.raises(ValueError, match="clusters is 20, but an epoch shows 16 images: lower it"):
-        labelled(clusters=20)
+def test_fewer_images_than_clusters_are_told_and_each_is_a_cluster() -> None:
+    model = labelled(clusters=40)
+    shown = (model.memory.labels[0] != UNLABELLED).nonzero()[:, 0]
+    assert sorted(model.memory.labels[0, shown].tolist()) == list(range(len(shown))) and len(shown) < IMAGES
     (advice,) = model.advice(200, 8, 100)
     assert "40 clusters of 200 images hold 5.0 each" in advice and build("DeepClusterV2").advice(200, 8, 1) == []

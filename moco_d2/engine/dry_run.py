@@ -23,6 +23,7 @@ from moco_d2.engine.preflight import check_config
 from moco_d2.engine.trainer import PretrainTrainer, recipe_changes
 from moco_d2.io.files import atomic_write
 from moco_d2.io.pictures import describe
+from moco_d2.layers.views import Views
 from moco_d2.running.dry_run import duration, one_list, parameters, peak_memory, quiet, recipe
 from moco_d2.running.picture_check import check_each, evenly
 
@@ -46,6 +47,10 @@ class TimedTrainer(PretrainTrainer):
             torch.cuda.synchronize()
         waited, _ = self.storage.latest().get("data_time", (0.0, 0))
         self.step_seconds.append(time.perf_counter() - start - waited)
+
+    def _replay(self) -> Iterator[Views]:
+        """Yield a few batches only: a pass over all images (DeepCluster's before training) would take long."""
+        yield from itertools.islice(super()._replay(), STEPS)
 
 
 def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:

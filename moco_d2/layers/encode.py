@@ -1,6 +1,6 @@
-"""Forward passes of an encoder: one for views of equal size, and one that ends before the global pooling.
+"""Forward passes of an encoder: for views of several sizes, and one that ends before the global pooling.
 
-Letters: V views, N images, D features of the encoder.
+Letters: V views, N images, D features of the encoder, C of its head.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -26,6 +27,15 @@ def by_resolution(network: Callable[[torch.Tensor], torch.Tensor], images: Seque
     """
     passes = itertools.groupby(images, key=lambda view: view.shape[2:])
     return torch.cat([network(torch.cat(list(views))) for _, views in passes])
+
+
+def embed(encoder: nn.Module, head: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return unit vectors (V * N, C) of V views: the encoder runs once per size, the head once on all views.
+
+    The head's batch norm so sees all views together, as in SwAV. The vectors are float32 or wider.
+    """
+    features = head(by_resolution(encoder, images))
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
 
 
 def feature_map(network: nn.Module, x: torch.Tensor) -> torch.Tensor:

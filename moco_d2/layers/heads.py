@@ -74,6 +74,17 @@ def replace_head(network: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> 
     setattr(network, name, make(head))
 
 
+def cut_head(network: nn.Module) -> int:
+    """Replace an encoder's head by an identity, for methods whose head is a module of its own.
+
+    Returns:
+        The number of features that the encoder then gives.
+    """
+    features: int = getattr(network, head_name(network)).in_features
+    replace_head(network, lambda head: nn.Identity())
+    return features
+
+
 def without_head(network: nn.Module) -> nn.Module:
     """Return a network that shares all modules and weights with ``network`` except its head, an identity here."""
     backbone = network.__class__.__new__(network.__class__)

@@ -1,6 +1,6 @@
 """Loss functions.
 
-Letters: N batch, C feature dimension, K number of negatives.
+Letters: N batch, C feature dimension, K number of negatives or classes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 # Number of negatives in a block: N x 8192 similarities fit into a processor's cache.
@@ -77,3 +78,28 @@ def contrast_rank(q: torch.Tensor, k: torch.Tensor, negatives: torch.Tensor) -> 
         for block in negatives.split(BLOCK):
             rank += (q @ block.to(q.dtype).T >= least).sum(dim=1)
     return rank
+
+
+def cross_view_entropy(targets: torch.Tensor, scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Cross-entropy of each large view's targets with the predictions of all other views (SwAV, Eq. 2; DINO, Eq. 3).
+
+    It is the mean over the images and the pairs (a, v) with v != a of ``-sum_k targets_a log softmax(scores_v / T)``.
+    With equal scores it is log K.
+
+    Args:
+        targets: (A, N, K), distributions of the first A of the V views; they receive no gradient.
+        scores: (V, N, K), V at least 2.
+        temperature: T > 0.
+
+    Raises:
+        ValueError: there is a single view.
+    """
+    count, views = len(targets), len(scores)
+    if views < 2:
+        raise ValueError(f"the loss compares views of an image, and there is {views}: choose another DATA.AUGMENTATION")
+    with torch.autocast(scores.device.type, enabled=False):
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        log_p = F.log_softmax(wide / temperature, dim=2)
+        pairs = -torch.einsum("ank,vnk->av", targets.detach(), log_p) / scores.shape[1]
+        others = 1 - torch.eye(count, views, dtype=pairs.dtype, device=pairs.device)
+        return (pairs * others).sum() / (count * (views - 1))

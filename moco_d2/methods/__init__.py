@@ -1,6 +1,20 @@
 """Self-supervised methods, one per file. Importing the package registers all of them."""
 
 from moco_d2.methods.base import METHODS, Diagnostic, SSLMethod, build_method, default_args, method_class
+from moco_d2.methods.deepcluster import DeepClusterV2
+from moco_d2.methods.dino import DINO
 from moco_d2.methods.moco import MoCo
+from moco_d2.methods.swav import SwAV
 
-__all__ = ["METHODS", "Diagnostic", "MoCo", "SSLMethod", "build_method", "default_args", "method_class"]
+__all__ = [
+    "DINO",
+    "METHODS",
+    "DeepClusterV2",
+    "Diagnostic",
+    "MoCo",
+    "SSLMethod",
+    "SwAV",
+    "build_method",
+    "default_args",
+    "method_class",
+]

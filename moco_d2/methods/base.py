@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -54,7 +54,11 @@ class SSLMethod(nn.Module, ABC):
     Attributes:
         recorded: diagnostics of the last recorded step, detached scalars by name; never part of the loss.
         recording: whether forward fills ``recorded``; the engine sets it on the steps that are logged.
+        memories: prefixes of the state that checkpoints of the published code lack (queues, memories of features). A
+            run that starts from such a file begins with empty ones.
     """
+
+    memories: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,3 +202,13 @@ def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str,
     if any(isinstance(module, SyncBatchNorm2d) for module in method.modules()):
         use_sync_batch_norm(method)  # the heads, too
     return method
+
+
+def check_ranges(rules: Iterable[tuple[bool, str]]) -> None:
+    """Raise ValueError if arguments of a constructor are out of range; the message names all of them.
+
+    Args:
+        rules: for each argument whether it is in its range, and what to say if not: ``dim is 0; it must be ...``.
+    """
+    if problems := [f"SSL.ARGS.{message}" for holds, message in rules if not holds]:
+        raise ValueError("\n".join(problems))

@@ -75,16 +75,19 @@ def command_for_weights_alone(
     Args:
         path: the file.
         content: of the file.
-        place: dotted path of the weights in it, empty for the top level.
+        place: dotted path of the weights in it, empty for the top level, or for that of its parts (``part.name``) if
+            the top level has no tensors.
         part: text that the wanted names contain; empty for all names.
     """
     wanted = f"{json.dumps(part)} in k and " if part else ""
-    weights = "c" + "".join(f"[{json.dumps(key)}]" for key in place.split(".") if key)
+    items = "c" + "".join(f"[{json.dumps(key)}]" for key in place.split(".") if key) + ".items()"
+    if not place and not any(hasattr(value, "shape") for value in content.values()):
+        items = '((f"{a}.{b}", v) for a, p in c.items() if hasattr(p, "items") for b, v in p.items())'
     kept = [key for key in ("facts", "matching_heuristics", "__author__") if key in content]
     return forms.python(
         "import torch; from moco_d2.convert import read_checkpoint; "
         f"c = read_checkpoint({forms.text(Path(path))}); "
-        f'm = {{k: torch.as_tensor(v) for k, v in {weights}.items() if {wanted}hasattr(v, "shape")}}; '
+        f'm = {{k: torch.as_tensor(v) for k, v in {items} if {wanted}hasattr(v, "shape")}}; '
         f'torch.save({{"model": m{"".join(f", {json.dumps(key)}: c[{json.dumps(key)}]" for key in kept)}}}, '
         f"{forms.text(forms.beside(Path(path)))})"
     )

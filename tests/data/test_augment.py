@@ -75,6 +75,38 @@ def test_augmentations_are_the_published_ones_op_for_op(name: str) -> None:
         assert view == View(Crop(SIZE, (low, 1.0), (3 / 4, 4 / 3)), ops)
 
 
+FLIP, GREY = Apply("flip", 0.5), Apply("grey", 0.2)
+STRONG, WEAK = Jitter(0.8, 0.8, 0.8, 0.2, 0.8), Jitter(0.4, 0.4, 0.2, 0.1, 0.8)
+# Multi-crop: for each kind of view its number, size, least and largest area, jitter, and probabilities of blur and
+# solarising.
+MULTI_CROP = {
+    "swav_2x6": [(2, 224, 0.14, 1.0, STRONG, 0.5, None), (6, 96, 0.05, 0.14, STRONG, 0.5, None)],
+    "swav_2": [(2, 224, 0.08, 1.0, STRONG, 0.5, None)],
+    "swav_cifar": [(2, 224, 0.14, 1.0, Jitter(0.4, 0.4, 0.4, 0.1, 0.8), 0.0, None)],
+    "dino_2x8": [
+        (1, 224, 0.4, 1.0, WEAK, 1.0, 0.0), (1, 224, 0.4, 1.0, WEAK, 0.1, 0.2), (8, 96, 0.05, 0.4, WEAK, 0.5, 0.0)
+    ],
+    "dino_2x6_r50": [
+        (1, 224, 0.14, 1.0, WEAK, 1.0, 0.0), (1, 224, 0.14, 1.0, WEAK, 0.1, 0.2), (6, 96, 0.05, 0.14, WEAK, 0.5, 0.0)
+    ],
+    "dino_cifar": [(1, 224, 0.4, 1.0, WEAK, 0.0, 0.0), (1, 224, 0.4, 1.0, WEAK, 0.0, 0.2)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MULTI_CROP)
+def test_multi_crops_are_the_published_ones_op_for_op(name: str) -> None:
+    made = build_augmentation(name, SIZE)
+    expected = []
+    for count, size, low, high, jitter, blur, solarise in MULTI_CROP[name]:
+        ops = (FLIP, jitter, GREY, Apply("blur", blur, (0.1, 2.0)))
+        ops += () if solarise is None else (Apply("solarise", solarise, 128),)
+        expected += count * [View(Crop(size, (low, high), bicubic=name.startswith("dino")), ops)]
+    assert list(made.views) == expected
+    if name in ("swav_2x6", "swav_2"):
+        assert [round(std / 255, 4) for std in made.pixels.std] == [0.228, 0.224, 0.225]
+    assert [view.crop.size for view in build_augmentation(name, 64).views[2:]] == [27] * (len(expected) - 2)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [("moco_v9", 224, r"moco_v1, moco_v2, .*; did you mean 'moco_v\d'\?"), ("moco_v2", 0, "at least one")],

@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from moco_d2.layers.resnet import build_resnet
 from moco_d2.layers.views import Views
@@ -33,6 +34,17 @@ class Small(NamedTuple):
 
 SMALL: dict[str, Small] = {
     "MoCo": Small({"dim": 16, "queue_size": 24, "mlp": True, "momentum": 0.9, "shuffle": False}),
+    "SwAV": Small(
+        {"dim": 16, "hidden": 16, "prototypes": 12, "queue_size": 16, "queue_start": 0.0, "freeze": 0.5},
+        sizes=(32, 32, 16, 16),
+    ),
+    "DeepClusterV2": Small(
+        {"dim": 16, "hidden": 16, "clusters": 5, "clusterings": 3, "iterations": 3}, sizes=(32, 32, 16, 16)
+    ),
+    "DINO": Small(
+        {"outputs": 24, "hidden": 16, "bottleneck": 8, "freeze": 0.5, "temperature_epochs": 3, "momentum": 0.9},
+        sizes=(32, 32, 16, 16),
+    ),
 }
 
 
@@ -61,3 +73,27 @@ def part(views: Views, rank: int, processes: int) -> Views:
     """Return a process's part of a batch."""
     images = [view.chunk(processes)[rank] for view in views.images]
     return Views(images, views.index.chunk(processes)[rank], views.boxes.chunk(processes, dim=1)[rank])
+
+
+class Tiny(nn.Module):
+    """An encoder of 4 x 4 pictures, which trains in no time."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.BatchNorm1d(32), nn.ReLU())
+        self.fc = nn.Linear(32, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(x))
+
+
+def train_tiny(method: SSLMethod, steps: int, lr: float = 0.1) -> None:
+    """Train a method of :class:`Tiny` on two noisy views of 32 random pictures."""
+    torch.manual_seed(0)
+    pictures = torch.randn(32, 3, 4, 4)
+    sgd = torch.optim.SGD(method.parameters(), lr=lr, momentum=0.9)
+    for step in range(steps):
+        views = [pictures + 0.5 * torch.randn_like(pictures) for _ in range(2)]
+        method.before_step(step / steps, step / 10)
+        loss = sum(method(Views(views, torch.arange(32), torch.zeros(2, 32, 4))).values())
+        sgd.zero_grad(), loss.backward(), method.after_backward(), sgd.step(), method.after_step()

@@ -1,6 +1,22 @@
 """Self-supervised methods, one per file. Importing the package registers all of them."""
 
 from moco_d2.methods.base import METHODS, Diagnostic, SSLMethod, build_method, default_args, method_class
+from moco_d2.methods.end_to_end import EndToEnd
+from moco_d2.methods.instdisc import InstDisc
+from moco_d2.methods.invaspread import InvaSpread
 from moco_d2.methods.moco import MoCo
+from moco_d2.methods.simclr import SimCLR
 
-__all__ = ["METHODS", "Diagnostic", "MoCo", "SSLMethod", "build_method", "default_args", "method_class"]
+__all__ = [
+    "METHODS",
+    "Diagnostic",
+    "EndToEnd",
+    "InstDisc",
+    "InvaSpread",
+    "MoCo",
+    "SSLMethod",
+    "SimCLR",
+    "build_method",
+    "default_args",
+    "method_class",
+]

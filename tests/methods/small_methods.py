@@ -33,6 +33,10 @@ class Small(NamedTuple):
 
 SMALL: dict[str, Small] = {
     "MoCo": Small({"dim": 16, "queue_size": 24, "mlp": True, "momentum": 0.9, "shuffle": False}),
+    "EndToEnd": Small({"dim": 16, "shuffle": False}),
+    "InstDisc": Small({"dim": 16, "negatives": 12, "proximal": 0.1}, sizes=(32,)),
+    "SimCLR": Small({"dim": 16, "head_layers": 3}),
+    "InvaSpread": Small({"dim": 16}),
 }
 
 

@@ -34,6 +34,7 @@ from moco_d2.data.augment import (
 from moco_d2.data.backends import finish, pack, run, to_float
 from moco_d2.data.decode import EncodedImage
 from moco_d2.data.operations import OPERATIONS, SKIP, AugmentationError, Op, Operation
+from moco_d2.facts import Pixels
 
 CPU = torch.device("cpu")
 SIZE = 224
@@ -78,6 +79,12 @@ def test_augmentations_are_the_published_ones_op_for_op(name: str) -> None:
     low, ops = PUBLISHED[name]
     for view in build_augmentation(name, SIZE).views:
         assert view == View(Crop(SIZE, (low, 1.0), (3 / 4, 4 / 3), bicubic=name == "simclr"), ops)
+
+
+def test_simclrs_pixels_are_in_0_to_1_and_a_bank_sees_one_view() -> None:
+    made = build_augmentation("simclr", SIZE)
+    assert made.pixels == Pixels("RGB", (0.0, 0.0, 0.0), (255.0, 255.0, 255.0)) and len(made.views) == 2
+    assert [len(build_augmentation(name, SIZE).views) for name in ("instdisc", "moco_cifar_single")] == [1, 1]
 
 
 @pytest.mark.parametrize(

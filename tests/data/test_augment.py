@@ -200,7 +200,7 @@ def test_three_backends_make_the_same_views(name: str, files: list[str]) -> None
     strength = max((jitter.brightness for jitter in jitters), default=0.4)
     for backend in ("cv2", "device"):
         difference = (batches(files, name, backend) - pil).abs()
-        assert difference.mean((3, 4, 5)).max() < 1.25 * strength, "the worst view: a crop's rounding, made larger by jitter"
+        assert difference.mean((3, 4, 5)).max() < 1.25 * strength, "the worst view: rounding, enlarged by jitter"
         assert difference.mean() < 0.1
         assert (difference > 2.5).float().mean() < 0.005, "PIL's 8-bit hue enlarges a crop's rounding"
     assert pil.shape[1] == 1 or not torch.equal(pil[:, 0], pil[:, 1])

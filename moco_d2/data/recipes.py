@@ -104,3 +104,33 @@ def dino_cifar(size: int) -> Augmentation:
     """Two views of 32-pixel pictures: DINO's large ones without blur."""
     crop = Crop(size, scale=(0.4, 1.0), bicubic=True)
     return Augmentation((_dino(crop, 0.0), _dino(crop, 0.0, 0.2)), CIFAR_RGB)
+
+
+@register_augmentation
+def instdisc(size: int) -> Augmentation:
+    """InstDisc: one view of ``moco_v1``."""
+    return Augmentation(moco_v1(size).views[:1])
+
+
+@register_augmentation
+def moco_cifar_single(size: int) -> Augmentation:
+    """One view of ``moco_cifar``, for a memory bank on CIFAR-10."""
+    return Augmentation(moco_cifar(size).views[:1], CIFAR_RGB)
+
+
+@register_augmentation
+def invaspread(size: int) -> Augmentation:
+    """InvaSpread on CIFAR-10: crop, colour jitter, grayscale, flip, in this order."""
+    view = View(Crop(size, scale=(0.2, 1.0)), (Jitter(0.4, 0.4, 0.4, 0.4), Apply("grey", 0.2), Apply("flip", 0.5)))
+    return Augmentation((view, view), CIFAR_RGB)
+
+
+@register_augmentation
+def simclr(size: int) -> Augmentation:
+    """SimCLR: bicubic crop, flip, jitter (p .8, strength 1), grayscale, blur (p .5); pixels in [0, 1], no mean or std.
+
+    Brightness is multiplied, as in v2 and in torchvision; v1 added to it.
+    """
+    ops = (Apply("flip", 0.5), Jitter(0.8, 0.8, 0.8, 0.2, p=0.8), Apply("grey", 0.2), Apply("blur", 0.5, (0.1, 2.0)))
+    view = View(Crop(size, bicubic=True), ops)
+    return Augmentation((view, view), Pixels("RGB", (0.0, 0.0, 0.0), (255.0, 255.0, 255.0)))

@@ -144,7 +144,7 @@ def load_method(method: SSLMethod, path: str) -> None:
             "checkpoint of the whole method: a run's model_*.pth, or a training checkpoint of the authors' code"
         )
     checkpoint = open_checkpoint(local_path(path))
-    place = next((key for key in ("model", "state_dict") if isinstance(checkpoint.content.get(key), dict)), "")
+    place = next((key for key in ("model", "state_dict", "net") if isinstance(checkpoint.content.get(key), dict)), "")
     state = checkpoint.content.get(place) or _parts(checkpoint.content)
     if not state:
         raise ValueError(

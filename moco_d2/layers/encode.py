@@ -1,4 +1,4 @@
-"""Forward passes of an encoder: for views of several sizes, and one that ends before the global pooling.
+"""Forward passes of an encoder: to unit vectors, for views of several sizes, and one that ends before the pooling.
 
 Letters: V views, N images, D features of the encoder, C of its head.
 """
@@ -11,6 +11,15 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def unit_features(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Return L2-normalised features (N, D) of (N, 3, H, W), in float32 or wider.
+
+    Contrastive losses are computed in float32 even under autocast, because exp(1 / temperature) is large.
+    """
+    features = network(x)
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
 
 
 def by_resolution(network: Callable[[torch.Tensor], torch.Tensor], images: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -34,8 +43,7 @@ def embed(encoder: nn.Module, head: nn.Module, images: Sequence[torch.Tensor]) -
 
     The head's batch norm so sees all views together, as in SwAV. The vectors are float32 or wider.
     """
-    features = head(by_resolution(encoder, images))
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
+    return unit_features(head, by_resolution(encoder, images))
 
 
 def feature_map(network: nn.Module, x: torch.Tensor) -> torch.Tensor:

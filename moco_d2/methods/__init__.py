@@ -3,7 +3,11 @@
 from moco_d2.methods.base import METHODS, Diagnostic, SSLMethod, build_method, default_args, method_class
 from moco_d2.methods.deepcluster import DeepClusterV2
 from moco_d2.methods.dino import DINO
+from moco_d2.methods.end_to_end import EndToEnd
+from moco_d2.methods.instdisc import InstDisc
+from moco_d2.methods.invaspread import InvaSpread
 from moco_d2.methods.moco import MoCo
+from moco_d2.methods.simclr import SimCLR
 from moco_d2.methods.swav import SwAV
 
 __all__ = [
@@ -11,8 +15,12 @@ __all__ = [
     "METHODS",
     "DeepClusterV2",
     "Diagnostic",
+    "EndToEnd",
+    "InstDisc",
+    "InvaSpread",
     "MoCo",
     "SSLMethod",
+    "SimCLR",
     "SwAV",
     "build_method",
     "default_args",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -41,6 +42,15 @@ class Diagnostic(NamedTuple):
     reference: float | None = None
     reference_label: str = ""
     collapsed_below: float | None = None
+
+
+def feature_spread(dim: int) -> Diagnostic:
+    """Describe ``feature_std``, the std of unit vectors' components, mean over the ``dim`` components.
+
+    It is 1/sqrt(dim) if the vectors are spread evenly over the sphere, and 0 if all are one point.
+    """
+    even = 1 / math.sqrt(dim)
+    return Diagnostic("feature_std", "feature std", "std", ".4f", even, "spread evenly, 1/sqrt(C)", even / 10)
 
 
 class SSLMethod(nn.Module, ABC):

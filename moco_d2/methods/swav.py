@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from moco_d2.layers.distributed import all_gather, rank, world_size
+from moco_d2.layers.distributed import all_gather, own_part, world_size
 from moco_d2.layers.encode import embed
 from moco_d2.layers.heads import cut_head, mlp, without_head
 from moco_d2.layers.losses import cross_view_entropy
@@ -116,7 +116,7 @@ class SwAV(SSLMethod):
         if self._queueing:
             # (L, C), equal in all processes: each contributes its part.
             queue = cast(FeatureQueue, self.queues[number]).features
-            past = self.prototypes(queue.unflatten(0, (world_size(), -1))[rank()])  # (L / R, K)
+            past = self.prototypes(own_part(queue))  # (L / R, K)
             # The last row is filled last. Until then the queue has no weight, exp(-inf). This is decided on the device,
             # which nothing waits for.
             past = past.masked_fill((queue[-1] == 0).all(), -math.inf)

@@ -34,6 +34,7 @@ from moco_d2.data.augment import (
 from moco_d2.data.backends import finish, pack, run, to_float
 from moco_d2.data.decode import EncodedImage
 from moco_d2.data.operations import OPERATIONS, SKIP, AugmentationError, Op, Operation
+from moco_d2.facts import Pixels
 
 CPU = torch.device("cpu")
 SIZE = 224
@@ -58,12 +59,17 @@ def views(photos: list[bytes]) -> np.ndarray:
     return np.stack([EncodedImage(data).crops([Plan(Box(20, 30, 300, 320), (), SIZE)])[0] for data in photos])
 
 
+SIMCLR = (Apply("flip", 0.5), Jitter(0.8, 0.8, 0.8, 0.2, 0.8), Apply("grey", 0.2), Apply("blur", 0.5, (0.1, 2.0)))
 PUBLISHED = {  # The order and magnitudes of the authors' code.
     "moco_v1": (0.2, (Apply("grey", 0.2), Jitter(0.4, 0.4, 0.4, 0.4, 1.0), Apply("flip", 0.5))),
     "moco_v2": (
         0.2,
         (Jitter(0.4, 0.4, 0.4, 0.1, 0.8), Apply("grey", 0.2), Apply("blur", 0.5, (0.1, 2.0)), Apply("flip", 0.5)),
     ),
+    "instdisc": (0.2, (Apply("grey", 0.2), Jitter(0.4, 0.4, 0.4, 0.4, 1.0), Apply("flip", 0.5))),
+    "invaspread": (0.2, (Jitter(0.4, 0.4, 0.4, 0.4, 1.0), Apply("grey", 0.2), Apply("flip", 0.5))),
+    "simclr": (0.08, SIMCLR),
+    "moco_cifar_single": (0.08, (Apply("flip", 0.5), Jitter(0.4, 0.4, 0.4, 0.1, 0.8), Apply("grey", 0.2))),
     "moco_cifar": (0.08, (Apply("flip", 0.5), Jitter(0.4, 0.4, 0.4, 0.1, 0.8), Apply("grey", 0.2))),
 }
 
@@ -72,7 +78,13 @@ PUBLISHED = {  # The order and magnitudes of the authors' code.
 def test_augmentations_are_the_published_ones_op_for_op(name: str) -> None:
     low, ops = PUBLISHED[name]
     for view in build_augmentation(name, SIZE).views:
-        assert view == View(Crop(SIZE, (low, 1.0), (3 / 4, 4 / 3)), ops)
+        assert view == View(Crop(SIZE, (low, 1.0), (3 / 4, 4 / 3), bicubic=name == "simclr"), ops)
+
+
+def test_simclrs_pixels_are_in_0_to_1_and_a_bank_sees_one_view() -> None:
+    made = build_augmentation("simclr", SIZE)
+    assert made.pixels == Pixels("RGB", (0.0, 0.0, 0.0), (255.0, 255.0, 255.0)) and len(made.views) == 2
+    assert [len(build_augmentation(name, SIZE).views) for name in ("instdisc", "moco_cifar_single")] == [1, 1]
 
 
 FLIP, GREY = Apply("flip", 0.5), Apply("grey", 0.2)
@@ -216,12 +228,14 @@ def batches(files: list[str], name: str, backend: str, count: int = 3, workers: 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_three_backends_make_the_same_views(name: str, files: list[str]) -> None:
     pil = batches(files, name, "pil")
+    jitters = (op for view in build_augmentation(name, SIZE).views for op in view.ops if isinstance(op, Jitter))
+    strength = max((jitter.brightness for jitter in jitters), default=0.4)
     for backend in ("cv2", "device"):
         difference = (batches(files, name, backend) - pil).abs()
-        assert difference.mean((3, 4, 5)).max() < 0.5, "the worst view: a crop's rounding, made larger by jitter"
+        assert difference.mean((3, 4, 5)).max() < 1.25 * strength, "the worst view: rounding, enlarged by jitter"
         assert difference.mean() < 0.1
         assert (difference > 2.5).float().mean() < 0.005, "PIL's 8-bit hue enlarges a crop's rounding"
-    assert not torch.equal(pil[:, 0], pil[:, 1])
+    assert pil.shape[1] == 1 or not torch.equal(pil[:, 0], pil[:, 1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -45,6 +45,10 @@ SMALL: dict[str, Small] = {
         {"outputs": 24, "hidden": 16, "bottleneck": 8, "freeze": 0.5, "temperature_epochs": 3, "momentum": 0.9},
         sizes=(32, 32, 16, 16),
     ),
+    "EndToEnd": Small({"dim": 16, "shuffle": False}),
+    "InstDisc": Small({"dim": 16, "negatives": 12, "proximal": 0.1}, sizes=(32,)),
+    "SimCLR": Small({"dim": 16, "head_layers": 3}),
+    "InvaSpread": Small({"dim": 16}),
 }
 
 

@@ -34,7 +34,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD", help="instead: recipes to compare, as byol, or configs"
     )
-    parser.add_argument("--recipes", default="R50", help="of the methods: R50 or cifar10_R18 (default: R50)")
+    parser.add_argument("--recipes", default="R50", help="which of the recipes: R50 or cifar10_R18 (default: R50)")
     parser.add_argument("--views", type=int, metavar="N", help="pictures shown to each run (default: as its config)")
     parser.add_argument("--data", default="", type=cli.expanded, metavar="SET", help="labelled pictures, for kNN")
     parser.add_argument("--linear", action="store_true", help="a linear classifier (moco_cached) on the same pictures")
@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from moco_d2.reports.sweep_page import write_page
 
     logging.getLogger("fvcore").setLevel(logging.ERROR)
-    sweep = sweeps.of_methods(args.methods, args.recipes) if args.methods else sweeps.read_sweep(args.sweep)
+    sweep = (
+        sweeps.of_methods(args.methods, args.recipes) if args.methods else sweeps.read_sweep(args.sweep, args.recipes)
+    )
     runs = sweeps.plan(sweep, args.output, args.opts, args.views, args.data, args.only, args.num_gpus)
     if args.linear and not all(run.cfg.SSL.MONITOR.DATASET for run in runs):
         raise ValueError("--linear needs labelled pictures: add --data SET")

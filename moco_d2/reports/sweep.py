@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ class Line:
 
     Attributes:
         name: of the line, in tables, pictures and folders.
-        config: path or shipped name of the pretraining's config.
+        config: of the pretraining.
         set: ``{key: value}`` for all its runs.
         keys: that take each of the values.
         values: ``{value: the paper's figure}``; None for the figure if there is none. Without keys: one run.
@@ -116,11 +117,12 @@ class SweepRun:
         return content
 
 
-def read_sweep(name: str) -> Sweep:
+def read_sweep(name: str, recipes: str) -> Sweep:
     """Read a sweep's file.
 
     Args:
         name: a path, or the name of a file in ``configs/Sweeps``.
+        recipes: see :func:`find_config`.
 
     Raises:
         ValueError: there is no such file, or it is not a sweep.
@@ -134,14 +136,16 @@ def read_sweep(name: str) -> Sweep:
     if not isinstance(lines, dict) or not lines:
         raise ValueError(f"{path} is not a sweep: it must have `lines`, as configs/Sweeps/momentum.yaml has")
     _refuse_others(str(path), content, _SWEEP)
-    made = tuple(_line(f"{path}: the line {key}", str(key), line) for key, line in lines.items())
+    made = tuple(_line(f"{path}: the line {key}", str(key), line, recipes) for key, line in lines.items())
     words = {key: str(content.get(key, "")) for key in ("title", "axis", "paper")}
     return Sweep(words["title"] or path.stem, made, words["axis"], words["paper"])
 
 
-def _line(where: str, name: str, content: Any) -> Line:
+def _line(where: str, name: str, content: Any, recipes: str) -> Line:
     if not isinstance(content, dict) or not isinstance(content.get("config"), str):
-        raise ValueError(f"{where} has no config: write `config: ` with the name or path of a pretraining's config")
+        raise ValueError(
+            f"{where} has no config: write `config:` with a config's name or path, or a recipe as in fig3_queue"
+        )
     _refuse_others(where, content, _LINE)
     fixed, keys, values = content.get("set", {}), content.get("keys", []), content.get("values")
     if bool(keys) != bool(values):
@@ -152,7 +156,11 @@ def _line(where: str, name: str, content: Any) -> Line:
     script = expand(str(content.get("script", "")))
     if script and not Path(script).is_file():
         raise ValueError(f"{where}: there is no script {script}")
-    return Line(name, content["config"], fixed, tuple(map(str, keys)), points, script)
+    try:
+        config = find_config(content["config"], recipes)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    return Line(name, config, fixed, tuple(map(str, keys)), points, script)
 
 
 def _refuse_others(where: str, content: Mapping[Any, Any], known: Sequence[str]) -> None:
@@ -162,35 +170,40 @@ def _refuse_others(where: str, content: Mapping[Any, Any], known: Sequence[str])
 
 
 def of_methods(names: Sequence[str], recipes: str) -> Sweep:
-    """Return the sweep over methods.
-
-    Args:
-        names: shipped names or paths of configs, or methods as recipes call them: ``byol`` is the shortest recipe
-            ``Pretrain/byol_<recipes>_*``.
-        recipes: which of a method's recipes, as in ``R50`` or ``cifar10_R18``.
+    """Return the sweep over methods; the arguments are those of :func:`find_config`.
 
     Raises:
         ValueError: a method has no such recipe, or is named twice.
     """
-    lines = [_method(name, recipes) for name in names]
-    if twice := {line.name for line in lines if [one.name for one in lines].count(line.name) > 1}:
-        raise ValueError(f"--methods names {', '.join(sorted(twice))} twice")
-    return Sweep("Methods at equal budget", tuple(lines))
+    lines = tuple(Line(Path(name).stem, find_config(name, recipes)) for name in names)
+    if twice := [name for name, count in Counter(line.name for line in lines).items() if count > 1]:
+        raise ValueError(f"--methods names {', '.join(twice)} twice")
+    return Sweep("Methods at equal budget", lines)
 
 
-def _method(name: str, recipes: str) -> Line:
+def find_config(name: str, recipes: str) -> str:
+    """Return the config of a recipe.
+
+    Args:
+        name: a shipped name or a path; or a method as its recipes call it: ``byol`` stands for the shortest recipe
+            ``Pretrain/byol_<recipes>_*ep``.
+        recipes: which of a method's recipes: ``R50`` or ``cifar10_R18``.
+
+    Raises:
+        ValueError: there is none.
+    """
     if Path(name).is_file() or shipped_files(name):
-        return Line(Path(name).stem, name)
-    form = re.compile(rf"Pretrain/(.+)_{re.escape(recipes)}_\d+ep")
-    found = {config: match[1] for config in list_configs() if (match := form.fullmatch(config))}
-    own = [config for config, method in found.items() if method == name]
+        return name
+    form = re.compile(rf"Pretrain/(.+)_{re.escape(recipes)}_(\d+)ep")
+    found = [match for config in list_configs() if (match := form.fullmatch(config))]
+    own = [match for match in found if match[1] == name]
     if not own:
-        known = sorted({*found.values()})
+        known = sorted({match[1] for match in found})
         raise ValueError(
-            f"--methods {name}: there is no recipe Pretrain/{name}_{recipes}_*; with --recipes {recipes} there are "
-            f"{', '.join(known) or 'none'}{did_you_mean(name, known)}"
+            f"there is no recipe Pretrain/{name}_{recipes}_*ep; --recipes {recipes} has {', '.join(known) or 'none'}"
+            + did_you_mean(name, known)
         )
-    return Line(name, min(own, key=lambda config: load_cfg(config).SOLVER.EPOCHS))
+    return min(own, key=lambda match: int(match[2])).string
 
 
 def plan(

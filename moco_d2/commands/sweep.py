@@ -1,8 +1,8 @@
 r"""Compare pretrainings at equal budget: methods, or the paper's K and m.
 
-    moco-d2 sweep figure3 --views 500000 --data FOLDER --output output/figure3      # K for the three mechanisms
-    moco-d2 sweep momentum --views 500000 --data FOLDER --output output/momentum    # m of MoCo's key encoder
-    moco-d2 sweep --methods moco_v2 simclr byol --views 500000 --data FOLDER --linear \
+    moco-d2 sweep figure3 --views 500000 --data pictures --output output/figure3      # K for the three mechanisms
+    moco-d2 sweep momentum --views 500000 --data pictures --output output/momentum    # m of MoCo's key encoder
+    moco-d2 sweep --methods moco_v2 simclr byol --views 500000 --data pictures --linear \
         --detect quick_voc0712_faster_rcnn_R_50_C4 --output output/methods DATASETS.TRAIN '("/folder/of/images",)'
 
 Each run is a moco-d2 pretrain in OUTPUT/NAME. sweep.json, sweep.md and sweep.png collect loss, kNN, linear accuracy,

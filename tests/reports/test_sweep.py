@@ -236,7 +236,7 @@ def test_a_method_is_its_shortest_recipe_of_the_kind() -> None:
     ("lines: {a: {config: moko_v2}}", "the line a: there is no recipe Pretrain/moko_v2_R50_.*; did you mean 'moco_v2'"),
     ("lines: {a/b: {config: moco_v2}}", "'a/b' cannot be a folder's name: it is a path"),
     ("lines: {a: {config: moco_v2, keys: [SSL.ARGS.queue], values: [1]}}", r"a_1: .*no config key SSL\.ARGS\.queue;"),
-    ("lines: {a: {config: moco_v2, set: {SSL.ARGS.queue_size: 12}}}", r"a: .*queue_size"),
+    ("lines: {a: {config: moco_v2, set: {SSL.ARGS.bn_groups: 3}}}", r"a: .*cannot be split into 3 BN groups"),
     ("lines: [", "cannot be read"),
 ])  # fmt: skip
 def test_a_wrong_file_is_refused_before_anything_is_written(text: str, said: str, line: list[str]) -> None:

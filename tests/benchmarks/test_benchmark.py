@@ -131,8 +131,10 @@ def test_methods_compares_with_its_networks_and_moco_v2(run: Run, capsys: pytest
 
 
 def test_the_networks_alone_are_called_and_trained_as_in_the_step() -> None:
-    words = ("SOLVER.IMS_PER_BATCH", "16", "DATA.CROP_SIZE", "32", "SSL.ENCODER.NAME", "resnet18", "MODEL.DEVICE", "cpu",
-             "SSL.ENCODER.ARGS.width", "0.125", "SSL.ARGS.queue_size", "64")  # fmt: skip
+    words = (
+        "SOLVER.IMS_PER_BATCH", "16", "DATA.CROP_SIZE", "32", "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width",
+        "0.125", "SSL.ARGS.queue_size", "64", "MODEL.DEVICE", "cpu",
+    )  # fmt: skip
     step = methods.Step(load_cfg(methods.REFERENCE, words))
     networks = methods.Networks(step)
     query, key = step.method.encoder_q, step.method.encoder_k

@@ -6,6 +6,7 @@
     python -m benchmarks convert                                   # a training checkpoint: about a minute
     python -m benchmarks step                                      # a step of pretraining: some ten minutes
     python -m benchmarks step --device cuda --batch 256 --size 224 --autocast bfloat16 --channels-last --compile
+    python -m benchmarks methods                                   # a step of every method: minutes a method
     python -m benchmarks data                                      # from JPEG files to views: about a minute
     python -m benchmarks scale                                     # many files, shards, streams: about a minute
     python -m benchmarks scale --files 1300000 --folders 1000      # as many as ImageNet's; $TMPDIR names another disk
@@ -98,6 +99,31 @@ def step(args: argparse.Namespace) -> None:
     tables(found, {**opts, "machine": machine(args.device), "threads": threads}, args.output)
 
 
+def methods(args: argparse.Namespace) -> None:
+    """Time a step of every method against its networks alone, and against MoCo v2."""
+    check(args, repeats=2, batch=2, size=1)
+    import logging
+
+    import torch
+
+    from benchmarks.measure import machine, tables
+    from benchmarks.methods import registered, rows
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, and torch finds no GPU here; without --device the CPU measures")
+    names = registered(args.methods)
+    opts = {
+        "MODEL.DEVICE": args.device, "SOLVER.IMS_PER_BATCH": args.batch, "DATA.CROP_SIZE": args.size,
+        "SSL.ENCODER.NAME": args.encoder, "SSL.ENCODER.ARGS.stem": "imagenet", "SEED": 0,
+    }  # fmt: skip
+    logging.disable(logging.INFO)
+    found, left_out = rows(names, [*map(str, itertools.chain(*opts.items())), *args.opts], args.repeats)
+    threads = 1 if args.device == "cpu" else torch.get_num_threads()
+    content = {"a step": found, **{f"not measured, {number}": why for number, why in enumerate(left_out, start=1)}}
+    settings = {**opts, "machine": machine(args.device), "threads": threads}
+    tables(content, settings, args.output, ("", "", ".3f", ".2f", ".2f", ".0f", ".0f"))
+
+
 def data(args: argparse.Namespace) -> None:
     """Time every backend of the loader against the authors' loader."""
     check(args, images=1, size=1, repeats=1)
@@ -140,6 +166,15 @@ def proof(args: argparse.Namespace) -> None:
     run(args)
 
 
+def _add_step_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    command.add_argument("--encoder", default="resnet50", metavar="NAME", help="(default: %(default)s)")
+    command.add_argument("--batch", type=int, default=32, help="images of a step (default: %(default)s)")
+    command.add_argument("--size", type=int, default=64, help="side of a (large) view in pixels (default: %(default)s)")
+    command.add_argument("--repeats", type=int, default=7, help="steps of each kind (default: %(default)s)")
+    command.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+
+
 def main() -> None:
     """Read the command line and run one benchmark."""
     parser = argparse.ArgumentParser(
@@ -156,15 +191,14 @@ def main() -> None:
     command.add_argument("--repeats", type=int, default=5, help="runs of each, alternated (default: %(default)s)")
     command = commands.add_parser("step", help="a step of pretraining; KEY VALUE pairs of the config come last")
     command.set_defaults(run=step)
-    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    command.add_argument("--encoder", default="resnet50", metavar="NAME", help="(default: %(default)s)")
-    command.add_argument("--batch", type=int, default=32, help="images of a step (default: %(default)s)")
-    command.add_argument("--size", type=int, default=64, help="side of a view in pixels (default: %(default)s)")
+    _add_step_options(command)
     command.add_argument("--autocast", default="", metavar="TYPE", help="bfloat16 or float16 (default: none)")
     command.add_argument("--channels-last", action="store_true", help="ENGINE.CHANNELS_LAST")
     command.add_argument("--compile", action="store_true", help="ENGINE.COMPILE")
-    command.add_argument("--repeats", type=int, default=7, help="steps of each kind (default: %(default)s)")
-    command.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    command = commands.add_parser("methods", help="a step of every method; KEY VALUE pairs of the config come last")
+    command.set_defaults(run=methods)
+    _add_step_options(command)
+    command.add_argument("--methods", nargs="+", default=(), metavar="NAME", help="SSL.METHOD (default: all)")
     command = commands.add_parser("data", help="from image files to batches of views")
     command.set_defaults(run=data)
     command.add_argument("--folder", default="", help="of images (default: 500 x 375 JPEGs are drawn)")

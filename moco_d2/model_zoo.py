@@ -1,7 +1,7 @@
-"""Downstream protocols by name: config, paper row, evidence, and published figures.
+"""Downstream protocols by name: config, paper row, evidence, published figures; and the pretraining recipes.
 
-``python -m moco_d2.model_zoo`` prints them as the Markdown tables of ``docs/configs.md``. The data are in
-``model_zoo.yaml``, the only place for published detection figures.
+``python -m moco_d2.model_zoo`` prints the protocols as the Markdown tables of ``docs/configs.md``, then the recipes.
+The data are in ``model_zoo.yaml``, the only place for published detection figures, and in the configs.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _protocol(name: str, entry: Mapping[str, Any], sources: Mapping[str, str], l
         Published(
             init=row["init"],
             label=labels[row["init"]],
-            metrics=dict(zip(columns, row["values"], strict=True)),
+            metrics={c: value for c, value in zip(columns, row["values"], strict=True) if value is not None},
             std=dict(zip(columns, std, strict=True)) if std else {},
             trials=entry.get("trials", 1),
             source=sources[row["source"]],
@@ -168,6 +168,22 @@ def protocol_table() -> str:
     return "\n".join(["| protocol | config | paper row | evidence |", "|---|---|---|---|", *rows]) + "\n"
 
 
+def recipe_table() -> str:
+    """Return a Markdown table of the pretraining recipes: config, method, encoder, length, batch, optimizer, lr."""
+    head = "| recipe | config | method | encoder | epochs | batch | optimizer | lr | augmentation |"
+    lines = [head, "|---" * 9 + "|"]
+    for name, config in _recipes().items():
+        if not config.startswith("quick_"):
+            cfg = load_cfg(config)
+            solver, encoder = cfg.SOLVER, cfg.SSL.ENCODER
+            rule = f" at {solver.REFERENCE_BATCH}" * (solver.REFERENCE_BATCH not in (0, solver.IMS_PER_BATCH))
+            lines.append(
+                f"| `{name}` | `{config}` | `{cfg.SSL.METHOD}` | {encoder.NAME} | {solver.EPOCHS} | "
+                f"{solver.IMS_PER_BATCH} | {solver.OPTIMIZER} | {solver.BASE_LR:g}{rule} | `{cfg.DATA.AUGMENTATION}` |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def published_tables() -> str:
     """Return a Markdown table of published figures for each protocol that has them."""
     return "\n".join(_figures(p) for p in _published() if p.published)
@@ -179,16 +195,17 @@ def _published() -> list[Protocol]:
 
 def _figures(protocol: Protocol) -> str:
     first = protocol.published[0]
-    columns = list(first.metrics)
+    columns = list(dict.fromkeys(column for row in protocol.published for column in row.metrics))
     notes = [protocol.paper]
     notes += [f"mean of {first.trials} trials"] if first.trials > 1 else []
     notes += ["std " + " / ".join(str(first.std[column]) for column in columns)] if first.std else []
     lines = [f"**`{protocol.name}`** ({', '.join(notes)})", ""]
     lines += ["| pre-train | " + " | ".join(columns) + " | source |", "|---" * (len(columns) + 2) + "|"]
     for row in protocol.published:
-        lines.append(f"| {row.label} | " + " | ".join(str(row.metrics[c]) for c in columns) + f" | {row.source} |")
+        values = (str(row.metrics.get(column, "-")) for column in columns)
+        lines.append(f"| {row.label} | {' | '.join(values)} | {row.source} |")
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
-    guard(lambda: print(protocol_table(), published_tables(), sep="\n", end=""))
+    guard(lambda: print(protocol_table(), published_tables(), recipe_table(), sep="\n", end=""))

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -279,6 +280,30 @@ def follow_all(jobs: Sequence[Followed], shown: re.Pattern[str], **options: Any)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return [process.returncode for process in processes]
+
+
+def attempt(command: Sequence[str], log: Path, lock: int, done: Callable[[], bool]) -> str:
+    """Run a training by :func:`follow`, and return its outcome: ``done`` or ``failed``.
+
+    If it was asked to stop, this process ends as well, with the code for "continue later".
+
+    Args:
+        command: see :func:`follow`.
+        log: see :func:`follow`.
+        lock: of the training's folder. The training inherits it: if this process is killed, the folder stays locked
+            while the training lives.
+        done: tells whether the training has left its result.
+    """
+    ours = list(command[:2]) == ["-m", "moco_d2"]
+    print(f"  $ {shlex.join(['moco-d2', *command[2:]] if ours else ['python', *command])}", flush=True)
+    code = follow(command, log, PROGRESS, pass_fds=[lock])
+    if code == 0 and done():
+        return "done"
+    if code == os.EX_TEMPFAIL:
+        print("  stopped as requested, after saving; the same command continues", flush=True)
+        sys.exit(code)
+    print(f"  failed with code {code}; its log is {log}", flush=True)
+    return "failed"
 
 
 @contextlib.contextmanager

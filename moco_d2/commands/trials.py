@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import re
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -80,7 +78,7 @@ def run_trial(trial: Trial, num_gpus: int) -> str:
     """Run one trial unless it is done or another process runs it; return its outcome."""
     from moco_d2.reports import trials
 
-    with trials.locked(trial) as lock:
+    with trials.locked(trial.folder) as lock:
         if lock is None:
             print("  skipped: another process runs it")
             return "run elsewhere"
@@ -91,16 +89,8 @@ def run_trial(trial: Trial, num_gpus: int) -> str:
             "train", "--config-file", trial.config, "--num-gpus", str(num_gpus),
             "--resume", *trial.opts,  # an attempt that ended before its first checkpoint begins anew
         ]  # fmt: skip
-        print(f"  $ moco-d2 {shlex.join(command)}", flush=True)
-        # The training inherits the lock: if this process is killed, the folder stays locked while the training lives.
-        code = cli.follow(["-m", "moco_d2", *command], trial.folder / trials.LOG, cli.PROGRESS, pass_fds=[lock])
-        if code == 0 and trials.state(trial) == "done":
-            return "done"
-        if code == os.EX_TEMPFAIL:
-            print("  stopped as requested, after saving; the same command continues", flush=True)
-            sys.exit(code)
-        print(f"  failed with code {code}; its log is {trial.folder / trials.LOG}", flush=True)
-        return "failed"
+        log = trial.folder / trials.LOG
+        return cli.attempt(["-m", "moco_d2", *command], log, lock, lambda: trials.state(trial) == "done")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,24 @@ def list_configs() -> list[str]:
     """Return the names of the shipped configs (``Pretrain/moco_v2_R50_200ep``), without the parts in ``Base/``."""
     root = _root()
     names = (str(path.relative_to(root).with_suffix("")) for path in sorted(root.rglob("*.yaml")))
-    return [name for name in names if not name.startswith("Base/")]
+    return [name for name in names if not name.startswith(("Base/", "Sweeps/"))]
+
+
+def sweep_file(name: str) -> Path:
+    """Return the file of a sweep.
+
+    Args:
+        name: a path, or the name of a file in ``configs/Sweeps``.
+
+    Raises:
+        ValueError: there is no such file or name; the message lists the names.
+    """
+    shipped = {path.stem: path for path in sorted((_root() / "Sweeps").glob("*.yaml"))}
+    if Path(name).is_file():
+        return Path(name)
+    if name not in shipped:
+        raise ValueError(f"no sweep {name!r}, neither as a path nor by name; the names are {', '.join(shipped)}")
+    return shipped[name]
 
 
 def config_files(name: str | os.PathLike[str]) -> list[Path]:

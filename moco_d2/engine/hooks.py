@@ -13,7 +13,7 @@ from detectron2.utils.events import get_event_storage
 from moco_d2.data.backends import DeviceBackend, PilBackend
 from moco_d2.layers.views import Views
 from moco_d2.methods import SSLMethod
-from moco_d2.running.progress import ProgressPrinter
+from moco_d2.running.progress import ProgressPrinter, peak_memory_gib
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class MethodSchedule(HookBase):
 
 
 class PretrainMetrics(HookBase):
-    """Record the method's diagnostics, images per second, the epoch and unreadable images every ``period`` steps.
+    """Record the method's diagnostics, images per second, epoch, memory and unreadable images every ``period`` steps.
 
     The diagnostics are those of this process; averaging them over processes is not worth the communication.
     """
@@ -69,6 +69,7 @@ class PretrainMetrics(HookBase):
         scalars = {name: value.item() for name, value in self.method.recorded.items()}
         self._warn_of_collapse(scalars)
         scalars["epoch"] = (self.trainer.iter + 1) / self.steps_per_epoch
+        scalars["peak_memory_gib"] = peak_memory_gib()
         scalars["unreadable_images"] = len(self.trainer.data_loader.skips.paths)
         if "time" in storage.histories():
             scalars["images_per_second"] = self.batch / storage.history("time").avg(self.period)

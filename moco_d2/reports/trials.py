@@ -179,13 +179,13 @@ def state(trial: Trial) -> str:
 
 
 @contextmanager
-def locked(trial: Trial) -> Iterator[int | None]:
-    """Lock a trial's folder until the block ends and every child that got the descriptor has ended.
+def locked(folder: Path) -> Iterator[int | None]:
+    """Lock the folder of a run until the block ends and every child that got the descriptor has ended.
 
     Yields:
         The lock's file descriptor, to be passed on to the child; None if another process has locked the folder.
     """
-    path = files.make_folder(trial.folder, "--output") / LOCK
+    path = files.make_folder(folder, "--output") / LOCK
     with files.one_line(path, "--output"):
         file = locks.lock(path)
     try:

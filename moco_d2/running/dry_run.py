@@ -6,12 +6,12 @@ import contextlib
 import datetime
 import io
 import os
-import resource
-import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+
+from moco_d2.running.progress import peak_memory_gib
 
 
 @contextlib.contextmanager
@@ -46,10 +46,8 @@ def parameters(model: nn.Module) -> str:
 
 def peak_memory() -> str:
     """Return the peak memory of this process, as text: on the GPU if there is one."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB peak on {torch.cuda.get_device_name()}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
-    return f"{peak:.1f} GiB peak in this process"
+    on = f"on {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "in this process"
+    return f"{peak_memory_gib():.1f} GiB peak {on}"
 
 
 def duration(seconds: float) -> str:

@@ -5,11 +5,28 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import re
+import resource
+import sys
 import time
+from pathlib import Path
 
+import torch
 from detectron2.utils.events import CommonMetricPrinter, EventStorage
 
 logger = logging.getLogger(__name__)
+
+_STATUS = Path("/proc/self/status")
+
+
+def peak_memory_gib() -> float:
+    """Return the peak memory of this process in GiB: on the GPU if it uses one, else its resident memory."""
+    if torch.cuda.is_available() and (held := torch.cuda.max_memory_allocated()):
+        return held / 2**30
+    # On Linux, getrusage counts the memory of the process that started this one as well.
+    if _STATUS.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())):
+        return int(found[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
 
 
 class ProgressPrinter(CommonMetricPrinter):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmark
-from benchmarks import measure
+from benchmarks import measure, methods
+from moco_d2.config import load_cfg
 
 Run = Callable[..., dict[str, Any]]
 
@@ -55,7 +56,7 @@ def test_eval_compares_every_backend_and_both_voc_metrics(run: Run, capsys: pyte
     assert problems["VOC 2007, 6 x 9"] == problems["VOC 2012, 6 x 9"] == 2
 
 
-@pytest.mark.parametrize("name", ["eval", "convert", "step", "data", "scale", "startup", "proof"])
+@pytest.mark.parametrize("name", ["eval", "convert", "step", "methods", "data", "scale", "startup", "proof"])
 def test_every_benchmark_starts(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", name, "--help"])
     with pytest.raises(SystemExit) as ended:
@@ -114,6 +115,33 @@ def test_step_compares_with_its_encoders_the_authors_form_and_plain_ddp(
     textbook, ours = (row["copies"] for row in content["memory"])
     assert textbook > 2.5 > ours, "copies of the logits that are held"
     assert "bottleneck: the encoders" in capsys.readouterr().out and content["machine"]
+
+
+def test_methods_compares_with_its_networks_and_moco_v2(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("--batch", 16, "--size", 32, "--encoder", "resnet18", "--repeats", 2)
+    # The flag takes several names, so another one stands between it and the KEY VALUE pairs.
+    content = run("methods", "--methods", "MoCo", *small, "SSL.ENCODER.ARGS.width", 0.125)
+    (row,) = content["a step"]
+    assert (row["method"], row["recipe"]) == ("MoCo", "moco_v2_R50_200ep")
+    assert row["step / its networks"] > 0 and row["step / MoCo v2"] > 0
+    assert row["peak MiB"] > row["networks' peak MiB"] > 0, "the logits of the queue"
+    assert "| MoCo " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--methods Moko: the methods are MoCo"):
+        run("methods", "--methods", "Moko", *small)
+
+
+def test_the_networks_alone_are_called_and_trained_as_in_the_step() -> None:
+    words = (
+        "SOLVER.IMS_PER_BATCH", "16", "DATA.CROP_SIZE", "32", "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width",
+        "0.125", "SSL.ARGS.queue_size", "64", "MODEL.DEVICE", "cpu",
+    )  # fmt: skip
+    step = methods.Step(load_cfg(methods.REFERENCE, words))
+    networks = methods.Networks(step)
+    query, key = step.method.encoder_q, step.method.encoder_k
+    assert {(module, trained) for module, _, trained in networks.calls} == {(query, True), (key, False)}
+    networks.run()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in query.parameters())
+    assert all(p.grad is None for p in key.parameters())
 
 
 def test_scale_finds_every_shard_read_and_the_same_batches(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

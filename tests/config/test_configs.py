@@ -26,6 +26,7 @@ from moco_d2.model_zoo import (
     pretraining_changes,
     protocol_table,
     published_tables,
+    recipe_table,
 )
 
 # The quick schedules are shipped configs with smaller numbers, under names of their own.
@@ -56,6 +57,8 @@ AUTHORS_VOC = {
     "SOLVER.MAX_ITER": 24000,
     "SOLVER.WARMUP_ITERS": 100,
 }
+# SwAV's and Barlow Twins' text.
+HIGH_LR = {"SOLVER.BASE_LR": 0.1, "SOLVER.WARMUP_ITERS": 1000, "SOLVER.WARMUP_FACTOR": 0.333}
 AUTHORS_COCO = {
     "MODEL.MASK_ON": True,
     "INPUT.MIN_SIZE_TRAIN": (640, 672, 704, 736, 768, 800),
@@ -131,10 +134,13 @@ VOC = "PascalVOC-Detection/faster_rcnn_R_50_"
 D2_MASK_FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
 PUBLISHED = {
     VOC_C4: ("", AUTHORS_C4 | AUTHORS_VOC),
+    f"{VOC}C4_24k_lr0.1": ("", AUTHORS_C4 | AUTHORS_VOC | HIGH_LR),
+    f"{VOC}C4_24k_lr0.1_rpn0.2": ("", AUTHORS_C4 | AUTHORS_VOC | HIGH_LR | {"MODEL.RPN.LOSS_WEIGHT": 0.2}),
     f"{VOC}C4_VOC07_9k": ("", AUTHORS_C4 | AUTHORS_VOC | VOC07),
     f"{VOC}dilated_C5_24k": ("Base-RCNN-DilatedC5", PAPER_DILATED | AUTHORS_VOC),
     f"{VOC}FPN_24k": ("Base-RCNN-FPN", PAPER_FPN | AUTHORS_VOC),
     f"{COCO}C4_1x": ("", AUTHORS_C4 | AUTHORS_COCO | ONE_X),
+    f"{COCO}C4_1x_lr0.03": ("", AUTHORS_C4 | AUTHORS_COCO | ONE_X | {"SOLVER.BASE_LR": 0.03}),
     f"{COCO}C4_2x": ("", AUTHORS_C4 | AUTHORS_COCO | TWO_X),
     f"{COCO}FPN_1x": (D2_MASK_FPN, PAPER_FPN | ONE_X),
     f"{COCO}FPN_2x": (D2_MASK_FPN, PAPER_FPN | TWO_X),
@@ -333,6 +339,10 @@ def test_published_rows_of_the_paper():
     rows = {row.init: row for row in get_protocol("voc0712_faster_rcnn_R_50_C4_24k").published}
     assert rows["moco_v2_R50_800ep"].metrics == {"bbox/AP50": 82.5, "bbox/AP": 57.4, "bbox/AP75": 64.0}
     assert (rows["random"].std["bbox/AP75"], rows["random"].trials) == (0.4, 5)
+    # Another lr is another protocol; a figure that was not published is missing.
+    other = {row.init: row.metrics for row in get_protocol("voc0712_faster_rcnn_R_50_C4_24k_lr0.1").published}
+    assert other["barlow_twins_R50_1000ep"]["bbox/AP"] == 56.8 and not other.keys() & rows.keys()
+    assert rows["densecl_R50_200ep"].metrics == {"bbox/AP": 58.7}
     # The two detectors that papers call FPN are two protocols: same backbone weights, another figure.
     paper, other = (
         {row.init: row.metrics["bbox/AP"] for row in get_protocol(f"coco_mask_rcnn_R_50_{kind}_1x").published}
@@ -343,6 +353,7 @@ def test_published_rows_of_the_paper():
 
 def test_the_documented_tables_are_the_model_zoos():
     root = Path(__file__).parents[2]
+    assert "| `moco_v2_R50_200ep` | `Pretrain/moco_v2_R50_200ep` | `MoCo` | resnet50 | 200 | 256 |" in recipe_table()
     remedy = "run python -m moco_d2.model_zoo, and put what it prints there"
     assert protocol_table() in (root / "docs/configs.md").read_text(), remedy
     assert published_tables() in (root / "docs/configs.md").read_text(), remedy

@@ -192,6 +192,7 @@ def test_every_checkpoint_comes_with_a_backbone_that_any_torchvision_user_can_lo
     wanted = {
         "total_loss", "contrast_acc1", "contrast_acc5", "lr", "data_time", "images_per_second", "positive_similarity",
         "negative_similarity", "feature_std", "epoch", "unreadable_images", "eta_seconds",
+        "peak_memory_gib",
     }  # fmt: skip
     assert wanted <= set(last) and last["epoch"] == 3
     assert list(tmp_path.glob("events.out.tfevents.*"))

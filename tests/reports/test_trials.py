@@ -252,15 +252,15 @@ def test_missing_data_and_keys_with_an_option_of_their_own(plan):
 
 def test_a_trial_is_run_by_one_process_at_a_time(plan):
     (trial,) = plan(["random"])
-    with trials.locked(trial) as mine:
+    with trials.locked(trial.folder) as mine:
         assert mine is not None
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[mine])
-        with trials.locked(trial) as other:
+        with trials.locked(trial.folder) as other:
             assert other is None
-    with trials.locked(trial) as other:
+    with trials.locked(trial.folder) as other:
         assert other is None, "the training still lives"
     child.communicate(b"\n")
-    with trials.locked(trial) as other:
+    with trials.locked(trial.folder) as other:
         assert other is not None
 
 

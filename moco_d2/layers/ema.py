@@ -32,3 +32,11 @@ def cosine_momentum(start: float, progress: float) -> float:
         progress: fraction of training that is done, in [0, 1].
     """
     return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def initial_share(start: float, steps: int) -> float:
+    """Return the share of its initial weights that a target still has after a run of ``steps`` steps.
+
+    It is the product of :func:`cosine_momentum` over the steps.
+    """
+    return math.prod(cosine_momentum(start, step / steps) for step in range(steps))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from moco_d2.layers.batch_norm import SyncBatchNorm2d, use_sync_batch_norm
+from moco_d2.layers.ema import initial_share
 from moco_d2.layers.views import Views
 from moco_d2.messages import unknown_name
 from moco_d2.signature import defaults, refuse_unknown
@@ -198,3 +200,41 @@ def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str,
     if any(isinstance(module, SyncBatchNorm2d) for module in method.modules()):
         use_sync_batch_norm(method)  # the heads, too
     return method
+
+
+def check_ranges(*rules: tuple[bool, str]) -> None:
+    """Raise ValueError with the messages of all rules that do not hold, each ``argument is value; it must be rule``.
+
+    Args:
+        rules: whether a rule holds, and the message, to which ``SSL.ARGS.`` is added.
+    """
+    problems = [f"SSL.ARGS.{message}" for holds, message in rules if not holds]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def spread_of(dim: int) -> Diagnostic:
+    """Return the diagnostic ``feature_std`` (:func:`~moco_d2.layers.spread.feature_std`) of C = ``dim`` components."""
+    even = 1 / math.sqrt(dim)  # the std of features spread evenly over the sphere; it is 0 if all are one point
+    return Diagnostic("feature_std", "feature std", "std", ".4f", even, "spread evenly, 1/sqrt(C)", even / 10)
+
+
+def slow_target(momentum: float, steps: int) -> list[str]:
+    """Return a warning if a target, whose decay rises from ``momentum`` to 1 along a cosine, hardly moves in a run."""
+    left = initial_share(momentum, steps)
+    if left <= 0.5:
+        return []
+    return [
+        f"after all {steps} steps, {left:.0%} of the target network is still its initial weights: train longer "
+        f"(SOLVER.EPOCHS, a smaller SOLVER.IMS_PER_BATCH), or lower SSL.ARGS.momentum, which is {momentum:g}"
+    ]
+
+
+def rename(state: dict[str, torch.Tensor], prefixes: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Return a state dict without DDP's ``module.``, and with each prefix of a name replaced as ``prefixes`` says."""
+    renamed = {}
+    for key, value in state.items():
+        name = key.removeprefix("module.")
+        old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        renamed[prefixes.get(old, "") + name.removeprefix(old)] = value
+    return renamed

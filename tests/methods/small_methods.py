@@ -33,6 +33,11 @@ class Small(NamedTuple):
 
 SMALL: dict[str, Small] = {
     "MoCo": Small({"dim": 16, "queue_size": 24, "mlp": True, "momentum": 0.9, "shuffle": False}),
+    "BYOL": Small({"dim": 16, "hidden_dim": 32, "momentum": 0.9}),
+    "SimSiam": Small({"dim": 16, "hidden_dim": 32, "predictor_dim": 8}),
+    "BarlowTwins": Small({"dim": 16, "hidden_dim": 32}),
+    "VICReg": Small({"dim": 16, "hidden_dim": 32}),
+    "MoCoV3": Small({"dim": 16, "hidden_dim": 32, "momentum": 0.9, "temperature": 0.5}),
 }
 
 
@@ -61,3 +66,19 @@ def part(views: Views, rank: int, processes: int) -> Views:
     """Return a process's part of a batch."""
     images = [view.chunk(processes)[rank] for view in views.images]
     return Views(images, views.index.chunk(processes)[rank], views.boxes.chunk(processes, dim=1)[rank])
+
+
+def six_losses(name: str) -> list[float]:
+    """Train a method for six steps with SGD; a refactoring must not move these losses."""
+    method = build(name)
+    sgd = torch.optim.SGD([{"params": list(group["params"])} for group in method.param_groups()], 0.05, momentum=0.9)
+    losses = []
+    for step in range(6):
+        torch.manual_seed(step)
+        if step % 3 == 0:
+            method.before_epoch(step // 3, lambda step=step: (make_views(name, step + ahead) for ahead in range(3)))
+        method.before_step(step / 6, step / 3)
+        loss = torch.stack(list(method(make_views(name, step)).values())).sum()
+        sgd.zero_grad(), loss.backward(), method.after_backward(), sgd.step(), method.after_step()
+        losses.append(loss.item())
+    return losses

@@ -15,7 +15,7 @@ from moco_d2.layers.heads import mlp, replace_head, without_head
 from moco_d2.layers.losses import squared_correlations
 from moco_d2.layers.spread import feature_std
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, register, rename, spread_of
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, register, rename, feature_spread
 
 
 @register
@@ -48,10 +48,12 @@ class BarlowTwins(SSLMethod):
         """
         super().__init__()
         check_ranges(
-            (dim >= 2, f"dim is {dim}; it must be at least 2 (the paper's is 8192)"),
-            (hidden_dim >= 1, f"hidden_dim is {hidden_dim}; it must be at least 1 (the paper's is 8192)"),
-            (layers >= 2, f"layers is {layers}; it must be at least 2 (the paper's are 3)"),
-            (redundancy > 0, f"redundancy is {redundancy}; it must be positive (the authors' is 0.0051)"),
+            [
+                (dim >= 2, f"dim is {dim}; it must be at least 2 (the paper's is 8192)"),
+                (hidden_dim >= 1, f"hidden_dim is {hidden_dim}; it must be at least 1 (the paper's is 8192)"),
+                (layers >= 2, f"layers is {layers}; it must be at least 2 (the paper's are 3)"),
+                (redundancy > 0, f"redundancy is {redundancy}; it must be positive (the authors' is 0.0051)"),
+            ]
         )
         self.dim, self.redundancy = dim, redundancy
         self.encoder = encoder(num_classes=dim)
@@ -76,7 +78,7 @@ class BarlowTwins(SSLMethod):
 
     def diagnostics(self) -> Sequence[Diagnostic]:
         """Describe the loss, and the spread of the features, which a collapse brings to 0."""
-        return (Diagnostic("total_loss", "loss", "loss", ".2f"), spread_of(self.dim))
+        return (Diagnostic("total_loss", "loss", "loss", ".2f"), feature_spread(self.dim))
 
     @staticmethod
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from moco_d2.layers.heads import mlp, replace_head, without_head
 from moco_d2.layers.losses import cosine
 from moco_d2.layers.spread import feature_std
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, register, slow_target, spread_of
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, register, slow_target, feature_spread
 
 
 @register
@@ -42,9 +42,11 @@ class BYOL(SSLMethod):
         """
         super().__init__()
         check_ranges(
-            (dim >= 1, f"dim is {dim}; it must be at least 1 (the paper's is 256)"),
-            (hidden_dim >= 1, f"hidden_dim is {hidden_dim}; it must be at least 1 (the paper's is 4096)"),
-            (0 <= momentum <= 1, f"momentum is {momentum}; it must be in [0, 1] (the paper's is 0.99 or 0.996)"),
+            [
+                (dim >= 1, f"dim is {dim}; it must be at least 1 (the paper's is 256)"),
+                (hidden_dim >= 1, f"hidden_dim is {hidden_dim}; it must be at least 1 (the paper's is 4096)"),
+                (0 <= momentum <= 1, f"momentum is {momentum}; it must be in [0, 1] (the paper's is 0.99 or 0.996)"),
+            ]
         )
         self.dim, self.start, self.momentum = dim, momentum, momentum
 
@@ -85,7 +87,7 @@ class BYOL(SSLMethod):
 
     def diagnostics(self) -> Sequence[Diagnostic]:
         """Describe the loss, and the spread of the projections, which a collapse brings to 0."""
-        return (Diagnostic("total_loss", "loss", "loss", ".4f", 4.0, "unrelated features"), spread_of(self.dim))
+        return (Diagnostic("total_loss", "loss", "loss", ".4f", 4.0, "unrelated features"), feature_spread(self.dim))
 
     def advice(self, images: int, batch: int, steps: int) -> list[str]:
         """Warn about a run too short for the target."""

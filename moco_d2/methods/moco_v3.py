@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco_d2.layers.distributed import all_gather, rank
+from moco_d2.layers.distributed import all_gather, own_part, rank
 from moco_d2.layers.ema import cosine_momentum, ema_update_
+from moco_d2.layers.encode import unit_features
 from moco_d2.layers.heads import mlp, replace_head, without_head
 from moco_d2.layers.losses import contrast_rank
-from moco_d2.layers.spread import feature_std
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, register, rename, slow_target, spread_of
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, register, rename, slow_target, feature_spread
 
 
 @register
@@ -50,10 +50,12 @@ class MoCoV3(SSLMethod):
         """
         super().__init__()
         check_ranges(
-            (dim >= 1, f"dim is {dim}; it must be at least 1 (the paper's is 256)"),
-            (hidden_dim >= 1, f"hidden_dim is {hidden_dim}; it must be at least 1 (the paper's is 4096)"),
-            (0 <= momentum <= 1, f"momentum is {momentum}; it must be in [0, 1] (the authors' is 0.99 or 0.996)"),
-            (temperature > 0, f"temperature is {temperature}; it must be positive (the authors' is 1 for ResNets)"),
+            [
+                (dim >= 1, f"dim is {dim}; it must be at least 1 (the paper's is 256)"),
+                (hidden_dim >= 1, f"hidden_dim is {hidden_dim}; it must be at least 1 (the paper's is 4096)"),
+                (0 <= momentum <= 1, f"momentum is {momentum}; it must be in [0, 1] (the authors' is 0.99 or 0.996)"),
+                (temperature > 0, f"temperature is {temperature}; it must be positive (the authors' is 1 for ResNets)"),
+            ]
         )
         self.dim, self.temperature = dim, temperature
         self.start, self.momentum = momentum, momentum
@@ -72,7 +74,7 @@ class MoCoV3(SSLMethod):
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
         """Compute the loss of two views (N, 3, H, W) of each image: Algorithm 1, each view a query once."""
         x1, x2 = views.images
-        q1, q2 = (self.predictor(self.base_encoder(x)) for x in (x1, x2))  # (N, C); a pass for each view
+        q1, q2 = unit_features(self._query, x1), unit_features(self._query, x2)  # (N, C); a pass for each view
         if self.training:
             ema_update_(self.momentum_encoder, self.base_encoder, self.momentum)
         k1, k2 = self._keys(x1), self._keys(x2)  # (R * N, C)
@@ -80,15 +82,19 @@ class MoCoV3(SSLMethod):
             self._record(q1, k2)
         return {"loss_contrast": contrast(q1, k2, self.temperature) + contrast(q2, k1, self.temperature)}
 
+    def _query(self, x: torch.Tensor) -> torch.Tensor:
+        predicted: torch.Tensor = self.predictor(self.base_encoder(x))
+        return predicted
+
     @torch.no_grad()
     def _keys(self, x: torch.Tensor) -> torch.Tensor:
-        return all_gather(_normalised(self.momentum_encoder(x)))
+        return all_gather(unit_features(self.momentum_encoder, x))
 
     @torch.no_grad()
     def _record(self, q: torch.Tensor, keys: torch.Tensor) -> None:
         # An image's own key is among the keys that count, and is as similar as itself.
-        ranks = contrast_rank(_normalised(q), _own(keys, len(q)), keys) - 1
-        self.recorded = {"contrast_acc1": (ranks < 1).float().mean(), "feature_std": feature_std(q)}
+        ranks = contrast_rank(q, own_part(keys), keys) - 1
+        self.recorded = {"contrast_acc1": (ranks < 1).float().mean(), "feature_std": q.std(dim=0).mean()}
 
     def backbone(self) -> nn.Module:
         """Return the base encoder without its projector: MoCo transfers the queries' encoder."""
@@ -99,7 +105,7 @@ class MoCoV3(SSLMethod):
         return (
             Diagnostic("total_loss", "loss", "loss", ".4f"),
             Diagnostic("contrast_acc1", "contrast accuracy", "acc@1"),
-            spread_of(self.dim),
+            feature_spread(self.dim),
         )
 
     def advice(self, images: int, batch: int, steps: int) -> list[str]:
@@ -122,19 +128,11 @@ def contrast(q: torch.Tensor, keys: torch.Tensor, temperature: float) -> torch.T
     With equal similarities it is 2 tau log(R N). The factor makes the gradient's size depend less on tau.
 
     Args:
-        q: (N, C) queries.
+        q: (N, C) queries, L2-normalised.
         keys: (R * N, C) keys of all processes, L2-normalised, in the order of the processes.
         temperature: tau > 0.
     """
     with torch.autocast(q.device.type, enabled=False):
-        logits = _normalised(q) @ keys.T / temperature  # (N, R * N)
+        logits = q @ keys.T / temperature  # (N, R * N)
         labels = torch.arange(len(q), device=q.device) + len(q) * rank()
         return 2 * temperature * F.cross_entropy(logits, labels)
-
-
-def _normalised(features: torch.Tensor) -> torch.Tensor:
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
-
-
-def _own(keys: torch.Tensor, count: int) -> torch.Tensor:
-    return keys[count * rank() : count * (rank() + 1)]

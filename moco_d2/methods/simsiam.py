@@ -15,7 +15,7 @@ from moco_d2.layers.heads import head_name, mlp, replace_head, without_head
 from moco_d2.layers.losses import cosine
 from moco_d2.layers.spread import feature_std
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, register, rename, spread_of
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, register, rename, feature_spread
 
 
 @register
@@ -50,10 +50,12 @@ class SimSiam(SSLMethod):
         """
         super().__init__()
         check_ranges(
-            (dim >= 1, f"dim is {dim}; it must be at least 1 (the paper's is 2048)"),
-            (hidden_dim >= 1, f"hidden_dim is {hidden_dim}; it must be at least 1 (the paper's is 2048)"),
-            (layers >= 2, f"layers is {layers}; it must be at least 2 (the paper's are 3, and 2 on CIFAR-10)"),
-            (predictor_dim >= 1, f"predictor_dim is {predictor_dim}; it must be at least 1 (the paper's is 512)"),
+            [
+                (dim >= 1, f"dim is {dim}; it must be at least 1 (the paper's is 2048)"),
+                (hidden_dim >= 1, f"hidden_dim is {hidden_dim}; it must be at least 1 (the paper's is 2048)"),
+                (layers >= 2, f"layers is {layers}; it must be at least 2 (the paper's are 3, and 2 on CIFAR-10)"),
+                (predictor_dim >= 1, f"predictor_dim is {predictor_dim}; it must be at least 1 (the paper's is 512)"),
+            ]
         )
         self.dim, self.constant_predictor_lr = dim, constant_predictor_lr
         self.encoder = encoder(num_classes=dim)
@@ -85,7 +87,7 @@ class SimSiam(SSLMethod):
 
     def diagnostics(self) -> Sequence[Diagnostic]:
         """Describe the loss, and the spread of the projections, which a collapse brings to 0 (paper, figure 2)."""
-        return (Diagnostic("total_loss", "loss", "loss", ".4f", -1.0, "equal features"), spread_of(self.dim))
+        return (Diagnostic("total_loss", "loss", "loss", ".4f", -1.0, "equal features"), feature_spread(self.dim))
 
     @staticmethod
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ from moco_d2.layers.heads import mlp, replace_head, without_head
 from moco_d2.layers.losses import squared_correlations
 from moco_d2.layers.spread import feature_std
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, register, rename, spread_of
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, register, rename, feature_spread
 
 
 @register
@@ -53,12 +53,14 @@ class VICReg(SSLMethod):
         """
         super().__init__()
         check_ranges(
-            (dim >= 2, f"dim is {dim}; it must be at least 2 (the paper's is 8192)"),
-            (hidden_dim >= 1, f"hidden_dim is {hidden_dim}; it must be at least 1 (the paper's is 8192)"),
-            (layers >= 2, f"layers is {layers}; it must be at least 2 (the paper's are 3)"),
-            (invariance >= 0, f"invariance is {invariance}; it must be 0 or more (the paper's is 25)"),
-            (variance >= 0, f"variance is {variance}; it must be 0 or more (the paper's is 25)"),
-            (covariance >= 0, f"covariance is {covariance}; it must be 0 or more (the paper's is 1)"),
+            [
+                (dim >= 2, f"dim is {dim}; it must be at least 2 (the paper's is 8192)"),
+                (hidden_dim >= 1, f"hidden_dim is {hidden_dim}; it must be at least 1 (the paper's is 8192)"),
+                (layers >= 2, f"layers is {layers}; it must be at least 2 (the paper's are 3)"),
+                (invariance >= 0, f"invariance is {invariance}; it must be 0 or more (the paper's is 25)"),
+                (variance >= 0, f"variance is {variance}; it must be 0 or more (the paper's is 25)"),
+                (covariance >= 0, f"covariance is {covariance}; it must be 0 or more (the paper's is 1)"),
+            ]
         )
         self.dim = dim
         self.invariance, self.variance, self.covariance = invariance, variance, covariance
@@ -90,7 +92,7 @@ class VICReg(SSLMethod):
 
     def diagnostics(self) -> Sequence[Diagnostic]:
         """Describe the loss, and the spread of the features, which a collapse brings to 0."""
-        return (Diagnostic("total_loss", "loss", "loss", ".3f"), spread_of(self.dim))
+        return (Diagnostic("total_loss", "loss", "loss", ".3f"), feature_spread(self.dim))
 
     @staticmethod
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

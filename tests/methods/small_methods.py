@@ -68,17 +68,15 @@ def part(views: Views, rank: int, processes: int) -> Views:
     return Views(images, views.index.chunk(processes)[rank], views.boxes.chunk(processes, dim=1)[rank])
 
 
-def six_losses(name: str) -> list[float]:
-    """Train a method for six steps with SGD; a refactoring must not move these losses."""
-    method = build(name)
-    sgd = torch.optim.SGD([{"params": list(group["params"])} for group in method.param_groups()], 0.05, momentum=0.9)
+def six_losses(name: str, **args: object) -> list[float]:
+    """Return the losses of six steps in float64, which no refactoring may change."""
+    method = build(name, **args)
+    sgd = torch.optim.SGD([p for group in method.param_groups() for p in group["params"]], lr=0.05, momentum=0.9)
     losses = []
     for step in range(6):
         torch.manual_seed(step)
-        if step % 3 == 0:
-            method.before_epoch(step // 3, lambda step=step: (make_views(name, step + ahead) for ahead in range(3)))
-        method.before_step(step / 6, step / 3)
-        loss = torch.stack(list(method(make_views(name, step)).values())).sum()
+        method.before_step(step / 6, step / 2)
+        loss = sum(method(make_views(name, step)).values())
         sgd.zero_grad(), loss.backward(), method.after_backward(), sgd.step(), method.after_step()
         losses.append(loss.item())
     return losses

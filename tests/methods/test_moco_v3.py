@@ -85,13 +85,13 @@ def test_a_published_file_has_these_shapes() -> None:
 
 
 def test_equal_features_have_the_loss_of_chance_and_keys_no_gradient() -> None:
-    one = torch.ones(64, 8, dtype=torch.float64)
-    assert contrast(one, one / 8**0.5, 0.2).item() == pytest.approx(1.6636, abs=5e-5)
-    assert contrast(one, one / 8**0.5, 1.0).item() == pytest.approx(2 * math.log(64))
+    one = torch.full((64, 4), 0.5, dtype=torch.float64)
+    assert contrast(one, one, 0.2).item() == pytest.approx(1.6636, abs=5e-5)
+    assert contrast(one, one, 1.0).item() == pytest.approx(2 * math.log(64))
     torch.manual_seed(0)
-    q, k = torch.randn(2, 16, 32, dtype=torch.float64)
-    logits = F.normalize(q, dim=1) @ F.normalize(k, dim=1).T / 0.2
-    torch.testing.assert_close(contrast(q, F.normalize(k, dim=1), 0.2), 0.4 * F.cross_entropy(logits, torch.arange(16)))
+    q, k = F.normalize(torch.randn(2, 16, 32, dtype=torch.float64), dim=2)
+    expected = 0.4 * F.cross_entropy(q @ k.T / 0.2, torch.arange(16))
+    torch.testing.assert_close(contrast(q, k, 0.2), expected)
 
 
 def test_the_recorded_accuracy_counts_an_images_own_key_alone() -> None:

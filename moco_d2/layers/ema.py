@@ -37,6 +37,11 @@ def cosine_momentum(start: float, progress: float) -> float:
 def initial_share(start: float, steps: int) -> float:
     """Return the share of its initial weights that a target still has after a run of ``steps`` steps.
 
-    It is the product of :func:`cosine_momentum` over the steps.
+    It is the product of :func:`cosine_momentum` over the steps; less than a thousandth counts as 0.
     """
-    return math.prod(cosine_momentum(start, step / steps) for step in range(steps))
+    left = 1.0
+    for step in range(steps):
+        left *= cosine_momentum(start, step / steps)
+        if left < 0.001:  # a run can have millions of steps
+            return 0.0
+    return left

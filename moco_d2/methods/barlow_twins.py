@@ -15,7 +15,7 @@ from moco_d2.layers.heads import mlp, replace_head, without_head
 from moco_d2.layers.losses import squared_correlations
 from moco_d2.layers.spread import feature_std
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, register, rename, feature_spread
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register, rename
 
 
 @register

@@ -18,7 +18,7 @@ from moco_d2.layers.encode import unit_features
 from moco_d2.layers.heads import mlp, replace_head, without_head
 from moco_d2.layers.losses import contrast_rank
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, register, rename, slow_target, feature_spread
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register, rename, slow_target
 
 
 @register

@@ -35,7 +35,7 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["SSL.METHOD", "MoCo2"], "did you mean 'MoCo'?"),
+        (["SSL.METHOD", "MoCo2"], "; did you mean 'MoCo'?"),
         (["SSL.ENCODER.NAME", "resnet5"], "did you mean 'resnet50'?"),
         (["SSL.ENCODER.ARGS.stem", "cfar"], "did you mean 'cifar'?"),
         (["SSL.ENCODER.ARGS.width", -1.0], "width is -1.0; for resnet18 it must be a positive multiple of 1/64"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moco_d2.data.augment import Apply, Augmentation, Crop, Jitter, View, register_augmentation
+from moco_d2.data.augment import Apply, Augmentation, Crop, Jitter, RandomOp, View, register_augmentation
 from moco_d2.facts import IMAGENET_RGB, Pixels
 
 CIFAR_RGB = Pixels("RGB", (125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255))
@@ -134,3 +134,26 @@ def simclr(size: int) -> Augmentation:
     ops = (Apply("flip", 0.5), Jitter(0.8, 0.8, 0.8, 0.2, p=0.8), Apply("grey", 0.2), Apply("blur", 0.5, (0.1, 2.0)))
     view = View(Crop(size, bicubic=True), ops)
     return Augmentation((view, view), Pixels("RGB", (0.0, 0.0, 0.0), (255.0, 255.0, 255.0)))
+
+
+@register_augmentation
+def byol(size: int) -> Augmentation:
+    """BYOL, Barlow Twins, VICReg: crop (bicubic), flip, jitter, grayscale, blur, solarise; the two views differ."""
+    crop, flip = Crop(size, bicubic=True), Apply("flip", 0.5)
+    return Augmentation(tuple(View(crop, (flip, *ops)) for ops in _two_sets_of_colours()))
+
+
+@register_augmentation
+def moco_v3(size: int) -> Augmentation:
+    """MoCo v3 for ResNets: BYOL's operations, but crops of at least a fifth, bilinear, and the flip at the end."""
+    crop, flip = Crop(size, scale=(0.2, 1.0)), Apply("flip", 0.5)
+    return Augmentation(tuple(View(crop, (*ops, flip)) for ops in _two_sets_of_colours()))
+
+
+def _two_sets_of_colours() -> list[tuple[RandomOp, ...]]:
+    """Return BYOL's operations on colours: the first view is always blurred, the second seldom, but solarised."""
+    colours = (Jitter(0.4, 0.4, 0.2, 0.1, p=0.8), Apply("grey", 0.2))
+    return [
+        (*colours, Apply("blur", 1.0, (0.1, 2.0))),
+        (*colours, Apply("blur", 0.1, (0.1, 2.0)), Apply("solarise", 0.2, 128)),
+    ]

@@ -32,3 +32,16 @@ def cosine_momentum(start: float, progress: float) -> float:
         progress: fraction of training that is done, in [0, 1].
     """
     return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def initial_share(start: float, steps: int) -> float:
+    """Return the share of its initial weights that a target still has after a run of ``steps`` steps.
+
+    It is the product of :func:`cosine_momentum` over the steps; less than a thousandth counts as 0.
+    """
+    left = 1.0
+    for step in range(steps):
+        left *= cosine_momentum(start, step / steps)
+        if left < 0.001:  # a run can have millions of steps
+            return 0.0
+    return left

@@ -200,3 +200,26 @@ def cross_view_entropy(targets: torch.Tensor, scores: torch.Tensor, temperature:
         pairs = -torch.einsum("ank,vnk->av", targets.detach(), log_p) / scores.shape[1]
         others = 1 - torch.eye(count, views, dtype=pairs.dtype, device=pairs.device)
         return (pairs * others).sum() / (count * (views - 1))
+
+
+def cosine(p: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """Return the mean cosine of p and z, both (N, C), in float32 or wider."""
+    wide = torch.promote_types(p.dtype, torch.float32)
+    with torch.autocast(p.device.type, enabled=False):
+        return F.cosine_similarity(p.to(wide), z.to(wide), dim=1).mean()
+
+
+def squared_correlations(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the squares of all entries of a^T b, which is the sum of the entries of (a a^T) * (b b^T).
+
+    The smaller of the two forms is computed: (C, C) or (N, N). A batch of 2048 with 8192 features needs a sixteenth of
+    the first form's memory.
+
+    Args:
+        a: (N, C).
+        b: (N, C); it may be the same tensor.
+    """
+    if len(a) >= a.shape[1]:
+        return (a.T @ b).square().sum()
+    left = a @ a.T
+    return (left * (left if b is a else b @ b.T)).sum()

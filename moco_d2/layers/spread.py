@@ -1,9 +1,22 @@
-"""How features spread over the sphere: effective rank, alignment, uniformity. None of them needs labels."""
+"""How features spread over the sphere: std, effective rank, alignment, uniformity. None of them needs labels."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+
+@torch.no_grad()
+def feature_std(features: torch.Tensor) -> torch.Tensor:
+    """Return the std of normalised features over the batch, mean over components (SimSiam, figure 2).
+
+    Args:
+        features: (N, C), not normalised.
+
+    Returns:
+        A scalar: 0 if all point in one direction, 1 / sqrt(C) if they are spread evenly.
+    """
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1).std(dim=0).mean()
 
 
 def effective_rank(features: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moco_d2.layers.batch_norm import SyncBatchNorm2d, use_sync_batch_norm
+from moco_d2.layers.ema import initial_share
 from moco_d2.layers.views import Views
 from moco_d2.messages import unknown_name
 from moco_d2.signature import defaults, refuse_unknown
@@ -222,3 +223,24 @@ def check_ranges(rules: Iterable[tuple[bool, str]]) -> None:
     """
     if problems := [f"SSL.ARGS.{message}" for holds, message in rules if not holds]:
         raise ValueError("\n".join(problems))
+
+
+def slow_target(momentum: float, steps: int) -> list[str]:
+    """Return a warning if a target, whose decay rises from ``momentum`` to 1 along a cosine, hardly moves in a run."""
+    left = initial_share(momentum, steps)
+    if left <= 0.5:
+        return []
+    return [
+        f"after all {steps} steps, {left:.0%} of the target network is still its initial weights: train longer "
+        f"(SOLVER.EPOCHS, a smaller SOLVER.IMS_PER_BATCH), or lower SSL.ARGS.momentum, which is {momentum:g}"
+    ]
+
+
+def rename(state: dict[str, torch.Tensor], prefixes: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Return a state dict without DDP's ``module.``, and with each prefix of a name replaced as ``prefixes`` says."""
+    renamed = {}
+    for key, value in state.items():
+        name = key.removeprefix("module.")
+        old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        renamed[prefixes.get(old, "") + name.removeprefix(old)] = value
+    return renamed

@@ -119,6 +119,15 @@ def test_multi_crops_are_the_published_ones_op_for_op(name: str) -> None:
     assert [view.crop.size for view in build_augmentation(name, 64).views[2:]] == [27] * (len(expected) - 2)
 
 
+def test_byols_two_views_differ_as_published() -> None:
+    colours, flip = (Jitter(0.4, 0.4, 0.2, 0.1, 0.8), Apply("grey", 0.2)), Apply("flip", 0.5)
+    own = (Apply("blur", 1.0, (0.1, 2.0)),), (Apply("blur", 0.1, (0.1, 2.0)), Apply("solarise", 0.2, 128))
+    bicubic = Crop(SIZE, (0.08, 1.0), (3 / 4, 4 / 3), bicubic=True)
+    assert build_augmentation("byol", SIZE).views == tuple(View(bicubic, (flip, *colours, *ops)) for ops in own)
+    bilinear = Crop(SIZE, (0.2, 1.0), (3 / 4, 4 / 3), bicubic=False)
+    assert build_augmentation("moco_v3", SIZE).views == tuple(View(bilinear, (*colours, *ops, flip)) for ops in own)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [("moco_v9", 224, r"moco_v1, moco_v2, .*; did you mean 'moco_v\d'\?"), ("moco_v2", 0, "at least one")],

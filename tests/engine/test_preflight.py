@@ -52,7 +52,7 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
         (["SSL.ARGS.dim", True], "SSL.ARGS.dim is True; it must be an int"),
         (["SSL.ARGS.momentum", 1.5], "SSL.ARGS.momentum is 1.5; it must be in [0, 1]"),
         (["SSL.ARGS.bn_groups", 7], "256 images per process cannot be split into 7 BN groups"),
-        (["DATA.AUGMENTATION", "moco_v3"], "did you mean 'moco_v2'?"),
+        (["DATA.AUGMENTATION", "moco_v22"], "did you mean 'moco_v2'?"),
         (["DATA.CROP_SIZE", 0], "DATA.CROP_SIZE is 0"),
         (["DATA.CROP_SIZE", "224"], "DATA.CROP_SIZE is '224'; it must be an int, as 224 is"),
         (["DATA.CROP_SIZE", 2.5], "DATA.CROP_SIZE is 2.5; it must be an int"),

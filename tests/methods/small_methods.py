@@ -49,6 +49,11 @@ SMALL: dict[str, Small] = {
     "InstDisc": Small({"dim": 16, "negatives": 12, "proximal": 0.1}, sizes=(32,)),
     "SimCLR": Small({"dim": 16, "head_layers": 3}),
     "InvaSpread": Small({"dim": 16}),
+    "BYOL": Small({"dim": 16, "hidden_dim": 32, "momentum": 0.9}),
+    "SimSiam": Small({"dim": 16, "hidden_dim": 32, "predictor_dim": 8}),
+    "BarlowTwins": Small({"dim": 16, "hidden_dim": 32}),
+    "VICReg": Small({"dim": 16, "hidden_dim": 32}),
+    "MoCoV3": Small({"dim": 16, "hidden_dim": 32, "momentum": 0.9, "temperature": 0.5}),
 }
 
 
@@ -101,3 +106,17 @@ def train_tiny(method: SSLMethod, steps: int, lr: float = 0.1) -> None:
         method.before_step(step / steps, step / 10)
         loss = sum(method(Views(views, torch.arange(32), torch.zeros(2, 32, 4))).values())
         sgd.zero_grad(), loss.backward(), method.after_backward(), sgd.step(), method.after_step()
+
+
+def six_losses(name: str, **args: object) -> list[float]:
+    """Return the losses of six steps in float64, which no refactoring may change."""
+    method = build(name, **args)
+    sgd = torch.optim.SGD([p for group in method.param_groups() for p in group["params"]], lr=0.05, momentum=0.9)
+    losses = []
+    for step in range(6):
+        torch.manual_seed(step)
+        method.before_step(step / 6, step / 2)
+        loss = sum(method(make_views(name, step)).values())
+        sgd.zero_grad(), loss.backward(), method.after_backward(), sgd.step(), method.after_step()
+        losses.append(loss.item())
+    return losses

@@ -1,6 +1,7 @@
 """Images to views: sources, augmentations, backends, the loader. Importing it registers ``imagenet_train``."""
 
 from moco_d2 import host  # noqa: F401  (first: Detectron2 must be there)
+from moco_d2.data import recipes  # noqa: F401  (registers the augmentations)
 from moco_d2.data.augment import AUGMENTATIONS, Augmentation, build_augmentation, register_augmentation
 from moco_d2.data.backends import BACKENDS, Backend, build_backend
 from moco_d2.data.loader import ViewDataset, ViewLoader

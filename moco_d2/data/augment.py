@@ -1,8 +1,9 @@
-"""Augmentations as data, op for op as published, and the drawing of a view's random parameters.
+"""Augmentations as data, and the drawing of a view's random parameters.
 
 Drawing is apart from executing (:mod:`moco_d2.data.backends`): every backend takes the same :class:`Plan`, so a seed
 gives the same views, up to rounding, on each of them. The distributions are those of torchvision's transforms, which
-the authors' code uses. An augmentation is a function ``size -> Augmentation`` under :func:`register_augmentation`.
+the authors' code uses. An augmentation is a function ``size -> Augmentation`` under :func:`register_augmentation`;
+:mod:`moco_d2.data.recipes` has those of the recipes.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ import torch
 from moco_d2.data.operations import SKIP, Op, check_values
 from moco_d2.facts import IMAGENET_RGB, Pixels
 from moco_d2.messages import unknown_name
-
-CIFAR_RGB = Pixels("RGB", (125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255))
 
 
 class Box(NamedTuple):
@@ -229,25 +228,3 @@ def build_augmentation(name: str, size: int) -> Augmentation:
     if size < 1:
         raise ValueError(f"DATA.CROP_SIZE is {size}; a view needs at least one pixel")
     return AUGMENTATIONS[name](size)
-
-
-@register_augmentation
-def moco_v1(size: int) -> Augmentation:
-    """MoCo v1: crop, grayscale, colour jitter, flip, in this order (that of the authors' code, which is InstDisc's)."""
-    view = View(Crop(size, scale=(0.2, 1.0)), (Apply("grey", 0.2), Jitter(0.4, 0.4, 0.4, 0.4), Apply("flip", 0.5)))
-    return Augmentation((view, view))
-
-
-@register_augmentation
-def moco_v2(size: int) -> Augmentation:
-    """MoCo v2's "aug+": crop, jitter (p .8, hue .1), grayscale, blur (p .5), flip, in this order."""
-    ops = (Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Apply("grey", 0.2), Apply("blur", 0.5, (0.1, 2.0)), Apply("flip", 0.5))
-    view = View(Crop(size, scale=(0.2, 1.0)), ops)
-    return Augmentation((view, view))
-
-
-@register_augmentation
-def moco_cifar(size: int) -> Augmentation:
-    """The authors' CIFAR-10 demo: crop (torchvision's default scale), flip, jitter, grayscale; no blur."""
-    view = View(Crop(size), (Apply("flip", 0.5), Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Apply("grey", 0.2)))
-    return Augmentation((view, view), CIFAR_RGB)

@@ -28,3 +28,15 @@ def moco_cifar(size: int) -> Augmentation:
     """The authors' CIFAR-10 demo: crop (torchvision's default scale), flip, jitter, grayscale; no blur."""
     view = View(Crop(size), (Apply("flip", 0.5), Jitter(0.4, 0.4, 0.4, 0.1, p=0.8), Apply("grey", 0.2)))
     return Augmentation((view, view), CIFAR_RGB)
+
+
+@register_augmentation
+def pixpro(size: int) -> Augmentation:
+    """PixPro: BYOL's two views, blurred (p 1, .1) and solarised (p 0, .2); bilinear, the flip directly after the crop."""
+
+    def view(blur: float, solarise: float) -> View:
+        colours = (Jitter(0.4, 0.4, 0.2, 0.1, p=0.8), Apply("grey", 0.2))
+        ops = (Apply("flip", 0.5), *colours, Apply("blur", blur, (0.1, 2.0)), Apply("solarise", solarise, 128.0))
+        return View(Crop(size), ops)
+
+    return Augmentation((view(1.0, 0.0), view(0.1, 0.2)))

@@ -2,5 +2,6 @@
 
 from moco_d2.methods.base import METHODS, Diagnostic, SSLMethod, build_method, default_args, method_class
 from moco_d2.methods.moco import MoCo
+from moco_d2.methods.pixpro import PixPro
 
-__all__ = ["METHODS", "Diagnostic", "MoCo", "SSLMethod", "build_method", "default_args", "method_class"]
+__all__ = ["METHODS", "Diagnostic", "MoCo", "PixPro", "SSLMethod", "build_method", "default_args", "method_class"]

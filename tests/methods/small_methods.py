@@ -33,6 +33,7 @@ class Small(NamedTuple):
 
 SMALL: dict[str, Small] = {
     "MoCo": Small({"dim": 16, "queue_size": 24, "mlp": True, "momentum": 0.9, "shuffle": False}),
+    "PixPro": Small({"dim": 16, "hidden": 32, "momentum": 0.9}, sizes=(64, 64)),
 }
 
 
@@ -61,3 +62,17 @@ def part(views: Views, rank: int, processes: int) -> Views:
     """Return a process's part of a batch."""
     images = [view.chunk(processes)[rank] for view in views.images]
     return Views(images, views.index.chunk(processes)[rank], views.boxes.chunk(processes, dim=1)[rank])
+
+
+def six_losses(name: str, **args: object) -> list[float]:
+    """Return the losses of six steps in float64, which no refactoring may change."""
+    method = build(name, **args)
+    sgd = torch.optim.SGD([p for group in method.param_groups() for p in group["params"]], lr=0.05, momentum=0.9)
+    losses = []
+    for step in range(6):
+        torch.manual_seed(step)
+        method.before_step(step / 6, step / 2)
+        loss = sum(method(make_views(name, step)).values())
+        sgd.zero_grad(), loss.backward(), method.after_backward(), sgd.step(), method.after_step()
+        losses.append(loss.item())
+    return losses

@@ -19,7 +19,7 @@ import moco_d2
 from moco_d2.convert import convert_checkpoint
 from moco_d2.engine.checkpoint import backbone_prefix
 from moco_d2.layers.distributed import wrap_ddp
-from moco_d2.layers.resnet import build_resnet
+from moco_d2.layers.resnet import build_resnet, describe
 from moco_d2.layers.views import Views
 from moco_d2.methods import METHODS, SSLMethod, default_args, method_class
 from tests.methods.small_methods import BATCH, IMAGES, SMALL, build, make_views, part
@@ -154,7 +154,8 @@ def test_its_backbone_has_torchvisions_names_and_converts(name: str, tmp_path: P
     prefix = backbone_prefix(method)
     if prefix is None:
         return  # it is computed: backbone.pth holds it
-    content = {"model": method.state_dict(), "backbone": {"method": name, "prefix": prefix}}
+    facts = describe(backbone, origin="a test").as_dict()
+    content = {"model": method.state_dict(), "facts": facts, "backbone": {"method": name, "prefix": prefix}}
     torch.save(content, tmp_path / "model_final.pth")
     convert_checkpoint(tmp_path / "model_final.pth", tmp_path / "converted.pth", proof=False)
     converted = torch.load(tmp_path / "converted.pth", weights_only=False)["model"]

@@ -41,6 +41,12 @@ def all_gather(x: torch.Tensor) -> torch.Tensor:
     return everyone
 
 
+def own_part(batch: torch.Tensor) -> torch.Tensor:
+    """Return this process's rows (N, ...) of those of all processes (R * N, ...)."""
+    own: torch.Tensor = batch.unflatten(0, (world_size(), -1))[rank()]
+    return own
+
+
 def share(pictures: _Pictures) -> _Pictures:
     """Return this process's share: shares are contiguous, in rank order, and their lengths differ by 1 at most.
 
@@ -129,10 +135,26 @@ def shared_permutation(n: int, device: torch.device) -> torch.Tensor:
     Returns:
         (n,) int64.
     """
-    permutation = torch.randperm(n, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return _from_rank_0(torch.randperm(n, pin_memory=device.type == "cuda"), device)
+
+
+@torch.no_grad()
+def shared_draw(n: int, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Draw numbers of ``range(n)``, uniformly and with replacement, in rank 0 and send them to all processes.
+
+    A method that takes its part (:func:`own_part`) of a draw for all processes computes what one process does.
+
+    Returns:
+        ``shape``, int64.
+    """
+    return _from_rank_0(torch.randint(n, shape, pin_memory=device.type == "cuda"), device)
+
+
+def _from_rank_0(drawn: torch.Tensor, device: torch.device) -> torch.Tensor:
+    drawn = drawn.to(device, non_blocking=True)
     if world_size() > 1:
-        dist.broadcast(permutation, src=0)
-    return permutation
+        dist.broadcast(drawn, src=0)
+    return drawn
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Forward passes of an encoder: one for views of equal size, and one that ends before the global pooling.
+"""Forward passes of an encoder: to unit vectors, for views of several sizes, and one that ends before the pooling.
 
 Letters: V views, N images, D features of the encoder.
 """
@@ -9,7 +9,17 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+
+def unit_features(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Return L2-normalised features (N, D) of (N, 3, H, W), in float32 or wider.
+
+    Contrastive losses are computed in float32 even under autocast, because exp(1 / temperature) is large.
+    """
+    features = network(x)
+    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
 
 
 def by_resolution(network: Callable[[torch.Tensor], torch.Tensor], images: Sequence[torch.Tensor]) -> torch.Tensor:

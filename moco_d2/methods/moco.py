@@ -6,27 +6,27 @@ Letters: N images per process, R processes, C feature dimension, K keys in the q
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from moco_d2.layers.batch_norm import use_group_batch_norm
-from moco_d2.layers.distributed import all_gather, rank, shared_permutation, world_size
+from moco_d2.layers.distributed import all_gather, own_part
 from moco_d2.layers.ema import ema_update_
+from moco_d2.layers.encode import unit_features
 from moco_d2.layers.heads import mlp_head, replace_head, without_head
 from moco_d2.layers.losses import contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
+from moco_d2.layers.shuffle import BNGroups, encode_shuffled
 from moco_d2.layers.views import Views
 from moco_d2.methods.base import Diagnostic, SSLMethod, register
 
 logger = logging.getLogger(__name__)
 
-PAPER_GROUPS = 8  # The paper trains on 8 GPUs, and each has its own batch statistics.
 QUEUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,30 +78,9 @@ class MoCo(SSLMethod):
         self.symmetric, self.shuffle = symmetric, shuffle
         self.encoder_q = encoder(num_classes=dim)
         replace_head(self.encoder_q, mlp_head if mlp else lambda head: head)
-        self._set_groups(bn_groups)
+        self.groups = BNGroups(self.encoder_q, bn_groups, shuffle)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.queue = FeatureQueue(queue_size, dim, QUEUE_DTYPES[queue_dtype])
-
-    def _set_groups(self, bn_groups: int) -> None:
-        """Give the encoder's batch norms their groups."""
-        if any(type(module) is nn.BatchNorm2d for module in self.encoder_q.modules()):
-            self.bn_groups = bn_groups or max(1, PAPER_GROUPS // world_size())
-            self.total_bn_groups = self.bn_groups * world_size()
-            # A positive bn_groups is meant for one process, as in the authors' CIFAR demo.
-            self._expected_bn_groups = bn_groups or PAPER_GROUPS
-            reason = "a single BN group: set SSL.ARGS.bn_groups to 2 or more"
-        else:
-            if bn_groups > 1:
-                raise ValueError(
-                    f"SSL.ARGS.bn_groups is {bn_groups}; it must be 0 with SSL.ENCODER.ARGS.norm SyncBN or GN, which "
-                    "have no groups"
-                )
-            self.bn_groups = self.total_bn_groups = self._expected_bn_groups = 1
-            reason = "SSL.ENCODER.ARGS.norm SyncBN or GN: set SSL.ARGS.shuffle False"
-        if self.shuffle and self.total_bn_groups == 1:
-            logger.warning("shuffling BN has no effect with %s", reason)
-        if self.bn_groups > 1:
-            use_group_batch_norm(self.encoder_q, self.bn_groups)
 
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
         """Compute the loss of two views (N, 3, H, W) of each image: Algorithm 1."""
@@ -125,31 +104,18 @@ class MoCo(SSLMethod):
 
     def _contrast(self, x_q: torch.Tensor, x_k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of queries x_q against keys x_k, and all processes' keys (R * N, C) in batch order."""
-        q = self._encode(self.encoder_q, x_q)  # (N, C)
+        q = unit_features(self.encoder_q, x_q)  # (N, C)
         all_keys = self._shuffled_keys(x_k)  # (R * N, C)
-        k = _own_part(all_keys)  # (N, C)
+        k = own_part(all_keys)  # (N, C)
         if self.recording:
             self._record(q, k)
         return info_nce(q, k, self.queue.features, self.temperature), all_keys
 
-    def _encode(self, encoder: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        features = encoder(x)
-        # The loss is computed in float32 even under autocast, because exp(1 / temperature) is large.
-        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
-
     @torch.no_grad()
     def _shuffled_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Return all processes' keys (R * N, C) in batch order, encoded in shuffled order.
-
-        Shuffling BN, section 3.3: shuffled across processes and BN groups, the key of an image is normalised together
-        with other images than its query.
-        """
-        if not self.shuffle:
-            return all_gather(self._encode(self.encoder_k, x))
-        batch = all_gather(x)  # (R * N, 3, H, W)
-        permutation = shared_permutation(len(batch), x.device)  # the same in all processes
-        keys = all_gather(self._encode(self.encoder_k, batch[_own_part(permutation)]))
-        return keys[permutation.argsort()]
+        """Return all processes' keys (R * N, C) in batch order, encoded in shuffled order (section 3.3)."""
+        encode = functools.partial(unit_features, self.encoder_k)
+        return encode_shuffled(encode, x) if self.shuffle else all_gather(encode(x))
 
     @torch.no_grad()
     def _record(self, q: torch.Tensor, k: torch.Tensor) -> None:
@@ -179,21 +145,15 @@ class MoCo(SSLMethod):
 
     def check_batch(self, size: int) -> None:
         """Raise ValueError if ``size`` images per process cannot be split into the BN groups."""
-        if size % self.bn_groups:
-            raise ValueError(
-                f"{size} images per process cannot be split into {self.bn_groups} BN groups; make the batch per "
-                f"process a multiple of {self.bn_groups}, or change SSL.ARGS.bn_groups"
-            )
+        self.groups.check_batch(size)
 
     def settings(self) -> dict[str, Any]:
         """Return the total number of BN groups."""
-        return {"number of BN groups in all processes": self.total_bn_groups}
+        return self.groups.settings()
 
     def departures(self) -> list[str]:
         """Return the total number of BN groups if it is neither the paper's nor the argument's."""
-        if self.total_bn_groups in (PAPER_GROUPS, self._expected_bn_groups):
-            return []
-        return [f"{self.total_bn_groups} BN groups in {world_size()} process(es) instead of {self._expected_bn_groups}"]
+        return self.groups.departures()
 
     def advice(self, images: int, batch: int, steps: int) -> list[str]:
         """Warn about a queue longer than an epoch, a run too short for the key encoder, and BN groups of one image."""
@@ -216,12 +176,7 @@ class MoCo(SSLMethod):
                 f"after all {steps} steps, {left:.0%} of the key encoder is still its initial weights: "
                 f"{longer if enough else ''}lower SSL.ARGS.momentum, which is {self.momentum:g}"
             )
-        if batch // self.total_bn_groups == 1:
-            found.append(
-                f"each of the {self.total_bn_groups} BN groups has a single image, which gives no batch statistics: "
-                "raise SOLVER.IMS_PER_BATCH, or use fewer groups (SSL.ARGS.bn_groups)"
-            )
-        return found
+        return found + self.groups.advice(batch)
 
     def remedies_for_divergence(self) -> list[str]:
         """Return a higher temperature: the gradient is proportional to its inverse."""
@@ -231,12 +186,6 @@ class MoCo(SSLMethod):
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Accept the authors' training checkpoints as well (see :func:`from_official`)."""
         return from_official(state)
-
-
-def _own_part(batch: torch.Tensor) -> torch.Tensor:
-    """Return this process's rows (N, ...) of those of all processes (R * N, ...)."""
-    own: torch.Tensor = batch.unflatten(0, (world_size(), -1))[rank()]
-    return own
 
 
 def _check_ranges(

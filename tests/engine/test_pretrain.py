@@ -142,7 +142,7 @@ def test_what_the_processes_make_of_the_method_is_recorded_and_must_be_the_same_
 
     # Three processes would make six groups. Nothing else here needs the other two.
     with monkeypatch.context() as patch:
-        patch.setattr("moco_d2.methods.moco.world_size", lambda: 3)
+        patch.setattr("moco_d2.layers.shuffle.world_size", lambda: 3)
         patch.setattr(MoCo, "check_batch", lambda *_: None)
         recipe = load_cfg("Pretrain/moco_v2_R50_200ep")
         trainer = PretrainTrainer(load_cfg("Pretrain/moco_v2_R50_200ep", words))

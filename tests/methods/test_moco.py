@@ -221,7 +221,7 @@ def test_an_encoder_without_batch_norm_of_each_process_has_no_groups(
     with caplog.at_level(logging.WARNING):
         model = MoCo(encoder, dim=8, queue_size=16)
     assert "shuffling BN has no effect with" in caplog.text and "set SSL.ARGS.shuffle False" in caplog.text
-    assert model.total_bn_groups == 1 and model.departures() == []
+    assert model.groups.total == 1 and model.departures() == []
     model(as_views([torch.rand(3, 3, 32, 32) for _ in range(2)]))["loss_contrast"].backward()  # 3: any batch
 
 
@@ -233,7 +233,7 @@ def test_an_encoder_without_batch_norm_of_each_process_has_no_groups(
 def test_the_total_of_bn_groups_is_a_setting_and_departs_from_the_recipe_if_it_is_not_the_papers(
     processes: int, bn_groups: int, in_all: int, departs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moco_d2.methods.moco.world_size", lambda: processes)
+    monkeypatch.setattr("moco_d2.layers.shuffle.world_size", lambda: processes)
     model = make(bn_groups=bn_groups)
     assert model.settings() == {"number of BN groups in all processes": in_all}
     assert [text.startswith(f"{in_all} BN groups in {processes} ") for text in model.departures()] == [True] * departs

@@ -75,6 +75,14 @@ def test_augmentations_are_the_published_ones_op_for_op(name: str) -> None:
         assert view == View(Crop(SIZE, (low, 1.0), (3 / 4, 4 / 3)), ops)
 
 
+def test_pixpros_two_views_are_blurred_and_solarised_unequally_and_mirrored_first() -> None:
+    first, second = build_augmentation("pixpro", SIZE).views
+    same = (Apply("flip", 0.5), Jitter(0.4, 0.4, 0.2, 0.1, 0.8), Apply("grey", 0.2))
+    assert first == View(Crop(SIZE), (*same, Apply("blur", 1.0, (0.1, 2.0)), Apply("solarise", 0.0, 128.0)))
+    assert second == View(Crop(SIZE), (*same, Apply("blur", 0.1, (0.1, 2.0)), Apply("solarise", 0.2, 128.0)))
+    assert first.crop.scale == (0.08, 1.0) and not first.crop.bicubic
+
+
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [("moco_v9", 224, r"moco_v1, moco_v2, .*; did you mean 'moco_v\d'\?"), ("moco_v2", 0, "at least one")],

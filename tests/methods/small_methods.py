@@ -33,6 +33,7 @@ class Small(NamedTuple):
 
 SMALL: dict[str, Small] = {
     "MoCo": Small({"dim": 16, "queue_size": 24, "mlp": True, "momentum": 0.9, "shuffle": False}),
+    "DenseCL": Small({"dim": 16, "queue_size": 24, "momentum": 0.9, "shuffle": False}, sizes=(64, 64)),
     "PixPro": Small({"dim": 16, "hidden": 32, "momentum": 0.9}, sizes=(64, 64)),
 }
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
@@ -113,6 +114,20 @@ def _refuse_another_method(method: SSLMethod, content: Mapping[str, Any]) -> Non
         )
 
 
+def _parts(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file without ``model`` and ``state_dict``, and those of its parts as ``part.name``.
+
+    Such are SwAV's released files, which are state dicts, and DINO's, with ``student``, ``teacher`` and ``dino_loss``.
+    """
+    parts = {"": content, **{f"{name}.": part for name, part in content.items() if isinstance(part, Mapping)}}
+    return {
+        f"{prefix}{key}": value
+        for prefix, part in parts.items()
+        for key, value in part.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:600]
 
@@ -129,8 +144,8 @@ def load_method(method: SSLMethod, path: str) -> None:
             "checkpoint of the whole method: a run's model_*.pth, or a training checkpoint of the authors' code"
         )
     checkpoint = open_checkpoint(local_path(path))
-    place = next((key for key in ("model", "state_dict") if isinstance(checkpoint.content.get(key), dict)), "")
-    state = checkpoint.content.get(place)
+    place = next((key for key in ("model", "state_dict", "net") if isinstance(checkpoint.content.get(key), dict)), "")
+    state = checkpoint.content.get(place) or _parts(checkpoint.content)
     if not state:
         raise ValueError(
             f"MODEL.WEIGHTS {path} holds {some(map(str, checkpoint.content), 5)}. Pretraining starts from a checkpoint "
@@ -139,7 +154,8 @@ def load_method(method: SSLMethod, path: str) -> None:
     refuse_stubs(checkpoint, place)
     try:
         _refuse_another_method(method, checkpoint.content)
-        method.load_state_dict(method.adapt_state_dict(state))
+        own = {key: value for key, value in method.state_dict().items() if key.startswith(method.memories)}
+        method.load_state_dict(own | method.adapt_state_dict(state))
     except ValueError as error:
         raise ValueError(f"MODEL.WEIGHTS {path}: {error}") from error
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # also entries that are not tensors

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -43,6 +44,15 @@ class Diagnostic(NamedTuple):
     collapsed_below: float | None = None
 
 
+def feature_spread(dim: int) -> Diagnostic:
+    """Describe ``feature_std``, the std of unit vectors' components, mean over the ``dim`` components.
+
+    It is 1/sqrt(dim) if the vectors are spread evenly over the sphere, and 0 if all are one point.
+    """
+    even = 1 / math.sqrt(dim)
+    return Diagnostic("feature_std", "feature std", "std", ".4f", even, "spread evenly, 1/sqrt(C)", even / 10)
+
+
 class SSLMethod(nn.Module, ABC):
     """A self-supervised method, which maps a batch of views to named losses; the engine trains it.
 
@@ -54,7 +64,11 @@ class SSLMethod(nn.Module, ABC):
     Attributes:
         recorded: diagnostics of the last recorded step, detached scalars by name; never part of the loss.
         recording: whether forward fills ``recorded``; the engine sets it on the steps that are logged.
+        memories: prefixes of the state that checkpoints of the published code lack (queues, memories of features). A
+            run that starts from such a file begins with empty ones.
     """
+
+    memories: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,3 +212,13 @@ def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str,
     if any(isinstance(module, SyncBatchNorm2d) for module in method.modules()):
         use_sync_batch_norm(method)  # the heads, too
     return method
+
+
+def check_ranges(rules: Iterable[tuple[bool, str]]) -> None:
+    """Raise ValueError if arguments of a constructor are out of range; the message names all of them.
+
+    Args:
+        rules: for each argument whether it is in its range, and what to say if not: ``dim is 0; it must be ...``.
+    """
+    if problems := [f"SSL.ARGS.{message}" for holds, message in rules if not holds]:
+        raise ValueError("\n".join(problems))

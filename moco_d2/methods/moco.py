@@ -23,7 +23,7 @@ from moco_d2.layers.losses import contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
 from moco_d2.layers.shuffle import BNGroups, encode_shuffled
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, register
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register
 
 logger = logging.getLogger(__name__)
 
@@ -133,14 +133,13 @@ class MoCo(SSLMethod):
         """Describe the loss, the accuracy against the queue, the similarities, and the spread of the features."""
         k, c = self.queue.features.shape
         chance = math.log(1 + k) * (2 if self.symmetric else 1)
-        even = 1 / math.sqrt(c)  # the std of features spread evenly over the sphere; it is 0 if all are one point
         return (
             Diagnostic("total_loss", "loss", "loss", ".4f", chance, "chance, log(1 + K)"),
             Diagnostic("contrast_acc1", "contrast accuracy", "acc@1"),
             Diagnostic("contrast_acc5", "contrast accuracy", "acc@5"),
             Diagnostic("positive_similarity", "cosine similarity", "-positive key"),
             Diagnostic("negative_similarity", "cosine similarity", "-queue"),
-            Diagnostic("feature_std", "feature std", "std", ".4f", even, "spread evenly, 1/sqrt(C)", even / 10),
+            feature_spread(c),
         )
 
     def check_batch(self, size: int) -> None:
@@ -197,7 +196,7 @@ def advice_on_keys(size: int, keys: int, images: int, batch: int, steps: int, mo
 def check_ranges(
     dim: int, queue_size: int, momentum: float, temperature: float, bn_groups: int, queue_dtype: str
 ) -> None:
-    """Raise ValueError if arguments of the constructor are out of range; the message names all of them."""
+    """Raise ValueError if arguments of the constructor are out of range."""
     rules = [
         (dim >= 1, f"dim is {dim}; it must be at least 1 (the paper's is 128)"),
         (queue_size >= 1, f"queue_size is {queue_size}; it must be at least 1 (the paper's is 65536)"),
@@ -209,9 +208,7 @@ def check_ranges(
             f"queue_dtype is {queue_dtype!r}; it must be one of {', '.join(QUEUE_DTYPES)}",
         ),
     ]
-    problems = [f"SSL.ARGS.{message}" for holds, message in rules if not holds]
-    if problems:
-        raise ValueError("\n".join(problems))
+    check_ranges(rules)
 
 
 def from_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

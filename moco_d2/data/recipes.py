@@ -40,3 +40,16 @@ def pixpro(size: int) -> Augmentation:
         return View(Crop(size), ops)
 
     return Augmentation((view(1.0, 0.0), view(0.1, 0.2)))
+
+
+@register_augmentation
+def cmc(size: int) -> Augmentation:
+    """CMC: one view, a crop (torchvision's default scale) and a flip; the method splits it by colour."""
+    return Augmentation((View(Crop(size), (Apply("flip", 0.5),)),))
+
+
+@register_augmentation
+def cpc(size: int) -> Augmentation:
+    """CPC: one view, a square at a random place, then a flip. Its side is 256 of 300 pixels (recalled, not verified)."""
+    part = (256 / 300) ** 2
+    return Augmentation((View(Crop(size, scale=(part, part), ratio=(1.0, 1.0)), (Apply("flip", 0.5),)),))

@@ -24,8 +24,8 @@ from moco_d2.layers.losses import contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
 from moco_d2.layers.shuffle import BNGroups, encode_shuffled
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, register
-from moco_d2.methods.moco import QUEUE_DTYPES, advice_on_keys, check_ranges
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register
+from moco_d2.methods.moco import QUEUE_DTYPES, advice_on_keys, check_args
 
 # Patterns of the published code's names, and ours.
 _OFFICIAL = (
@@ -104,9 +104,10 @@ class DenseCL(SSLMethod):
                 encoder without plain batch norm.
         """
         super().__init__()
-        check_ranges(dim, queue_size, momentum, temperature, bn_groups, queue_dtype)
-        if not 0 <= dense_weight <= 1:
-            raise ValueError(f"SSL.ARGS.dense_weight is {dense_weight}; it must be in [0, 1] (the paper's is 0.5)")
+        check_args(dim, queue_size, momentum, temperature, bn_groups, queue_dtype)
+        check_ranges([
+            (0 <= dense_weight <= 1, f"dense_weight is {dense_weight}; it must be in [0, 1] (the paper's is 0.5)"),
+        ])  # fmt: skip
         self.momentum, self.temperature, self.dense_weight = momentum, temperature, dense_weight
         self.shuffle = shuffle
         self.encoder_q = DenseEncoder(encoder(num_classes=dim), dim)
@@ -163,13 +164,12 @@ class DenseCL(SSLMethod):
     def diagnostics(self) -> Sequence[Diagnostic]:
         """Describe the loss, the accuracy against the queue, both similarities, and the spread of the features."""
         k, c = self.queue.features.shape
-        even = 1 / math.sqrt(c)
         return (
             Diagnostic("total_loss", "loss", "loss", ".4f", math.log(1 + k), "chance, log(1 + K)"),
             Diagnostic("contrast_acc1", "contrast accuracy", "acc@1"),
             Diagnostic("positive_similarity", "cosine similarity", "-positive key"),
             Diagnostic("dense_similarity", "cosine similarity", "-matched cell"),
-            Diagnostic("feature_std", "feature std", "std", ".4f", even, "spread evenly, 1/sqrt(C)", even / 10),
+            feature_spread(c),
         )
 
     def check_batch(self, size: int) -> None:

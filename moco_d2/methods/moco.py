@@ -73,7 +73,7 @@ class MoCo(SSLMethod):
                 encoder without plain batch norm.
         """
         super().__init__()
-        check_ranges(dim, queue_size, momentum, temperature, bn_groups, queue_dtype)
+        check_args(dim, queue_size, momentum, temperature, bn_groups, queue_dtype)
         self.momentum, self.temperature = momentum, temperature
         self.symmetric, self.shuffle = symmetric, shuffle
         self.encoder_q = encoder(num_classes=dim)
@@ -193,7 +193,7 @@ def advice_on_keys(size: int, keys: int, images: int, batch: int, steps: int, mo
     return found
 
 
-def check_ranges(
+def check_args(
     dim: int, queue_size: int, momentum: float, temperature: float, bn_groups: int, queue_dtype: str
 ) -> None:
     """Raise ValueError if arguments of the constructor are out of range."""

@@ -6,7 +6,6 @@ Letters: N images per process, C feature dimension, (h, w) feature map of a view
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +16,7 @@ from moco_d2.layers.ema import cosine_momentum, ema_update_
 from moco_d2.layers.encode import feature_map
 from moco_d2.layers.heads import head_name, replace_head, without_head
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, register
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register
 
 
 class PixelEncoder(nn.Module):
@@ -71,15 +70,13 @@ class PixPro(SSLMethod):
             ValueError: a value is out of range, or the encoder's head is not a Linear.
         """
         super().__init__()
-        rules = [
+        check_ranges([
             (dim >= 1, f"dim is {dim}; it must be at least 1 (the paper's is 256)"),
             (hidden >= 1, f"hidden is {hidden}; it must be at least 1 (the paper's is 4096)"),
             (0 <= momentum <= 1, f"momentum is {momentum}; it must be in [0, 1] (the paper's is 0.99)"),
             (distance > 0, f"distance is {distance}; it must be positive (the paper's is 0.7)"),
             (power > 0, f"power is {power}; it must be positive (the paper's is 2)"),
-        ]
-        if problems := [f"SSL.ARGS.{message}" for holds, message in rules if not holds]:
-            raise ValueError("\n".join(problems))
+        ])  # fmt: skip
         self.start_momentum = self.momentum = momentum
         self.distance, self.power = distance, power
         self.online = PixelEncoder(encoder(num_classes=dim), hidden, dim)
@@ -124,12 +121,11 @@ class PixPro(SSLMethod):
 
     def diagnostics(self) -> Sequence[Diagnostic]:
         """Describe the loss, the pairs' similarity and number, and the spread of the pixels' features."""
-        even = 1 / math.sqrt(self.value_transform.out_channels)
         return (
             Diagnostic("total_loss", "loss", "loss", ".4f", -4.0, "all pairs agree, all images overlap"),
             Diagnostic("positive_similarity", "cosine similarity", "sim"),
             Diagnostic("positive_pairs", "positive pairs of a pixel", "-pairs", ".2f"),
-            Diagnostic("feature_std", "feature std", "std", ".4f", even, "spread evenly, 1/sqrt(C)", even / 10),
+            feature_spread(self.value_transform.out_channels),
         )
 
     @staticmethod
@@ -171,9 +167,7 @@ def propagate(pixels: torch.Tensor, values: torch.Tensor, power: float) -> torch
         return (pixels @ pixels.mT).clamp(min=0).pow(power) @ values
 
 
-def positive_pairs(
-    first: torch.Tensor, second: torch.Tensor, shape: Sequence[int], distance: float
-) -> torch.Tensor:
+def positive_pairs(first: torch.Tensor, second: torch.Tensor, shape: Sequence[int], distance: float) -> torch.Tensor:
     """Return which pixels of two views show the same place (Eq. 1): (N, S, S), true if their centres are close.
 
     Close means below ``distance`` times the diagonal of a pixel in the view whose pixels are larger. All lengths are

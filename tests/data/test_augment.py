@@ -83,6 +83,14 @@ def test_pixpros_two_views_are_blurred_and_solarised_unequally_and_mirrored_firs
     assert first.crop.scale == (0.08, 1.0) and not first.crop.bicubic
 
 
+def test_cmc_and_cpc_have_one_view_without_changes_of_colour() -> None:
+    (cmc,), (cpc,) = build_augmentation("cmc", SIZE).views, build_augmentation("cpc", 256).views
+    assert cmc == View(Crop(SIZE, (0.08, 1.0), (3 / 4, 4 / 3)), (Apply("flip", 0.5),))
+    assert cpc.ops == cmc.ops
+    boxes = {cpc.plan(300, 300, torch.Generator().manual_seed(seed)).box for seed in range(9)}
+    assert {(box.height, box.width) for box in boxes} == {(256, 256)} and len(boxes) == 9
+
+
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [("moco_v9", 224, r"moco_v1, moco_v2, .*; did you mean 'moco_v\d'\?"), ("moco_v2", 0, "at least one")],

@@ -157,3 +157,23 @@ def _two_sets_of_colours() -> list[tuple[RandomOp, ...]]:
         (*colours, Apply("blur", 1.0, (0.1, 2.0))),
         (*colours, Apply("blur", 0.1, (0.1, 2.0)), Apply("solarise", 0.2, 128)),
     ]
+
+
+@register_augmentation
+def pixpro(size: int) -> Augmentation:
+    """PixPro: BYOL's two views, blurred (p 1, .1) and solarised (p 0, .2); bilinear, the flip directly after the crop."""
+    crop, flip = Crop(size), Apply("flip", 0.5)
+    return Augmentation(tuple(View(crop, (flip, *ops)) for ops in _two_sets_of_colours()))
+
+
+@register_augmentation
+def cmc(size: int) -> Augmentation:
+    """CMC: one view, a crop (torchvision's default scale) and a flip; the method splits it by colour."""
+    return Augmentation((View(Crop(size), (Apply("flip", 0.5),)),))
+
+
+@register_augmentation
+def cpc(size: int) -> Augmentation:
+    """CPC: one view, a square at a random place, then a flip. Its side is 256 of 300 pixels (recalled, not verified)."""
+    part = (256 / 300) ** 2
+    return Augmentation((View(Crop(size, scale=(part, part), ratio=(1.0, 1.0)), (Apply("flip", 0.5),)),))

@@ -73,7 +73,7 @@ class MoCo(SSLMethod):
                 encoder without plain batch norm.
         """
         super().__init__()
-        _check_ranges(dim, queue_size, momentum, temperature, bn_groups, queue_dtype)
+        check_args(dim, queue_size, momentum, temperature, bn_groups, queue_dtype)
         self.momentum, self.temperature = momentum, temperature
         self.symmetric, self.shuffle = symmetric, shuffle
         self.encoder_q = encoder(num_classes=dim)
@@ -156,25 +156,8 @@ class MoCo(SSLMethod):
 
     def advice(self, images: int, batch: int, steps: int) -> list[str]:
         """Warn about a queue longer than an epoch, a run too short for the key encoder, and BN groups of one image."""
-        found = []
-        size, keys = len(self.queue.features), images * (2 if self.symmetric else 1)  # keys per epoch
-        if size > keys:
-            fits = 1 << max(0, (keys // 4).bit_length() - 1)  # the largest power of two up to a quarter
-            smaller = f" and SOLVER.IMS_PER_BATCH {fits} or less" if batch > fits else ""
-            remedy = f"set SSL.ARGS.queue_size {fits}{smaller}" if fits >= 16 else "these are too few images"
-            found.append(
-                f"the queue (SSL.ARGS.queue_size {size}) holds the keys of {size / keys:,.1f} epochs of your {images} "
-                "images, so the negatives of an image include its own earlier keys. The queue should hold at most a "
-                f"quarter of an epoch: {remedy}"
-            )
-        left = self.momentum**steps
-        if left > 0.5:
-            enough = math.ceil(math.log(0.01) / math.log(self.momentum)) if self.momentum < 1 else 0
-            longer = f"train for {enough} steps or more (SOLVER.EPOCHS, a smaller SOLVER.IMS_PER_BATCH), or "
-            found.append(
-                f"after all {steps} steps, {left:.0%} of the key encoder is still its initial weights: "
-                f"{longer if enough else ''}lower SSL.ARGS.momentum, which is {self.momentum:g}"
-            )
+        keys = images * (2 if self.symmetric else 1)
+        found = advice_on_keys(len(self.queue.features), keys, images, batch, steps, self.momentum)
         return found + self.groups.advice(batch)
 
     def remedies_for_divergence(self) -> list[str]:
@@ -187,7 +170,30 @@ class MoCo(SSLMethod):
         return from_official(state)
 
 
-def _check_ranges(
+def advice_on_keys(size: int, keys: int, images: int, batch: int, steps: int, momentum: float) -> list[str]:
+    """Return warnings about a queue of ``size`` keys longer than an epoch's, and a run too short for the key encoder."""
+    found = []
+    if size > keys:
+        fits = 1 << max(0, (keys // 4).bit_length() - 1)  # the largest power of two up to a quarter
+        smaller = f" and SOLVER.IMS_PER_BATCH {fits} or less" if batch > fits else ""
+        remedy = f"set SSL.ARGS.queue_size {fits}{smaller}" if fits >= 16 else "these are too few images"
+        found.append(
+            f"the queue (SSL.ARGS.queue_size {size}) holds the keys of {size / keys:,.1f} epochs of your {images} "
+            "images, so the negatives of an image include its own earlier keys. The queue should hold at most a "
+            f"quarter of an epoch: {remedy}"
+        )
+    left = momentum**steps
+    if left > 0.5:
+        enough = math.ceil(math.log(0.01) / math.log(momentum)) if momentum < 1 else 0
+        longer = f"train for {enough} steps or more (SOLVER.EPOCHS, a smaller SOLVER.IMS_PER_BATCH), or "
+        found.append(
+            f"after all {steps} steps, {left:.0%} of the key encoder is still its initial weights: "
+            f"{longer if enough else ''}lower SSL.ARGS.momentum, which is {momentum:g}"
+        )
+    return found
+
+
+def check_args(
     dim: int, queue_size: int, momentum: float, temperature: float, bn_groups: int, queue_dtype: str
 ) -> None:
     """Raise ValueError if arguments of the constructor are out of range."""

@@ -128,6 +128,22 @@ def test_byols_two_views_differ_as_published() -> None:
     assert build_augmentation("moco_v3", SIZE).views == tuple(View(bilinear, (*colours, *ops, flip)) for ops in own)
 
 
+def test_pixpros_two_views_are_blurred_and_solarised_unequally_and_mirrored_first() -> None:
+    first, second = build_augmentation("pixpro", SIZE).views
+    same = (Apply("flip", 0.5), Jitter(0.4, 0.4, 0.2, 0.1, 0.8), Apply("grey", 0.2))
+    assert first == View(Crop(SIZE), (*same, Apply("blur", 1.0, (0.1, 2.0))))
+    assert second == View(Crop(SIZE), (*same, Apply("blur", 0.1, (0.1, 2.0)), Apply("solarise", 0.2, 128.0)))
+    assert first.crop.scale == (0.08, 1.0) and not first.crop.bicubic
+
+
+def test_cmc_and_cpc_have_one_view_without_changes_of_colour() -> None:
+    (cmc,), (cpc,) = build_augmentation("cmc", SIZE).views, build_augmentation("cpc", 256).views
+    assert cmc == View(Crop(SIZE, (0.08, 1.0), (3 / 4, 4 / 3)), (Apply("flip", 0.5),))
+    assert cpc.ops == cmc.ops
+    boxes = {cpc.plan(300, 300, torch.Generator().manual_seed(seed)).box for seed in range(9)}
+    assert {(box.height, box.width) for box in boxes} == {(256, 256)} and len(boxes) == 9
+
+
 @pytest.mark.parametrize(
     ("name", "size", "message"),
     [("moco_v9", 224, r"moco_v1, moco_v2, .*; did you mean 'moco_v\d'\?"), ("moco_v2", 0, "at least one")],

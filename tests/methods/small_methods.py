@@ -24,12 +24,14 @@ class Small(NamedTuple):
         sizes: side of each view, large ones first.
         norm: the encoder's norm. With SyncBN, two processes can equal one.
         depth: the encoder.
+        width: the encoder's. Group norm needs 0.5.
     """
 
     args: dict[str, Any]
     sizes: tuple[int, ...] = (32, 32)
     norm: str = "SyncBN"
     depth: str = "resnet18"
+    width: float = 0.125
 
 
 SMALL: dict[str, Small] = {
@@ -54,6 +56,24 @@ SMALL: dict[str, Small] = {
     "BarlowTwins": Small({"dim": 16, "hidden_dim": 32}),
     "VICReg": Small({"dim": 16, "hidden_dim": 32}),
     "MoCoV3": Small({"dim": 16, "hidden_dim": 32, "momentum": 0.9, "temperature": 0.5}),
+    "DenseCL": Small({"dim": 16, "queue_size": 24, "momentum": 0.9, "shuffle": False}, sizes=(64, 64)),
+    "CMC": Small({"dim": 16, "loss": "nce", "negatives": 12}, sizes=(32,)),
+    "CPC": Small(
+        {
+            "patch": 8,
+            "stride": 8,
+            "hidden": 8,
+            "steps": 1,
+            "skip": 0,
+            "negatives": 5,
+            "directions": 4,
+            "drop_colours": True,
+        },
+        sizes=(16,),
+        norm="GN",
+        width=0.5,
+    ),  # fmt: skip
+    "PixPro": Small({"dim": 16, "hidden": 32, "momentum": 0.9}, sizes=(64, 64)),
 }
 
 
@@ -61,7 +81,7 @@ def build(name: str, seed: int = 0, **args: object) -> SSLMethod:
     """Return a method of float64 in training mode, with the small arguments and those given."""
     torch.manual_seed(seed)
     small = SMALL[name]
-    encoder = functools.partial(build_resnet, small.depth, width=0.125, norm=small.norm)
+    encoder = functools.partial(build_resnet, small.depth, width=small.width, norm=small.norm)
     return build_method(name, encoder, {**small.args, **args}, images=IMAGES).double()
 
 

@@ -146,16 +146,17 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 def test_its_backbone_has_torchvisions_names_and_converts(name: str, tmp_path: Path) -> None:
     method = build(name).float()
     backbone = method.backbone()
-    expected = build_resnet(SMALL[name].depth, width=0.125, norm=SMALL[name].norm, num_classes=2).state_dict()
+    small = SMALL[name]
+    expected = build_resnet(small.depth, width=small.width, norm=small.norm, num_classes=2).state_dict()
     assert {key: value.shape for key, value in backbone.state_dict().items()} == {
         key: value.shape for key, value in expected.items() if not key.startswith("fc.")
     }
     assert backbone.eval()(torch.rand(1, 3, 64, 64)).ndim == 2, "pooled features, no head"
     prefix = backbone_prefix(method)
-    if prefix is None:
-        return  # it is computed: backbone.pth holds it
     facts = describe(backbone, origin="a test").as_dict()
     content = {"model": method.state_dict(), "facts": facts, "backbone": {"method": name, "prefix": prefix}}
+    if prefix is None:  # it is computed: backbone.pth holds it
+        content = {"state_dict": backbone.state_dict(), "facts": facts}
     torch.save(content, tmp_path / "model_final.pth")
     convert_checkpoint(tmp_path / "model_final.pth", tmp_path / "converted.pth", proof=False)
     converted = torch.load(tmp_path / "converted.pth", weights_only=False)["model"]

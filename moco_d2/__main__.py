@@ -18,8 +18,8 @@ from moco_d2.messages import did_you_mean
 
 # In the order in which a newcomer needs them.
 COMMANDS = (
-    "demo", "doctor", "samples", "pretrain", "probe", "convert", "train", "trials", "report", "visualize", "evaluate",
-    "shards",
+    "demo", "doctor", "samples", "pretrain", "probe", "convert", "train", "trials", "report", "visualize", "predict",
+    "evaluate", "shards",
 )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from moco_d2.messages import did_you_mean
 # In the order in which a newcomer needs them.
 COMMANDS = (
     "demo", "doctor", "samples", "pretrain", "probe", "convert", "train", "trials", "sweep", "report", "visualize",
-    "evaluate", "shards",
+    "predict", "evaluate", "shards",
 )  # fmt: skip
 
 

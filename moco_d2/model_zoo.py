@@ -69,12 +69,13 @@ def get_protocol(name: str) -> Protocol:
     """Return a protocol by name.
 
     Raises:
-        ValueError: it does not exist; the message lists the nearest names.
+        ValueError: it does not exist; the message lists at most three similar names.
     """
     protocols = _protocols()
     if name not in protocols:
-        near = difflib.get_close_matches(name, protocols, n=3, cutoff=0.4) or protocols
-        raise ValueError(f"no protocol {name!r}; nearest: {', '.join(near)}")
+        near = difflib.get_close_matches(name, protocols, n=3, cutoff=0.4)
+        names = f"nearest: {', '.join(near)}" if near else "docs/configs.md lists the names"
+        raise ValueError(f"no protocol {name!r}; {names}")
     return protocols[name]
 
 

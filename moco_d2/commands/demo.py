@@ -143,7 +143,7 @@ class Demo:
         from tabulate import tabulate
 
         from moco_d2.reports.records import read_scalars
-        from moco_d2.reports.summary import read_run
+        from moco_d2.reports.run import read_run
 
         key = "monitor/knn_top1"
         probes = [record[key] for record in read_scalars(self.output / "pretrain") if key in record]

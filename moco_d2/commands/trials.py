@@ -2,7 +2,7 @@ r"""Fine-tune a protocol's detector from several weights, over several seeds.
 
     moco-d2 trials --protocol voc0712_faster_rcnn_R_50_C4_24k --weights moco_v2.pth supervised random \
         --seeds 0-4 --num-gpus 8
-    moco-d2 trials --protocol ... --weights mine.pth supervised --fractions 1 2 5 10 100 --seeds 0-2
+    moco-d2 trials --config-file mine.yaml --weights mine.pth supervised --fractions 1 2 5 10 100 --seeds 0-2
     moco-d2 report output/trials -o output/report
 
 Run it again to continue: a finished trial is not repeated, an interrupted one resumes from its last checkpoint. Several
@@ -33,7 +33,9 @@ KEY = re.compile(r"[A-Z][A-Z_]+(\.[A-Z]\S*)?")  # SEED, SOLVER.MAX_ITER, SSL.ARG
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Read the command line; KEY VALUE pairs begin at the first word that looks like a key."""
     parser = cli.new_parser("trials", __doc__)
-    parser.add_argument("--protocol", required=True, metavar="NAME", help="name of a protocol (docs/configs.md)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--protocol", default="", metavar="NAME", help="name of a protocol (docs/configs.md)")
+    what.add_argument("--config-file", default="", type=cli.expanded, metavar="FILE", help="a config of your own")
     parser.add_argument(
         "--weights", required=True, nargs="+", metavar="WEIGHTS",
         help="converted files, as PATH or LABEL=PATH, and baselines: supervised (or supervised=PATH), random",
@@ -101,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("fvcore").setLevel(logging.ERROR)  # hides the list of tensors that the check of the weights loads
     seeds = read_seeds(args.seeds)
     planned = trials.plan(
-        args.protocol, args.weights, seeds, args.output, args.fractions, args.opts, processes=args.num_gpus
+        args.protocol, args.weights, seeds, args.output, args.fractions, args.opts, args.num_gpus, args.config_file
     )
     return run_all(planned, args.num_gpus, args.dry_run)
 

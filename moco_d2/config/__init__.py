@@ -4,7 +4,7 @@ from moco_d2 import host  # noqa: F401  (first: Detectron2 must be there)
 from moco_d2.config.keys import add_config, get_cfg
 from moco_d2.config.load import flat, load_cfg, mistyped_keys, settings, unread_keys
 from moco_d2.config.machine import use_available_device
-from moco_d2.config.shipped import INITS, config_files, list_configs, shipped_files, sweep_file
+from moco_d2.config.shipped import INITS, config_files, list_configs, shipped_files, sweep_file, with_init
 
 __all__ = [
     "INITS",
@@ -20,4 +20,5 @@ __all__ = [
     "sweep_file",
     "unread_keys",
     "use_available_device",
+    "with_init",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import io
+import os
 from collections.abc import Hashable
 from pathlib import Path
 from typing import IO, Any
@@ -11,8 +14,9 @@ import yaml
 from detectron2.config import CfgNode
 
 from moco_d2.config.keys import RENAMED
-from moco_d2.config.shipped import shipped_files
+from moco_d2.config.shipped import list_configs, own_files, shipped_files
 from moco_d2.io import paths
+from moco_d2.messages import did_you_mean
 
 
 def read_config_file(path: str, source: str) -> dict[str, Any]:
@@ -47,7 +51,20 @@ def read_config_file(path: str, source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(keys, dict):
         raise ValueError(f"{source}: contains a {type(keys).__name__}; it must contain keys with values")
+    sets = keys.get("DATASETS")
+    if isinstance(sets, dict):
+        keys["DATASETS"] = {name: as_names(f"DATASETS.{name}", value) for name, value in sets.items()}
     return keys
+
+
+def as_names(key: str, value: Any) -> Any:
+    """Return the value of a key; that of ``DATASETS.TRAIN`` and ``TEST`` may be one name instead of a list of names."""
+    if key not in ("DATASETS.TRAIN", "DATASETS.TEST") or not isinstance(value, str) or not value:
+        return value
+    with contextlib.suppress(ValueError, SyntaxError):  # as yacs reads it
+        literal = ast.literal_eval(value)
+        return literal if isinstance(literal, list | tuple) else (literal if isinstance(literal, str) else value,)
+    return (value,)
 
 
 def with_present_names(tree: Any) -> Any:
@@ -118,10 +135,12 @@ def _base_files(base: Any, filename: str) -> list[str]:
         path = paths.expand(base)
     except ValueError as error:
         raise _FileError(f"_BASE_ is {base!r}: {error}") from error
-    if "://" in path or Path(filename).parent.joinpath(path).is_file():
+    beside = Path(filename).parent / path
+    if "://" in path or beside.is_file():
         return [path]
-    if not (files := shipped_files(path)):
+    if not (files := shipped_files(path) or own_files(os.path.abspath(beside))):
         raise _FileError(
             f"_BASE_ is {base!r}: there is no such file relative to the config, and no shipped config of this name"
+            + did_you_mean(path.removesuffix(".yaml"), list_configs(), most=3)
         )
     return [str(file) for file in files]

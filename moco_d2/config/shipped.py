@@ -14,6 +14,8 @@ _ROOTS = (Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "co
 # What a detector is initialised from, and the suffix of a config's name for it.
 INITS = {"moco": "", "supervised": "_supervised", "random": "_random"}
 
+_YAML = (".yaml", ".yml")
+
 
 def list_configs() -> list[str]:
     """Return the names of the shipped configs (``Pretrain/moco_v2_R50_200ep``), without the parts in ``Base/``."""
@@ -43,7 +45,7 @@ def config_files(name: str | os.PathLike[str]) -> list[Path]:
     """Return the files of a config, in the order in which they are merged.
 
     Args:
-        name: a path, or a shipped name (see :func:`shipped_files`).
+        name: a path, or a shipped name (see :func:`shipped_files`); either may have the suffix of an init.
 
     Raises:
         ValueError: there is no such file or name; the message lists the nearest shipped names.
@@ -54,7 +56,7 @@ def config_files(name: str | os.PathLike[str]) -> list[Path]:
         raise ValueError(f"the config file {str(name)!r}: {error}") from error
     if Path(name).is_file():
         return [Path(name)]
-    if files := shipped_files(name):
+    if files := shipped_files(name) or own_files(name):
         return files
     near = difflib.get_close_matches(_short(name), list_configs(), n=3, cutoff=0.4)
     names = f"nearest: {', '.join(near)}" if near else "configs/README.md lists the names"
@@ -75,6 +77,23 @@ def shipped_files(name: str) -> list[Path]:
     if init in INITS and (root / f"{stem}.yaml").is_file() and not stem.startswith(("Base/", "Pretrain/")):
         return [root / f"{stem}.yaml", root / "Base" / f"init-{init}.yaml"]
     return []
+
+
+def own_files(name: str) -> list[Path]:
+    """Return the files of a path with the suffix of an init: ``mine_random.yaml`` is ``mine.yaml`` with random weights.
+
+    The list is empty if there is no ``mine.yaml``.
+    """
+    path = Path(name) if name.endswith(_YAML) else Path(f"{name}.yaml")
+    stem, _, init = path.stem.rpartition("_")
+    own = path.with_name(f"{stem}{path.suffix}")
+    return [own, _root() / "Base" / f"init-{init}.yaml"] if init in INITS and own.is_file() else []
+
+
+def with_init(name: str, init: str) -> str:
+    """Return the name of a config, or the path of a file, with the suffix that chooses an init."""
+    end = next((end for end in _YAML if name.endswith(end)), "")
+    return f"{name.removesuffix(end)}{INITS[init]}{end}"
 
 
 def _short(name: str) -> str:

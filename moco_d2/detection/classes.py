@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -21,3 +23,21 @@ def class_names(cfg: CfgNode) -> dict[str, Any]:
     """
     metadata = MetadataCatalog.get((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)[0])
     return {name: metadata.get(name) for name in _NAMES if metadata.get(name)}
+
+
+def read_class_names(run: Path) -> dict[str, Any]:
+    """Return the names that :func:`class_names` gave, from a run's folder; none if an earlier version trained it.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = run / CLASSES
+    if not path.is_file():
+        return {}
+    try:
+        names = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or not JSON: {error}; remove it to use numbers as names") from error
+    if not isinstance(names, dict):
+        raise ValueError(f"{path} is damaged: it must contain an object; remove it to use numbers as names")
+    return {name: value for name, value in names.items() if name in _NAMES}

@@ -30,10 +30,12 @@ class Evaluation:
     Attributes:
         metrics: ``{test set: {task: {metric: value}}}``.
         libraries: ``{test set: library that computed its metrics}``.
+        pictures: ``{test set: number of its pictures}``.
     """
 
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     libraries: dict[str, str] = field(default_factory=dict)
+    pictures: dict[str, int] = field(default_factory=dict)
 
     def by_task(self) -> dict[str, Any]:
         """Return the metrics in Detectron2's form: if there is one test set, without its name."""
@@ -42,7 +44,7 @@ class Evaluation:
     def joined(self, other: Evaluation) -> Evaluation:
         """Return the tasks of both evaluations, test set by test set."""
         metrics = {name: {**tasks, **other.metrics.get(name, {})} for name, tasks in self.metrics.items()}
-        return Evaluation(metrics, {**self.libraries, **other.libraries})
+        return Evaluation(metrics, {**self.libraries, **other.libraries}, self.pictures)
 
 
 def evaluate_plainly(
@@ -69,6 +71,7 @@ def evaluate_plainly(
     for index, name in enumerate(cfg.DATASETS.TEST):
         loader = trainer.build_test_loader(cfg, name)
         evaluator = trainer.build_evaluator(cfg, name) if evaluators is None else evaluators[index]
+        evaluation.pictures[name] = len(loader.dataset)
         metrics = inference_on_dataset(model, loader, evaluator)
         if comm.is_main_process():
             if metrics:  # written now, because the evaluation of the next test set may fail

@@ -281,6 +281,7 @@ class TransferTrainer(DefaultTrainer):
             modified = config_changes(self.asked)
             result |= {
                 "iterations": self.max_iter,
+                "pictures": {"train": len(self.data_loader.dataset), "test": self.evaluation.pictures},
                 "scaled": self.scaled,
                 "config_changes": None if modified is None else [*modified, *self.kept],
             }
@@ -320,4 +321,5 @@ def evaluate(cfg: CfgNode) -> None:
     if comm.is_main_process():
         # Not results.json, which may be in the same folder and is the result of the training.
         path = os.path.join(cfg.OUTPUT_DIR, "results_eval_only.json")
-        write_json(path, describe_result(cfg, evaluation.metrics, evaluation.libraries, weights))
+        result = describe_result(cfg, evaluation.metrics, evaluation.libraries, weights)
+        write_json(path, result | {"pictures": {"test": evaluation.pictures}})

@@ -7,6 +7,7 @@ import logging
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,7 +96,8 @@ class PretrainTrainer(DefaultTrainer):
     def facts(self) -> BackboneFacts:
         """Return the facts that travel with the exported backbone."""
         pixels = build_augmentation(self.cfg.DATA.AUGMENTATION, self.cfg.DATA.CROP_SIZE).pixels
-        images = ", ".join(self.cfg.DATASETS.TRAIN)
+        # The facts travel to strangers: of a folder they have the name, not the path.
+        images = ", ".join(Path(name).name or name for name in self.cfg.DATASETS.TRAIN)
         done = self.iter + 1
         origin = f"moco_d2 {self.cfg.SSL.METHOD} on {images}, {done} of {self.max_iter} iterations"
         origin += f" ({options})" if (options := describe_performance_options(self.cfg)) else ""

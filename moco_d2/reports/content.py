@@ -11,7 +11,8 @@ from pathlib import Path
 from moco_d2.reports import pretraining, summary
 from moco_d2.reports.pretraining import Backbones, Pretraining, Probe, build_backbones
 from moco_d2.reports.records import PROBES, RESULTS
-from moco_d2.reports.summary import Run, Table
+from moco_d2.reports.run import Run
+from moco_d2.reports.summary import Table
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,25 @@ def provenance(run: Run) -> dict[str, str]:
         "weights SHA-256": run.sha256,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
         "performance options": run.performance,
-        "departures": "not recorded" if run.changes is None else " ".join(run.changes),
+        "departures": _departures(run),
         "scaled": run.scaled,
+        "pictures": _pictures(run),
+        "config file": str(run.trial.get("config_file", "")),
+        "origin of the weights": str((weights.get("facts") or {}).get("origin", "")),
         "command": str(result.get("command") or ""),
     }
+
+
+def _departures(run: Run) -> str:
+    if run.changes is not None:
+        return " ".join(run.changes)
+    return "not recorded" if run.settings is None else ""  # not a shipped protocol: there is nothing to depart from
+
+
+def _pictures(run: Run) -> str:
+    counts = run.result.get("pictures") or {}
+    parts = [f"{counts['train']} for training"] if "train" in counts else []
+    return ", ".join([*parts, *(f"{count} in {name}" for name, count in counts.get("test", {}).items())])
 
 
 def _origin_of_pretraining(run: Pretraining) -> dict[str, str]:

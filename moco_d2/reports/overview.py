@@ -13,12 +13,13 @@ from matplotlib.figure import Figure
 from moco_d2.config import load_cfg
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.mapper import read_pixels
+from moco_d2.detection.predictor import load_predictor
 from moco_d2.engine.build import outline
 from moco_d2.engine.monitor import DIAGNOSTICS
 from moco_d2.reports.curves import plot_lines
-from moco_d2.reports.pictures import FolderLike, Scene, draw_scene, load_predictor, save_figure
+from moco_d2.reports.pictures import FolderLike, Scene, draw_scene, save_figure
 from moco_d2.reports.records import read_scalars
-from moco_d2.reports.summary import read_run
+from moco_d2.reports.run import read_run
 
 KNN = DIAGNOSTICS[0]
 

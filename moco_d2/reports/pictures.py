@@ -13,18 +13,14 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultPredictor
 from detectron2.structures import BoxMode
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
-from moco_d2.config import load_cfg, use_available_device
 from moco_d2.data import ViewDataset, build_augmentation, build_backend, open_source
-from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.mapper import read_label_image, read_pixels
-from moco_d2.detection.preflight import building
-from moco_d2.detection.weights import all_names, load_weights
+from moco_d2.detection.predictor import load_predictor
 from moco_d2.io.files import atomic_write
 from moco_d2.reports.curves import plot_lines
 from moco_d2.reports.panels import Panel, panels_of_run, panels_of_runs
@@ -224,31 +220,6 @@ def draw_scene(image: np.ndarray, metadata: Any, scene: Scene, colors: Sequence[
         boxes=scene.boxes, labels=labels, masks=scene.masks, keypoints=scene.keypoints, assigned_colors=list(colors)
     )
     return np.asarray(drawing.get_image())
-
-
-def load_predictor(weights: FolderLike, threshold: float, opts: Sequence[str] = ()) -> DefaultPredictor:
-    """Return a trained detector that takes images (H, W, 3) in BGR.
-
-    Args:
-        weights: a checkpoint, with its run's ``config.yaml`` in the same folder.
-        threshold: lowest score of the detections that are returned.
-        opts: ``KEY VALUE`` overrides of the config.
-
-    Raises:
-        ValueError: one of the files is missing, or the checkpoint does not fill the detector.
-    """
-    weights = Path(weights)
-    config = weights.parent / "config.yaml"
-    if not config.is_file():
-        raise ValueError(f"{config} is missing; put the run's config.yaml into the folder of the checkpoint")
-    cfg = load_cfg(config, opts)
-    use_available_device(cfg)
-    cfg.MODEL.WEIGHTS = ""  # loaded below, where missing weights are an error
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = threshold
-    with building():
-        predictor = DefaultPredictor(cfg)
-    load_weights(TransferCheckpointer(predictor.model), cfg, str(weights), all_names)
-    return predictor
 
 
 def is_picture(path: Path) -> bool:

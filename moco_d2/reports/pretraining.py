@@ -21,7 +21,8 @@ from moco_d2.io.checkpoints import CheckpointError, checkpoint_sha256, read_fact
 from moco_d2.model_zoo import Published
 from moco_d2.probes.protocols import PROTOCOLS
 from moco_d2.reports.records import PROBES, RECORD, RESULTS, SCALARS, read_probe, read_scalars
-from moco_d2.reports.summary import BASELINES, Cell, Run, Table, heading
+from moco_d2.reports.run import BASELINES, Run
+from moco_d2.reports.summary import Cell, Table, heading
 
 BACKBONE, CONFIG = "backbone.pth", "config.yaml"
 KNN = "monitor/knn_top1"

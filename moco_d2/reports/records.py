@@ -91,10 +91,12 @@ _RESULT: dict[str, Check] = {
     "versions": _or_null(_mapping_of(_or_null(_TEXT))),
     "seed": _WHOLE,
     "iterations": _WHOLE,
+    "pictures": _or_null(_fields(train=_WHOLE, test=_mapping_of(_WHOLE))),
     "commit": _or_null(_TEXT),
 }
 _TRIAL: dict[str, Check] = {
     "init": _fields(label=_TEXT, kind=_TEXT),
+    "config_file": _TEXT,
     "weights": _WEIGHTS,
     "config": _mapping_of(lambda value: True),
 }

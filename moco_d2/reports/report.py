@@ -26,7 +26,8 @@ from moco_d2.model_zoo import Published
 from moco_d2.reports import curves, summary
 from moco_d2.reports.content import Content, provenance, read
 from moco_d2.reports.pretraining import Backbones, Pretraining
-from moco_d2.reports.summary import Difference, Row, Table, heading
+from moco_d2.reports.run import read_run
+from moco_d2.reports.summary import Difference, Row, Table, beyond_noise, heading
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,7 @@ def table(runs: list[tuple[str, str | os.PathLike[str]]]) -> str:
     Raises:
         ValueError: a run has no results.
     """
-    return _markdown_table(
-        COLUMNS, [row for init, folder in runs for row in rows(init, summary.read_run(folder).result)]
-    )
+    return _markdown_table(COLUMNS, [row for init, folder in runs for row in rows(init, read_run(folder).result)])
 
 
 def write_report(
@@ -108,7 +107,7 @@ def write_report(
 
 def markdown(content: Content) -> str:
     """Return the report as Markdown."""
-    parts = ["# Results", *([_LEGEND] if content.tables else [])]
+    parts = ["# Results", *([_legend(content.tables)] if content.tables else [])]
     if content.backbones:
         parts += ["## Pretraining", BACKBONE_LEGEND, _markdown_table(*backbone_lines(content.backbones))]
     for table in content.tables:
@@ -116,6 +115,9 @@ def markdown(content: Content) -> str:
         parts.append(_markdown_table(*result_lines(table)))
         if table.differences:
             parts.append(_markdown_table(*difference_lines(table)))
+        if table.config:
+            lines = "\n".join(f"    {key}: {value}" for key, value in table.config.items())
+            parts.append(f"<details><summary>{CONFIG}</summary>\n\n{lines}\n\n</details>")
         pair = summary.compared(table, content.labels)
         for metric, entries in summary.per_class(*pair).items() if pair else ():
             first, second = (row.label for row in pair or ())
@@ -176,7 +178,10 @@ def html(content: Content) -> str:
         left_out=content.left_out,
         anchors={run.file: f"run-{number}" for number, run in enumerate(content.runs, start=1)},
         pairs=[summary.compared(table, content.labels) for table in content.tables],
-        about=about,
+        facts_about=_facts_about,
+        warnings_about=_warnings_about,
+        beyond_noise=beyond_noise,
+        config_words=CONFIG,
         heading=heading,
         published_cell=published_cell,
         signed=signed,
@@ -185,7 +190,7 @@ def html(content: Content) -> str:
         per_class=summary.per_class,
         provenance=provenance,
         other_origins=content.origins()[: -len(content.runs) or None],
-        legend=_LEGEND,
+        legend=_legend(content.tables),
         flag=FLAG,
         version=moco_d2.__version__,
         date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
@@ -225,14 +230,29 @@ def backbone_lines(backbones: Backbones) -> tuple[list[str], list[list[str]]]:
 
 def about(table: Table) -> list[str]:
     """Return what a reader must know about a table, a sentence per line."""
-    lines = []
-    if table.protocol:
-        lines.append(f"config {table.protocol.config}; paper row: {table.protocol.paper}; {table.protocol.evidence}")
+    return [*_facts_about(table), *_warnings_about(table)]
+
+
+def _facts_about(table: Table) -> list[str]:
+    """Return what a table's figures are: the protocol, the pictures, and the origin of the weights."""
+    files = dict.fromkeys(
+        run.trial["config_file"] for row in table.rows for run in row.runs if "config_file" in run.trial
+    )
+    if not table.protocol:
+        lines = ["a protocol of your own" + (f", config {' and '.join(files)}" if files else "")]
+    elif table.comparable:
+        lines = [f"config {table.protocol.config}; paper row: {table.protocol.paper}; {table.protocol.evidence}"]
     else:
-        lines.append("not a known protocol: there are no published figures")
-    if table.variant:
-        lines.append(table.variant)
-    if not table.comparable:
+        lines = [f"departs from config {table.protocol.config}"]
+    if table.pictures:
+        lines.append(table.pictures)
+    origins = {row.label: row.origin for row in table.rows if row.origin}
+    return [*lines, *(f"{label}: {origin}" for label, origin in origins.items())]
+
+
+def _warnings_about(table: Table) -> list[str]:
+    lines = [table.variant] if table.variant else []
+    if table.protocol and not table.comparable:
         lines.append("not the protocol as shipped: not to be compared with its published figures")
     return [*lines, *table.notes]
 
@@ -273,17 +293,28 @@ def difference_lines(table: Table) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+CONFIG = "The config: keys that differ from Detectron2's and this project's defaults"
 BACKBONE_LEGEND = (
     "A row is a backbone: of a pretraining run as it is now, of an earlier checkpoint of it, or of another file. "
     "Probes: top-1 in percent, a classifier's after the last epoch (papers print the best one). AP: on all labels. "
     "Mean ± sample standard deviation (number of results). Only complete, unmodified recipes and protocols have "
     "published figures."
 )
-_LEGEND = (
-    "Mean ± sample standard deviation (number of runs), in percent. Published figures are the papers' own. "
-    f"{FLAG} marks a difference from the published row of more than {summary.FLAG_STD} published standard deviations. "
-    "A table has the runs of one protocol, in one variant."
-)
+
+
+def _legend(tables: Sequence[Table]) -> str:
+    """Return how the tables of detectors are read."""
+    published = (
+        "Published figures are the papers' own. "
+        f"{FLAG} marks a difference from the published row of more than {summary.FLAG_STD} published "
+        "standard deviations. "
+    )
+    return (
+        "Mean ± sample standard deviation (number of runs), in percent. "
+        + published * any(table.published for table in tables)
+        + "On the page, a colour marks a difference beyond the noise of both means (Welch's t-test at 5 %; none for a "
+        "single run). A table has the runs of one protocol, in one variant."
+    )
 
 
 def _name(table: Table, row: Row) -> str:

@@ -17,153 +17,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moco_d2.config import INITS, load_cfg
-from moco_d2.model_zoo import Protocol, Published, config_changes, get_protocol
-from moco_d2.reports.records import EVALUATION, FRACTION, RESULTS, read_result, read_scalars, read_trial
+from moco_d2.config import flat, get_cfg
+from moco_d2.model_zoo import Protocol, Published, get_protocol, list_protocols
+from moco_d2.reports.records import EVALUATION, FRACTION, RESULTS
+from moco_d2.reports.run import BASELINES, Run, read_run
 
 logger = logging.getLogger(__name__)
 
-BASELINES = tuple(init for init in INITS if init != "moco")
 TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint", "sem_seg": ""}  # in a report's order, in words
 AUGMENTED = "_TTA"  # suffix of a task's name: evaluated with test-time augmentation
 MAIN = ("AP", "AP50", "AP75", "mIoU")  # the metrics that papers print; the others are in the CSV files
 PER_CLASS = ("AP-", "IoU-", "ACC-")  # as Detectron2's evaluators name them
 FLAG_STD = 2  # differences of more than this many published standard deviations are flagged
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished fine-tuning run, or one evaluation of a trained detector.
-
-    Attributes:
-        folder: its ``OUTPUT_DIR``.
-        result: its results; fields that an earlier version did not write count as empty.
-        trial: its ``trial.json``, if it is a trial.
-        evaluation: whether it is an evaluation alone (``--eval-only``), whose weights are the trained detector's.
-    """
-
-    folder: Path
-    result: Mapping[str, Any]
-    trial: Mapping[str, Any]
-    evaluation: bool = False
-
-    @property
-    def file(self) -> Path:
-        """The file with its results."""
-        return self.folder / (EVALUATION if self.evaluation else RESULTS)
-
-    @property
-    def protocol(self) -> str:
-        """The protocol's name."""
-        return str(self.result.get("protocol") or "no protocol")
-
-    @property
-    def weights(self) -> Mapping[str, Any]:
-        """Path, SHA-256 and facts of its initial weights."""
-        return self.result.get("weights") or {}
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the weights; empty if unknown or random."""
-        return self.weights.get("sha256") or self.trial.get("weights", {}).get("sha256") or ""
-
-    @cached_property
-    def init(self) -> str:
-        """Its initialisation, under the name of published rows; empty if unknown."""
-        path, facts = self.weights.get("path"), self.weights.get("facts") or {}
-        if self.evaluation:
-            return ""
-        if path == "":
-            return "random"
-        if self.trial.get("init", {}).get("kind") == "supervised":
-            return "supervised"
-        if "ImageNetPretrained/MSRA/" in (path or "") or facts.get("origin", "").startswith(
-            "ImageNet-supervised, MSRA"
-        ):
-            return "supervised"
-        return facts.get("recipe") or facts.get("protocol") or ""  # the name in earlier versions
-
-    @cached_property
-    def label(self) -> str:
-        """Its initialisation in a word; of an evaluation, the checkpoint."""
-        if self.evaluation:
-            return "/".join(Path(self.weights.get("path") or "unknown").with_suffix("").parts[-2:])
-        if self.init in BASELINES:
-            return self.init
-        return self.trial.get("init", {}).get("label") or Path(self.weights.get("path") or "unknown").stem
-
-    @property
-    def percent(self) -> float:
-        """Percentage of the training labels that it used."""
-        return next((float(c.partition("=")[2]) for c in self._changes or () if c.startswith(FRACTION)), 100.0)
-
-    @property
-    def changes(self) -> tuple[str, ...] | None:
-        """``KEY=value`` where its config departs from the protocol, without the labels' part; None if unknown."""
-        if self._changes is None:
-            return None
-        return tuple(change for change in self._changes if not change.startswith(FRACTION))
-
-    @cached_property
-    def _changes(self) -> list[str] | None:
-        if "config_changes" in self.result:
-            changes: list[str] | None = self.result["config_changes"]
-            return changes
-        try:
-            return config_changes(load_cfg(self.folder / ("eval_only" * self.evaluation) / "config.yaml"))
-        except ValueError:  # no such file, keys of another version, or not a shipped protocol
-            return None
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The components of its detector that were pretrained in addition to the backbone."""
-        return () if self.evaluation else tuple((self.weights.get("facts") or {}).get("parts", ()))
-
-    @property
-    def scaled(self) -> str:
-        """In words, the settings that were scaled to the number of processes; empty if none were."""
-        changed = self.result.get("scaled") or {}
-        parts = (f"{key.rpartition('.')[2]} {before} -> {after}" for key, (before, after) in sorted(changed.items()))
-        batches = self.engine.get("ACCUMULATE", 1)
-        each = f" with {batches} batches per step" if batches > 1 else ""
-        return f"scaled to {self.processes} process(es){each}: {', '.join(parts)}" if changed else ""
-
-    @property
-    def engine(self) -> Mapping[str, Any]:
-        """Its performance options, and the number of batches per step."""
-        return self.result.get("engine") or {}
-
-    @property
-    def performance(self) -> str:
-        """In words, the performance options that were on."""
-        return ", ".join(f"{key} {value}" for key, value in self.engine.items() if value and key != "ACCUMULATE")
-
-    @property
-    def processes(self) -> str:
-        """Number of processes."""
-        return str(self.result.get("processes", "?"))
-
-    @cached_property
-    def metrics(self) -> dict[str, dict[str, float]]:
-        """``{test set: {"bbox/AP": value}}``, without metrics that have no value."""
-        return {
-            test_set: {
-                f"{task}/{name}": float(value)
-                for task, values in (tasks or {}).items() for name, value in values.items()
-                if value is not None and math.isfinite(value)
-            }
-            for test_set, tasks in (self.result.get("metrics") or {}).items()
-        }  # fmt: skip
-
-    def curve(self, key: str) -> list[tuple[int, float]]:
-        """Return (iteration, value) of a scalar in ``metrics.json``; a repeated iteration has its last value.
-
-        A trained detector's evaluation has no curves.
-        """
-        if self.evaluation:
-            return []
-        points = {line["iteration"]: float(line[key]) for line in read_scalars(self.folder) if key in line}
-        return sorted(points.items())
 
 
 @dataclass(frozen=True)
@@ -183,6 +48,24 @@ class Cell:
         return f"{self.mean:.2f}" + (f" ± {self.std:.2f}" if self.std is not None else "") + f" ({self.n})"
 
 
+# Student's t at 97.5 %, for 1 to 10 degrees of freedom; of 1.96 for many, 2.2 is on the safe side.
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+
+
+def beyond_noise(first: Cell, second: Cell) -> bool:
+    """Tell whether two means differ by more than their noise: Welch's t-test at 5 %.
+
+    Without a standard deviation of each, so with a single run, nothing is known of the noise, and the answer is no.
+    """
+    if first.std is None or second.std is None:
+        return False
+    a, b = first.std**2 / first.n, second.std**2 / second.n
+    if a + b == 0:
+        return first.mean != second.mean
+    freedom = (a + b) ** 2 / (a**2 / max(first.n - 1, 1) + b**2 / max(second.n - 1, 1))
+    return abs(first.mean - second.mean) > _T[min(int(freedom), len(_T)) - 1] * math.sqrt(a + b)
+
+
 @dataclass(frozen=True)
 class Row:
     """Runs that differ in their seed only, on one test set."""
@@ -193,15 +76,30 @@ class Row:
     runs: tuple[Run, ...]
     cells: Mapping[str, Cell]
 
+    @property
+    def origin(self) -> str:
+        """Origin of its weights, as their facts state it; empty for a baseline, or if unknown."""
+        facts = self.runs[0].weights.get("facts") or {}
+        return "" if self.init in BASELINES else str(facts.get("origin", "")).replace("unknown", "")
+
 
 @dataclass(frozen=True)
 class Difference:
-    """A row's means minus another row's or a published row's, and the metrics whose difference is flagged."""
+    """A row's means minus another row's or a published row's.
+
+    Attributes:
+        row: the row.
+        against: the other one, in words.
+        deltas: by metric.
+        flags: the metrics whose difference is flagged.
+        clear: the metrics whose difference is :func:`beyond_noise`.
+    """
 
     row: Row
     against: str
     deltas: Mapping[str, float]
     flags: frozenset[str] = frozenset()
+    clear: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -217,6 +115,7 @@ class Table:
         columns: the metrics shown, ``task/name``.
         rows: means of our runs.
         notes: remarks for the reader.
+        config: of a protocol that is not shipped: its keys that differ from the defaults, with their values.
     """
 
     protocol: Protocol | None
@@ -227,11 +126,23 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    config: Mapping[str, Any]
 
     @property
     def published(self) -> tuple[Published, ...]:
         """The protocol's published rows; empty if our rows must not be compared with them."""
         return self.protocol.published if self.protocol and self.comparable else ()
+
+    @property
+    def pictures(self) -> str:
+        """Numbers of pictures, in words; empty if no run recorded them."""
+        counts = {(row.percent, *run.pictures(self.test_set)) for row in self.rows for run in row.runs}
+        parts = [
+            f"{train} for training" + (f" ({percent:g}% of the labels)" if self.percents != [100] else "")
+            for percent, train in sorted({(p, train) for p, train, _ in counts if train is not None}, reverse=True)
+        ]
+        parts += [f"{test} for testing" for test in sorted({test for *_, test in counts if test is not None})]
+        return f"pictures: {', '.join(parts)}" if parts else ""
 
     @property
     def percents(self) -> list[float]:
@@ -250,7 +161,9 @@ class Table:
             for other in self.rows if row.init != "random" else ():
                 if other.init in BASELINES and other.init != row.init and other.percent == row.percent:
                     means = {metric: cell.mean for metric, cell in other.cells.items()}
-                    found.append(Difference(row, f"{other.label}, run here", _deltas(row, means, self.columns)))
+                    deltas = _deltas(row, means, self.columns)
+                    clear = frozenset(m for m in deltas if beyond_noise(row.cells[m], other.cells[m]))
+                    found.append(Difference(row, f"{other.label}, run here", deltas, clear=clear))
         return found
 
 
@@ -285,22 +198,14 @@ def find_runs(
     return list(runs.values())
 
 
-def read_run(folder: str | os.PathLike[str], evaluation: bool = False) -> Run:
-    """Read a finished run, or the evaluation in its folder.
-
-    Raises:
-        ValueError: there are no readable results, or ``trial.json`` is damaged.
-    """
-    folder = Path(folder)
-    return Run(folder, read_result(folder, EVALUATION if evaluation else RESULTS), read_trial(folder), evaluation)
-
-
 def build_tables(runs: Iterable[Run]) -> list[Table]:
     """Sort runs into tables, one for each protocol, variant and test set."""
+    runs = list(runs)
+    own = _own_variants(runs)
     groups: dict[tuple[str, str, str], list[Run]] = {}
     for run in runs:
         for test_set in run.metrics:
-            groups.setdefault((run.protocol, _variant(run), test_set), []).append(run)
+            groups.setdefault((run.protocol, _variant(run, own.get(run.file)), test_set), []).append(run)
     return [_table(*key, groups[key]) for key in sorted(groups)]
 
 
@@ -346,8 +251,28 @@ def heading(metric: str) -> str:
     return f"{TASKS.get(plain, plain)} {name}".strip() + (" with TTA" if task != plain else "")
 
 
-def _variant(run: Run) -> str:
-    if run.changes is None:
+def _own_variants(runs: Iterable[Run]) -> dict[Path, str]:
+    """Return how runs of a protocol that is not shipped differ from one another: they are not averaged."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.changes is None and run.settings is not None and run.protocol not in list_protocols():
+            groups.setdefault(run.protocol, []).append(run)
+    found = {}
+    for group in groups.values():
+        values = [{key: value for key, value in (run.settings or {}).items() if key != FRACTION[:-1]} for run in group]
+        # A key that one of them lacks is turned off by another, which differs and is named.
+        keys = sorted(
+            {k for each in values for k in each if any(k in other and other[k] != each[k] for other in values)}
+        )
+        for run, each in zip(group, values, strict=True):
+            found[run.file] = " ".join(f"{key}={each[key]}" for key in keys if key in each)
+    return found
+
+
+def _variant(run: Run, own: str | None = None) -> str:
+    if own is not None:
+        changes = own
+    elif run.changes is None:
         changes = "config not recorded"
     else:
         changes = f"modified: {' '.join(run.changes)}" if run.changes else ""
@@ -376,7 +301,14 @@ def _table(name: str, variant: str, test_set: str, runs: Sequence[Run]) -> Table
         columns=tuple(sorted(columns, key=_order)),
         rows=rows,
         notes=tuple(_notes(rows)),
+        config={} if protocol else _stated(runs[0].settings or {}),
     )  # fmt: skip
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a config that differ from their default."""
+    defaults = flat(get_cfg())
+    return {key: value for key, value in config.items() if value != defaults.get(key) and key != FRACTION[:-1]}
 
 
 def _rows(runs: Sequence[Run], test_set: str) -> Iterator[Row]:
@@ -416,7 +348,9 @@ def _to_published(row: Row, published: Published, columns: Sequence[str]) -> Dif
     deltas = _deltas(row, published.metrics, columns)
     # Rounded, because 82.8 - 82.4 is slightly more than twice 0.2 in floating point.
     flags = {m for m, d in deltas.items() if m in published.std and round(abs(d) - FLAG_STD * published.std[m], 9) > 0}
-    return Difference(row, f"{published.label}, published", deltas, frozenset(flags))
+    cells = {m: Cell(published.metrics[m], published.std.get(m), published.trials) for m in deltas}
+    clear = frozenset(m for m, cell in cells.items() if beyond_noise(row.cells[m], cell))
+    return Difference(row, f"{published.label}, published", deltas, frozenset(flags), clear)
 
 
 def _deltas(row: Row, means: Mapping[str, float], columns: Sequence[str]) -> dict[str, float]:

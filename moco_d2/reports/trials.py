@@ -21,7 +21,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.utils.collect_env import collect_env_info
 
-from moco_d2.config import INITS, flat, get_cfg, roles
+from moco_d2.config import config_files, flat, get_cfg, load_cfg, roles, settings, with_init
 from moco_d2.config.keys import RENAMED
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.preflight import check_run, check_weights, fit_to_machine, scale_to_processes
@@ -30,9 +30,9 @@ from moco_d2.detection.weights import check_source
 from moco_d2.io import files, locks
 from moco_d2.io.checkpoints import facts_in, open_checkpoint
 from moco_d2.io.paths import expand
-from moco_d2.model_zoo import get_config, get_protocol
+from moco_d2.model_zoo import config_changes, get_protocol, list_protocols
 from moco_d2.reports.records import RECORD, RESULTS, read_result, read_trial
-from moco_d2.reports.summary import BASELINES
+from moco_d2.reports.run import BASELINES
 from moco_d2.running.launch import check_processes
 from moco_d2.running.weights import local_path, refuse_stubs
 
@@ -66,7 +66,8 @@ class Trial:
 
     Attributes:
         protocol: name of the protocol.
-        config: name of the config for ``--config-file``.
+        base: the config, a file or a shipped name.
+        config: the same with the init's suffix, for ``--config-file``.
         init: its initialisation.
         seed: of the training.
         percent: percentage of the training labels that it uses.
@@ -76,6 +77,7 @@ class Trial:
     """
 
     protocol: str
+    base: str
     config: str
     init: Init
     seed: int
@@ -93,6 +95,7 @@ class Trial:
         """Return the content of ``trial.json``."""
         return {
             "protocol": self.protocol,
+            "config_file": self.base,
             "init": {"label": self.init.label, "kind": self.init.kind},
             "weights": {"path": self.init.path, "sha256": self.init.sha256, "facts": self.init.facts},
             "seed": self.seed,
@@ -109,11 +112,12 @@ def plan(
     percents: Sequence[float] = (100.0,),
     opts: Sequence[str] = (),
     processes: int = 1,
+    config_file: str = "",
 ) -> list[Trial]:
     """Return the trials of a comparison, after checking everything that can be checked before the first one starts.
 
     Args:
-        protocol: a name of :func:`moco_d2.model_zoo.list_protocols`.
+        protocol: a name of :func:`moco_d2.model_zoo.list_protocols`; empty if ``config_file`` is given.
         weights: files (``PATH`` or ``LABEL=PATH``), ``supervised`` (or ``supervised=PATH``), ``random``.
         seeds: of the trainings, >= 0.
         output: folder of all trials; a trial's is ``output/protocol/label/seedN``, for a part of the labels
@@ -121,6 +125,7 @@ def plan(
         percents: percentages of the training labels.
         opts: ``KEY VALUE ...`` for all trials.
         processes: of each training.
+        config_file: a config, shipped or your own, instead of a protocol. See :func:`protocol_of` for its name.
 
     Returns:
         All trials, done or not, seed by seed: a comparison that is cut short then has complete seeds.
@@ -133,8 +138,10 @@ def plan(
             raise ValueError(f"{key} is set by {option}; leave it out of the KEY VALUE pairs")
     for percent in percents:
         check_percent(percent)
-    base = get_protocol(protocol).config
-    inits = _inits(weights, protocol)
+    protocol, base = (
+        (protocol_of(config_file), config_file) if config_file else (protocol, get_protocol(protocol).config)
+    )
+    inits = _inits(weights, base)
     trials = [
         _trial(protocol, base, init, seed, percent, Path(output), opts)
         for seed in sorted(set(seeds)) for percent in sorted(set(percents)) for init in inits
@@ -142,6 +149,7 @@ def plan(
     files.check_folder(output, "--output")
     if not trials or min(trial.seed for trial in trials) < 0:
         raise ValueError("--seeds must name at least one seed, 0 or above, such as 0-4 or 0,2,7")
+    _check_same_protocol(trials)
     states = {trial.folder: state(trial) for trial in trials}
     waiting = [trial for trial in trials if states[trial.folder] != "done"]
     for trial in waiting[:1]:
@@ -149,6 +157,30 @@ def plan(
     for trial in {trial.init.label: trial for trial in waiting if states[trial.folder] == "new"}.values():
         check_weights(trial.cfg, resume=True)  # an attempt that left no checkpoint may be overwritten
     return trials
+
+
+def protocol_of(config_file: str) -> str:
+    """Return the name under which trials and reports know a config: its ``PROTOCOL``, or its file's name.
+
+    A config that departs from the shipped protocol whose ``PROTOCOL`` it has, because it is based on it, is called by
+    the name of its file: a protocol's name means one thing.
+
+    Raises:
+        ValueError: there is no such config, or the name is taken by a shipped protocol or cannot be a folder's.
+    """
+    if len(config_files(config_file)) > 1:
+        raise ValueError(
+            f"--config-file {config_file}: leave out the suffix; --weights chooses what a trial starts from"
+        )
+    cfg = load_cfg(config_file, stage=roles.DETECTION)
+    departs = config_changes(cfg) != []
+    inherited = cfg.PROTOCOL in list_protocols() and departs
+    name = Path(config_file).stem if inherited or not cfg.PROTOCOL else cfg.PROTOCOL
+    if departs and name in list_protocols():
+        raise ValueError(f"{config_file} departs from the shipped protocol {name}: set PROTOCOL to a name of your own")
+    if problem := files.name_problem(name):
+        raise ValueError(f"PROTOCOL is {name!r} in {config_file}; it names a folder, but it {problem}")
+    return str(name)
 
 
 def state(trial: Trial) -> str:
@@ -207,8 +239,8 @@ def prepare(trial: Trial) -> None:
             file.write(text.encode() + b"\n")
 
 
-def _inits(words: Sequence[str], protocol: str) -> list[Init]:
-    inits = [_init(word, protocol) for word in words]
+def _inits(words: Sequence[str], base: str) -> list[Init]:
+    inits = [_init(word, base) for word in words]
     if not inits:
         raise ValueError(f"--weights is empty; give files, or {' or '.join(BASELINES)}")
     for label, count in Counter(init.label for init in inits).items():
@@ -220,7 +252,7 @@ def _inits(words: Sequence[str], protocol: str) -> list[Init]:
     return inits
 
 
-def _init(word: str, protocol: str) -> Init:
+def _init(word: str, base: str) -> Init:
     label, equals, path = word.partition("=")
     if not equals or os.path.exists(word):
         label, path = (word, "") if word in BASELINES else (Path(word).stem, word)
@@ -231,7 +263,7 @@ def _init(word: str, protocol: str) -> Init:
     if problem := files.name_problem(label):
         raise ValueError(f"--weights {word}: the label {label!r} cannot be a folder's name: it {problem}")
     kind = "supervised" if label == "supervised" else "moco"
-    path = expand(path) or get_config(protocol, kind).MODEL.WEIGHTS
+    path = expand(path) or load_cfg(with_init(base, kind), stage=roles.DETECTION).MODEL.WEIGHTS
     try:
         check_source(path)
     except ValueError as error:
@@ -250,10 +282,25 @@ def _trial(protocol: str, base: str, init: Init, seed: int, percent: float, outp
     if percent != 100:
         folder /= f"fraction{percent:g}"
         own += ["DATASETS.FRACTION", str(float(percent))]
+    config = with_init(base, init.kind)
     words = (*opts, *own, "OUTPUT_DIR", str(folder))
-    return Trial(
-        protocol, base + INITS[init.kind], init, seed, percent, folder, words, get_config(protocol, init.kind, words)
-    )
+    cfg = load_cfg(config, words, stage=roles.DETECTION)
+    if protocol != cfg.PROTOCOL:
+        cfg.PROTOCOL, words = protocol, (*words, "PROTOCOL", protocol)
+    return Trial(protocol, base, config, init, seed, percent, folder, words, cfg)
+
+
+def _check_same_protocol(trials: Sequence[Trial]) -> None:
+    """Refuse inits whose configs differ in more than the init: a ``mine_random.yaml`` beside ``mine.yaml``."""
+    first, *others = {trial.config: trial for trial in trials}.values()
+    wanted = settings(first.cfg, roles.DETECTION, roles.PROTOCOL)
+    for trial in others:
+        found = settings(trial.cfg, roles.DETECTION, roles.PROTOCOL)
+        if other := [k for k in wanted.keys() & found if wanted[k] != found[k] and not roles.trial_option(k)]:
+            raise ValueError(
+                f"{trial.config} is another protocol than {first.config}: they differ in {', '.join(sorted(other))}; "
+                "rename one of the files"
+            )
 
 
 def _check(cfg: CfgNode, processes: int) -> None:

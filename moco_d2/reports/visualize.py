@@ -24,10 +24,11 @@ from PIL import Image
 
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.mapper import read_pixels
+from moco_d2.detection.predictor import load_predictor
 from moco_d2.detection.preflight import check_run
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.io.files import atomic_write, empty_folder
-from moco_d2.reports.pictures import Scene, draw_scene, load_predictor
+from moco_d2.reports.pictures import Scene, draw_scene
 from moco_d2.reports.ranking import Outcome, Rating, best_threshold, f1, match, mean_iou, rank
 
 logger = logging.getLogger(__name__)

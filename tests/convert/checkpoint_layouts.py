@@ -719,6 +719,15 @@ LAYOUTS = {
             "epoch": 3,
         },
     ),
+    "lightly-module": Layout(
+        "lightly-examples",
+        lambda net: (
+            under("backbone.", sequential(trunk(net)))
+            | under("backbone_momentum.", sequential(other(trunk(net))))
+            | tensors("projection_head.layers.0.", weight=(2048, 2048))
+            | tensors("projection_head_momentum.layers.0.", weight=(2048, 2048))
+        ),
+    ),
     "bolts-moco": Layout(
         "bolts-moco",
         paired(

@@ -12,6 +12,7 @@ from recorded_runs import WEIGHTS, record
 from moco_d2.config import load_cfg
 from moco_d2.model_zoo import get_protocol
 from moco_d2.reports import report, summary
+from moco_d2.reports.run import read_run
 
 
 def _run(folder: Path, **metrics: dict[str, dict[str, float | None]]) -> Path:
@@ -44,7 +45,7 @@ def test_a_row_for_each_run_and_test_set(tmp_path: Path) -> None:
 
 def test_a_metric_without_a_value_is_a_dash(tmp_path: Path) -> None:
     run = _run(tmp_path / "run", coco_2017_val={"bbox": {"AP": 0.0, "AP75": None}})
-    (row,) = report.rows("random", summary.read_run(run).result)
+    (row,) = report.rows("random", read_run(run).result)
     assert row[3:7] == ("0.00", "-", "-", "-")
 
 
@@ -109,7 +110,7 @@ def test_other_experiments_have_tables_of_their_own_and_no_published_row(tmp_pat
     assert said["my_own", ""].protocol is None
     # A run of before config_changes were written is compared through its config.yaml.
     (older / "config.yaml").write_text(load_cfg(get_protocol(voc).config, ["SOLVER.MAX_ITER", "9000"]).dump())
-    read = summary.read_run(older)
+    read = read_run(older)
     assert read.changes == ("SOLVER.MAX_ITER=9000",) and read.init == "moco_v2_R50_200ep"
 
 
@@ -124,9 +125,9 @@ def test_a_result_of_no_shipped_protocol_is_read_and_compared_with_nothing(tmp_p
 def test_a_trial_of_a_supervised_file_is_the_supervised_baseline(tmp_path: Path) -> None:
     weights = {"path": "/w/R-50.pkl", "sha256": "ef" * 32, "facts": {"recipe": "", "origin": "unknown"}}
     folder = record(tmp_path / "a", "supervised", 0, _voc(53.0), weights=weights)
-    assert summary.read_run(folder).init == ""
+    assert read_run(folder).init == ""
     (folder / "trial.json").write_text(json.dumps({"init": {"label": "supervised", "kind": "supervised"}}))
-    assert summary.read_run(folder).init == "supervised"
+    assert read_run(folder).init == "supervised"
 
 
 def test_weights_of_one_name_but_other_content_are_not_averaged(tmp_path: Path) -> None:
@@ -143,7 +144,7 @@ def test_a_curve_of_a_resumed_run(tmp_path: Path) -> None:
     run = record(tmp_path / "run", "moco_v2", 0, _voc(57.0), curve=lines)
     with (run / "metrics.json").open("a") as file:
         file.write('{"iteration": 80, "tot')  # killed while writing
-    assert summary.read_run(run).curve("total_loss") == [(0, 1.0), (20, 2.0), (40, 2.0), (60, 2.0)]
+    assert read_run(run).curve("total_loss") == [(0, 1.0), (20, 2.0), (40, 2.0), (60, 2.0)]
 
 
 def test_two_baselines_of_one_name_in_a_later_table(tmp_path: Path) -> None:

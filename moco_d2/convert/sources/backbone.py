@@ -136,10 +136,10 @@ BACKBONE = (
         name="lightly's examples",
         key="lightly-examples",
         origin="lightly's examples",
-        containers=("state_dict",),
+        containers=("state_dict", "model", "model_state_dict", ""),  # Lightning's file, or a plain module's
         prefix="backbone.",
         naming=SEQUENTIAL,
-        dropped=(HEADS,),
+        dropped=(HEADS, (r"^(projection|prediction)_head_momentum\.", "head of pretraining")),
         encoder="backbone is the online network; backbone_momentum is its moving average",
     ),
 )

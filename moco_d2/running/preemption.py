@@ -1,4 +1,4 @@
-"""Preemption: on SIGTERM, SIGUSR1 or Ctrl-C a run saves a checkpoint at the next step and ends with its own exit code."""
+"""Preemption: on SIGTERM, SIGUSR1 or Ctrl-C a run saves a checkpoint at the next step and ends with its own code."""
 
 from __future__ import annotations
 

@@ -191,7 +191,8 @@ def _limits(cfg: CfgNode, name: str, objects: Sequence[Sequence[int]]) -> Iterat
         lost = sum(max(0, count - limit) for count in counts) / sum(counts)
         yield (
             f"pictures with more objects than TEST.DETECTIONS_PER_IMAGE, {limit}: {sum(c > limit for c in counts)} of "
-            f"{len(counts)}; at least {lost:.1%} of the objects are missed: pass TEST.DETECTIONS_PER_IMAGE {max(counts)}"
+            f"{len(counts)}; at least {lost:.1%} of the objects are missed: "
+            f"pass TEST.DETECTIONS_PER_IMAGE {max(counts)}"
         )
     own = [max(Counter(classes).values(), default=0) for classes in objects]
     if MetadataCatalog.get(name).evaluator_type == "coco" and (most := max(own, default=0)) > COUNTED:

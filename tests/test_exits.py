@@ -140,7 +140,7 @@ def log(tmp_path: Path) -> Iterator[Path]:
 def test_every_traceback_is_in_the_log_and_words_that_are_not_ours_say_so(
     log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.preemption, "handle_signals", lambda: None)
+    monkeypatch.setattr(launch.preemption, "handle_signals", lambda **_: None)
     with pytest.raises(ValueError) as ours:
         launch.launch(print, 0)
     line = "--num-gpus is 0; it must be at least 1 (without a GPU: processes on the CPU)"
@@ -209,7 +209,7 @@ def test_devices(asked: str, with_gpus: str | None, without: str | None, monkeyp
 
 def test_one_gpu_by_its_number_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[str] = []
-    monkeypatch.setattr(launch.preemption, "handle_signals", lambda: None)
+    monkeypatch.setattr(launch.preemption, "handle_signals", lambda **_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: GPUS)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)

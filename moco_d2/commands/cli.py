@@ -23,6 +23,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # requests to stop
 # The parts of a training's log that are shown on the screen: progress, and the files that it leaves.
 PROGRESS = re.compile(r"\beta:? \d.*?(?=  time:|$)|wrote \S+(?:results\.json|backbone\.pth)|error: .*")
 
+_NOTHING_TO_RESUME = "--resume: there is no checkpoint in %s, so the run starts from the beginning"
+
 
 def new_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Return the parser of the command ``moco-d2 NAME``; its module's docstring is the description."""
@@ -90,7 +92,7 @@ def setup(args: argparse.Namespace, check: Callable[[Any], None] = lambda cfg: N
     from moco_d2.config import config_files, load_cfg, use_available_device
     from moco_d2.exits import ending
     from moco_d2.running import folder
-    from moco_d2.running.checkpoints import recorded_seed
+    from moco_d2.running.checkpoints import has_run, recorded_seed
 
     cfg = load_cfg(args.config_file, args.opts)
     evaluates = getattr(args, "eval_only", False)
@@ -99,6 +101,8 @@ def setup(args: argparse.Namespace, check: Callable[[Any], None] = lambda cfg: N
     # An evaluation may use its run's folder, and must not overwrite the config.yaml with which the run was trained.
     notes = os.path.join(cfg.OUTPUT_DIR, "eval_only") if evaluates else cfg.OUTPUT_DIR
     log = setup_logger(notes, distributed_rank=comm.get_rank(), name="moco_d2", abbrev_name="moco_d2")
+    if args.resume and not evaluates and not has_run(cfg.OUTPUT_DIR):
+        log.warning(_NOTHING_TO_RESUME, cfg.OUTPUT_DIR)
     use_available_device(cfg)
     if cfg.SEED < 0:  # drawn here, so that the run's config.yaml records it
         drawn = recorded_seed(cfg.OUTPUT_DIR) if args.resume else None
@@ -139,10 +143,13 @@ def dry_run(
 
     from moco_d2.config import load_cfg
     from moco_d2.running import folder
+    from moco_d2.running.checkpoints import has_run
 
     cfg = load_cfg(args.config_file, args.opts)
     folder.check(cfg.OUTPUT_DIR, args.resume)
     check(cfg)
+    if comm.is_main_process() and args.resume and not has_run(cfg.OUTPUT_DIR):
+        print(f"{'resume':<11} {_NOTHING_TO_RESUME % cfg.OUTPUT_DIR}")
     with tempfile.TemporaryDirectory() as own:
         leave_on_signals(lambda: shutil.rmtree(own, ignore_errors=True))
         scratch = comm.all_gather(own)[0]  # one for all processes, because they read what the first one writes
@@ -155,7 +162,10 @@ def dry_run(
 
 
 def leave_on_signals(clean: Callable[[], None] = lambda: None) -> None:
-    """End this process at SIGTERM and SIGUSR1 at once, with the code for "again", because there is nothing to save."""
+    """End this process at SIGTERM and SIGUSR1 at once, with the code for "again", because there is nothing to save.
+
+    So does an interruption from the keyboard, as if no training handled it.
+    """
 
     def leave(*_: object) -> NoReturn:
         clean()
@@ -163,6 +173,13 @@ def leave_on_signals(clean: Callable[[], None] = lambda: None) -> None:
 
     for number in SIGNALS:
         signal.signal(number, leave)
+    _on_keyboard(signal.default_int_handler)
+
+
+def _on_keyboard(handler: Callable[[int, Any], Any]) -> None:
+    """Set the handler of SIGINT, unless this process ignores it, as one in a shell's background does."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
 
 
 def run(
@@ -241,9 +258,9 @@ def follow(command: Sequence[str], log: Path, shown: re.Pattern[str], **options:
 def follow_all(jobs: Sequence[Followed], shown: re.Pattern[str], **options: Any) -> list[int]:
     """Run Python processes at the same time and return their exit codes.
 
-    The output goes straight into a file, so that a process can outlive this one; parts of it are printed as well. An
-    interruption from the keyboard reaches this process only, which ends the others by SIGTERM, so that a training
-    saves, and waits for them.
+    The output goes straight into a file, so that a process can outlive this one; parts of it are printed as well. If an
+    exception or :func:`stop_on_signals` ends this, the processes get SIGTERM, at which a training saves, and are waited
+    for. An interruption from the keyboard during that wait kills them.
 
     Args:
         jobs: the processes.
@@ -274,8 +291,13 @@ def follow_all(jobs: Sequence[Followed], shown: re.Pattern[str], **options: Any)
         except BaseException:
             for process in processes:
                 process.terminate()
-            for process in processes:
-                process.wait()
+            try:
+                for process in processes:
+                    process.wait()
+            except KeyboardInterrupt:
+                for process in processes:
+                    process.kill()
+                raise
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -307,17 +329,36 @@ def attempt(command: Sequence[str], log: Path, lock: int, done: Callable[[], boo
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """End at SIGTERM and SIGUSR1 with the code for "continue later"; a followed training is stopped and saves first."""
+def stop_on_signals(go_on: str = "the same command continues") -> Iterator[None]:
+    """End at SIGTERM, SIGUSR1 and Ctrl-C with the code for "continue later"; a followed training saves first.
 
-    def leave(*_: object) -> NoReturn:
+    A second Ctrl-C ends everything at once.
+
+    Args:
+        go_on: what is printed at the end: how to continue.
+    """
+    asked: list[int] = []
+
+    def leave(signum: int, _frame: object) -> NoReturn:
+        asked.append(signum)
         for number in SIGNALS:  # a second signal must not end the wait for the training
             signal.signal(number, signal.SIG_IGN)
+        _on_keyboard(signal.default_int_handler)
+        if signum == signal.SIGINT:
+            with contextlib.suppress(OSError):  # not print(), whose stream may be in use at this moment
+                os.write(2, b"\nstopping: a running training saves first; press Ctrl-C again to end at once\n")
         sys.exit(os.EX_TEMPFAIL)
 
-    earlier = {number: signal.signal(number, leave) for number in SIGNALS}
+    earlier = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGINT)}
+    for number in SIGNALS:
+        signal.signal(number, leave)
+    _on_keyboard(leave)
     try:
         yield
+    except SystemExit:
+        if asked:
+            print(f"stopped: {go_on}", flush=True)
+        raise
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

@@ -180,5 +180,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="iterations of each training, to try the pipeline itself")
     parser.add_argument("--full", action="store_true", help="full-width ResNet-50 instead of quarter width")
     args = parser.parse_args(argv)
-    with cli.stop_on_signals():
+    with cli.stop_on_signals("a new demo begins anew; to go on with a training only, add --resume to its command"):
         Demo(args.output.resolve(), args.full, args.steps).run()

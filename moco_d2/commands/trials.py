@@ -7,8 +7,8 @@ r"""Fine-tune a protocol's detector from several weights, over several seeds.
 
 Run it again to continue: a finished trial is not repeated, an interrupted one resumes from its last checkpoint. Several
 processes can share one folder (one a GPU, say); no trial runs twice. The exit code is 0 if all trials are done, 1 if
-some failed or run elsewhere, 2 if the command is wrong, 75 if it was asked to stop (SIGTERM, SIGUSR1), 130 if it was
-interrupted; after 75 and 130 the same command continues. KEY VALUE pairs come last. docs/trials.md says more.
+some failed or run elsewhere, 2 if the command is wrong, 75 if it was asked to stop (SIGTERM, SIGUSR1, Ctrl-C), 130
+after a second Ctrl-C; after 75 and 130 the same command continues. KEY VALUE pairs come last. docs/trials.md says more.
 """
 
 from __future__ import annotations

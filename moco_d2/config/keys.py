@@ -188,10 +188,12 @@ def _add_detection(cfg: CN) -> None:
     #   format     voc or coco
     #   root       voc: has Annotations, JPEGImages, ImageSets/Main; coco: where json and images start
     #   json       coco: the labels (default: annotations/instances_<split>.json)
+    #   annotations  voc: folder of the XML files (default: Annotations, or root)
     #   images     folder of the pictures (default: voc JPEGImages; coco <split>, or root)
     #   split      voc: ImageSets/Main/<split>.txt or a path ending in .txt (default: all annotations)
     #   classes    names in the order of the detector's outputs (default: read from the files)
     #   leave_out  names of classes whose objects are left out (default: none)
+    #   bad_labels  refuse (default), or drop: objects with a wrong box, mask or number are left out, counted and listed
     #   mirror     coco, keypoints: pairs of names, each the other's mirror image; [] if there are none (default: left
     #              and right are recognised in the names)
     cfg.DATASETS.CUSTOM = []

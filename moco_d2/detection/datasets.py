@@ -115,6 +115,8 @@ def check_copies(cfg: CfgNode) -> None:
             labels = read(entry, Needs.of(cfg, False, entry.name in cfg.DATASETS.TRAIN), ignore)
             if labels and labels.changed:
                 raise ValueError(problem)
+        if entry.bad_labels == "drop":
+            files.check_claim(place.parent, [files.exactly(_list_of(entry))], "OUTPUT_DIR")
 
 
 def _register_all(
@@ -161,7 +163,7 @@ def _register_coco(entry: Entry, needs: Needs, report: Report, place: Path, prob
     DatasetCatalog.register(entry.name, load)
     MetadataCatalog.get(entry.name).set(json_file=path, image_root=images, evaluator_type="coco")
     if labels:
-        _log_notes(entry, labels.notes)
+        _tell(entry, labels, place.parent, report)
         categories = labels.content["categories"]
         MetadataCatalog.get(entry.name).set(
             thing_classes=labels.classes,
@@ -176,11 +178,27 @@ def _without(record: dict[str, Any], field: str) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != field}
 
 
-def _log_notes(entry: Entry, notes: Sequence[str]) -> None:
-    """Log the notes on a data set's labels."""
-    if comm.is_main_process():
-        for note in notes:
-            logger.info("data set %s: %s", entry.name, note)
+def _tell(entry: Entry, labels: CocoLabels | VocLabels, folder: Path, report: Report) -> None:
+    """Log the notes on a data set's labels, and list the objects that were dropped in a file."""
+    MetadataCatalog.get(entry.name).set(dropped=labels.dropped)
+    notes, path = labels.notes, folder / _list_of(entry)
+    if not comm.is_main_process():
+        return
+    if labels.dropped:
+        notes = [*notes, f"{len(labels.dropped)} bad objects are dropped (bad_labels: drop); {path} lists them"]
+        try:
+            files.claim(folder, [files.exactly(path.name)], "OUTPUT_DIR")
+            with files.one_line(path), files.atomic_write(path) as file:
+                file.write("".join(f"{line}\n" for line in labels.dropped).encode())
+        except ValueError as error:
+            report(str(error))
+    for note in notes:
+        logger.info("data set %s: %s", entry.name, note)
+
+
+def _list_of(entry: Entry) -> str:
+    """Return the name of the list of a data set's dropped objects, beside the copy of its labels."""
+    return f"{entry.name}.dropped.txt"
 
 
 def _register_voc(entry: Entry, needs: Needs, report: Report, place: Path, problem: str) -> None:
@@ -198,7 +216,7 @@ def _register_voc(entry: Entry, needs: Needs, report: Report, place: Path, probl
     # The metric of 2012 is the area under the curve, that of 2007 its mean at eleven points.
     MetadataCatalog.get(entry.name).set(dirname=str(folder), split=split, year=2012, evaluator_type="pascal_voc")
     if labels:
-        _log_notes(entry, labels.notes)
+        _tell(entry, labels, place.parent, report)
         MetadataCatalog.get(entry.name).set(thing_classes=labels.classes, labelled=labels.labelled)
 
 

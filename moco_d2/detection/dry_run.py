@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from detectron2.utils.file_io import PathManager
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.datasets import custom_problems
 from moco_d2.detection.mapper import PictureMapper
+from moco_d2.detection.metrics.coco import COUNTED
 from moco_d2.detection.metrics.evaluators import library
 from moco_d2.detection.missing import is_voc_list, missing_files, unreadable
 from moco_d2.detection.preflight import check_weights, fit_to_machine, run_problems, scale_to_processes
@@ -113,9 +115,8 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     full = scale_to_processes(fit_to_machine(cfg, world_size), world_size)
     yield "protocol", recipe(cfg.PROTOCOL, config_changes(cfg))
     yield "schedule", _schedule(full, cfg)
-    counts = yield from _check_all(cfg, full)
-    for name, count in counts.items():
-        yield "data", f"{name}: {count} pictures"
+    yield from _check_all(cfg, full)
+    counts = yield from _describe_sets(full)
     for name in full.DATASETS.TEST:
         yield "evaluator", f"{name}: {MetadataCatalog.get(name).evaluator_type}, {library(full, name)}"
     small = _shorten(full, world_size)
@@ -137,8 +138,8 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     yield "ETA", _eta(full, step, evaluation)
 
 
-def _check_all(cfg: CfgNode, full: CfgNode) -> Generator[tuple[str, str], None, dict[str, int]]:
-    """Check everything that needs no training; yield progress, and return the number of pictures of each data set.
+def _check_all(cfg: CfgNode, full: CfgNode) -> Iterator[tuple[str, str]]:
+    """Check everything that needs no training; yield progress.
 
     Raises:
         ValueError: lists every problem.
@@ -157,8 +158,49 @@ def _check_all(cfg: CfgNode, full: CfgNode) -> Generator[tuple[str, str], None, 
     if problems:
         raise ValueError(one_list(problems))
     yield "pictures", f"{len(pictures)} decoded, with their labels"
-    with quiet():
-        return {name: len(DatasetCatalog.get(name)) for name in (*full.DATASETS.TRAIN, *full.DATASETS.TEST)}
+
+
+def _describe_sets(cfg: CfgNode) -> Generator[tuple[str, str], None, dict[str, int]]:
+    """Yield size, dropped objects and limits of each data set; return the numbers of pictures."""
+    counts = {}
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+        with quiet():
+            records = DatasetCatalog.get(name)
+        counts[name] = len(records)
+        objects = [[a["category_id"] for a in r.get("annotations", ()) if not a.get("iscrowd")] for r in records]
+        most = max(map(len, objects), default=0)
+        yield "data", f"{name}: {len(records)} pictures" + f"; objects in a picture: at most {most}" * (most > 0)
+        if dropped := MetadataCatalog.get(name).get("dropped"):
+            place = f"OUTPUT_DIR/datasets/{name}.dropped.txt"
+            yield "dropped", f"{name}: {len(dropped)} bad objects, which a run lists in {place}: {one_list(dropped, 3)}"
+        if name in cfg.DATASETS.TEST:
+            yield from (("limit", f"{name}: {text}") for text in _limits(cfg, name, objects))
+    return counts
+
+
+def _limits(cfg: CfgNode, name: str, objects: Sequence[Sequence[int]]) -> Iterator[str]:
+    """Yield how the numbers of detections that count limit the AP.
+
+    Args:
+        cfg: config of the detector.
+        name: the test set.
+        objects: the classes of each picture's objects, without crowds.
+    """
+    limit, counts = cfg.TEST.DETECTIONS_PER_IMAGE, [len(classes) for classes in objects]
+    if max(counts, default=0) > limit:
+        lost = sum(max(0, count - limit) for count in counts) / sum(counts)
+        yield (
+            f"pictures with more objects than TEST.DETECTIONS_PER_IMAGE, {limit}: {sum(c > limit for c in counts)} of "
+            f"{len(counts)}; at least {lost:.1%} of the objects are missed: "
+            f"pass TEST.DETECTIONS_PER_IMAGE {max(counts)}"
+        )
+    own = [max(Counter(classes).values(), default=0) for classes in objects]
+    if MetadataCatalog.get(name).evaluator_type == "coco" and (most := max(own, default=0)) > COUNTED:
+        yield (
+            f"pictures with more than {COUNTED} objects of a class: {sum(c > COUNTED for c in own)} of {len(own)}; "
+            f"COCO's AP counts the {COUNTED} best detections of a class in a picture, whatever the config says. "
+            f"AP@{most}, which counts {most}, is evaluated beside it"
+        )
 
 
 class _Pictures:

@@ -99,11 +99,11 @@ def unreadable(dataset_name: str, error: Exception) -> str:
     with contextlib.suppress(Exception):  # The reader of custom sets is only used to find the cause.
         if is_voc_list(dataset_name):
             root, classes = Path(meta.dirname), tuple(meta.thing_classes)
-            entry = Entry(dataset_name, "voc", root, None, None, meta.split, classes)
+            entry = Entry(dataset_name, "voc", root, None, None, meta.split, classes, bad_labels="")
             read_voc(entry, Needs(trains=False), problems.append)
         elif meta.get("evaluator_type") == "coco":
             images = Path(meta.image_root)
-            entry = Entry(dataset_name, "coco", images, Path(meta.json_file), images, "", ())
+            entry = Entry(dataset_name, "coco", images, Path(meta.json_file), images, "", (), bad_labels="")
             read_coco(entry, Needs(trains=False), problems.append)
     why = problems[0] if problems else f"{type(error).__name__}: {error}"
     return f"data set {dataset_name!r} cannot be read: {why}"

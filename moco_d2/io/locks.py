@@ -55,6 +55,16 @@ def holds(path: Path) -> bool:
     return os.path.realpath(path) in _locks
 
 
+def is_held(path: Path) -> bool:
+    """Return whether another process holds a lock; nothing is created or written."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        try:  # shared, so that several processes may ask at the same time
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return not holds(path) and error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False
+
+
 def holder(path: Path) -> str:
     """Return the name of the process that holds a lock."""
     with contextlib.suppress(OSError):

@@ -83,6 +83,11 @@ def point_to(checkpointer: Checkpointer, name: str) -> None:
         raise NotWrittenError(_explain(pointer, error)) from error
 
 
+def has_run(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether there are checkpoints in a folder that ``--resume`` would continue from, intact or not."""
+    return bool(_candidates(Path(folder)))
+
+
 def last_intact(folder: str | os.PathLike[str]) -> str:
     """Return the last undamaged checkpoint of a run, or an empty string if there are no checkpoints.
 

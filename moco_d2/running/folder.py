@@ -68,6 +68,8 @@ def check(output_dir: str, resume: bool = False) -> None:
     files.check_folder(output_dir, "OUTPUT_DIR")
     if not resume:
         refuse_to_overwrite(output_dir)
+    if locks.is_held(lock := Path(output_dir, locks.LOCK)):
+        raise ValueError(_occupied(lock))
     _refuse_links(Path(output_dir))
     files.check_claim(output_dir, _TRAINING, "OUTPUT_DIR", resume and _trusted(Path(output_dir)))
     if resume and (path := last_intact(output_dir)):
@@ -123,15 +125,19 @@ def _refuse_links(folder: Path) -> None:
             )
 
 
+def _occupied(lock: Path) -> str:
+    return (
+        f"another command writes to OUTPUT_DIR {lock.parent} ({locks.holder(lock)}): wait until it ends, or choose "
+        "another OUTPUT_DIR"
+    )
+
+
 def _lock(folder: Path, timeout: float) -> None:
     path, deadline = folder / locks.LOCK, time.monotonic() + timeout
     with files.one_line(folder, "OUTPUT_DIR"):
         while not locks.holds(path) and locks.lock(path) is None:
             if time.monotonic() > deadline:
-                raise ValueError(
-                    f"another command writes to OUTPUT_DIR {folder} ({locks.holder(path)}): wait until it ends, or "
-                    "choose another OUTPUT_DIR"
-                )
+                raise ValueError(_occupied(path))
             if timeout:
                 logger.warning("waiting for %s, which writes to %s, to end", locks.holder(path), folder)
             time.sleep(min(5.0, timeout / 4))

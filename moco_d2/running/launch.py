@@ -76,6 +76,7 @@ class _Failure:
         return self.signal in ("", "SIGABRT"), self.time
 
 
+@preemption.keyboard_restored()
 def launch(
     main: Callable[[Any], None],
     num_gpus: int,
@@ -89,7 +90,7 @@ def launch(
     """Run ``main(args)`` in ``num_gpus`` processes per machine, on GPUs (NCCL) or on the CPU (gloo).
 
     Under ``torchrun`` the processes exist already: the process group and the counts come from its environment. Every
-    process handles SIGTERM and SIGUSR1 (:mod:`moco_d2.running.preemption`).
+    process handles SIGTERM, SIGUSR1 and Ctrl-C (:mod:`moco_d2.running.preemption`).
 
     Args:
         main: the function; importable.
@@ -105,11 +106,12 @@ def launch(
         ValueError: there are fewer GPUs than processes, or the number of machines, address or timeout is wrong.
         RankFailedError: one of several processes on this machine failed; all of them have ended.
         Preempted: the run was asked to stop, and has saved.
+        KeyboardInterrupt: it was interrupted from the keyboard before the first step, or twice.
     """
     timeouts.set_limit(_checked(timeout))
     cuda = torch.cuda.is_available() and torch.device(device).type == "cuda"
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        preemption.handle_signals()
+        preemption.handle_signals(again_ends=False)  # the agent repeats the first, and decides about the second
         world, rank, local, locals_ = (
             int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         )
@@ -249,13 +251,14 @@ def _start_all(main: Callable[[Any], None], args: Any, groups: list[_Group]) -> 
     Raises:
         RankFailedError: one failed.
         Preempted: all ended because they were asked to.
+        KeyboardInterrupt: they were interrupted before the first step, or twice.
     """
     context, method = multiprocessing.get_context("spawn"), multiprocessing.get_start_method()
     with tempfile.TemporaryDirectory() as folder:
         resource_tracker.ensure_running()  # otherwise the first start() does it, and unblocks SIGTERM
         # Processes and threads inherit blocked signals: a new process is not killed before it handles them, and the
         # store's thread does not take them from the main thread.
-        signal.pthread_sigmask(signal.SIG_BLOCK, preemption.SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [*preemption.SIGNALS, signal.SIGINT])
         if groups[0].address == "auto":
             # The launcher keeps the store: a port that it only chose could be taken before rank 0 opens it.
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -268,8 +271,10 @@ def _start_all(main: Callable[[Any], None], args: Any, groups: list[_Group]) -> 
                 process.start()
             preemption.handle_signals(pass_on=lambda signum: _signal(ranks.values(), signum))
             failures, stuck = _wait(ranks, Path(folder))
-        finally:  # after an interruption from the keyboard, too
+        finally:  # after a second interruption from the keyboard, too
             _signal(ranks.values(), signal.SIGKILL)
+    if any(process.exitcode == exits.INTERRUPTED for process in ranks.values()):
+        raise KeyboardInterrupt
     if failures:
         first, *others = sorted(failures, key=lambda failure: failure.order)
         text = first.text
@@ -289,10 +294,11 @@ def _rank_main(main: Callable[[Any], None], args: Any, group: _Group, folder: st
     """Run ``main``; an exception is written to a file for the launcher, and the process ends at once."""
     # Workers of loaders start by the usual method (as a rule fork), not by the one that started this process.
     multiprocessing.set_start_method(method, force=True)
-    preemption.handle_signals()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets it, too, and ends all processes
+    preemption.handle_signals(again_ends=False)  # at the second interruption the launcher ends all processes
     try:
         _run(main, args, group, launcher)
+    except KeyboardInterrupt:
+        os._exit(exits.INTERRUPTED)
     except Exception as error:
         end, text = exits.conclude(error), f"rank {group.rank} failed:\n{traceback.format_exc()}"
         report = _Failure(group.rank, time.time(), "", end.code, end.line, text)

@@ -1,13 +1,14 @@
-"""Preemption: on SIGTERM or SIGUSR1 a run saves a checkpoint at the next step and ends with its own exit code."""
+"""Preemption: on SIGTERM, SIGUSR1 or Ctrl-C a run saves a checkpoint at the next step and ends with its own code."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
 
@@ -34,6 +35,8 @@ class Preempted(SystemExit):
 
 
 _asked: list[int] = []  # signals received
+_training = False  # whether a training loop, which obeys the requests, has begun
+_PRESSED = b"\nstopping: the run saves at the end of this step; press Ctrl-C again to end at once, without saving\n"
 
 
 def requested() -> bool:
@@ -41,21 +44,54 @@ def requested() -> bool:
     return bool(_asked)
 
 
-def handle_signals(pass_on: Callable[[int], None] = lambda signum: None) -> None:
-    """Treat SIGTERM and SIGUSR1 as requests to stop from now on, and call ``pass_on`` with them.
+def handle_signals(pass_on: Callable[[int], None] | None = None, again_ends: bool = True) -> None:
+    """Treat SIGTERM, SIGUSR1 and an interruption from the keyboard as requests to stop from now on.
 
-    Clusters signal all processes of a job at once. The workers of data loaders, which are forked from this process,
-    ignore the signals, because the last step needs their data.
+    Clusters signal all processes of a job at once, and so does a terminal. The workers of data loaders, which are
+    forked from this process, ignore the signals, because the last step needs their data. Before the training loop
+    begins there is nothing to save, and an interruption from the keyboard raises KeyboardInterrupt. A shell that starts
+    a command in the background has it ignore the keyboard; then it is ignored here as well.
+
+    Args:
+        pass_on: called with each signal; for a process that only starts and watches those that train.
+        again_ends: whether a second interruption from the keyboard ends this process at once; False if another process
+            decides it.
     """
 
     def note(signum: int, _frame: FrameType | None) -> None:
         _asked.append(signum)
-        pass_on(signum)
+        if pass_on:
+            pass_on(signum)
 
+    def press(signum: int, frame: FrameType | None) -> None:
+        if not pass_on and not _training:
+            raise KeyboardInterrupt
+        if again_ends:
+            # The system's handler ends a process that waits in a library, too; a watching process must end the others.
+            signal.signal(signum, signal.default_int_handler if pass_on else signal.SIG_DFL)
+            with contextlib.suppress(OSError):
+                os.write(2, _PRESSED)  # not a log, whose stream may be in use at this moment
+        note(signum, frame)
+
+    global _training
+    _training = False
     _protect_workers()
     for number in SIGNALS:
         signal.signal(number, note)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the launcher may have blocked them until now
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, press)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [*SIGNALS, signal.SIGINT])  # those that started this process block them
+
+
+@contextlib.contextmanager
+def keyboard_restored() -> Iterator[None]:
+    """Restore the handler of interruptions from the keyboard at the end, for programs that go on after a run."""
+    earlier = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if earlier is not None:  # not one of a library in C
+            signal.signal(signal.SIGINT, earlier)
 
 
 @functools.cache  # once per process
@@ -65,7 +101,8 @@ def _protect_workers() -> None:
 
 def _obey_parent_only() -> None:
     """In a forked child: end on SIGTERM only if the parent sends it, which is how a loader ends its workers."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
@@ -95,8 +132,10 @@ class StopWhenAsked(HookBase):
 
     def before_train(self) -> None:
         """Create the process group for the exchange, on the CPU, so that no GPU is synchronised."""
+        global _training
         if _several():
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeouts.limit()))
+        _training = True
 
     def after_step(self) -> None:
         """Save and stop if all processes know that one was asked to."""

@@ -51,7 +51,7 @@ def test_a_run_that_will_work_is_told_what_to_expect(tool, converted_file, tmp_p
         "evaluation", "checkpoint", "memory", "ETA", "dry run",
     ]  # fmt: skip
     assert said["protocol"].startswith("voc0712_faster_rcnn_R_50_C4_24k, modified: ")
-    assert ("data", "voc_2012_trainval: 4 pictures") in found
+    assert ("data", "voc_2012_trainval: 4 pictures; objects in a picture: at most 1") in found
     assert said["evaluator"].startswith("voc_2007_test: pascal_voc")
     assert "fills the whole backbone" in said["weights"]
     assert "extrapolated from 50% of a batch" in said["training"]
@@ -88,6 +88,18 @@ def test_a_checkpoint_that_differs_from_the_detector_is_noticed(tiny_voc):
         trainer.model.backbone.stem.conv1.weight[0, 0, 0, 0] += 1
     with pytest.raises(ValueError, match=r"differs from the detector: backbone\.stem\.conv1\.weight"):
         dry_run._reload(trainer)
+
+
+def test_more_objects_than_count_are_told():
+    MetadataCatalog.get("crowded").evaluator_type = "coco"
+    objects = [[0] * 60 + [1] * 60, [1] * 130, [0]]
+    detections, own = dry_run._limits(small_cfg(COCO_FPN), "crowded", objects)
+    assert "than TEST.DETECTIONS_PER_IMAGE, 100: 2 of 3; at least 19.9% of the objects are missed" in detections
+    assert detections.endswith("pass TEST.DETECTIONS_PER_IMAGE 130")
+    assert own.startswith("pictures with more than 100 objects of a class: 1 of 3;") and "AP@130" in own
+    assert len(list(dry_run._limits(small_cfg(COCO_FPN, "TEST.DETECTIONS_PER_IMAGE", 130), "crowded", objects))) == 1
+    assert not list(dry_run._limits(small_cfg(COCO_FPN), "crowded", objects[2:]))
+    MetadataCatalog.remove("crowded")
 
 
 def test_two_processes_rehearse_together_and_speak_once(tool, tmp_path):

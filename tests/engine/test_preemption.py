@@ -88,6 +88,76 @@ def test_the_tool_saves_says_so_and_goes_on(images: str, tmp_path: Path, signum:
     assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
+def test_the_keyboard_stops_a_run_that_has_saved(images: str, tmp_path: Path) -> None:
+    """A terminal interrupts every process of the run, loaders' workers among them."""
+    log = tmp_path / "log"
+    process = begin(log, "-c", INTERRUPTIBLE, *options(images, tmp_path / "run", 10**6, "SOLVER.CHECKPOINT_PERIOD", 3))
+    wait_for(tmp_path / "run/last_checkpoint", process, log)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(120) == 75, log.read_text()[-3000:]
+    saved, text = int((tmp_path / "run/last_checkpoint").read_text()[6:13]), log.read_text()
+    assert text.count(f"asked to stop: saved iteration {saved}; continue with --resume (exit code 75)") == 1
+    assert text.count("stopping: the run saves at the end of this step; press Ctrl-C again to end at once") == 1
+    assert "Traceback" not in text
+    assert f"--resume: there is no checkpoint in {tmp_path / 'run'}, so the run starts from the beginning" in text
+
+
+# SIGINT has its own handler again, which a test run in the background ignores and hands down.
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from moco_d2.commands import pretrain
+pretrain.main()
+"""
+ENDLESS_STEP = """
+import signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from moco_d2.commands import cli
+from moco_d2.running import launch, preemption
+def main(steps):
+    if steps:
+        preemption.StopWhenAsked(None).before_train()
+    print("begun", flush=True)
+    while True:
+        threading.Event().wait(1)
+cli.guard(lambda: launch.launch(main, 1, args=int(sys.argv[1]), device="cpu"))
+"""
+
+
+@pytest.mark.parametrize(("trains", "presses", "code"), [(0, 1, 130), (1, 2, -signal.SIGINT)])
+def test_a_second_interruption_ends_at_once_and_so_does_one_before_the_first_step(
+    trains: int, presses: int, code: int, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    process = begin(log, "-c", ENDLESS_STEP, str(trains))
+    for press in range(presses):
+        deadline = time.monotonic() + 120
+        while log.read_text().count("\n") < 1 + 2 * press and process.poll() is None:  # "begun", then what a press says
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+    assert process.wait(20) == code, log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+@slow
+@pytest.mark.parametrize("second", [False, True])
+def test_several_processes_obey_the_keyboard(images: str, second: bool, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    words = ["--num-gpus", "2", *options(images, tmp_path / "run", 10**6, "SOLVER.CHECKPOINT_PERIOD", 3)]
+    process = begin(log, "-c", INTERRUPTIBLE, *words)
+    if second:  # while the ranks import: there is nothing to save
+        time.sleep(8)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130, log.read_text()
+        assert log.read_text().endswith("error: interrupted\n") and "Traceback" not in log.read_text()
+        return
+    wait_for(tmp_path / "run/last_checkpoint", process, log)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(120) == 75, log.read_text()[-3000:]
+    assert log.read_text().count("press Ctrl-C again") == log.read_text().count("; continue with --resume") == 1
+
+
 def failing_after_a_request(_: object) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     raise ZeroDivisionError

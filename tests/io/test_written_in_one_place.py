@@ -56,7 +56,7 @@ ALLOWED = {
     "moco_d2/running/checkpoints.py write_tensors": "torch.save() into a file of atomic_write()",
     "moco_d2/running/preemption.py after_step": CHECKPOINTER,
     "moco_d2/commands/cli.py dry_run": "a temporary folder of its own",
-    "moco_d2/commands/cli.py follow": "the log of a command that we start, in a folder that is claimed",
+    "moco_d2/commands/cli.py follow_all": "the log of a command that we start, in a folder that is claimed",
 }
 
 

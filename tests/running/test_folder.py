@@ -169,14 +169,19 @@ def test_a_second_command_is_refused_while_the_first_one_lives(tmp_path: Path, m
     command = [sys.executable, "-c", OTHER, str(tmp_path), locks.__file__]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() != "None\n"
-        for options in ({}, {"resume": True}, {"evaluates": True}):
+        for use, options in (
+            (folder.claim, {}), (folder.claim, {"resume": True}), (folder.claim, {"evaluates": True}),
+            (folder.check, {}), (folder.check, {"resume": True}),
+        ):  # fmt: skip
             with pytest.raises(
                 ValueError, match=rf"^another command writes to .*process {other.pid}\).*another OUTPUT_DIR$"
             ):
-                folder.claim(str(tmp_path), **options)
+                use(str(tmp_path), **options)
         other.kill()
+    folder.check(str(tmp_path))
     folder.claim(str(tmp_path))
     folder.claim(str(tmp_path))  # this process has it already
+    folder.check(str(tmp_path))
 
 
 # The user's data sets.

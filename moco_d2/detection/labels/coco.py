@@ -16,7 +16,7 @@ from moco_d2.detection.labels.categories import Categories, read_categories
 from moco_d2.detection.labels.fields import Ids, known_ids, normalised, replaced
 from moco_d2.detection.labels.files import JsonFile, shown
 from moco_d2.detection.labels.keypoints import keypoint_metadata, normalised_keypoints, without_keypoints
-from moco_d2.detection.labels.sets import Entry, Needs, Report, box_problem, size_problem
+from moco_d2.detection.labels.sets import Entry, Faults, Needs, Report, Setting, box_problem, size_problem
 from moco_d2.io.pictures import picture_size
 
 __all__ = ["CocoLabels", "keypoint_metadata", "picture_name", "read_coco"]
@@ -37,6 +37,7 @@ class CocoLabels:
         own_ids: ``image_id`` and ``category_id``, if they differ from the file's: normalised id -> id in the file.
         left_out_ids: ids, in the file, of the categories whose objects are left out.
         notes: what was left out or recognised, for the log.
+        dropped: the faults of the objects that were dropped, a line each.
     """
 
     content: dict[str, list[Record]]
@@ -45,6 +46,7 @@ class CocoLabels:
     own_ids: dict[str, dict[int, int | str]]
     left_out_ids: list[int | str]
     notes: list[str]
+    dropped: list[str]
 
 
 def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
@@ -65,8 +67,12 @@ def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
         report(str(error))
         return None
     categories = read_categories(file, entry, needs, report)
-    images, new_image = _images(file, folder, needs)
-    annotations, left_out = _annotations(file, needs, categories, images, new_image)
+    faults = Faults(entry, report)
+    images, new_image = _images(file, folder, needs, faults)
+    faults.settle()
+    faults = Faults(entry, report)
+    annotations, left_out = _annotations(file, needs, categories, images, new_image, faults)
+    dropped = faults.settle()
     content = {"images": images, "annotations": annotations, "categories": categories.records}
     notes = categories.notes + [f"{count} objects of {name} are left out" for name, count in sorted(left_out.items())]
     if not images:
@@ -92,7 +98,7 @@ def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
         (key in content) != (key in file.content) or not _same(content.get(key), file.content.get(key))
         for key in ("images", "annotations", "categories")
     )
-    return CocoLabels(content, changed, categories.classes, own_ids, list(categories.left_out), notes)
+    return CocoLabels(content, changed, categories.classes, own_ids, list(categories.left_out), notes, dropped)
 
 
 def _blank_masks(images: Iterable[Record], annotations: Iterable[Record]) -> list[str]:
@@ -142,11 +148,12 @@ def missing_picture(folder: Path, name: str) -> str:
     return f"missing image: {path} does not exist{hint}"
 
 
-def _images(file: JsonFile, folder: Path, needs: Needs) -> tuple[list[Record], dict[Any, int]]:
+def _images(file: JsonFile, folder: Path, needs: Needs, faults: Faults) -> tuple[list[Record], dict[Any, int]]:
     """Return the normalised images, and id in the file -> normalised id."""
     found: dict[Any, Record] = {}
     names: set[str] = set()
     for index, record in file.records("images"):
+        faults.total += 1
         plain, problem = normalised("images", record)
         if not problem and not {"id", "file_name"} <= plain.keys():
             problem = "needs an id and a file_name"
@@ -157,7 +164,7 @@ def _images(file: JsonFile, folder: Path, needs: Needs) -> tuple[list[Record], d
         if not problem and os.path.normpath(plain["file_name"]) in names:
             problem = f"has the file_name {plain['file_name']} of another image; list each picture once"
         if problem:
-            file.problem("images", index, problem)
+            faults.add(file.place("images", index), problem)
         else:
             found[plain["id"]] = plain
             names.add(os.path.normpath(plain["file_name"]))
@@ -187,7 +194,12 @@ def _image(record: Record, folder: Path, needs: Needs) -> tuple[Record, str | No
 
 
 def _annotations(
-    file: JsonFile, needs: Needs, categories: Categories, images: Iterable[Record], new_image: Mapping[Any, int]
+    file: JsonFile,
+    needs: Needs,
+    categories: Categories,
+    images: Iterable[Record],
+    new_image: Mapping[Any, int],
+    faults: Faults,
 ) -> tuple[list[Record], Counter[str]]:
     """Return the normalised annotations, and how many objects of each class in ``leave_out`` were left out.
 
@@ -199,17 +211,18 @@ def _annotations(
     ids: set[int | str] = set()
     left_out: Counter[str] = Counter()
     for index, record in file.records("annotations"):
+        faults.total += 1
         plain, problem = normalised("annotations", record)
-        image = category = None
+        image, category, bad = None, None, True
         if not problem:
             image, category = image_ids.find(plain.get("image_id")), categories.ids.find(plain.get("category_id"))
             if plain.get("id") in ids:
-                problem = "has the id of another annotation; give it its own"
+                problem, bad = "has the id of another annotation; give it its own", False
             elif image is None:
                 missing = shown(record.get("image_id"))
                 problem = f"has image_id {missing}, but no image has that id; the ids of the images are {image_ids}"
             else:
-                problem = categories.problem(category, record.get("category_id"))
+                problem, bad = categories.problem(category, record.get("category_id")), False
         if not problem:
             ids |= {plain["id"]} if "id" in plain else set()
             if category in categories.left_out:
@@ -218,9 +231,10 @@ def _annotations(
                 new = {"image_id": new_image[image], "category_id": categories.new[category]}
                 names = categories.keypoints[new["category_id"]]
                 plain, problem = _object(replaced(plain, **new), sizes[new["image_id"]], needs, names)
+                bad = True
                 found += [] if problem else [plain]
         if problem:
-            file.problem("annotations", index, problem)
+            faults.add(file.place("annotations", index), problem, bad)
     # For pycocotools an id of 0 means "not matched".
     if not all(type(a.get("id")) is int and 0 < a["id"] < _LARGEST_ID for a in found):
         found = [replaced(plain, id=number) for number, plain in enumerate(found, 1)]
@@ -264,7 +278,7 @@ def _with_mask(record: Record, size: tuple[int, int], needs: Needs) -> tuple[Rec
         x, y, width, height = record["bbox"]
         return replaced(record, segmentation=[[x, y, x + width, y, x + width, y + height, x, y + height]]), None
     if isinstance(mask, dict) and needs.masks and needs.polygons and not record["iscrowd"]:
-        return record, "has a run-length mask; pass INPUT.MASK_FORMAT bitmask"
+        return record, Setting("has a run-length mask; pass INPUT.MASK_FORMAT bitmask")
     try:
         plain = (masks.run_lengths if isinstance(mask, dict) else masks.polygons)(mask, size)
     except ValueError as error:

@@ -141,11 +141,15 @@ class JsonFile:
 
     def problem(self, key: str, index: int, what: str) -> None:
         """Report a problem of a record."""
+        self._report(self.place(key, index) + what)
+
+    def place(self, key: str, index: int) -> str:
+        """Return the beginning of a message about a record: its file, line, index and id."""
         if key not in self._lines:  # The lines are searched for only if there is a problem.
             self._lines[key] = record_lines(self._text.text, key)
         record = self.content[key][index]
         own_id = f" (id {shown(record.get('id'))})" if isinstance(record, dict) else ""
-        self._report(f"{self.path}:{self._lines[key][index]}: {key}[{index}]{own_id} {what}")
+        return f"{self.path}:{self._lines[key][index]}: {key}[{index}]{own_id} "
 
 
 def shown(value: object, most: int = 80) -> str:

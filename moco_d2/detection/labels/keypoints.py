@@ -8,7 +8,7 @@ from typing import Any
 
 from moco_d2.detection.labels.fields import numbers, replaced, whole
 from moco_d2.detection.labels.files import shown
-from moco_d2.detection.labels.sets import listed, outside
+from moco_d2.detection.labels.sets import Setting, listed, outside
 
 # A word within a name: lEye, L_EYE, "left eye", eye.L, LEye.
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[^\W\d_]+|\d+")
@@ -27,7 +27,9 @@ def normalised_keypoints(
         names: the names of the keypoints of the object's category.
     """
     if len(names) != wanted:
-        return record, f"has a category of {len(names)} keypoints; MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {wanted}"
+        return record, Setting(
+            f"has a category of {len(names)} keypoints; MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {wanted}"
+        )
     given = record.get("keypoints")
     points = [0] * 3 * wanted if given is None else _unseen_at_zero(given)
     try:

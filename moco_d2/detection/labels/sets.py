@@ -11,8 +11,10 @@ formats.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,15 @@ from moco_d2.messages import did_you_mean
 
 Report = Callable[[str], None]
 
-_KEYS = ("name", "format", "root", "json", "images", "split", "classes", "leave_out", "mirror")
+_KEYS = (
+    "name", "format", "root", "json", "annotations", "images", "split", "classes", "leave_out", "bad_labels", "mirror",
+)  # fmt: skip
+_BAD_LABELS = ("refuse", "drop")
 # Pixels by which a box may extend beyond its image: tools round, and some count VOC's coordinates from 0, not from 1.
 _SLACK = 1.0
+# What differs between two faults of the same kind: paths and numbers.
+_VARYING = re.compile(r"\S*/\S*|-?\d[\d.e+-]*")
+_ALIKE = 5  # faults of one kind that are always listed one by one
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class Entry:
     classes: tuple[str, ...]
     leave_out: tuple[str, ...] = ()
     mirror: tuple[tuple[str, str], ...] | None = None
+    annotations: Path | None = None
+    bad_labels: str = "refuse"
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,73 @@ class Needs:
         keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0
         polygons = cfg.INPUT.MASK_FORMAT == "polygon"
         return cls(cfg.MODEL.MASK_ON, polygons, keypoints, sizes, trains, cfg.INPUT.RANDOM_FLIP)
+
+
+class Setting(str):
+    """A problem that a key of the config solves: the object itself is not bad."""
+
+
+@dataclass
+class Faults:
+    """Faults of a data set's objects or pictures; those of bad objects can be dropped (``bad_labels: drop``).
+
+    Attributes:
+        entry: the data set.
+        report: gets the faults that are not dropped.
+        total: number of objects or pictures that were looked at.
+    """
+
+    entry: Entry
+    report: Report
+    total: int = 0
+    _found: list[tuple[str, str, bool]] = field(default_factory=list)
+
+    def add(self, where: str, problem: str, bad: bool = False) -> None:
+        """Note a fault.
+
+        Args:
+            where: the beginning of its message, which tells the place.
+            problem: the rest, which tells what is wrong.
+            bad: whether the labels of one object are wrong, so that the set can be used without it.
+        """
+        self._found.append((where, problem, bad and not isinstance(problem, Setting)))
+
+    def settle(self) -> list[str]:
+        """Report the faults; return those whose objects are dropped instead, a line each.
+
+        Faults of one kind are reported in one line if more than half of the set has them. The set then is in another
+        form than expected, and is not used without those objects either.
+        """
+        bad = [where + problem for where, problem, droppable in self._found if droppable]
+        drops = self.entry.bad_labels == "drop" and len(bad) <= self.total / 2
+        rest = [fault for fault in self._found if not (drops and fault[2])]
+        kinds = Counter(_kind(problem) for _, problem, _ in rest)
+        told: set[str] = set()
+        for where, problem, droppable in rest:
+            kind = _kind(problem)
+            if kinds[kind] > max(_ALIKE, self.total / 2):
+                if kind not in told:
+                    self.report(
+                        f"{where}{problem} (and {kinds[kind] - 1} more of {self.total} alike: the whole set is in "
+                        "another form)"
+                    )
+                told.add(kind)
+                continue
+            if droppable and "bad" not in told:
+                problem += self._way_out(len(bad))
+                told.add("bad")
+            self.report(where + problem)
+        return bad if drops else []
+
+    def _way_out(self, bad: int) -> str:
+        if self.entry.bad_labels == "drop":
+            return f"; bad_labels: drop is for single objects, and {bad} of {self.total} are bad"
+        hint = "; to drop bad objects add bad_labels: drop to the entry of DATASETS.CUSTOM"
+        return hint * bool(self.entry.bad_labels)
+
+
+def _kind(problem: str) -> str:
+    return _VARYING.sub("", problem)
 
 
 def parse_entries(items: Sequence[Any], report: Report) -> list[Entry]:
@@ -105,13 +182,17 @@ def _entry_problems(item: Any) -> Iterator[str]:
         yield f"name {item['name']!r} {problem}; files are named after it: choose a plain name such as {plain!r}"
     if isinstance(item.get("format"), str) and item["format"] not in ("voc", "coco"):
         yield f"format is {item['format']!r}; it must be voc or coco"
-    for key in ("root", "json", "images", "split"):
+    for key in ("root", "json", "annotations", "images", "split"):
         if not isinstance(item.get(key, ""), str):
             yield f"{key} is {item[key]!r}; it must be text"
     if item.get("format") == "voc" and not item.get("root"):
         yield "root is missing; it must be the folder that holds Annotations and JPEGImages"
     if item.get("format") == "voc" and item.get("json"):
         yield "json is a key of format coco; remove it, or change format"
+    if item.get("format") == "coco" and item.get("annotations"):
+        yield "annotations is a key of format voc; the labels of format coco are in json"
+    if (bad := item.get("bad_labels", _BAD_LABELS[0])) not in _BAD_LABELS:
+        yield f"bad_labels is {bad!r}; it must be {' or '.join(_BAD_LABELS)}"
     if item.get("format") == "coco" and not any(item.get(key) for key in ("json", "split", "images")):
         yield "json is missing; it must be the file with the labels (or give root and split)"
     for key in ("classes", "leave_out"):
@@ -150,7 +231,8 @@ def _entry(item: Mapping[str, Any]) -> Entry:
     if item["format"] == "coco" and split:  # COCO's own layout
         labels = labels or f"annotations/instances_{split}.json"
         images = images or split
-    under = {key: root / expand(value) if value else None for key, value in (("json", labels), ("images", images))}
+    folders = {"json": labels, "images": images, "annotations": item.get("annotations", "")}
+    under = {key: root / expand(value) if value else None for key, value in folders.items()}
     if item["format"] == "coco" and under["images"] is None:
         under["images"] = root
     mirror = item.get("mirror")
@@ -158,6 +240,7 @@ def _entry(item: Mapping[str, Any]) -> Entry:
         item["name"], item["format"], root, split=split, **under,
         classes=tuple(item.get("classes", ())), leave_out=tuple(item.get("leave_out", ())),
         mirror=None if mirror is None else tuple((left, right) for left, right in mirror),
+        bad_labels=item.get("bad_labels", _BAD_LABELS[0]),
     )  # fmt: skip
 
 

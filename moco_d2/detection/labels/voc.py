@@ -18,7 +18,7 @@ from detectron2.structures import BoxMode
 from moco_d2.data.listing import EXTENSIONS, is_hidden
 from moco_d2.detection.labels.fields import flag, number, side
 from moco_d2.detection.labels.files import Text, parse_xml, read_text
-from moco_d2.detection.labels.sets import Entry, Needs, Report, box_problem, listed, size_problem
+from moco_d2.detection.labels.sets import Entry, Faults, Needs, Report, box_problem, listed, size_problem
 from moco_d2.io.pictures import picture_size
 from moco_d2.messages import did_you_mean
 
@@ -36,6 +36,7 @@ class VocLabels:
         changed: whether the evaluator cannot read the folder as it is.
         labelled: False if the folder has no labels, so that nothing can be evaluated.
         notes: what was left out, for the log.
+        dropped: the faults of the objects that were dropped, a line each.
     """
 
     records: list[Record]
@@ -43,18 +44,20 @@ class VocLabels:
     changed: bool
     labelled: bool
     notes: list[str]
+    dropped: list[str]
 
 
 class VocFolder:
     """A folder in VOC's layout or a similar one: the places of its annotations, pictures and lists.
 
-    If there is no ``Annotations`` the XML files are in the root; if there is no ``JPEGImages`` the pictures are.
+    If there is no ``Annotations`` the XML files are in the root; if there is no ``JPEGImages`` the pictures are. The
+    entry may name other folders.
     """
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
-        labels = entry.root / "Annotations"
-        self.labels = labels if labels.is_dir() else entry.root
+        labels = entry.annotations or entry.root / "Annotations"
+        self.labels = labels if entry.annotations or labels.is_dir() else entry.root
         pictures = entry.images or entry.root / "JPEGImages"
         self.pictures = pictures if entry.images or pictures.is_dir() else entry.root
         self.hidden: set[Path] = set()  # hidden files and folders, which are left out
@@ -93,7 +96,9 @@ class VocFolder:
     @cached_property
     def standard(self) -> bool:
         """Whether annotations and list are at VOC's places, and each line of the list is a name and nothing else."""
-        if self.labels == self.entry.root or self.split_file is None or self.entry.split.endswith(".txt"):
+        if self.split_file is None or self.entry.split.endswith(".txt"):
+            return False
+        if self.labels != self.entry.root / "Annotations":
             return False
         lines = filter(None, map(str.strip, self.listing.text.splitlines()))
         return self.listing.utf8 and list(lines) == [name for _, name in self.names(self.xml_files)]
@@ -195,7 +200,8 @@ def _leads_up(folder: Path) -> bool:
 def read_voc(entry: Entry, needs: Needs, report: Report) -> VocLabels | None:
     """Read and validate VOC labels; None if the folder cannot be read at all."""
     folder = VocFolder(entry)
-    for path, there in ((entry.root, Path.is_dir), (folder.split_file, Path.is_file), (folder.pictures, Path.is_dir)):
+    places = ((entry.root, Path.is_dir), (folder.split_file, Path.is_file), (folder.pictures, Path.is_dir))
+    for path, there in (*places, (folder.labels, Path.is_dir)):
         if path is not None and not there(path):
             what = f"is not a {'file' if there is Path.is_file else 'folder'}" if path.exists() else "does not exist"
             report(f"data set {entry.name!r}: {path} {what}")
@@ -233,7 +239,7 @@ def _read_pictures(folder: VocFolder, report: Report) -> VocLabels:
     if not entry.classes:
         report(f"data set {entry.name!r} has no labels; add classes, the names of the detector's classes, to its entry")
     note = "no labels: detections are saved, but not evaluated"
-    return VocLabels(list(records.values()), list(entry.classes), False, False, [note])
+    return VocLabels(list(records.values()), list(entry.classes), False, False, [note], [])
 
 
 def _read_labels(folder: VocFolder, needs: Needs, report: Report) -> VocLabels:
@@ -245,16 +251,18 @@ def _read_labels(folder: VocFolder, needs: Needs, report: Report) -> VocLabels:
     records: dict[str, Record] = {}
     left_out: Counter[str] = Counter()
     standard, owners = folder.standard, dict[str, Path]()
+    pictures, objects = Faults(entry, report), Faults(entry, report)
     for where, name in folder.names(folder.xml_files):
+        pictures.total += 1
         if name in records:
             report(f"{where}: {name!r} is listed twice; remove one line")
         elif name not in folder.xml_files:
-            report(f"{where}: missing annotation: {folder.labels / name}.xml does not exist")
+            pictures.add(f"{where}: ", f"missing annotation: {folder.labels / name}.xml does not exist")
         elif name != name.strip() or re.search(r"[\r\n]", name):
             own = str(folder.xml_files[name])
             report(f"{own!r}: a name must have no line break, and no space at either end; rename it")
         else:
-            record = _voc_record(folder, name, classes, needs, report)
+            record = _voc_record(folder, name, classes, needs, pictures, objects)
             if record:
                 standard &= record.pop("standard")
                 left_out.update(record.pop("left_out"))
@@ -262,13 +270,15 @@ def _read_labels(folder: VocFolder, needs: Needs, report: Report) -> VocLabels:
                 path, picture = folder.xml_files[name], record["file_name"]
                 if owners.setdefault(picture, path) != path:
                     report(f"{path}:1: has the picture of {owners[picture]}, {picture}; remove one annotation")
+    pictures.settle()
+    dropped = objects.settle()
     source = folder.split_file or folder.labels
     if not records:
         report(f"{source}: no usable image")
     elif not any(record["annotations"] for record in records.values()):
         report(f"{source}: none of the {len(records)} images has a usable object")
     notes = [f"{count} objects of {name} are left out" for name, count in sorted(left_out.items())]
-    return VocLabels(list(records.values()), classes, not standard, True, notes)
+    return VocLabels(list(records.values()), classes, not standard, True, notes, dropped)
 
 
 def voc_classes(folder: VocFolder, report: Report) -> list[str]:
@@ -287,16 +297,18 @@ def voc_classes(folder: VocFolder, report: Report) -> list[str]:
     return sorted(names - {"", *entry.leave_out})
 
 
-def _voc_record(folder: VocFolder, name: str, classes: Sequence[str], needs: Needs, report: Report) -> Record | None:
+def _voc_record(
+    folder: VocFolder, name: str, classes: Sequence[str], needs: Needs, pictures: Faults, objects: Faults
+) -> Record | None:
     path = folder.xml_files[name]
     try:
         tree, standard = parse_xml(path)
     except ValueError as error:
-        report(str(error))
+        pictures.add("", str(error))
         return None
     items = list(tree.iter("object"))
     if tree.tag != "annotation" and not items:
-        report(f"{path}:1: not a VOC annotation; the root must be <annotation>, not <{tree.tag}>")
+        pictures.add(f"{path}:1: ", f"not a VOC annotation; the root must be <annotation>, not <{tree.tag}>")
         return None
     try:
         picture = folder.picture(name, _text(tree, "filename"))
@@ -304,18 +316,19 @@ def _voc_record(folder: VocFolder, name: str, classes: Sequence[str], needs: Nee
         if needs.sizes and (problem := size_problem(picture, (width, height))):
             raise ValueError(problem)
     except ValueError as error:
-        report(f"{path}:1: {error}")
+        pictures.add(f"{path}:1: ", str(error))
         return None
     direct = items == tree.findall("object")  # The evaluator reads no others.
     left_out = [item for item in items if _text(item, "name") in folder.entry.leave_out]
-    annotations = [_voc_object(i, path, (width, height), classes, report) for i in items if i not in left_out]
+    annotations = [_voc_object(i, path, (width, height), classes, objects) for i in items if i not in left_out]
     return {
         "file_name": str(picture),
         "image_id": name,
         "height": height,
         "width": width,
         "annotations": [annotation for annotation in annotations if annotation],
-        "standard": standard and path.suffix == ".xml" and direct and all(map(_is_standard, items)),
+        # The evaluator would read objects that are dropped.
+        "standard": all((standard, path.suffix == ".xml", direct, *annotations, *map(_is_standard, items))),
         "left_out": Counter(_text(item, "name") for item in left_out),
     }
 
@@ -345,33 +358,35 @@ def _is_standard(item: ElementTree.Element) -> bool:
 
 
 def _voc_object(
-    item: ElementTree.Element, path: Path, size: tuple[int, int], classes: Sequence[str], report: Report
+    item: ElementTree.Element, path: Path, size: tuple[int, int], classes: Sequence[str], faults: Faults
 ) -> Record | None:
-    where = f"{path}:{item.get('line')}"
+    where = f"{path}:{item.get('line')}: "
+    faults.total += 1
     name = _text(item, "name")
     if name not in classes:
         way_out = f"; to ignore its objects add leave_out: [{name}] to the entry of DATASETS.CUSTOM"
         hint = did_you_mean(name, classes) or way_out
         unknown = f"unknown class {name!r}; the classes are {listed(classes)}{hint}"
-        report(f"{where}: {unknown if name else 'object without a name; add <name> with its class'}")
+        faults.add(where, unknown if name else "object without a name; add <name> with its class", bad=not name)
         return None
     texts = [_text(item, f"bndbox/{which}") for which in ("xmin", "ymin", "xmax", "ymax")]
     try:
         x0, y0, x1, y1 = (float(number(text)) for text in texts)
     except ValueError:
-        report(f"{where}: object {name!r} has bndbox {texts}; xmin, ymin, xmax and ymax must be numbers")
+        faults.add(where, f"object {name!r} has bndbox {texts}; xmin, ymin, xmax and ymax must be numbers", bad=True)
         return None
     # Coordinates start at 1 and include the last pixel, so a box with xmin = xmax would be one pixel wide. But
     # tools write it for a click without a drag.
     box = [x0 - 1, y0 - 1, x1, y1]
     problem = box_problem(box if x1 > x0 and y1 > y0 else [0.0] * 4, *size)
     if problem:
-        report(f"{where}: object {name!r} has a box {[x0, y0, x1, y1]} that {problem}")
+        faults.add(where, f"object {name!r} has a box {[x0, y0, x1, y1]} that {problem}", bad=True)
         return None
     try:
         difficult = bool(flag(_text(item, "difficult") or "0"))
     except ValueError:
-        report(f"{where}: object {name!r} has difficult {_text(item, 'difficult')!r}; it must be 0 or 1")
+        stated = _text(item, "difficult")
+        faults.add(where, f"object {name!r} has difficult {stated!r}; it must be 0 or 1", bad=True)
         return None
     return {"category_id": classes.index(name), "bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "difficult": difficult}
 

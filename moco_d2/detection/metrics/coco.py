@@ -14,6 +14,7 @@ import itertools
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -85,6 +86,8 @@ BACKENDS = (
     Backend("pycocotools", "pycocotools", "pycocotools", lambda: (COCO, COCOeval)),
 )
 REFERENCE = BACKENDS[-1]
+# Detections of a class in a picture, the best ones, that COCO's AP of boxes and masks counts.
+COUNTED = 100
 
 # The field of a record that each task compares.
 _FIELDS = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}
@@ -272,6 +275,14 @@ class ExactCOCOEvaluator(SavedDetections, COCOEvaluator):
             evaluated = evaluate_coco(self._backend, path, results, task, **options)
         classes = self._metadata.get("thing_classes")
         scores: dict[str, float] = self._derive_coco_results(evaluated, task, class_names=classes)
+        own = most_of_a_class(labels)
+        if evaluated is not None and task != "keypoints" and own > COUNTED:
+            extra = ap_at(own, self._backend, path, results, task, img_ids)
+            logger.info(
+                "%s: pictures have up to %d objects of a class, and AP counts %d detections of each class; with %d: %s",
+                self._name, own, COUNTED, own, ", ".join(f"{key} {value:.3f}" for key, value in extra.items()),
+            )  # fmt: skip
+            scores |= extra
         return scores
 
 
@@ -294,6 +305,49 @@ def evaluate_coco(backend: Backend, labels: str, results: list[dict[str, Any]], 
     if table:  # libraries that print from C code cannot be captured
         logger.info("%s by %s:\n%s", task, backend, "\n".join(table))
     return evaluated
+
+
+def most_of_a_class(labels: Iterable[Mapping[str, Any]]) -> int:
+    """Return the largest number of objects of one class in one picture, without crowds."""
+    counts = Counter((label["image_id"], label["category_id"]) for label in labels if not label.get("iscrowd"))
+    return max(counts.values(), default=0)
+
+
+def ap_at(
+    limit: int,
+    backend: Backend,
+    labels: str,
+    results: Sequence[Mapping[str, Any]],
+    task: str,
+    img_ids: Sequence[int] | None = None,
+) -> dict[str, float]:
+    """Return AP, AP50 and AP75 with another number of counted detections, in percent, as ``AP@limit`` and so on.
+
+    Args:
+        limit: detections of a class in a picture that count, the best ones.
+        backend: the library.
+        labels: path of the COCO file.
+        results: detections in COCO's format, not empty.
+        task: ``bbox`` or ``segm``.
+        img_ids: the pictures; None for all.
+    """
+    dataset, evaluation = backend.classes()
+    # With its box, the size of a mask would be the box's, as in Detectron2.
+    own = [{key: value for key, value in found.items() if task == "bbox" or key != "bbox"} for found in results]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = dataset(labels)
+        evaluated = evaluation(truth, truth.loadRes(own), task)
+        evaluated.params.maxDets = [1, 10, limit]
+        if img_ids is not None:
+            evaluated.params.imgIds = img_ids
+        evaluated.evaluate()
+        evaluated.accumulate()
+    precision = np.asarray(evaluated.eval["precision"])[..., 0, -1]  # IoU, recall, class; all sizes, ``limit``
+    scores = {}
+    for name, of in (("AP", precision), ("AP50", precision[0]), ("AP75", precision[5])):
+        known = of[of > -1]
+        scores[f"{name}@{limit}"] = float(100 * known.mean()) if known.size else float("nan")
+    return scores
 
 
 def to_dataset_ids(results: Iterable[dict[str, Any]], contiguous: Mapping[int, int] | None, first: int = 0) -> None:

@@ -642,6 +642,91 @@ def test_a_name_that_no_list_can_hold_is_refused(voc):
         path.unlink()
 
 
+def _bad_boxes(content):
+    content["annotations"][1]["bbox"] = [10, 10, 0, 30]
+    content["annotations"][2]["segmentation"] = [[10, 10, 50, 10]]
+
+
+def test_bad_objects_are_refused_or_dropped_and_listed(coco, voc, tmp_path, caplog):
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", 2, "OUTPUT_DIR", tmp_path / "run"]
+    with pytest.raises(
+        ValueError, match=r"annotations\[1\] .*zero area.*; to drop bad objects add bad_labels: drop to"
+    ):
+        register_custom(config(coco(_bad_boxes), opts=opts))
+    first, second = custom_problems(config(coco(_bad_boxes), opts=opts))
+    assert "bad_labels" in first and "annotations[2]" in second and "bad_labels" not in second
+    caplog.set_level(logging.INFO, "moco_d2")
+    register_custom(config(coco(_bad_boxes, bad_labels="drop"), opts=opts))
+    assert [len(r["annotations"]) for r in DatasetCatalog.get("parts")] == [2, 0, 0, 1]
+    path = tmp_path / "run/datasets/parts.dropped.txt"
+    assert f"data set parts: 2 bad objects are dropped (bad_labels: drop); {path} lists them" in caplog.messages
+    box, mask = path.read_text().splitlines()
+    assert "annotations[1] (id 1) has a box [10, 10, 0, 30] that has zero area" in box and "three points" in mask
+    assert len(json.loads((tmp_path / "run/datasets/parts.json").read_text())["annotations"]) == 3
+
+    def flat_box(root):
+        path = root / "Annotations/b.xml"
+        path.write_text(path.read_text().replace("50</xmax>", "11</xmax>"))
+
+    entry = voc(flat_box, bad_labels="drop")
+    cfg = config(entry, base=VOC_C4, opts=opts)
+    register_custom(cfg)
+    assert [len(r["annotations"]) for r in DatasetCatalog.get("tools")] == [1, 0, 1, 1]
+    assert "Annotations/b.xml:4: object 'hammer & nail' has a box" in path.with_name("tools.dropped.txt").read_text()
+    assert "<object>" not in (tmp_path / "run/datasets/tools/Annotations/b.xml").read_text(), "not evaluated either"
+    (tmp_path / "other/datasets").mkdir(parents=True)
+    (tmp_path / "other/datasets/tools.dropped.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"contains tools\.dropped\.txt, which this command did not write"):
+        datasets.check_copies(config(entry, base=VOC_C4, opts=["OUTPUT_DIR", tmp_path / "other"]))
+
+
+def test_labels_of_another_form_are_one_problem_and_are_not_dropped(coco):
+    def change(content, key, value):
+        content["annotations"] = [
+            {**content["annotations"][i % 4], "id": i, key: value} for i in range(40)
+        ]  # fmt: skip
+
+    runs = {"size": [80, 100], "counts": [4000, 4000]}
+    for key, value, message in (
+        ("segmentation", runs, "has a run-length mask; pass INPUT.MASK_FORMAT bitmask (and 39 more of 40 alike"),
+        ("segmentation", [10, 10, 50, 10, 50, 40], "neither a list of polygons"),
+        ("bbox", [10, 10, 0, 5], "zero area"),
+    ):
+        for entry in (coco(lambda c, k=key, v=value: change(c, k, v), bad_labels=bad) for bad in ("refuse", "drop")):
+            fault, empty = custom_problems(config(entry))
+            assert message in fault and "(and 39 more of 40 alike: the whole set is in another form)" in fault
+            assert "none of the 4 images has a usable object" in empty
+    entry = coco(lambda c: [image.update(file_name=f"no {image['id']}.png") for image in c["images"]])
+    assert len(custom_problems(config(entry))) == 4 + 1, "a few are listed one by one"
+
+    def half(content):
+        change(content, "iscrowd", 0)
+        for record in content["annotations"][:21]:
+            record["bbox"] = [record["id"], 10, 0, 5]
+            record["area"] = [-1, 5][record["id"] % 2]
+
+    problems = custom_problems(config(coco(half, bad_labels="drop")))
+    assert len(problems) == 21 and "bad_labels: drop is for single objects, and 21 of 40 are bad" in problems[0]
+
+
+def test_the_folders_of_voc_labels_can_be_named(voc, tmp_path):
+    def moved(root):
+        (root / "Annotations").rename(root / "labels")
+        (root / "JPEGImages").rename(root / "photos")
+        (root / "lists").mkdir()
+        (root / "ImageSets/Main/train.txt").rename(root / "lists/mine.txt")
+
+    entry = voc(moved, annotations="labels", images="photos", split="lists/mine.txt")
+    cfg = config(entry, base=VOC_C4, opts=["MODEL.ROI_HEADS.NUM_CLASSES", 2, "OUTPUT_DIR", tmp_path / "run"])
+    assert custom_problems(cfg) == []
+    assert len(DatasetCatalog.get("tools")) == 4
+    assert (tmp_path / "run/datasets/tools/Annotations/b.xml").is_file(), "the evaluator reads Annotations only"
+    (problem,) = custom_problems(config({**entry, "annotations": "label"}, base=VOC_C4))
+    assert problem == f"data set 'tools': {tmp_path / 'voc/label'} does not exist"
+    (problem,) = custom_problems(config({**entry, "bad_labels": "skip"}, base=VOC_C4))
+    assert problem == "DATASETS.CUSTOM[0]: bad_labels is 'skip'; it must be refuse or drop"
+
+
 def test_a_dry_run_names_all_problems_even_those_of_pixels(coco, voc, tmp_path):
     def change(content):
         _set("annotations", 1, bbox=[90, 10, 0, 20])(content)
@@ -652,7 +737,7 @@ def test_a_dry_run_names_all_problems_even_those_of_pixels(coco, voc, tmp_path):
     picture(tmp_path / "voc/JPEGImages/a 1.png", size=(90, 80))
     found = custom_problems(cfg)
     expected = [
-        "leave_out, mirror; did you mean 'root'?", "format is 'yolo'; it must be voc or coco", "size 80 x 100, but",
+        "bad_labels, mirror; did you mean 'root'?", "format is 'yolo'; it must be voc or coco", "size 80 x 100, but",
         "zero area", "size 100 x 80, but", "train.txt:2: missing annotation", "no usable image",
     ]  # fmt: skip
     assert len(found) == len(expected)

@@ -181,6 +181,34 @@ def test_every_coco_backend_gives_pycocotools_precision(task, tmp_path):
     assert compared > 20  # most cases find something
 
 
+@pytest.mark.parametrize("backend", [backend.name for backend in ours.BACKENDS if backend.installed])
+def test_a_set_with_more_objects_than_count_gets_its_own_ap_beside_the_standard_one(backend, tmp_path, registered):
+    labels = {"images": [{"id": i, "width": WIDTH, "height": HEIGHT} for i in (1, 2)],
+              "categories": [{"id": 1, "name": "nucleus"}, {"id": 2, "name": "cell"}], "annotations": []}  # fmt: skip
+    for number in range(133):
+        x, y, category = 10 * (number % 15), 10 * (number // 15), 2 if number >= 130 else 1
+        mask = mask_api.frPyObjects([[x, y, x + 9, y, x + 9, y + 9, x, y + 9]], HEIGHT, WIDTH)[0]
+        labels["annotations"].append({
+            "id": number + 1, "image_id": category, "category_id": category, "bbox": [x, y, 9, 9], "area": 81,
+            "iscrowd": 0, "segmentation": {"size": mask["size"], "counts": mask["counts"].decode()},
+        })  # fmt: skip
+    found = [label | {"score": 1 - label["id"] / 1000} for label in labels["annotations"]]
+    name = registered(json_file=written(labels, tmp_path / "labels.json"), evaluator_type="coco")
+    cfg = load_cfg("", ["OUTPUT_DIR", str(tmp_path), "MODEL.MASK_ON", "True", "TEST.COCO_BACKEND", backend])
+    result, _ = evaluate_file(cfg, name, written(found, tmp_path / "found.json"))
+    for task in ("bbox", "segm"):
+        scores = result[task]
+        assert 85 < scores["AP"] < 90, "100 of 130 nuclei, and all cells"
+        assert [scores[f"{key}@130"] for key in ("AP", "AP50", "AP75")] == pytest.approx([100] * 3)
+        found = found[:65] + found[130:]
+    worse, _ = evaluate_file(cfg, name, written(found, tmp_path / "found.json"))
+    assert worse["bbox"]["AP@130"] == pytest.approx(worse["bbox"]["AP"]), "the same if fewer than 100 are found"
+    labels["annotations"] = labels["annotations"][31:]
+    name = registered(json_file=written(labels, tmp_path / "fewer.json"), evaluator_type="coco")
+    result, _ = evaluate_file(cfg, name, written([], tmp_path / "none.json"))
+    assert not [key for key in result["bbox"] if "@" in key]
+
+
 def spoil(labels, how):
     first, *_, last = labels["annotations"]
     if how == "id 0":

@@ -41,7 +41,7 @@ setup(
     # configs/ lies beside the package in a checkout, and inside it once installed; moco_d2.config finds both.
     packages=[*find_packages(include=["moco_d2", "moco_d2.*"]), "moco_d2.configs"],
     package_dir={"moco_d2.configs": "configs"},
-    package_data={"moco_d2": ["**/*.yaml", "**/*.html"], "moco_d2.configs": ["**/*.yaml"]},
+    package_data={"moco_d2": ["**/*.yaml", "**/*.html", "samples/backbone.pth"], "moco_d2.configs": ["**/*.yaml"]},
     entry_points={"console_scripts": ["moco-d2 = moco_d2.__main__:main"]},
     # Our own needs and Detectron2's: install_detectron2.py installs it with --no-deps.
     install_requires=[

@@ -60,6 +60,12 @@ class Entry:
     published: str = ""
     stated_in: str = ""
 
+    @property
+    def address(self) -> str:
+        """Return where the file is downloaded from: ``url``, or the ``file://`` address of a file of this package."""
+        inside, here, path = self.url.partition("package:")
+        return (Path(__file__).parents[1] / path).as_uri() if here and not inside else self.url
+
     def __post_init__(self) -> None:
         if self.checksum and not re.fullmatch(r"(md5|sha256):[0-9a-f]{6,64}", self.checksum):
             raise CatalogError(f"{self.name}: checksum is {self.checksum!r}; it must look like md5:a04e12f8")
@@ -195,7 +201,7 @@ def download(entry: Entry, target: Path) -> dict[str, Any]:
     part = target.with_name(target.name + ".part")
     logger.info("downloading %s from %s", entry.name, entry.url)
     try:
-        download_file(entry.url, part, entry.name, bool(entry.checksum), impatient=True)
+        download_file(entry.address, part, entry.name, bool(entry.checksum), impatient=True)
     except DownloadError as error:
         if error.status:
             raise CatalogError(
@@ -225,7 +231,7 @@ def listing() -> str:
     addresses = [line for e in entries for line in (f"{e.name}", f"    {e.url}", f"    stated in: {e.stated_in}")]
     return "\n".join([
         *lines, "", "published: ImageNet linear classification, top-1, unless the entry says otherwise", "",
-        "Addresses, as published; none was opened when this list was made:", *addresses, "",
+        "Addresses; those of the internet are as published, and none was opened when this list was made:", *addresses, "",
         f"Use: MODEL.WEIGHTS {PREFIX}NAME (cached in {folder})",
     ])  # fmt: skip
 

@@ -362,13 +362,27 @@ def test_the_shipped_catalogue(capsys: pytest.CaptureFixture[str]) -> None:
     assert {entries[name].recipe for name in ("moco_v1_200ep", "moco_v2_200ep", "moco_v2_800ep")} <= rows
     assert len({e.url for e in entries.values()}) == len({e.recipe for e in entries.values()}) == len(entries)
     for e in entries.values():
-        assert e.url.startswith("https://") and e.stated_in, e.name
+        assert e.url.startswith("package:" if e.name == "sample" else "https://") and e.stated_in, e.name
         assert e.source in {"", *(source.key for source in SOURCES)}, e.name
         # Where a file's name holds a checksum, that is the published one.
         held = re.search(r"[-_]([0-9a-f]{8})\.pth$", e.url)
         assert not held or e.checksum.endswith(held[1]), e.name
     shown = listing()
     assert all(e.name in shown and e.url in shown for e in entries.values()) and "none was opened" in shown
+
+
+@pytest.mark.parametrize("config", ["faster_rcnn_R_18_C4_quick", "mask_rcnn_R_18_FPN_quick"])
+def test_the_backbone_of_the_package_needs_no_network_and_starts_the_small_detectors(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOCO_D2_CACHE", str(tmp_path))
+    cfg = load_cfg(f"quick_schedules/{config}", ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    record = load_weights(DetectionCheckpointer(model), cfg, "moco-d2://sample")
+    pretrained = torch.load(fetch("sample"))["model"]
+    body = getattr(model.backbone, "bottom_up", model.backbone)
+    assert torch.equal(body.res4[1].conv2.weight, torch.as_tensor(pretrained["res4.1.conv2.weight"]))
+    assert record.facts.recipe == load_cfg("quick_schedules/moco_v2_R18_sample").PROTOCOL
 
 
 def test_unknown_names_and_broken_lists_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

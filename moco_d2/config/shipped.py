@@ -86,8 +86,10 @@ def own_files(name: str) -> list[Path]:
     """
     path = Path(name) if name.endswith(_YAML) else Path(f"{name}.yaml")
     stem, _, init = path.stem.rpartition("_")
+    if not stem or init not in INITS:
+        return []
     own = path.with_name(f"{stem}{path.suffix}")
-    return [own, _root() / "Base" / f"init-{init}.yaml"] if init in INITS and own.is_file() else []
+    return [own, _root() / "Base" / f"init-{init}.yaml"] if own.is_file() else []
 
 
 def with_init(name: str, init: str) -> str:

@@ -25,7 +25,7 @@ LARGE = 2  # The teacher sees the first views only, which are the large ones.
 
 
 class LastLayer(nn.Module):
-    """A Linear without bias whose rows have a direction and a length: W = g v / |v|, under weight_norm's names."""
+    """A Linear without bias whose rows have a direction and a length: W = g v / norm(v), under weight_norm's names."""
 
     def __init__(self, features: int, outputs: int, unit: bool) -> None:
         super().__init__()

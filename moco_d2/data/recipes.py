@@ -32,7 +32,7 @@ def moco_cifar(size: int) -> Augmentation:
 
 @register_augmentation
 def pixpro(size: int) -> Augmentation:
-    """PixPro: BYOL's two views, blurred (p 1, .1) and solarised (p 0, .2); bilinear, the flip directly after the crop."""
+    """PixPro: BYOL's two views, blurred (p 1, .1), solarised (p 0, .2); bilinear, the flip directly after the crop."""
 
     def view(blur: float, solarise: float) -> View:
         colours = (Jitter(0.4, 0.4, 0.2, 0.1, p=0.8), Apply("grey", 0.2))
@@ -50,6 +50,6 @@ def cmc(size: int) -> Augmentation:
 
 @register_augmentation
 def cpc(size: int) -> Augmentation:
-    """CPC: one view, a square at a random place, then a flip. Its side is 256 of 300 pixels (recalled, not verified)."""
+    """CPC: one view, a square at a random place, then a flip. Its side is 256 of 300 pixels (recalled)."""
     part = (256 / 300) ** 2
     return Augmentation((View(Crop(size, scale=(part, part), ratio=(1.0, 1.0)), (Apply("flip", 0.5),)),))

@@ -94,6 +94,7 @@ class CMC(SSLMethod):
         )
         # Z of NCE for l and ab, estimated once, from the first batch; 0 before.
         self.register_buffer("normalisers", torch.zeros(2))
+        self._estimated = [False, False]
 
     def forward(self, views: Views) -> dict[str, torch.Tensor]:
         """Compute both losses of the first view (N, 3, H, W), and write its features to the banks."""
@@ -125,9 +126,10 @@ class CMC(SSLMethod):
         """Return the loss of features (N, C) against the other part's bank, of which ``old`` are the positive rows."""
         if self.loss == "info_nce":
             return info_nce(f, old, bank.rows(drawn), self.temperature)
-        with torch.no_grad():
-            if self.normalisers[part] == 0:
+        if not self._estimated[part]:
+            if self.normalisers[part] == 0:  # asked once: the answer waits for the GPU
                 self.normalisers[part] = nce_normaliser(f, bank.features, drawn, self.temperature)
+            self._estimated[part] = True
         return nce(f, bank.features, drawn, self.normalisers[part], self.temperature)
 
     def backbone(self) -> nn.Module:
@@ -180,13 +182,13 @@ class CMC(SSLMethod):
                     name = ours + name.removeprefix(theirs)
             renamed[name] = value
         stem, block = renamed.get("encoder_l.conv1.weight"), renamed.get("encoder_l.layer1.0.conv1.weight")
-        if stem is not None and block is not None and "encoder_l.layer1.0.conv3.weight" in renamed:
-            if len(stem) != len(block):
-                raise ValueError(
-                    f"its encoders have stems of {len(stem)} channels before blocks of {len(block)}; both must be the "
-                    "same here, so that the two are one ResNet. Of the published code's, only resnet50v2 (full width; "
-                    "SSL.ENCODER.ARGS.width 2) is so"
-                )
+        bottleneck = "encoder_l.layer1.0.conv3.weight" in renamed
+        if bottleneck and stem is not None and block is not None and len(stem) != len(block):
+            raise ValueError(
+                f"its encoders have stems of {len(stem)} channels before blocks of {len(block)}; both must be the same "
+                "here, so that the two are one ResNet. Of the published code's, only resnet50v2 (full width; "
+                "SSL.ENCODER.ARGS.width 2) is so"
+            )
         return renamed
 
 
@@ -212,15 +214,9 @@ def _with_channels(network: nn.Module, channels: int) -> nn.Module:
     """Give a ResNet a first convolution of so many input channels, with torchvision's initialisation."""
     old = network.conv1
     assert isinstance(old, nn.Conv2d)
-    network.conv1 = nn.Conv2d(
-        channels,
-        old.out_channels,
-        old.kernel_size,
-        old.stride,
-        old.padding,
-        bias=False,  # type: ignore[arg-type]
-    )
-    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    old.in_channels = channels
+    old.weight = nn.Parameter(old.weight.new_empty(old.out_channels, channels, *old.kernel_size))
+    nn.init.kaiming_normal_(old.weight, mode="fan_out", nonlinearity="relu")
     return network
 
 

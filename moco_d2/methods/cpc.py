@@ -37,7 +37,8 @@ def context_network(features: int, hidden: int) -> nn.Sequential:
 
 class _Residual(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + super().forward(x)
+        changed: torch.Tensor = super().forward(x)
+        return x + changed
 
 
 @register
@@ -135,10 +136,11 @@ class CPC(SSLMethod):
         if self.drop_colours and self.training:
             kept = own_part(shared_draw(3, (world_size() * len(patches),), x.device))
             patches = patches * F.one_hot(kept, 3)[:, :, None, None]
-        z = self.encoder(patches)
+        z: torch.Tensor = self.encoder(patches)
         # Scores are dot products without normalisation or temperature, so they are computed in float32 or wider.
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        return z.unflatten(0, (n, h, w)).movedim(3, 1)
+        grid: torch.Tensor = z.unflatten(0, (n, h, w)).movedim(3, 1)
+        return grid
 
     def backbone(self) -> nn.Module:
         """Return the encoder, to be applied to whole images."""

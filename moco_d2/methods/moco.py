@@ -171,7 +171,7 @@ class MoCo(SSLMethod):
 
 
 def advice_on_keys(size: int, keys: int, images: int, batch: int, steps: int, momentum: float) -> list[str]:
-    """Return warnings about a queue of ``size`` keys longer than an epoch's, and a run too short for the key encoder."""
+    """Warn about a queue of ``size`` keys longer than an epoch's, and a run too short for the key encoder."""
     found = []
     if size > keys:
         fits = 1 << max(0, (keys // 4).bit_length() - 1)  # the largest power of two up to a quarter

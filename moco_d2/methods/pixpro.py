@@ -181,14 +181,15 @@ def positive_pairs(first: torch.Tensor, second: torch.Tensor, shape: Sequence[in
     """
     rows, columns = (torch.arange(size, device=first.device) for size in shape)
     steps = torch.stack(torch.broadcast_tensors(columns, rows[:, None]), dim=2).flatten(0, 1)  # (S, 2): x, y
-    size = torch.tensor([shape[1], shape[0]], device=first.device)
     centres, diagonals = [], []
     for box in (first, second):
-        pixel = (box[:, 2:] - box[:, :2]) / size  # (N, 2), negative in x if mirrored
+        extent = box[:, 2:] - box[:, :2]  # negative in x if mirrored
+        pixel = torch.stack([extent[:, 0] / shape[1], extent[:, 1] / shape[0]], dim=1)  # (N, 2)
         centres.append(box[:, None, :2] + (steps + 0.5) * pixel[:, None])  # (N, S, 2)
         diagonals.append(pixel.norm(dim=1))  # (N,)
     largest = torch.maximum(*diagonals)
-    return (centres[0][:, :, None] - centres[1][:, None]).norm(dim=3) < distance * largest[:, None, None]
+    apart = torch.cdist(centres[0], centres[1], compute_mode="donot_use_mm_for_euclid_dist")  # (N, S, S)
+    return apart < distance * largest[:, None, None]
 
 
 def consistency(pixels: torch.Tensor, targets: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:

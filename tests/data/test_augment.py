@@ -205,7 +205,7 @@ def test_three_backends_make_the_same_views(name: str, files: list[str]) -> None
         assert difference.mean((3, 4, 5)).max() < 0.5, "the worst view: a crop's rounding, made larger by jitter"
         assert difference.mean() < 0.1
         assert (difference > 2.5).float().mean() < 0.005, "PIL's 8-bit hue enlarges a crop's rounding"
-    assert not torch.equal(pil[:, 0], pil[:, 1])
+    assert pil.shape[1] == 1 or not torch.equal(pil[:, 0], pil[:, 1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -38,20 +38,12 @@ SMALL: dict[str, Small] = {
     "DenseCL": Small({"dim": 16, "queue_size": 24, "momentum": 0.9, "shuffle": False}, sizes=(64, 64)),
     "CMC": Small({"dim": 16, "loss": "nce", "negatives": 12}, sizes=(32,)),
     "CPC": Small(
-        {
-            "patch": 8,
-            "stride": 8,
-            "hidden": 8,
-            "steps": 1,
-            "skip": 0,
-            "negatives": 5,
-            "directions": 4,
-            "drop_colours": True,
-        },
+        {"patch": 8, "stride": 8, "hidden": 8, "steps": 1, "skip": 0, "negatives": 5, "directions": 4}
+        | {"drop_colours": True},
         sizes=(16,),
         norm="GN",
         width=0.5,
-    ),  # fmt: skip
+    ),
     "PixPro": Small({"dim": 16, "hidden": 32, "momentum": 0.9}, sizes=(64, 64)),
 }
 

@@ -17,6 +17,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forks_can_train() -> None:
+    """Run a backward pass before any test, so that tests may fork processes that train, in whatever order they run.
+
+    At its first backward pass, autograd starts a thread for each kind of device but the CPU, and processes forked after
+    that cannot train. FakeTensorMode (torch.compile, torch.export) pretends that there is a GPU, and stays pretending.
+    """
+    import torch
+
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 @pytest.fixture
 def kill_and_resume(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Cut a training off ``cuts`` times, two of three by a kill, half of those in a write; it must end the same."""

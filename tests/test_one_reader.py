@@ -22,7 +22,7 @@ OPENERS = {
 ALLOWED = {
     "moco_d2/io/checkpoints.py": {"safe_open": "the one reader"},
     "moco_d2/io/unpickle.py": {"pickle._Unpickler": "its class, with every name that it resolves on a list"},
-    "moco_d2/reports/pictures.py": {"DefaultPredictor": "with MODEL.WEIGHTS empty: load_weights fills it"},
+    "moco_d2/detection/predictor.py": {"DefaultPredictor": "with MODEL.WEIGHTS empty: load_weights fills it"},
     "benchmarks/conversion.py": {"torch.load": "compared with the reader, on files that it wrote itself"},
     "benchmarks/step.py": {"torch.load": "results that its own processes wrote a moment before"},
     "benchmarks/scale.py": {"pickle.loads": "what it pickled itself, to weigh it"},

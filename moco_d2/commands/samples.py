@@ -2,8 +2,8 @@
 
     moco-d2 samples output/datasets
 
-OUT becomes a $DETECTRON2_DATASETS root of some five thousand pictures, in half a minute. It has VOC2007, VOC2012, coco, lvis,
-cityscapes and imagenet/train in the folders and file formats of the real data sets, with their class names and category
+OUT becomes a $DETECTRON2_DATASETS root of some five thousand pictures, in half a minute. It has VOC2007, VOC2012, coco,
+lvis, cityscapes and imagenet in the folders and file formats of the real data sets, with their class names and category
 ids. The same seed gives the same files. datasets/README.md says more.
 """
 

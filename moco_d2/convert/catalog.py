@@ -231,7 +231,7 @@ def listing() -> str:
     addresses = [line for e in entries for line in (f"{e.name}", f"    {e.url}", f"    stated in: {e.stated_in}")]
     return "\n".join([
         *lines, "", "published: ImageNet linear classification, top-1, unless the entry says otherwise", "",
-        "Addresses; those of the internet are as published, and none was opened when this list was made:", *addresses, "",
+        "Addresses, of the internet as published; none was opened when this list was made:", *addresses, "",
         f"Use: MODEL.WEIGHTS {PREFIX}NAME (cached in {folder})",
     ])  # fmt: skip
 

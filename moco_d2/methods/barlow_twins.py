@@ -15,7 +15,7 @@ from moco_d2.layers.heads import mlp, replace_head, without_head
 from moco_d2.layers.losses import squared_correlations
 from moco_d2.layers.spread import feature_std
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register, rename
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register, renamed
 
 
 @register
@@ -83,7 +83,7 @@ class BarlowTwins(SSLMethod):
     @staticmethod
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Accept the authors' training checkpoints: backbone and projector are one network here."""
-        return rename(state, {"backbone.": "encoder.", "projector.": "encoder.fc."})
+        return renamed(state, {"backbone.": "encoder.", "projector.": "encoder.fc."})
 
 
 def correlation_losses(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

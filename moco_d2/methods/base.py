@@ -236,11 +236,11 @@ def slow_target(momentum: float, steps: int) -> list[str]:
     ]
 
 
-def rename(state: dict[str, torch.Tensor], prefixes: dict[str, str]) -> dict[str, torch.Tensor]:
+def renamed(state: dict[str, torch.Tensor], prefixes: dict[str, str]) -> dict[str, torch.Tensor]:
     """Return a state dict without DDP's ``module.``, and with each prefix of a name replaced as ``prefixes`` says."""
-    renamed = {}
+    found = {}
     for key, value in state.items():
         name = key.removeprefix("module.")
         old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
-        renamed[prefixes.get(old, "") + name.removeprefix(old)] = value
-    return renamed
+        found[prefixes.get(old, "") + name.removeprefix(old)] = value
+    return found

@@ -18,7 +18,7 @@ from moco_d2.layers.encode import unit_features
 from moco_d2.layers.heads import mlp, replace_head, without_head
 from moco_d2.layers.losses import contrast_rank
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register, rename, slow_target
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register, renamed, slow_target
 
 
 @register
@@ -119,7 +119,7 @@ class MoCoV3(SSLMethod):
     @staticmethod
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Accept the authors' training checkpoints of ResNets: their names are these, after ``module.``."""
-        return rename(state, {})
+        return renamed(state, {})
 
 
 def contrast(q: torch.Tensor, keys: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -15,7 +15,7 @@ from moco_d2.layers.heads import head_name, mlp, replace_head, without_head
 from moco_d2.layers.losses import cosine
 from moco_d2.layers.spread import feature_std
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register, rename
+from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register, renamed
 
 
 @register
@@ -92,4 +92,4 @@ class SimSiam(SSLMethod):
     @staticmethod
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Accept the authors' training checkpoints: their names are these, after ``module.``."""
-        return rename(state, {})
+        return renamed(state, {})

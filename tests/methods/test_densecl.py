@@ -92,7 +92,7 @@ def test_equal_features_have_the_loss_of_chance() -> None:
         for queue in (method.queue, method.dense_queue):
             queue.features.fill_(0.25)
     losses = method(make_views("DenseCL", 0))
-    assert [float(loss) for loss in losses.values()] == pytest.approx([math.log(25) / 2] * 2)
+    assert [loss.item() for loss in losses.values()] == pytest.approx([math.log(25) / 2] * 2)
     assert method.recorded["contrast_acc1"] == 0 and method.recorded["feature_std"] < 1e-9
 
 

@@ -69,6 +69,7 @@ def with_options(line: list[str], *options: str) -> list[str]:
     return [line[0], *options, *line[1:]]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_cut_off_continued_and_collected_and_another_one_is_refused(
     line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

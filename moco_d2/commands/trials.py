@@ -2,7 +2,7 @@ r"""Fine-tune a protocol's detector from several weights, over several seeds.
 
     moco-d2 trials --protocol voc0712_faster_rcnn_R_50_C4_24k --weights moco_v2.pth supervised random \
         --seeds 0-4 --num-gpus 8
-    moco-d2 trials --config-file examples/own_data.yaml --weights mine.pth supervised --fractions 1 2 5 10 100 --seeds 0-2
+    moco-d2 trials --config-file examples/own_data.yaml --weights mine.pth supervised --fractions 1 2 5 10 100
     moco-d2 report output/trials -o output/report
 
 Run it again to continue: a finished trial is not repeated, an interrupted one resumes from its last checkpoint. Several

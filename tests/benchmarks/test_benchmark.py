@@ -126,7 +126,7 @@ def test_methods_compares_with_its_networks_and_moco_v2(run: Run, capsys: pytest
     assert row["step / its networks"] > 0 and row["step / MoCo v2"] > 0
     assert row["peak MiB"] > row["networks' peak MiB"] > 0, "the logits of the queue"
     assert "| MoCo " in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--methods Moko: the methods are .*MoCo"):
+    with pytest.raises(ValueError, match=r"--methods Moko: the methods are .*MoCo"):
         run("methods", "--methods", "Moko", *small)
 
 

@@ -60,18 +60,6 @@ class MemoryBank(nn.Module):
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     @torch.no_grad()
-    def draw(self, count: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Return ``count`` rows drawn uniformly, with replacement: (count, C).
-
-        Args:
-            count: number of rows.
-            generator: CPU generator, so that the draw does not depend on the device. Give it the same seed in all
-                processes to draw the same rows, or a seed with the rank in it to draw different rows.
-        """
-        index = torch.randint(len(self.features), (count,), generator=generator)
-        return self.rows(index.to(self.features.device))
-
-    @torch.no_grad()
     def update(self, features: torch.Tensor, index: torch.Tensor) -> None:
         """Move rows towards new features and normalise them: M_i <- normalise(m M_i + (1 - m) f_i).
 

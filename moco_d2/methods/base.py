@@ -13,6 +13,7 @@ from torch import nn
 
 from moco_d2.layers.batch_norm import SyncBatchNorm2d, use_sync_batch_norm
 from moco_d2.layers.ema import initial_share
+from moco_d2.layers.shuffle import BNGroups
 from moco_d2.layers.views import Views
 from moco_d2.messages import unknown_name
 from moco_d2.signature import defaults, refuse_unknown
@@ -165,6 +166,36 @@ class SSLMethod(nn.Module, ABC):
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Translate a state dict of the method's published code to the names used here (default: unchanged)."""
         return state
+
+
+class ShuffledMethod(SSLMethod):
+    """A contrastive method with shuffling BN: what follows from its BN groups.
+
+    Attributes:
+        groups: the groups, set by the constructor.
+    """
+
+    groups: BNGroups
+
+    def check_batch(self, size: int) -> None:
+        """Raise ValueError if ``size`` images per process cannot be split into the BN groups."""
+        self.groups.check_batch(size)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the total number of BN groups."""
+        return self.groups.settings()
+
+    def departures(self) -> list[str]:
+        """Return the total number of BN groups if it is neither the paper's nor the argument's."""
+        return self.groups.departures()
+
+    def advice(self, images: int, batch: int, steps: int) -> list[str]:
+        """Warn about BN groups of one image."""
+        return self.groups.advice(batch)
+
+    def remedies_for_divergence(self) -> list[str]:
+        """Return a higher temperature: the gradient is proportional to its inverse."""
+        return ["a higher SSL.ARGS.temperature"]
 
 
 def register(method: type[SSLMethod]) -> type[SSLMethod]:

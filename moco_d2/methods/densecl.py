@@ -10,7 +10,6 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from moco_d2.layers.losses import contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
 from moco_d2.layers.shuffle import BNGroups, encode_shuffled
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register
+from moco_d2.methods.base import Diagnostic, ShuffledMethod, check_ranges, feature_spread, register
 from moco_d2.methods.moco import QUEUE_DTYPES, advice_on_keys, check_args
 
 # Patterns of the published code's names, and ours.
@@ -71,7 +70,7 @@ class DenseEncoder(nn.Module):
 
 
 @register
-class DenseCL(SSLMethod):
+class DenseCL(ShuffledMethod):
     """MoCo v2 on pooled features, and the same on cells: each cell finds its like in the other view by the backbone."""
 
     def __init__(
@@ -172,26 +171,10 @@ class DenseCL(SSLMethod):
             feature_spread(c),
         )
 
-    def check_batch(self, size: int) -> None:
-        """Raise ValueError if ``size`` images per process cannot be split into the BN groups."""
-        self.groups.check_batch(size)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the total number of BN groups."""
-        return self.groups.settings()
-
-    def departures(self) -> list[str]:
-        """Return the total number of BN groups if it is neither the paper's nor the argument's."""
-        return self.groups.departures()
-
     def advice(self, images: int, batch: int, steps: int) -> list[str]:
         """Warn about queues longer than an epoch, a run too short for the key encoder, and BN groups of one image."""
         found = advice_on_keys(len(self.queue.features), images, images, batch, steps, self.momentum)
-        return found + self.groups.advice(batch)
-
-    def remedies_for_divergence(self) -> list[str]:
-        """Return a higher temperature: the gradient is proportional to its inverse."""
-        return ["a higher SSL.ARGS.temperature"]
+        return found + super().advice(images, batch, steps)
 
     @staticmethod
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -124,10 +124,8 @@ class DINO(SSLMethod):
             "teacher_temperature": teacher_temperature,
             "first_temperature": first_temperature,
         }
-        lengths, shares = (
-            {"freeze": freeze, "temperature_epochs": temperature_epochs},
-            {"momentum": momentum, "centre_momentum": centre_momentum},
-        )
+        lengths = {"freeze": freeze, "temperature_epochs": temperature_epochs}
+        shares = {"momentum": momentum, "centre_momentum": centre_momentum}
         check_ranges([(v >= 1, f"{k} is {v}; it must be at least 1") for k, v in counts.items()])
         check_ranges([(v > 0, f"{k} is {v}; it must be positive") for k, v in temperatures.items()])
         check_ranges([(v >= 0, f"{k} is {v}; it must be 0 or more") for k, v in lengths.items()])

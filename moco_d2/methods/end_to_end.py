@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +17,11 @@ from moco_d2.layers.heads import mlp_head, replace_head, without_head
 from moco_d2.layers.losses import contrast_rank, in_batch_nce
 from moco_d2.layers.shuffle import BNGroups, encode_shuffled
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register
+from moco_d2.methods.base import Diagnostic, ShuffledMethod, check_ranges, feature_spread, register
 
 
 @register
-class EndToEnd(SSLMethod):
+class EndToEnd(ShuffledMethod):
     """Contrast within the batch: one encoder for queries and keys, and gradients through both.
 
     The dictionary is the batch, so the number of negatives is ``SOLVER.IMS_PER_BATCH`` - 1.
@@ -96,23 +95,3 @@ class EndToEnd(SSLMethod):
             Diagnostic("batch_similarity", "cosine similarity", "-batch"),
             feature_spread(self.dim),
         )
-
-    def check_batch(self, size: int) -> None:
-        """Raise ValueError if ``size`` images per process cannot be split into the BN groups."""
-        self.groups.check_batch(size)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the total number of BN groups."""
-        return self.groups.settings()
-
-    def departures(self) -> list[str]:
-        """Return the total number of BN groups if it is neither the paper's nor the argument's."""
-        return self.groups.departures()
-
-    def advice(self, images: int, batch: int, steps: int) -> list[str]:
-        """Warn about BN groups of one image."""
-        return self.groups.advice(batch)
-
-    def remedies_for_divergence(self) -> list[str]:
-        """Return a higher temperature: the gradient is proportional to its inverse."""
-        return ["a higher SSL.ARGS.temperature"]

@@ -10,7 +10,6 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ from moco_d2.layers.losses import contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
 from moco_d2.layers.shuffle import BNGroups, encode_shuffled
 from moco_d2.layers.views import Views
-from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register
+from moco_d2.methods.base import Diagnostic, ShuffledMethod, check_ranges, feature_spread, register
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ QUEUE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 
 @register
-class MoCo(SSLMethod):
+class MoCo(ShuffledMethod):
     """Momentum contrast: a query encoder, its moving average (the key encoder), and a queue of past keys.
 
     The defaults are MoCo v1's. MoCo v2 is ``mlp=True, temperature=0.2``, with its own augmentation and a cosine
@@ -142,27 +141,11 @@ class MoCo(SSLMethod):
             feature_spread(c),
         )
 
-    def check_batch(self, size: int) -> None:
-        """Raise ValueError if ``size`` images per process cannot be split into the BN groups."""
-        self.groups.check_batch(size)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the total number of BN groups."""
-        return self.groups.settings()
-
-    def departures(self) -> list[str]:
-        """Return the total number of BN groups if it is neither the paper's nor the argument's."""
-        return self.groups.departures()
-
     def advice(self, images: int, batch: int, steps: int) -> list[str]:
         """Warn about a queue longer than an epoch, a run too short for the key encoder, and BN groups of one image."""
         keys = images * (2 if self.symmetric else 1)
         found = advice_on_keys(len(self.queue.features), keys, images, batch, steps, self.momentum)
-        return found + self.groups.advice(batch)
-
-    def remedies_for_divergence(self) -> list[str]:
-        """Return a higher temperature: the gradient is proportional to its inverse."""
-        return ["a higher SSL.ARGS.temperature"]
+        return found + super().advice(images, batch, steps)
 
     @staticmethod
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,14 +9,13 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from moco_d2.layers.distributed import all_gather, own_part, rank
+from moco_d2.layers.distributed import all_gather, own_part
 from moco_d2.layers.ema import cosine_momentum, ema_update_
 from moco_d2.layers.encode import unit_features
 from moco_d2.layers.heads import mlp, replace_head, without_head
-from moco_d2.layers.losses import contrast_rank
+from moco_d2.layers.losses import contrast_rank, in_batch_nce
 from moco_d2.layers.views import Views
 from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register, renamed, slow_target
 
@@ -132,7 +131,4 @@ def contrast(q: torch.Tensor, keys: torch.Tensor, temperature: float) -> torch.T
         keys: (R * N, C) keys of all processes, L2-normalised, in the order of the processes.
         temperature: tau > 0.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        logits = q @ keys.T / temperature  # (N, R * N)
-        labels = torch.arange(len(q), device=q.device) + len(q) * rank()
-        return 2 * temperature * F.cross_entropy(logits, labels)
+    return 2 * temperature * in_batch_nce(q, keys, temperature)

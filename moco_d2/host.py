@@ -1,4 +1,4 @@
-"""Check for Detectron2, which this package extends, and expansion of the path of its data sets.
+"""Check for Detectron2, which this package extends; the path of its data sets; warnings that are not for users.
 
 Every package that needs Detectron2 imports this module first. ``moco_d2.layers``, ``moco_d2.methods`` and
 ``moco_d2.convert`` do not need it.
@@ -7,6 +7,8 @@ Every package that needs Detectron2 imports this module first. ``moco_d2.layers`
 from __future__ import annotations
 
 import importlib.util
+import logging
+import warnings
 
 from moco_d2.install_detectron2 import COMMAND
 from moco_d2.io.paths import expand_datasets_root
@@ -21,3 +23,8 @@ if _spec is None or _spec.origin is None:
     )
 
 expand_datasets_root()  # Detectron2 reads the variable once, when its data sets are imported
+
+# What torch tells Detectron2's authors (of torch.fx, of meshgrid, of a missing GPU) is no news for a user.
+for _name in ("torch.fx._symbolic_trace", "torch.utils.cpp_extension"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", UserWarning)

@@ -144,14 +144,15 @@ def _check_all(cfg: CfgNode, full: CfgNode) -> Iterator[tuple[str, str]]:
     Raises:
         ValueError: lists every problem.
     """
-    problems = [*custom_problems(cfg), *run_problems(full, comm.get_world_size())]
+    custom = custom_problems(cfg)
+    problems = [*custom, *run_problems(full, comm.get_world_size())]
     with quiet():
         try:
             check_weights(full)
         except ValueError as error:
             problems.append(str(error))
     with quiet():
-        pictures = _Pictures(full, problems)
+        pictures = _Pictures(full, problems, refused=bool(custom))
     found = yield from check_each(pictures.problem, range(len(pictures)), full.DATALOADER.NUM_WORKERS)
     known = "\n".join(problems)
     problems += [problem for problem in found if problem.partition(": ")[0] not in known]
@@ -206,11 +207,12 @@ def _limits(cfg: CfgNode, name: str, objects: Sequence[Sequence[int]]) -> Iterat
 class _Pictures:
     """The pictures of a run that exist, each with the mapper that reads it; missing ones are added to the problems.
 
-    A training picture is read with its labels, as in training, but without augmentations.
+    A training picture is read with its labels, as in training, but without augmentations. With ``refused`` the problems
+    contain faults of the user's own sets, which then need not have an object to train on.
     """
 
-    def __init__(self, cfg: CfgNode, problems: list[str]) -> None:
-        self._cfg, self._problems = cfg, problems
+    def __init__(self, cfg: CfgNode, problems: list[str], refused: bool) -> None:
+        self._cfg, self._problems, self._refused = cfg, problems, refused
         self._parts: list[tuple[PictureMapper, DatasetFromList]] = []
         for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
             if name in DatasetCatalog:
@@ -238,7 +240,8 @@ class _Pictures:
         try:
             records = training_records(cfg, [name]) if trained else DatasetCatalog.get(name)
         except Exception as error:  # loaders raise anything; often the problem is in the list already
-            if not any(name in problem for problem in self._problems):
+            told = self._refused and MetadataCatalog.get(name).get("custom")
+            if not told and not any(name in problem for problem in self._problems):
                 self._problems.append(str(error) if trained else unreadable(name, error))
             return
         mapper = PictureMapper(cfg, is_train=trained, augmentations=[])

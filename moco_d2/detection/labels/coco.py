@@ -80,6 +80,8 @@ def read_coco(entry: Entry, needs: Needs, report: Report) -> CocoLabels | None:
     elif not needs.trains and not file.content.get("annotations"):
         del content["annotations"]  # which tells Detectron2 that there is nothing to evaluate
         notes.append("no labels: detections are saved, but not evaluated")
+    elif faults.refused:
+        pass  # What is left of such a set says nothing more about it.
     elif not annotations:
         report(f"{path}: none of the {len(images)} images has a usable object")
     elif all(record["iscrowd"] for record in annotations):

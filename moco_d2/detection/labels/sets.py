@@ -95,11 +95,13 @@ class Faults:
         entry: the data set.
         report: gets the faults that are not dropped.
         total: number of objects or pictures that were looked at.
+        refused: whether :meth:`settle` reported a fault.
     """
 
     entry: Entry
     report: Report
     total: int = 0
+    refused: bool = False
     _found: list[tuple[str, str, bool]] = field(default_factory=list)
 
     def add(self, where: str, problem: str, bad: bool = False) -> None:
@@ -121,6 +123,7 @@ class Faults:
         bad = [where + problem for where, problem, droppable in self._found if droppable]
         drops = self.entry.bad_labels == "drop" and len(bad) <= self.total / 2
         rest = [fault for fault in self._found if not (drops and fault[2])]
+        self.refused = bool(rest)
         kinds = Counter(_kind(problem) for _, problem, _ in rest)
         told: set[str] = set()
         for where, problem, droppable in rest:

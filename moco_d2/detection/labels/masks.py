@@ -34,7 +34,7 @@ def polygons(value: Any, size: tuple[int, int]) -> list[list[float]]:
             "a segmentation that is neither a list of polygons [[x, y, x, y, ...], ...] nor a run-length mask"
         )
     if all(len(polygon) == 2 for polygon in found) and len(found) >= 3:
-        raise ValueError("points [[x, y], [x, y], ...] for a segmentation; a list of polygons is [[x, y, x, y, ...], ...]")
+        raise ValueError("points [[x, y], ...] for a segmentation; a list of polygons is [[x, y, x, y, ...], ...]")
     if not all(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in found):
         raise ValueError("a polygon of fewer than three points (x, y), or with half a point")
     # Points outside the picture are clipped, but drawing a polygon that is far larger takes pycocotools hours and all

@@ -81,6 +81,8 @@ setup(
             "lightly>=1.5",
             "mypy>=1.11",
             "nbclient>=0.10",
+            "onnx>=1.17",
+            "onnxruntime>=1.20",
             "pre-commit>=3.5",
             "pytest>=8",
             "pytest-xdist>=3.5",

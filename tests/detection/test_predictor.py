@@ -27,6 +27,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning"),  # torch, of its own exporter
+    pytest.mark.filterwarnings("ignore:.*ONNX:UserWarning"),
     pytest.mark.filterwarnings("ignore:invalid value encountered in divide:RuntimeWarning"),
 ]
 DOCS = Path(__file__).parents[2] / "docs/from_python.md"
@@ -130,8 +133,8 @@ def test_the_documented_code(run, tmp_path, monkeypatch, capsys):
         "(pixels,))": "(pixels,), check_trace=False)",
     }  # the outputs are compared below
     names: dict[str, object] = {}
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL) if "onnx" not in b]
-    assert len(blocks) == 5
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(blocks) == 6
     for block in blocks:
         for old, new in replaced.items():
             block = block.replace(old, new)
@@ -147,3 +150,10 @@ def test_the_documented_code(run, tmp_path, monkeypatch, capsys):
         for ours, theirs in zip(torch.jit.load("detector.pt")(y), names["adapter"](y), strict=True):
             torch.testing.assert_close(ours, theirs)
     assert len(names["found"]) > 0 and names["found"].has("pred_masks")
+    with torch.no_grad():
+        expected = [tensor.numpy() for tensor in names["bare"](names["pixels"])]
+    for array, same in zip(names["arrays"], expected, strict=True):
+        np.testing.assert_allclose(array, same, rtol=1e-3, atol=5e-3)
+    boxes, _, masks, scores, size = names["arrays"]
+    assert boxes.shape == (len(scores), 4) and masks.shape == (len(scores), 1, 28, 28) and list(size) == [96, 128]
+    assert names["features"][0].shape == (2, 512)

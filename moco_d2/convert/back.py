@@ -24,7 +24,7 @@ from moco_d2.convert.find import as_tensor
 from moco_d2.convert.keys import sort_keys
 from moco_d2.convert.names import DETECTRON2, DETECTRON2_C4
 from moco_d2.convert.recognise import Match, recognise
-from moco_d2.facts import BASIC_DEPTHS, IMAGENET_RGB, BackboneFacts
+from moco_d2.facts import BASIC_DEPTHS, IMAGENET_RGB, ResNetFacts
 from moco_d2.io.checkpoints import CheckpointError, facts_in, read_checkpoint
 from moco_d2.io.files import check_named_file, named_file
 from moco_d2.layers.resnet import ARCHITECTURES
@@ -47,7 +47,7 @@ class Restored:
     """
 
     tensors: dict[str, torch.Tensor]
-    facts: BackboneFacts
+    facts: ResNetFacts
     notes: tuple[str, ...]
 
 
@@ -118,7 +118,7 @@ def restore(source: str | os.PathLike[str], output: str | os.PathLike[str], layo
     return restored
 
 
-def architecture(facts: BackboneFacts) -> str | None:
+def architecture(facts: ResNetFacts) -> str | None:
     """Return torchvision's name of the network, or None if torchvision has none of its widths."""
     for name, (depth, groups, width) in ARCHITECTURES.items():
         res2 = 64 if depth in BASIC_DEPTHS else 256
@@ -128,7 +128,7 @@ def architecture(facts: BackboneFacts) -> str | None:
     return None
 
 
-def _recognise(content: Mapping[str, Any], stated: BackboneFacts, path: str | os.PathLike[str]) -> Match:
+def _recognise(content: Mapping[str, Any], stated: ResNetFacts, path: str | os.PathLike[str]) -> Match:
     choice = Choice(norm="GN" if stated.norm == "GN" else "")
     try:
         match = recognise(content, path, choice, stated)
@@ -141,7 +141,7 @@ def _recognise(content: Mapping[str, Any], stated: BackboneFacts, path: str | os
     return match
 
 
-def _after_fine_tuning(facts: BackboneFacts, state: Mapping[str, Any]) -> tuple[BackboneFacts, list[str]]:
+def _after_fine_tuning(facts: ResNetFacts, state: Mapping[str, Any]) -> tuple[ResNetFacts, list[str]]:
     """Return facts that no longer name the pretraining recipe, and notes on what of the detector is left out."""
     start = f"{facts.origin} ({facts.recipe})" if facts.recipe else facts.origin
     notes = []
@@ -157,8 +157,8 @@ def _after_fine_tuning(facts: BackboneFacts, state: Mapping[str, Any]) -> tuple[
 
 
 def _fit_input(
-    tensors: dict[str, torch.Tensor], facts: BackboneFacts
-) -> tuple[dict[str, torch.Tensor], BackboneFacts, list[str]]:
+    tensors: dict[str, torch.Tensor], facts: ResNetFacts
+) -> tuple[dict[str, torch.Tensor], ResNetFacts, list[str]]:
     """Refold ``conv1`` for torchvision's input if that is exact, or else say what the input is."""
     if facts.pixels == IMAGENET_RGB:
         return tensors, facts, []
@@ -169,7 +169,7 @@ def _fit_input(
     return refolded, new, [f"conv1 was refolded for torchvision's input ({IMAGENET_RGB}); it was {facts.pixels}"]
 
 
-def _standing_notes(facts: BackboneFacts) -> list[str]:
+def _standing_notes(facts: ResNetFacts) -> list[str]:
     notes = ["it has no classifier: fc.weight and fc.bias are missing (strict=False, or net.fc = torch.nn.Identity())"]
     if facts.stride_in_1x1:
         notes.append(

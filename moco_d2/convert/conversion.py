@@ -20,7 +20,7 @@ from moco_d2.convert.names import Row
 from moco_d2.convert.parts import Component, needs
 from moco_d2.convert.prove import prove, prove_parts
 from moco_d2.convert.sources import CheckpointSource
-from moco_d2.facts import BackboneFacts, Pixels
+from moco_d2.facts import Pixels, ResNetFacts
 from moco_d2.io.checkpoints import CheckpointError, read_checkpoint, some
 from moco_d2.io.files import check_named_file, make_folder, move, named_file, one_line
 
@@ -50,7 +50,7 @@ class Conversion:
     """
 
     source: CheckpointSource
-    facts: BackboneFacts
+    facts: ResNetFacts
     tensors: dict[str, torch.Tensor]
     source_tensors: dict[str, torch.Tensor]
     rows: tuple[Row, ...]

@@ -28,7 +28,7 @@ from moco_d2.convert.names import TORCHVISION
 from moco_d2.convert.parts import Component, Part, check_component, choose
 from moco_d2.convert.recognise import Match, recognise
 from moco_d2.convert.sources import DETECTOR_HEADS, INVISIBLE, SOURCES, unwrap
-from moco_d2.facts import BackboneFacts
+from moco_d2.facts import ResNetFacts
 from moco_d2.io.checkpoints import CheckpointError, checkpoint_sha256, facts_in, read_checkpoint
 from moco_d2.layers.resnet import facts_from_shapes
 
@@ -137,8 +137,8 @@ def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice
 
 
 def read_backbone(
-    match: Match, declared: BackboneFacts, path: str | os.PathLike[str]
-) -> tuple[dict[str, torch.Tensor], BackboneFacts, list[str]]:
+    match: Match, declared: ResNetFacts, path: str | os.PathLike[str]
+) -> tuple[dict[str, torch.Tensor], ResNetFacts, list[str]]:
     """Take the recognised network out of its file and check it.
 
     Args:
@@ -176,7 +176,7 @@ def _without_part(name: str, choice: Choice) -> Answer:
     return Answer(f"the backbone {f'and {left[0]} ' if left else ''}alone", (replace(choice, parts=left),))
 
 
-def _offer(match: Match, name: str, facts: BackboneFacts, path: str | os.PathLike[str]) -> str:
+def _offer(match: Match, name: str, facts: ResNetFacts, path: str | os.PathLike[str]) -> str:
     """Return the words that offer a part, if the file has all of it."""
     asked = Choice(parts=(name,))
     try:
@@ -186,9 +186,7 @@ def _offer(match: Match, name: str, facts: BackboneFacts, path: str | os.PathLik
     return f" (--with {name} keeps it)"
 
 
-def _component(
-    part: Part, match: Match, facts: BackboneFacts, choice: Choice, path: str | os.PathLike[str]
-) -> Component:
+def _component(part: Part, match: Match, facts: ResNetFacts, choice: Choice, path: str | os.PathLike[str]) -> Component:
     """Take a part's tensors out of the file."""
     rows = match.backbone.rows_of(part)
     held = {row.key: as_tensor(match.backbone.state[row.key]) for row in rows}
@@ -219,7 +217,7 @@ def _contents(match: Match, keys: Unmapped) -> list[str]:
 
 
 def _tensors(
-    backbone: Backbone, path: str | os.PathLike[str], declared: BackboneFacts
+    backbone: Backbone, path: str | os.PathLike[str], declared: ResNetFacts
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the tensors under torchvision's names as their source computes with them, and what was done to them."""
     tensors = backbone.tensors()
@@ -296,12 +294,12 @@ def _elsewhere(checkpoint: Mapping[str, Any], state: Mapping[Any, Any]) -> dict[
     }
 
 
-def _declared(match: Match, path: str | os.PathLike[str]) -> tuple[BackboneFacts, list[str]]:
+def _declared(match: Match, path: str | os.PathLike[str]) -> tuple[ResNetFacts, list[str]]:
     """Return the facts that weights do not show, by sidecar files or the source's record, and notes on assumptions."""
     source, keys, sidecars = match.source, match.backbone.keys, match.source.sidecars(path)
     variant = (words for pattern, words, _ in source.variants if any(re.search(pattern, key) for key in keys))
     stride = source.stride_in_1x1 if sidecars.stride_in_1x1 is None else sidecars.stride_in_1x1
-    facts = BackboneFacts(
+    facts = ResNetFacts(
         pixels=sidecars.pixels or source.pixels, stride_in_1x1=stride, origin=next(variant, source.origin)
     )
     notes = [*source.notes, INVISIBLE, *sidecars.notes]
@@ -312,7 +310,7 @@ def _declared(match: Match, path: str | os.PathLike[str]) -> tuple[BackboneFacts
     return facts, notes
 
 
-def _facts(tensors: Mapping[str, torch.Tensor], declared: BackboneFacts, path: str | os.PathLike[str]) -> BackboneFacts:
+def _facts(tensors: Mapping[str, torch.Tensor], declared: ResNetFacts, path: str | os.PathLike[str]) -> ResNetFacts:
     """Read the facts off the shapes, and add those that are declared."""
     try:
         return facts_from_shapes(
@@ -326,7 +324,7 @@ def _facts(tensors: Mapping[str, torch.Tensor], declared: BackboneFacts, path: s
         raise CheckpointError(f"{path}: its shapes are not a ResNet's ({error})") from error
 
 
-def check_stated(stated: BackboneFacts, facts: BackboneFacts, path: str | os.PathLike[str]) -> None:
+def check_stated(stated: ResNetFacts, facts: ResNetFacts, path: str | os.PathLike[str]) -> None:
     """Refuse facts of another network."""
     # Parts are taken on request only, and earlier versions did not state the norm.
     seen, said = facts.as_dict(), replace(stated, parts=(), norm=facts.norm).as_dict()

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from moco_d2.convert.parts import LEVELS, PART_PREFIXES, Component, needs, part_of, rebuild
-from moco_d2.facts import BASIC_BUILDER, BackboneFacts, Pixels
+from moco_d2.facts import BASIC_BUILDER, Pixels, ResNetFacts
 from moco_d2.io.pictures import describe, open_picture, upright_rgb
 from moco_d2.layers.resnet import network_for
 
@@ -38,7 +38,7 @@ def can_prove() -> bool:
 
 
 def prove(
-    facts: BackboneFacts,
+    facts: ResNetFacts,
     source: Mapping[str, torch.Tensor],
     written: Mapping[str, torch.Tensor],
     picture: torch.Tensor | None = None,
@@ -79,7 +79,7 @@ def prove(
 
 
 def prove_parts(
-    facts: BackboneFacts,
+    facts: ResNetFacts,
     source: Mapping[str, torch.Tensor],
     parts: Sequence[Component],
     written: Mapping[str, torch.Tensor],
@@ -118,7 +118,7 @@ def prove_parts(
 
 def _pyramids(
     component: Component,
-    facts: BackboneFacts,
+    facts: ResNetFacts,
     features: dict[str, torch.Tensor],
     written: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -148,7 +148,7 @@ def _pyramids(
 
 
 def _box_heads(
-    component: Component, facts: BackboneFacts, written: Mapping[str, torch.Tensor]
+    component: Component, facts: ResNetFacts, written: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     from detectron2.config import get_cfg
     from detectron2.layers import ShapeSpec
@@ -165,7 +165,7 @@ def _box_heads(
     return {"box_head": _source_part(component, facts)(regions)}, {"box_head": copy.double()(regions)}
 
 
-def _source_part(component: Component, facts: BackboneFacts) -> Any:
+def _source_part(component: Component, facts: ResNetFacts) -> Any:
     network, tensors = rebuild(component, facts), component.as_torchvision()
     held = {name.rpartition(".")[0] for name in tensors}
     fresh = [name for name in network.state_dict() if name.rpartition(".")[0] not in held]
@@ -188,7 +188,7 @@ def _check(differences: Mapping[str, float]) -> None:
 
 
 def other_padding(
-    facts: BackboneFacts, source: Mapping[str, torch.Tensor], padding: str, source_pixels: Pixels | None = None
+    facts: ResNetFacts, source: Mapping[str, torch.Tensor], padding: str, source_pixels: Pixels | None = None
 ) -> dict[str, float]:
     """Measure how much torchvision's padding, which is Detectron2's too, changes the features of a picture.
 
@@ -294,7 +294,7 @@ def _relative(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor
     return differences
 
 
-def _source_network(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor]) -> Any:
+def _source_network(facts: ResNetFacts, tensors: Mapping[str, torch.Tensor]) -> Any:
     network = network_for(facts)
     _load(network, tensors, "the source network")
     return network.eval().double()
@@ -308,7 +308,7 @@ def _stages(network: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
     return features
 
 
-def _detectron2_config(facts: BackboneFacts) -> Any:
+def _detectron2_config(facts: ResNetFacts) -> Any:
     # Imported here, because conversion itself works without Detectron2.
     from detectron2.config import get_cfg
 

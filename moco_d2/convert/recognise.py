@@ -18,7 +18,7 @@ from moco_d2.convert.fingerprints import FINGERPRINTS, caffe, input_scale
 from moco_d2.convert.refusals import not_recognised
 from moco_d2.convert.sidecars import read_sidecar
 from moco_d2.convert.sources import ANY, SOURCES, TARGET_NETWORKS, CheckpointSource
-from moco_d2.facts import CAFFE_BGR, BackboneFacts
+from moco_d2.facts import CAFFE_BGR, ResNetFacts
 from moco_d2.io.checkpoints import CheckpointError
 
 
@@ -39,7 +39,7 @@ class Match:
     average: str = ""
 
 
-def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: BackboneFacts | None = None) -> Match:
+def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: ResNetFacts | None = None) -> Match:
     """Return the network to convert and its source.
 
     Args:

@@ -58,7 +58,8 @@ def network_for(facts: BackboneFacts) -> nn.Module:
         ValueError: the facts describe no known network; ModuleNotFoundError: it is a ViT, and timm is missing.
     """
     if isinstance(facts, ResNetFacts):
-        return resnet.network_for(facts)
+        convolutional: nn.Module = resnet.network_for(facts)
+        return convolutional
     if isinstance(facts, ViTFacts):
         transformer: nn.Module = vit.network_for(facts)
         return transformer

@@ -102,6 +102,7 @@ def _report(path: Path, output: Path) -> Callable[[], Any]:
 
 def _prove(path: Path, output: Path) -> Callable[[], Any]:
     made, _ = convert_checkpoint(path, output, proof=False)
+    assert isinstance(made.facts, ResNetFacts)
     return partial(prove, made.facts, made.source_tensors, made.tensors)
 
 

@@ -76,9 +76,14 @@ def baked(conversion: Conversion, path: str | os.PathLike[str]) -> Conversion:
     Raises:
         CheckpointError: it cannot be exact.
     """
-    pixels = conversion.facts.pixels
+    before = conversion.facts
+    if not isinstance(before, ResNetFacts):
+        raise CheckpointError(
+            f"{path}: only ResNets are baked; this is a {before.network}: use its config without --bake"
+        )
+    pixels = before.pixels
     try:
-        tensors, facts = bake(conversion.tensors, conversion.facts)
+        tensors, facts = bake(conversion.tensors, before)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     notes = [f"baked: conv1 takes Detectron2's default input; it was {pixels}"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from moco_d2.facts import ResNetFacts
+from moco_d2.facts import BackboneFacts, ResNetFacts
 from moco_d2.io.checkpoints import CheckpointError, some
 from moco_d2.layers.resnet import network_for
 
@@ -78,6 +78,16 @@ def check_shapes(facts: ResNetFacts, tensors: Mapping[str, torch.Tensor], path: 
     shapes = {name: shape for name, shape in shapes_of(facts, path).items() if not name.endswith(unwanted)}
     if set(shapes) != set(tensors):  # impossible if the tensors were named by this depth
         raise CheckpointError(f"{path}: names differ from a {facts.network}'s: {some(set(shapes) ^ set(tensors))}")
+    same_shapes(facts, shapes, tensors, path)
+
+
+def same_shapes(
+    facts: BackboneFacts,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+) -> None:
+    """Check the tensors of a network for the shapes that its facts demand."""
     wrong = [
         f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
         for name, shape in shapes.items()
@@ -86,6 +96,16 @@ def check_shapes(facts: ResNetFacts, tensors: Mapping[str, torch.Tensor], path: 
     if wrong:
         raise CheckpointError(
             f"{path}: {len(wrong)} of {len(shapes)} tensors have the wrong shape for a {facts.network}: {some(wrong)}"
+        )
+
+
+def check_facts(stated: BackboneFacts, facts: BackboneFacts, path: str | os.PathLike[str]) -> None:
+    """Refuse a file whose stated facts are another network's than its tensors."""
+    seen, said = facts.as_dict(), stated.as_dict()
+    wrong = [f"{k} is {seen[k]} by the tensors, {said[k]} by the facts" for k in seen if seen[k] != said[k]]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: its facts contradict its tensors: {', '.join(wrong)}; one of them is from another run"
         )
 
 

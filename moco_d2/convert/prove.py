@@ -70,11 +70,11 @@ def prove(
         config = _detectron2_config(facts)
         copy = _detectron2_network(config, written)
         for image in (drawn_scene() if picture is None else picture, _noise()):
-            wanted = _stages(original, _as_the_source_prepares(image, source_pixels or facts.pixels))
-            for stage, difference in _relative(wanted, copy(_as_detectron2_prepares(image, config))).items():
+            wanted = _stages(original, as_the_source_prepares(image, source_pixels or facts.pixels))
+            for stage, difference in relative(wanted, copy(_as_detectron2_prepares(image, config))).items():
                 # Not max(), which may lose a NaN.
                 differences[stage] = differences[stage] if differences[stage] > difference else difference
-    _check(differences)
+    check_differences(differences)
     return differences
 
 
@@ -107,12 +107,12 @@ def prove_parts(
     with torch.no_grad():
         for component in parts:
             if component.part.name == "fpn":
-                image = _as_the_source_prepares(_noise(), source_pixels or facts.pixels)
+                image = as_the_source_prepares(_noise(), source_pixels or facts.pixels)
                 features = _stages(_source_network(facts, source), image)
-                differences |= _relative(*_pyramids(component, facts, features, written))
+                differences |= relative(*_pyramids(component, facts, features, written))
             else:
-                differences |= _relative(*_box_heads(component, facts, written))
-    _check(differences)
+                differences |= relative(*_box_heads(component, facts, written))
+    check_differences(differences)
     return differences
 
 
@@ -140,7 +140,7 @@ def _pyramids(
     fresh = [
         f"fpn_{kind}{level}." for kind in ("lateral", "output") for level in LEVELS if f"{kind}{level}" not in roles
     ]
-    _load(copy, tensors, "Detectron2's pyramid", fresh)
+    load_strictly(copy, tensors, "Detectron2's pyramid", fresh)
     got = copy.double()(_as_detectron2_prepares(_noise(), config))
     # A level is made of its own output layer and of all laterals from the top down to it.
     whole = [f"p{n}" for n in LEVELS if {f"output{n}", *(f"lateral{m}" for m in LEVELS if m >= n)} <= set(roles)]
@@ -161,7 +161,7 @@ def _box_heads(
     copy = FastRCNNConvFCHead(config, ShapeSpec(channels=channels, height=side, width=side)).eval()
     prefix = PART_PREFIXES["box_head"]
     own = {name.removeprefix(prefix): tensor for name, tensor in written.items() if name.startswith(prefix)}
-    _load(copy, own, "Detectron2's box head")
+    load_strictly(copy, own, "Detectron2's box head")
     return {"box_head": _source_part(component, facts)(regions)}, {"box_head": copy.double()(regions)}
 
 
@@ -169,7 +169,7 @@ def _source_part(component: Component, facts: ResNetFacts) -> Any:
     network, tensors = rebuild(component, facts), component.as_torchvision()
     held = {name.rpartition(".")[0] for name in tensors}
     fresh = [name for name in network.state_dict() if name.rpartition(".")[0] not in held]
-    _load(network, tensors, "the source's part", fresh)
+    load_strictly(network, tensors, "the source's part", fresh)
     return network.eval().double()
 
 
@@ -180,7 +180,12 @@ def _set_needs(config: Any, component: Component) -> None:
     config.merge_from_list([item for pair in wanted.items() for item in pair])
 
 
-def _check(differences: Mapping[str, float]) -> None:
+def check_differences(differences: Mapping[str, float]) -> None:
+    """Refuse differences that reach the limit.
+
+    Raises:
+        ProofError: one does.
+    """
     # "not <", so that a NaN fails.
     if wrong := {stage: d for stage, d in differences.items() if not d < TOLERANCE}:
         shown = ", ".join(f"{stage} by {d:.1e}" for stage, d in wrong.items())
@@ -203,7 +208,7 @@ def other_padding(
     """
     with torch.no_grad():
         network = _source_network(facts, source)
-        image = _as_the_source_prepares(drawn_scene(), source_pixels or facts.pixels)
+        image = as_the_source_prepares(drawn_scene(), source_pixels or facts.pixels)
         even = _stages(network, image)
         for module in [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.MaxPool2d)]:
             strided = module.stride in (2, (2, 2)) and module.padding not in (0, (0, 0))
@@ -263,7 +268,8 @@ def _noise() -> torch.Tensor:
     return 118 + 58 * noise
 
 
-def _as_the_source_prepares(picture: torch.Tensor, pixels: Pixels) -> torch.Tensor:
+def as_the_source_prepares(picture: torch.Tensor, pixels: Pixels) -> torch.Tensor:
+    """Return a picture as most pipelines prepare it, from 0..1: (1, 3, H, W) of float64."""
     image = (picture if pixels.order == "RGB" else picture.flip(0)).double()  # (3, H, W)
     mean, std = (_column(values) / 255 for values in (pixels.mean, pixels.std))
     return ((image / 255 - mean) / std)[None]
@@ -279,7 +285,12 @@ def _column(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)[:, None, None]
 
 
-def _relative(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def relative(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Return name -> max|a - b| / max|a|.
+
+    Raises:
+        ProofError: shapes differ, or there is nothing to compare.
+    """
     differences = {}
     for stage, a in wanted.items():  # (N, C, H', W')
         b = got[stage]
@@ -296,7 +307,7 @@ def _relative(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor
 
 def _source_network(facts: ResNetFacts, tensors: Mapping[str, torch.Tensor]) -> Any:
     network = network_for(facts)
-    _load(network, tensors, "the source network")
+    load_strictly(network, tensors, "the source network")
     return network.eval().double()
 
 
@@ -325,7 +336,7 @@ def _detectron2_config(facts: ResNetFacts) -> Any:
 
 def _detectron2_network(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     network = _detectron2_backbone(config)
-    _load(network, tensors, "Detectron2's network")
+    load_strictly(network, tensors, "Detectron2's network")
     return network.double()
 
 
@@ -338,8 +349,14 @@ def _detectron2_backbone(config: Any) -> Any:
     return build_backbone(config, ShapeSpec(channels=3)).eval()
 
 
-def _load(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], which: str, fresh: Sequence[str] = ()) -> None:
-    """Load strictly, except for batch counters, which were dropped on purpose, and names with a start in ``fresh``."""
+def load_strictly(
+    network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], which: str, fresh: Sequence[str] = ()
+) -> None:
+    """Load strictly, except for batch counters, which were dropped on purpose, and names with a start in ``fresh``.
+
+    Raises:
+        ProofError: the network cannot hold the tensors, or needs others.
+    """
     try:
         keys = network.load_state_dict(dict(tensors), strict=False)
     except RuntimeError as error:  # a shape

@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     built.add_argument("--with", dest="parts", default="", metavar="PARTS", help="also keep what SoCo and ReSim "
                        "pretrain beside the ResNet: fpn, or fpn,box_head")  # fmt: skip
     built.add_argument("--norm", default="", choices=("GN",), help="GN: accept a network with GroupNorm")
-    built.add_argument("--heads", type=int, default=0, metavar="N", help="a ViT's number of heads, which weights do not "
-                       "show, if it is unusual")  # fmt: skip
+    built.add_argument("--heads", type=int, default=0, metavar="N", help="a ViT's number of heads, which weights do not"
+                       " show, if it is unusual")  # fmt: skip
     built.add_argument("--report", type=cli.path, metavar="FILE", help="write the full report as JSON")
     built.add_argument(
         "--picture", type=cli.path, metavar="FILE", help="compare the networks on this picture, not on a drawn scene"

@@ -117,13 +117,11 @@ def _vit_back(content: Mapping[str, Any], stated: ViTFacts, path: str | os.PathL
     check_facts(replace(stated, parts=()), facts, path)
     if match.vit.prefix == IN_DETECTOR and not all(name.startswith(IN_DETECTOR) for name in model):
         facts = replace(facts, origin=_fine_tuned(facts), recipe="")
-        notes.append(
-            "a detector's ViT may attend in windows (see its config): a plain one then computes other features"
-        )
+        notes.append("a detector's ViT may attend in windows (see its config): a plain one computes other features")
     if positions:
         notes.append(
-            f"its {len(positions)} tables of relative positions are left out: timm's ViT has none, and so computes other "
-            "features"
+            f"its {len(positions)} tables of relative positions are left out: timm's ViT has none, so it computes "
+            "other features"
         )
     if facts.pixels != IMAGENET_RGB:
         notes.append(f"its input is {facts.pixels}; other tools may feed {IMAGENET_RGB}")

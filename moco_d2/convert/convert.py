@@ -106,9 +106,10 @@ def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice
     stated = facts_in(checkpoint, path)
     if is_vit(checkpoint, path, choice, stated):
         return convert_vit(checkpoint, path, choice, stated if isinstance(stated, ViTFacts) else None)
+    made = _convert_resnet(checkpoint, path, choice, stated if isinstance(stated, ResNetFacts) else None)
     if choice.heads:
-        raise CheckpointError(f"{path}: --heads is for ViTs: leave it out")
-    return _convert_resnet(checkpoint, path, choice, stated if isinstance(stated, ResNetFacts) else None)
+        raise CheckpointError(f"{path}: it holds a ResNet, and --heads is for ViTs: leave it out")
+    return made
 
 
 def _convert_resnet(

@@ -97,7 +97,7 @@ def measure_apart(
     Returns:
         mean|a - b| / mean|a| of the tokens: ``class token``, the source with its class token in the sequence (left out
         if the file has none); ``larger`` and ``smaller``, pictures of 1.5 and 0.5 times the pretraining size, for which
-        timm and Detectron2 resize the position embedding. timm smooths it where it shrinks.
+        timm and Detectron2 resize the position embedding by different cubic filters.
     """
     with torch.no_grad():
         whole, copied = _source(facts, source), _detectron2(facts, written)
@@ -133,7 +133,9 @@ def _resized(picture: torch.Tensor, side: int) -> torch.Tensor:
 def _as_detectron2_prepares(picture: torch.Tensor, facts: ViTFacts) -> torch.Tensor:
     config = facts.config()
     image = (picture if config["INPUT.FORMAT"] == "RGB" else picture.flip(0)).double()  # (3, H, W)
-    mean, std = (torch.tensor(config[f"MODEL.PIXEL_{name}"]).double()[:, None, None] for name in ("MEAN", "STD"))
+    mean, std = (
+        torch.tensor(config[f"MODEL.PIXEL_{name}"], dtype=torch.float64)[:, None, None] for name in ("MEAN", "STD")
+    )
     return ((image - mean) / std)[None]
 
 

@@ -159,9 +159,13 @@ def is_vit(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: Bac
     if choice.source:
         return choice.source in [source.key for source in VIT_SOURCES]
     places, states = find_all(checkpoint, path, choice)
-    if not selected(choice.prefix, list(find_vits(places, states))):
-        return False
-    return not any(selected(choice.prefix, list(find_backbones(places, states, norm))) for norm in (False, True))
+    vits = list(find_vits(places, states))
+    resnets = (
+        [net for group_norm in (False, True) for net in find_backbones(places, states, group_norm)] if vits else []
+    )
+    of_prefix = selected(choice.prefix, vits), selected(choice.prefix, resnets)
+    chosen, others = of_prefix if any(of_prefix) else (vits, resnets)  # a mistyped prefix
+    return bool(chosen) and not others
 
 
 def recognise_vit(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: ViTFacts | None = None) -> VitMatch:
@@ -189,7 +193,9 @@ def recognise_vit(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stat
         raise _unknown_place(chosen, every, choice, path)
     vit = fitting[0][1]
     candidates = [source for source, fits in fitting if fits is vit]
-    candidates = [source for source in candidates if source.has_signature] or candidates
+    # A fixed position embedding says more than a classifier.
+    shown = [source for source in candidates if source.position]
+    candidates = shown or [source for source in candidates if source.has_signature] or candidates
     check_plain(vit, path)
     check_complete(vit, candidates[0].partial, path)
     if not choice.source:

@@ -99,6 +99,19 @@ HUGGING_FACE_DINOV2 = replace(
     HUGGING_FACE,
     layers=(("norm1.",), *HUGGING_FACE.layers[1:3], ("norm2.",), ("mlp.fc1.",), ("mlp.fc2.",)),
 )
+# state_dict() since version 5, which still saves the names above.
+HUGGING_FACE_5 = replace(
+    HUGGING_FACE,
+    block="layers.{b}.",
+    layers=(
+        ("layernorm_before.",),
+        tuple(f"attention.{letter}_proj." for letter in "qkv"),
+        ("attention.o_proj.",),
+        ("layernorm_after.",),
+        ("mlp.fc1.",),
+        ("mlp.fc2.",),
+    ),
+)
 TORCHVISION_VIT = VitNaming(
     cls_token="class_token",
     pos_embed="encoder.pos_embedding",
@@ -119,7 +132,14 @@ TORCHVISION_VIT_RELEASED = replace(
     TORCHVISION_VIT, layers=(*TORCHVISION_VIT.layers[:4], ("mlp.linear_1.",), ("mlp.linear_2.",))
 )
 
-VIT_NAMINGS = (TIMM, HUGGING_FACE, HUGGING_FACE_DINOV2, TORCHVISION_VIT, TORCHVISION_VIT_RELEASED)
+VIT_NAMINGS = (
+    TIMM,
+    HUGGING_FACE,
+    HUGGING_FACE_5,
+    HUGGING_FACE_DINOV2,
+    TORCHVISION_VIT,
+    TORCHVISION_VIT_RELEASED,
+)
 
 
 def detectron2_name(name: str) -> str:

@@ -474,7 +474,7 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
     ),
     "vit": (
         lambda s: {"state_dict": {"module.patch_embed.proj.weight": torch.ones(8, 3, 16, 16)}},
-        ["vision transformer", "only ResNets"],
+        ["vision transformer of another form", "only plain ViTs"],
     ),
     "no-trunk-in-detectron2": (
         lambda s: {"model": {n: torch.ones(1) for n in DETECTRON2.names(50) if "res4" not in n}},
@@ -547,18 +547,6 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
             }
         },
         ["CIFAR stem", "shortcut.0"],
-    ),
-    "moco-v3-vit": (
-        lambda s: {
-            "state_dict": {
-                f"module.base_encoder.{key}": torch.ones(3)
-                for key in (
-                    *("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"),
-                    "head.0.weight",
-                )
-            }
-        },
-        ["vision transformer"],
     ),
     "solo-cifar": (lambda s: {"state_dict": under("backbone.", cifar(s))}, ["CIFAR stem", "(16, 3, 3, 3)"]),
     "facts-of-another-run": (

@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import checkpoint_layouts
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import SimpleFeaturePyramid
 from torch import nn
-from vit_layouts import ASKED, LAYOUTS, SHAPE, facts, fixed, head, hugging_face, network, torchvision, trunk, under
+from vit_layouts import ASKED, LAYOUTS, facts, fixed, head, hugging_face, network, torchvision, trunk, under
 
 from moco_d2.commands import convert as command
 from moco_d2.convert import CheckpointError, Choice, ProofError, convert_checkpoint, convert_state, read_checkpoint
@@ -83,7 +84,7 @@ def test_the_way_back_is_exact(source: str, suffix: str, tmp_path: Path) -> None
         restore(out, tmp_path / "torchvision.pth", "torchvision")
     # A converted file is a source, and so is what came back.
     again = convert_state(read_checkpoint(out), "x")
-    assert again.source.key == "detectron2-vit" and not again.elsewhere
+    assert again.source.key == "detectron2-vit" and not any(again.elsewhere.values())
     assert all(torch.equal(again.source_tensors[name], tensor) for name, tensor in trunk().items())
 
 
@@ -141,8 +142,10 @@ def test_what_detectron2_computes_otherwise_is_measured() -> None:
     made = convert_state(LAYOUTS["moco_d2-vit"](), "x")
     assert isinstance(made.facts, ViTFacts)
     apart = measure_apart(made.facts, made.source_tensors, made.tensors)
-    # Without smoothing, both resize to larger grids alike; the class token matters.
-    assert 1e-3 < apart["class token"] < 1 and apart["larger"] < 1e-6 and 1e-3 < apart["smaller"] < 1
+    assert all(1e-4 < apart[name] < 0.3 for name in ("class token", "larger", "smaller"))
+    flat = {**made.source_tensors, "pos_embed": torch.ones(1, 17, 32)}  # which no filter changes
+    resized = measure_apart(made.facts, flat, {**made.tensors, "backbone.net.pos_embed": flat["pos_embed"]})
+    assert max(resized["larger"], resized["smaller"]) < 1e-6 < resized["class token"]
     no_values = {name: torch.zeros_like(t) if "attn.proj" in name else t for name, t in made.source_tensors.items()}
     written = {f"backbone.net.{name}": no_values[name] for name in no_values if not re.match(r"cls_token|norm\.", name)}
     assert measure_apart(made.facts, no_values, written)["class token"] < 1e-12  # attention that adds nothing
@@ -188,7 +191,7 @@ def wide(dim: int) -> dict[str, torch.Tensor]:
     shapes |= {f"blocks.0.{name}.weight": shape for name, shape in layers.items()}
     shapes |= {f"blocks.0.{name}.bias": shape[:1] for name, shape in layers.items()}
     norms = [f"{name}.{kind}" for name in ("norm", "blocks.0.norm1", "blocks.0.norm2") for kind in ("weight", "bias")]
-    return {name: torch.ones(shape) for name, shape in (shapes | {name: (dim,) for name in norms}).items()}
+    return {name: torch.ones(shape) for name, shape in (shapes | dict.fromkeys(norms, (dim,))).items()}
 
 
 @pytest.mark.parametrize(
@@ -210,7 +213,7 @@ def test_heads_come_from_the_user_the_facts_or_a_sidecar(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="heads is 4 by the tensors, 2 by the facts"):
         convert_state(LAYOUTS["moco_d2-vit"](), "x.pth", Choice(heads=4))
     with pytest.raises(CheckpointError, match="--heads is for ViTs"):
-        convert_state({"conv1.weight": torch.ones(64, 3, 7, 7)}, "x.pth", HEADS)
+        convert_state(checkpoint_layouts.network().state_dict(), "x.pth", HEADS)
     with pytest.raises(ValueError, match="positive whole number"):
         Choice(heads=-1)
     config: dict[str, Any] = {"model_args": {"num_heads": 4}, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
@@ -232,10 +235,18 @@ ADVICE: dict[str, tuple[Build, Choice, list[str]]] = {
         ["--source transformers-vit --heads 2", "--source transformers-vit-imagenet --heads 2"],
     ),
     "an unknown place": (lambda: {"net": under("trunk.", trunk())}, HEADS, ["--prefix trunk."]),
-    "a moving average alone": (lambda: {"state_dict": under("momentum_encoder.", trunk())}, HEADS, ["momentum_encoder."]),
-    "a mistyped prefix": (lambda: dict(trunk()), replace(HEADS, prefix="net."), ["without --prefix"]),
+    "a moving average alone": (
+        lambda: {"state_dict": under("momentum_encoder.", trunk())},
+        HEADS,
+        ["momentum_encoder."],
+    ),
+    "a mistyped prefix": (lambda: dict(trunk()), replace(HEADS, prefix="net."), ["--prefix '' --heads 2"]),
     "unknown keys": (lambda: dict(trunk() | {"my.layer.weight": torch.ones(3)}), HEADS, [r"--drop '^(my\.)'"]),
-    "a wrong source": (lambda: {"teacher": under("backbone.", trunk())}, replace(HEADS, source="mae"), ["without --source"]),
+    "a wrong source": (
+        lambda: {"teacher": under("backbone.", trunk())},
+        replace(HEADS, source="mae"),
+        ["without --source"],
+    ),
     "two networks": (
         lambda: {"state_dict": under("a.", trunk()) | under("b.", trunk(1))},
         HEADS,
@@ -267,11 +278,7 @@ REFUSALS: dict[str, tuple[Build, list[str]]] = {
     "registers": (lambda: changed(register_tokens=torch.ones(1, 4, 32)), ["register tokens", "without registers"]),
     "layer scale": (lambda: changed(blocks__0__ls1__gamma=torch.ones(32)), ["LayerScale", "DINOv2"]),
     "layer scale of transformers' DINOv2": (
-        lambda: hugging_face(trunk(), (r"\.norm(\d)", r".n\1"), (r"mlp\.", "m.")) | {"x": torch.ones(1)}
-        and {
-            **hugging_face(trunk()),
-            "encoder.layer.0.layer_scale1.lambda1": torch.ones(32),
-        },
+        lambda: hugging_face(trunk()) | {"encoder.layer.0.layer_scale1.lambda1": torch.ones(32)},
         ["LayerScale"],
     ),
     "distilled": (lambda: changed(dist_token=torch.ones(1, 1, 32)), ["distilled DeiT", "without distillation"]),
@@ -339,7 +346,3 @@ def test_options_of_resnets_are_refused() -> None:
 def test_torchvision_in_both_spellings(names: tuple[str, str]) -> None:
     made = convert_state(torchvision(trunk(), *names), "x", HEADS)
     assert all(torch.equal(made.source_tensors[name], tensor) for name, tensor in trunk().items())
-
-
-def test_the_shape_of_the_tests_has_no_usual_head_count() -> None:
-    assert SHAPE["dim"] < 64  # so that no test passes by the rule alone

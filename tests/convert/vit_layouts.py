@@ -91,7 +91,7 @@ def renamed(state: State, *rules: tuple[str, str]) -> State:
     return out
 
 
-def hugging_face(state: State, *before: tuple[str, str]) -> State:
+def hugging_face(state: State) -> State:
     split = {}
     for key, value in state.items():
         parts = ("query", "key", "value") if ".qkv." in key else ()
@@ -99,7 +99,6 @@ def hugging_face(state: State, *before: tuple[str, str]) -> State:
         split |= {} if parts else {key: value}
     return renamed(
         split,
-        *before,
         (r"^cls_token", "embeddings.cls_token"),
         (r"^pos_embed", "embeddings.position_embeddings"),
         (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),

@@ -11,6 +11,7 @@ from moco_d2.convert.sources.record import ANY, CheckpointSource
 from moco_d2.convert.sources.unsupported import Unsupported
 from moco_d2.convert.vit_names import (
     HUGGING_FACE,
+    HUGGING_FACE_5,
     HUGGING_FACE_DINOV2,
     IN_DETECTOR,
     TIMM,
@@ -189,7 +190,7 @@ VIT_SOURCES: tuple[VitSource, ...] = (
         containers=("",),
         prefix="vit.",
         top_level=(r"decoder\.\S+",),
-        namings=(HUGGING_FACE,),
+        namings=(HUGGING_FACE, HUGGING_FACE_5),
         dropped=(_DECODER,),
         sidecars=read_transformers_vit,
     ),
@@ -200,7 +201,7 @@ VIT_SOURCES: tuple[VitSource, ...] = (
             origin="ViT of transformers",
             containers=("", "state_dict"),
             prefix=ANY,
-            namings=(HUGGING_FACE, HUGGING_FACE_DINOV2),
+            namings=(HUGGING_FACE, HUGGING_FACE_5, HUGGING_FACE_DINOV2),
             dropped=((r"(^|\.)(pooler|classifier|decoder)\.", "head"), _MASK),
             pixels=pixels,
             sidecars=read_transformers_vit,

@@ -73,7 +73,7 @@ def prove_vit(
     check_provable()
     differences = {TOKENS: 0.0}
     with torch.no_grad():
-        original, copied = _without_class_token(_source(facts, source)), _detectron2(facts, written)
+        original, copied = _without_class_token(_source(facts, source)), detectron2_vit(facts, written)
         for image in _pictures(facts.image, picture):
             # Detectron2's input is stated by the facts' config in pixels of 0..255, the source's in 0..1.
             wanted = {TOKENS: _tokens(original, as_the_source_prepares(image, facts.pixels))}
@@ -100,7 +100,7 @@ def measure_apart(
         timm and Detectron2 resize the position embedding by different cubic filters.
     """
     with torch.no_grad():
-        whole, copied = _source(facts, source), _detectron2(facts, written)
+        whole, copied = _source(facts, source), detectron2_vit(facts, written)
         bare = _without_class_token(whole)
 
         def compare(network: Any, side: int) -> float:
@@ -161,7 +161,12 @@ def _tokens(network: Any, image: torch.Tensor) -> torch.Tensor:
     return tokens[0]
 
 
-def _detectron2(facts: ViTFacts, tensors: Mapping[str, torch.Tensor]) -> Any:
+def detectron2_vit(facts: ViTFacts, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Return Detectron2's ViT with global attention, in float64; ``tensors``: under a detector's names.
+
+    Raises:
+        ProofError: it cannot hold the tensors, or needs others.
+    """
     from detectron2.modeling.backbone.vit import ViT
 
     from moco_d2.layers.timm_vit import EPS

@@ -131,8 +131,8 @@ def _facts(
     if choice.heads:
         notes.append(f"{heads} heads: your word")
     elif not declared:
-        why = f"{source.name} has" if dim in source.heads else "as usual for tokens of this size; assumed,"
-        notes.append(f"{heads} heads: {why} for {dim} features; weights do not show it (--heads N says another number)")
+        why = f"which {source.name} has" if dim in source.heads else "as usual (assumed),"
+        notes.append(f"{heads} heads, {why} for {dim} features; weights do not show it (--heads N says another number)")
     shapes = {"cls_token": (1, 1, dim)} | {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     words = (stated.origin, stated.recipe) if stated else (source.origin, "")
     try:

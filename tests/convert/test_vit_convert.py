@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -22,9 +23,9 @@ from vit_layouts import ASKED, LAYOUTS, facts, fixed, head, hugging_face, networ
 from moco_d2.commands import convert as command
 from moco_d2.convert import CheckpointError, Choice, ProofError, convert_checkpoint, convert_state, read_checkpoint
 from moco_d2.convert.back import restore, take_back
-from moco_d2.convert.prove_vit import _detectron2, measure_apart, prove_vit
+from moco_d2.convert.prove_vit import detectron2_vit, measure_apart, prove_vit
 from moco_d2.convert.report import convert_and_report, summary
-from moco_d2.convert.sources import VIT_SOURCES
+from moco_d2.convert.sources import SOURCES, VIT_SOURCES
 from moco_d2.facts import IMAGENET_RGB, ResNetFacts, ViTFacts
 
 HEADS = Choice(heads=2)
@@ -34,8 +35,11 @@ def choice_of(source: str) -> Choice:
     return replace(HEADS, source=source if source in ASKED else "")
 
 
-def test_every_record_has_a_layout() -> None:
-    assert set(LAYOUTS) == {source.key for source in VIT_SOURCES}
+def test_every_record_has_a_layout_and_is_documented() -> None:
+    keys = {source.key for source in VIT_SOURCES}
+    assert set(LAYOUTS) == keys and not keys & {source.key for source in SOURCES}
+    documented = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text()
+    assert [key for key in keys if f"`{key}`" not in documented] == []
 
 
 @pytest.mark.parametrize("source", LAYOUTS)
@@ -103,7 +107,7 @@ def test_detectron2_loads_the_file_and_nothing_of_it_lands_elsewhere(
     torch.save(LAYOUTS["moco_d2-vit"](), tmp_path / "in.pth")
     made, _ = convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth")
     other = convert_state({"state_dict": trunk(1), "facts": facts().as_dict()}, "x")
-    detector = Detector(_detectron2(facts(), other.tensors).float())
+    detector = Detector(detectron2_vit(facts(), other.tensors).float())
     before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
     with caplog.at_level(logging.WARNING):
         DetectionCheckpointer(detector).load(str(tmp_path / "out.pth"))
@@ -242,6 +246,8 @@ ADVICE: dict[str, tuple[Build, Choice, list[str]]] = {
     ),
     "a mistyped prefix": (lambda: dict(trunk()), replace(HEADS, prefix="net."), ["--prefix '' --heads 2"]),
     "unknown keys": (lambda: dict(trunk() | {"my.layer.weight": torch.ones(3)}), HEADS, [r"--drop '^(my\.)'"]),
+    "an expression that finds the network": (trunk, replace(HEADS, drop=("norm",)), ["without --drop norm"]),
+    "an expression that finds nothing": (trunk, replace(HEADS, drop=("x{9}",)), ["matches no key"]),
     "a wrong source": (
         lambda: {"teacher": under("backbone.", trunk())},
         replace(HEADS, source="mae"),
@@ -340,6 +346,28 @@ def test_options_of_resnets_are_refused() -> None:
     for choice in (replace(HEADS, norm="GN"), replace(HEADS, parts=("fpn",))):
         with pytest.raises(CheckpointError, match="is for ResNets"):
             convert_state(trunk(), "x.pth", choice)
+
+
+def test_a_source_of_vits_that_the_file_is_not() -> None:
+    with pytest.raises(CheckpointError, match="--source mae means a ViT, but no network in it begins as one"):
+        convert_state({"conv1.weight": torch.ones(64, 3, 7, 7)}, "x.pth", Choice(source="mae"))
+
+
+class Payload:
+    """Pickles as the call of a function that acts on the machine."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_a_hostile_file_runs_nothing(tmp_path: Path) -> None:
+    torch.save(LAYOUTS["dino-vit"]() | {"args": Payload(tmp_path / "mark")}, tmp_path / "in.pth")
+    with pytest.raises(CheckpointError, match="mkdir"):
+        convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth", choice=HEADS)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pth"]
 
 
 @pytest.mark.parametrize("names", [("mlp.0", "mlp.3"), ("mlp.linear_1", "mlp.linear_2")])

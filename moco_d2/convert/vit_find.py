@@ -153,11 +153,15 @@ def find_all(
 
 
 def is_vit(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: BackboneFacts | None) -> bool:
-    """Return whether the wanted network is a ViT: by the file's facts, the user's word, or else the keys."""
+    """Return whether the wanted network is a ViT: by the file's facts, the user's word, or else the keys.
+
+    Raises:
+        Question: the user's word is a ResNet, and the file holds a ViT.
+    """
     if stated is not None:
         return isinstance(stated, ViTFacts)
-    if choice.source:
-        return choice.source in [source.key for source in VIT_SOURCES]
+    if choice.source in [source.key for source in VIT_SOURCES]:
+        return True
     places, states = find_all(checkpoint, path, choice)
     vits = list(find_vits(places, states))
     resnets = (
@@ -165,7 +169,11 @@ def is_vit(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: Bac
     )
     of_prefix = selected(choice.prefix, vits), selected(choice.prefix, resnets)
     chosen, others = of_prefix if any(of_prefix) else (vits, resnets)  # a mistyped prefix
-    return bool(chosen) and not others
+    holds = bool(chosen) and not others
+    if holds and choice.source:
+        answer = Answer("what the file itself shows", (replace(choice, source=""),))
+        raise Question(path, f"--source {choice.source} means a ResNet, and it holds a ViT", choice, [answer])
+    return holds
 
 
 def recognise_vit(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: ViTFacts | None = None) -> VitMatch:

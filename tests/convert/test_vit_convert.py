@@ -248,6 +248,7 @@ ADVICE: dict[str, tuple[Build, Choice, list[str]]] = {
     "unknown keys": (lambda: dict(trunk() | {"my.layer.weight": torch.ones(3)}), HEADS, [r"--drop '^(my\.)'"]),
     "an expression that finds the network": (trunk, replace(HEADS, drop=("norm",)), ["without --drop norm"]),
     "an expression that finds nothing": (trunk, replace(HEADS, drop=("x{9}",)), ["matches no key"]),
+    "a source of ResNets": (LAYOUTS["moco_v3-vit"], replace(HEADS, source="moco_v3"), ["without --source moco_v3"]),
     "a wrong source": (
         lambda: {"teacher": under("backbone.", trunk())},
         replace(HEADS, source="mae"),

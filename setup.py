@@ -26,6 +26,7 @@ def description() -> str:
 
 # Faster COCO evaluation with the same numbers, and the evaluators that LVIS and Cityscapes need.
 EVAL = ["cityscapesscripts>=2.2.4", "faster-coco-eval>=1.8", "hotcoco>=1.3", "lvis>=0.5.3", "shapely>=2"]
+VIT = ["timm>=1.0.20"]  # vision transformers
 # The site that `make docs` makes. Its tools need Python 3.11; so does lint.
 DOCS = [f"{name}; python_version >= '3.11'" for name in ("furo>=2025.9.25", "myst-parser>=5", "sphinx>=9")]
 
@@ -71,10 +72,12 @@ setup(
     ],
     extras_require={
         "eval": EVAL,
+        "vit": VIT,
         "docs": DOCS,
         "dev": [
             *DOCS,
             *EVAL,
+            *VIT,
             "codespell>=2.3",
             "import-linter>=2.1",
             "ipykernel>=6.29",
@@ -88,7 +91,6 @@ setup(
             "pytest-xdist>=3.5",
             "pytorch-lightning>=2.4",
             "ruff>=0.6",
-            "timm>=1.0.20",
             "transformers>=4.57",
             "webdataset>=1.0",
             "wheel",

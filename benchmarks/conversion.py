@@ -17,6 +17,7 @@ from torch import nn
 from benchmarks.measure import STATUS, in_new_process, memory, timed
 from moco_d2.convert import can_prove, convert_checkpoint, prove
 from moco_d2.convert.report import convert_and_report
+from moco_d2.facts import ResNetFacts
 from moco_d2.io.provenance import sha256
 from moco_d2.layers.resnet import build_resnet
 
@@ -102,6 +103,7 @@ def _report(path: Path, output: Path) -> Callable[[], Any]:
 
 def _prove(path: Path, output: Path) -> Callable[[], Any]:
     made, _ = convert_checkpoint(path, output, proof=False)
+    assert isinstance(made.facts, ResNetFacts)
     return partial(prove, made.facts, made.source_tensors, made.tensors)
 
 

@@ -15,7 +15,7 @@ import torch
 from torchvision.models import resnet18
 
 from moco_d2.exits import guard
-from moco_d2.facts import BackboneFacts
+from moco_d2.facts import ResNetFacts
 from moco_d2.layers.views import Views
 from moco_d2.methods import build_method
 
@@ -41,7 +41,7 @@ def pretrain(steps: int, batch: int = 16, size: int = 64) -> dict[str, torch.Ten
 
 def main() -> None:
     """Pretrain for a few steps and save a file that ``moco-d2 convert`` reads."""
-    facts = BackboneFacts(depth=18, res2_channels=64, origin="examples/plain_torch.py")
+    facts = ResNetFacts(depth=18, res2_channels=64, origin="examples/plain_torch.py")
     path = Path("output/plain_torch.pth")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"state_dict": pretrain(steps=3), "facts": facts.as_dict()}, path)

@@ -1,4 +1,4 @@
-"""Convert any ResNet checkpoint to Detectron2's names, and prove the result.
+"""Convert any ResNet or plain ViT checkpoint to Detectron2's names, and prove the result.
 
     moco-d2 convert output/backbone.pth output/moco_v2.pth
     moco-d2 convert checkpoint.pth out.pth --prefix student.net. --report report.json
@@ -33,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     built.add_argument("--with", dest="parts", default="", metavar="PARTS", help="also keep what SoCo and ReSim "
                        "pretrain beside the ResNet: fpn, or fpn,box_head")  # fmt: skip
     built.add_argument("--norm", default="", choices=("GN",), help="GN: accept a network with GroupNorm")
+    built.add_argument("--heads", type=int, default=0, metavar="N", help="a ViT's number of heads, which weights do not"
+                       " show, if it is unusual")  # fmt: skip
     built.add_argument("--report", type=cli.path, metavar="FILE", help="write the full report as JSON")
     built.add_argument(
         "--picture", type=cli.path, metavar="FILE", help="compare the networks on this picture, not on a drawn scene"
@@ -40,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     built.add_argument("--no-proof", action="store_true", help="do not compare with Detectron2's network")
     instead = built.add_mutually_exclusive_group()
     instead.add_argument("--bake", action="store_true", help="make the weights take Detectron2's default input")
-    instead.add_argument("--to", choices=("torchvision", "moco"), help="the way back: write a file for other tools")
+    instead.add_argument(
+        "--to", choices=("torchvision", "timm", "moco"), help="the way back: write a file for other tools"
+    )
     instead.add_argument("--list", action="store_true", help="list the published weights that can be named")
     return built
 
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.list and args.output is None:
         parser().error("the following arguments are required: input, output")
     of_conversions = {"--source": args.source, "--prefix": args.prefix, "--drop": args.drop, "--with": args.parts,
-                      "--norm": args.norm, "--report": args.report}  # fmt: skip
+                      "--norm": args.norm, "--heads": args.heads, "--report": args.report}  # fmt: skip
     for option, given in of_conversions.items():
         if given and (args.list or args.to):
             parser().error(f"{option} belongs to a conversion; leave it out with {'--list' if args.list else '--to'}")
@@ -76,7 +80,8 @@ def convert(args: argparse.Namespace) -> None:
     parts = tuple(filter(None, args.parts.split(",")))
     if args.report:
         check_report(args.report, args.input, args.output)
-    choice = Choice(source=args.source, prefix=args.prefix, norm=args.norm, parts=parts, drop=tuple(args.drop))
+    choice = Choice(source=args.source, prefix=args.prefix, norm=args.norm, parts=parts, drop=tuple(args.drop),
+                    heads=args.heads)  # fmt: skip
     content = convert_and_report(args.input, args.output, not args.no_proof, choice, args.picture, args.bake)
     if args.report:
         write_report(content, args.report)

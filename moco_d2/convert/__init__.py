@@ -1,4 +1,4 @@
-"""Conversion of any ResNet checkpoint to a file that Detectron2 loads completely, with facts and a proof.
+"""Conversion of any ResNet or plain ViT checkpoint to a file that Detectron2 loads completely, with facts and a proof.
 
 :func:`convert_checkpoint` does all of it; the proof needs Detectron2. :func:`read_checkpoint` and :func:`read_facts`
 read any file of weights.

@@ -15,7 +15,7 @@ import torch
 
 from moco_d2.convert.conversion import Conversion
 from moco_d2.convert.names import DETECTRON2, TORCHVISION
-from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
+from moco_d2.facts import CAFFE_BGR, Pixels, ResNetFacts
 from moco_d2.io.checkpoints import CheckpointError
 
 DETECTRON2_INPUT = CAFFE_BGR  # what Detectron2's default config feeds
@@ -24,7 +24,7 @@ _SAME_MEAN = 1e-4  # in 0..255; a float32 rounds by less
 _STEMS = (f"{DETECTRON2.stem}.weight", f"{TORCHVISION.stem}.weight")
 
 
-def check_bakeable(facts: BackboneFacts, pixels: Pixels = DETECTRON2_INPUT) -> None:
+def check_bakeable(facts: ResNetFacts, pixels: Pixels = DETECTRON2_INPUT) -> None:
     """Check that weights can be folded for another input exactly.
 
     Raises:
@@ -41,8 +41,8 @@ def check_bakeable(facts: BackboneFacts, pixels: Pixels = DETECTRON2_INPUT) -> N
 
 
 def bake(
-    tensors: Mapping[str, torch.Tensor], facts: BackboneFacts, pixels: Pixels = DETECTRON2_INPUT
-) -> tuple[dict[str, torch.Tensor], BackboneFacts]:
+    tensors: Mapping[str, torch.Tensor], facts: ResNetFacts, pixels: Pixels = DETECTRON2_INPUT
+) -> tuple[dict[str, torch.Tensor], ResNetFacts]:
     """Fold the difference between two inputs into the first convolution.
 
     Weights do not decide where bottlenecks stride: ``stride_in_1x1`` stays, and its config key must be set as before.
@@ -76,9 +76,14 @@ def baked(conversion: Conversion, path: str | os.PathLike[str]) -> Conversion:
     Raises:
         CheckpointError: it cannot be exact.
     """
-    pixels = conversion.facts.pixels
+    before = conversion.facts
+    if not isinstance(before, ResNetFacts):
+        raise CheckpointError(
+            f"{path}: only ResNets are baked; this is a {before.network}: use its config without --bake"
+        )
+    pixels = before.pixels
     try:
-        tensors, facts = bake(conversion.tensors, conversion.facts)
+        tensors, facts = bake(conversion.tensors, before)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     notes = [f"baked: conv1 takes Detectron2's default input; it was {pixels}"]

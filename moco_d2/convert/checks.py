@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from moco_d2.facts import BackboneFacts
+from moco_d2.facts import BackboneFacts, ResNetFacts
 from moco_d2.io.checkpoints import CheckpointError, some
 from moco_d2.layers.resnet import network_for
 
@@ -52,7 +52,7 @@ def check_stem(tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]
         )
 
 
-def shapes_of(facts: BackboneFacts, path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+def shapes_of(facts: ResNetFacts, path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the network that facts describe, under torchvision's names, in its order."""
     try:
         with torch.device("meta"), _NoFilling():
@@ -71,13 +71,23 @@ class _NoFilling(TorchFunctionMode):
         return function(*arguments, **(named or {}))
 
 
-def check_shapes(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+def check_shapes(facts: ResNetFacts, tensors: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
     """Check that tensors are exactly those of the network that the facts describe."""
     group_norm = "bn1.running_mean" not in tensors
     unwanted = ("num_batches_tracked", *(("running_mean", "running_var") if group_norm else ()))
     shapes = {name: shape for name, shape in shapes_of(facts, path).items() if not name.endswith(unwanted)}
     if set(shapes) != set(tensors):  # impossible if the tensors were named by this depth
-        raise CheckpointError(f"{path}: names differ from a ResNet-{facts.depth}'s: {some(set(shapes) ^ set(tensors))}")
+        raise CheckpointError(f"{path}: names differ from a {facts.network}'s: {some(set(shapes) ^ set(tensors))}")
+    same_shapes(facts, shapes, tensors, path)
+
+
+def same_shapes(
+    facts: BackboneFacts,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+) -> None:
+    """Check the tensors of a network for the shapes that its facts demand."""
     wrong = [
         f"{name} is {tuple(tensors[name].shape)} instead of {shape}"
         for name, shape in shapes.items()
@@ -85,8 +95,17 @@ def check_shapes(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor], path
     ]
     if wrong:
         raise CheckpointError(
-            f"{path}: {len(wrong)} of {len(shapes)} tensors have the wrong shape for a ResNet-{facts.depth}: "
-            f"{some(wrong)}"
+            f"{path}: {len(wrong)} of {len(shapes)} tensors have the wrong shape for a {facts.network}: {some(wrong)}"
+        )
+
+
+def check_facts(stated: BackboneFacts, facts: BackboneFacts, path: str | os.PathLike[str]) -> None:
+    """Refuse a file whose stated facts are another network's than its tensors."""
+    seen, said = facts.as_dict(), stated.as_dict()
+    wrong = [f"{k} is {seen[k]} by the tensors, {said[k]} by the facts" for k in seen if seen[k] != said[k]]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: its facts contradict its tensors: {', '.join(wrong)}; one of them is from another run"
         )
 
 

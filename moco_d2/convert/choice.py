@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moco_d2.convert.parts import check_names
-from moco_d2.convert.sources import SOURCES
+from moco_d2.convert.sources import SOURCES, VIT_SOURCES
 from moco_d2.io.checkpoints import CheckpointError
 from moco_d2.messages import unknown_name
 
@@ -28,12 +28,13 @@ class Choice:
     """What the user says that the file does not show.
 
     Attributes:
-        source: the key of a record of ``SOURCES``.
+        source: the key of a record of ``SOURCES`` or ``VIT_SOURCES``.
         prefix: what the keys of the wanted network start with, with or without the place of its state dict in front;
             None: the prefix of the source.
         norm: ``GN`` for a network with GroupNorm.
         parts: of a detector (``fpn``, ``box_head``), to convert too if the source pretrains them.
         drop: regular expressions; a key that one matches anywhere is left out. The backbone's keys cannot be dropped.
+        heads: number of heads of a ViT; 0: by the file or by the usual rule.
     """
 
     source: str = ""
@@ -41,14 +42,17 @@ class Choice:
     norm: str = ""
     parts: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
+    heads: int = 0
 
     def __post_init__(self) -> None:
         """Check the names and the expressions."""
-        keys = [source.key for source in SOURCES]
+        keys = [source.key for source in (*SOURCES, *VIT_SOURCES)]
         if self.source and self.source not in keys:
             raise ValueError(unknown_name("the source", self.source, keys))
         if self.norm not in _NORMS:
             raise ValueError(f"norm is {self.norm!r}; it must be 'GN' or empty")
+        if type(self.heads) is not int or self.heads < 0:
+            raise ValueError(f"heads is {self.heads!r}; it must be a positive whole number")
         check_names(self.parts)
         for pattern in self.drop:
             try:
@@ -67,6 +71,7 @@ class Choice:
         typed += ["--norm", self.norm] if self.norm else []
         typed += ["--with", ",".join(self.parts)] if self.parts else []
         typed += [word for pattern in dict.fromkeys(self.drop) for word in ("--drop", pattern)]
+        typed += ["--heads", str(self.heads)] if self.heads else []
         return " ".join(map(shlex.quote, typed))
 
 

@@ -18,9 +18,11 @@ import yaml
 from moco_d2.convert.find import as_tensor
 from moco_d2.convert.names import Row
 from moco_d2.convert.parts import Component, needs
-from moco_d2.convert.prove import prove, prove_parts
+from moco_d2.convert.prove import ProofError, prove, prove_parts
+from moco_d2.convert.prove_vit import check_provable, prove_vit
 from moco_d2.convert.sources import CheckpointSource
-from moco_d2.facts import BackboneFacts, Pixels
+from moco_d2.convert.vit_names import BESIDE_KEY
+from moco_d2.facts import BackboneFacts, Pixels, ResNetFacts, ViTFacts
 from moco_d2.io.checkpoints import CheckpointError, read_checkpoint, some
 from moco_d2.io.files import check_named_file, make_folder, move, named_file, one_line
 
@@ -36,7 +38,7 @@ class Conversion:
         source: the record that recognised the checkpoint.
         facts: what the weights are.
         tensors: Detectron2's name -> float32 tensor, for the backbone.
-        source_tensors: the same tensors under torchvision's names.
+        source_tensors: the same tensors under torchvision's names, or a ViT's under timm's, those of ``beside`` too.
         rows: the names of every tensor that is written; the tensors were moved by them.
         dropped: key in the file -> reason it was left out.
         foreign: keys in the file that belong to something other than the wanted network.
@@ -46,6 +48,8 @@ class Conversion:
         notes: what the weights do not show, and what was assumed or done about it.
         parts: what of a detector was converted with the backbone.
         source_pixels: the input of ``source_tensors``, if ``tensors`` were baked for another.
+        beside: timm's name -> float32 tensor of a ViT, for which Detectron2's has no place: the class token and the
+            last norm. They are written outside the model, for the way back.
         source_sha256: of the checkpoint, so that reports know what the written file was made of; empty if unknown.
     """
 
@@ -62,6 +66,7 @@ class Conversion:
     notes: tuple[str, ...] = ()
     parts: tuple[Component, ...] = ()
     source_pixels: Pixels | None = None
+    beside: dict[str, torch.Tensor] = field(default_factory=dict)
     source_sha256: str = ""
 
     @property
@@ -85,6 +90,26 @@ class Conversion:
         numbers = {origin: number for _, origin, number in self.source.variants}
         # A file in this source's layout may state another origin.
         return {self.source.origin: self.source.arxiv, **numbers}.get(self.facts.origin, "")
+
+
+def elsewhere(checkpoint: Mapping[str, Any], state: Mapping[Any, Any]) -> dict[str, int]:
+    """Count the tensors of a file outside the state dict, by top-level key."""
+    seen = {id(state)}  # a small file may hold a list that repeats the same large list a million times
+
+    def count(value: Any, depth: int) -> int:
+        if isinstance(value, torch.Tensor | np.ndarray):
+            return int(depth >= 0)
+        if id(value) in seen or depth < 0:
+            return 0
+        seen.add(id(value))
+        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+        return sum(count(item, depth - 1) for item in inside)
+
+    if checkpoint is state:
+        return {}
+    return {
+        str(key): count(value, 3) for key, value in checkpoint.items() if isinstance(key, str) and value is not state
+    }
 
 
 def check_output(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
@@ -146,6 +171,8 @@ def write(
     Raises:
         ProofError: the features differ.
     """
+    if proof and isinstance(conversion.facts, ViTFacts):
+        check_provable()
     output = Path(os.path.realpath(output))
     make_folder(output.parent, "the folder")
     # In the same folder, because a rename is atomic only within a file system.
@@ -160,7 +187,12 @@ def write(
 def _prove_written(conversion: Conversion, path: Path, picture: torch.Tensor | None) -> dict[str, float]:
     written = {name: as_tensor(tensor) for name, tensor in read_checkpoint(path)["model"].items()}
     backbone = {name: tensor for name, tensor in written.items() if name in conversion.tensors}
-    read, pixels = (conversion.facts, conversion.source_tensors), conversion.source_pixels
+    facts, pixels = conversion.facts, conversion.source_pixels
+    if isinstance(facts, ViTFacts):
+        return prove_vit(facts, conversion.source_tensors, written, picture)
+    if not isinstance(facts, ResNetFacts):
+        raise ProofError(f"no proof is known for facts of kind {facts.kind}")
+    read = (facts, conversion.source_tensors)
     differences = prove(*read, backbone, picture, pixels)
     return differences | prove_parts(*read, conversion.parts, written, pixels)
 
@@ -181,9 +213,12 @@ def save(conversion: Conversion, output: str | os.PathLike[str]) -> None:
         "facts": conversion.facts.as_dict(),
         "source_sha256": conversion.source_sha256,
     }
+    if conversion.beside:
+        content[BESIDE_KEY] = conversion.beside
     with open(output, "wb") as file:
         if output.suffix == ".pkl":
-            content["model"] = {name: tensor.numpy() for name, tensor in content["model"].items()}
+            for key in {"model", BESIDE_KEY} & set(content):
+                content[key] = {name: tensor.numpy() for name, tensor in content[key].items()}
             _ArrayPickler(file, protocol=5).dump(content)
         else:
             torch.save(content, file)

@@ -1,5 +1,7 @@
 """Conversion of a checkpoint to a file that Detectron2 loads completely, or an error that says why not.
 
+This module converts ResNets, and hands ViTs over to :mod:`moco_d2.convert.vit`.
+
 Detectron2 skips tensors that do not match and trains on, so nothing is skipped here. Every key of the state dict is
 mapped, dropped for a stated reason, or foreign to the wanted network. The mapped keys must be exactly the tensors of
 the ResNet that the facts describe.
@@ -14,13 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from moco_d2.convert.bake import baked
-from moco_d2.convert.checks import check_kinds, check_shapes, check_stem, check_values
+from moco_d2.convert.checks import check_facts, check_kinds, check_shapes, check_stem, check_values
 from moco_d2.convert.choice import Answer, Choice, Question
-from moco_d2.convert.conversion import Conversion, check_output, write, write_config
+from moco_d2.convert.conversion import Conversion, check_output, elsewhere, write, write_config
 from moco_d2.convert.find import Backbone, as_tensor, is_tensor
 from moco_d2.convert.fingerprints import input_scale
 from moco_d2.convert.keys import Unmapped, sort_keys
@@ -28,7 +29,9 @@ from moco_d2.convert.names import TORCHVISION
 from moco_d2.convert.parts import Component, Part, check_component, choose
 from moco_d2.convert.recognise import Match, recognise
 from moco_d2.convert.sources import DETECTOR_HEADS, INVISIBLE, SOURCES, unwrap
-from moco_d2.facts import BackboneFacts
+from moco_d2.convert.vit import convert_vit
+from moco_d2.convert.vit_find import is_vit
+from moco_d2.facts import ResNetFacts, ViTFacts
 from moco_d2.io.checkpoints import CheckpointError, checkpoint_sha256, facts_in, read_checkpoint
 from moco_d2.layers.resnet import facts_from_shapes
 
@@ -101,6 +104,17 @@ def _where(conversion: Conversion) -> str:
 def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice: Choice) -> Conversion:
     """Convert with what the user says; the first question that comes up is raised."""
     stated = facts_in(checkpoint, path)
+    if is_vit(checkpoint, path, choice, stated):
+        return convert_vit(checkpoint, path, choice, stated if isinstance(stated, ViTFacts) else None)
+    made = _convert_resnet(checkpoint, path, choice, stated if isinstance(stated, ResNetFacts) else None)
+    if choice.heads:
+        raise CheckpointError(f"{path}: it holds a ResNet, and --heads is for ViTs: leave it out")
+    return made
+
+
+def _convert_resnet(
+    checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice: Choice, stated: ResNetFacts | None
+) -> Conversion:
     if stated and stated.norm == "GN":
         choice = replace(choice, norm="GN")
     match = recognise(checkpoint, path, choice, stated)
@@ -124,7 +138,7 @@ def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice
         dropped={key: why + offers.get(keys.parts.get(key, ""), "") for key, why in keys.dropped.items()},
         foreign=keys.foreign,
         place=backbone.place,
-        elsewhere=_elsewhere(checkpoint, backbone.state),
+        elsewhere=elsewhere(checkpoint, backbone.state),
         also=match.also,
         notes=(
             *notes,
@@ -137,8 +151,8 @@ def _convert(checkpoint: Mapping[str, Any], path: str | os.PathLike[str], choice
 
 
 def read_backbone(
-    match: Match, declared: BackboneFacts, path: str | os.PathLike[str]
-) -> tuple[dict[str, torch.Tensor], BackboneFacts, list[str]]:
+    match: Match, declared: ResNetFacts, path: str | os.PathLike[str]
+) -> tuple[dict[str, torch.Tensor], ResNetFacts, list[str]]:
     """Take the recognised network out of its file and check it.
 
     Args:
@@ -176,7 +190,7 @@ def _without_part(name: str, choice: Choice) -> Answer:
     return Answer(f"the backbone {f'and {left[0]} ' if left else ''}alone", (replace(choice, parts=left),))
 
 
-def _offer(match: Match, name: str, facts: BackboneFacts, path: str | os.PathLike[str]) -> str:
+def _offer(match: Match, name: str, facts: ResNetFacts, path: str | os.PathLike[str]) -> str:
     """Return the words that offer a part, if the file has all of it."""
     asked = Choice(parts=(name,))
     try:
@@ -186,9 +200,7 @@ def _offer(match: Match, name: str, facts: BackboneFacts, path: str | os.PathLik
     return f" (--with {name} keeps it)"
 
 
-def _component(
-    part: Part, match: Match, facts: BackboneFacts, choice: Choice, path: str | os.PathLike[str]
-) -> Component:
+def _component(part: Part, match: Match, facts: ResNetFacts, choice: Choice, path: str | os.PathLike[str]) -> Component:
     """Take a part's tensors out of the file."""
     rows = match.backbone.rows_of(part)
     held = {row.key: as_tensor(match.backbone.state[row.key]) for row in rows}
@@ -219,7 +231,7 @@ def _contents(match: Match, keys: Unmapped) -> list[str]:
 
 
 def _tensors(
-    backbone: Backbone, path: str | os.PathLike[str], declared: BackboneFacts
+    backbone: Backbone, path: str | os.PathLike[str], declared: ResNetFacts
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the tensors under torchvision's names as their source computes with them, and what was done to them."""
     tensors = backbone.tensors()
@@ -276,32 +288,12 @@ def _join_split_norms(tensors: dict[str, torch.Tensor]) -> int:
     return splits
 
 
-def _elsewhere(checkpoint: Mapping[str, Any], state: Mapping[Any, Any]) -> dict[str, int]:
-    """Count the tensors of a file outside the state dict, by top-level key."""
-    seen = {id(state)}  # a small file may hold a list that repeats the same large list a million times
-
-    def count(value: Any, depth: int) -> int:
-        if isinstance(value, torch.Tensor | np.ndarray):
-            return int(depth >= 0)
-        if id(value) in seen or depth < 0:
-            return 0
-        seen.add(id(value))
-        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-        return sum(count(item, depth - 1) for item in inside)
-
-    if checkpoint is state:
-        return {}
-    return {
-        str(key): count(value, 3) for key, value in checkpoint.items() if isinstance(key, str) and value is not state
-    }
-
-
-def _declared(match: Match, path: str | os.PathLike[str]) -> tuple[BackboneFacts, list[str]]:
+def _declared(match: Match, path: str | os.PathLike[str]) -> tuple[ResNetFacts, list[str]]:
     """Return the facts that weights do not show, by sidecar files or the source's record, and notes on assumptions."""
     source, keys, sidecars = match.source, match.backbone.keys, match.source.sidecars(path)
     variant = (words for pattern, words, _ in source.variants if any(re.search(pattern, key) for key in keys))
     stride = source.stride_in_1x1 if sidecars.stride_in_1x1 is None else sidecars.stride_in_1x1
-    facts = BackboneFacts(
+    facts = ResNetFacts(
         pixels=sidecars.pixels or source.pixels, stride_in_1x1=stride, origin=next(variant, source.origin)
     )
     notes = [*source.notes, INVISIBLE, *sidecars.notes]
@@ -312,7 +304,7 @@ def _declared(match: Match, path: str | os.PathLike[str]) -> tuple[BackboneFacts
     return facts, notes
 
 
-def _facts(tensors: Mapping[str, torch.Tensor], declared: BackboneFacts, path: str | os.PathLike[str]) -> BackboneFacts:
+def _facts(tensors: Mapping[str, torch.Tensor], declared: ResNetFacts, path: str | os.PathLike[str]) -> ResNetFacts:
     """Read the facts off the shapes, and add those that are declared."""
     try:
         return facts_from_shapes(
@@ -326,12 +318,7 @@ def _facts(tensors: Mapping[str, torch.Tensor], declared: BackboneFacts, path: s
         raise CheckpointError(f"{path}: its shapes are not a ResNet's ({error})") from error
 
 
-def check_stated(stated: BackboneFacts, facts: BackboneFacts, path: str | os.PathLike[str]) -> None:
+def check_stated(stated: ResNetFacts, facts: ResNetFacts, path: str | os.PathLike[str]) -> None:
     """Refuse facts of another network."""
     # Parts are taken on request only, and earlier versions did not state the norm.
-    seen, said = facts.as_dict(), replace(stated, parts=(), norm=facts.norm).as_dict()
-    wrong = [f"{k} is {seen[k]} by the tensors, {said[k]} by the facts" for k in seen if seen[k] != said[k]]
-    if wrong:
-        raise CheckpointError(
-            f"{path}: its facts contradict its tensors: {', '.join(wrong)}; one of them is from another run"
-        )
+    check_facts(replace(stated, parts=(), norm=facts.norm), facts, path)

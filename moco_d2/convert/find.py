@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,36 @@ from moco_d2.layers.resnet import DEPTHS
 
 _SEARCHED = 8  # levels of mappings and lists below the top; VISSL's network is four deep
 _LISTED = 100  # entries of a list that are searched
+
+
+class Network(Protocol):
+    """A network in a checkpoint, of any family: :class:`Backbone`, or :class:`moco_d2.convert.vit_find.Vit`."""
+
+    @property
+    def place(self) -> str:
+        """Dotted path of the mapping that holds it."""
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Key without wrappers -> key in the file."""
+
+    @property
+    def prefix(self) -> str:
+        """What its keys start with."""
+
+    @property
+    def where(self) -> str:
+        """Place and prefix."""
+
+    @property
+    def depth(self) -> int:
+        """Number of layers or blocks."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return its tensors under the names that its family computes with."""
+
+
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 @dataclass(frozen=True)
@@ -46,7 +76,7 @@ class Backbone:
     @property
     def where(self) -> str:
         """Place and prefix."""
-        return f"{self.place}.{self.prefix}" if self.place else self.prefix
+        return joined(self.place, self.prefix)
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -68,6 +98,11 @@ class Backbone:
         """Return name under torchvision's naming -> tensor as the file has it, for names with one of these starts."""
         rows = [row for row in self.rows if row.key and row.torchvision.startswith(modules)]
         return {row.torchvision: as_tensor(self.state[row.key]) for row in rows}
+
+
+def joined(place: str, prefix: str) -> str:
+    """Return the place of a network and its prefix in one."""
+    return f"{place}.{prefix}" if place else prefix
 
 
 def find_places(checkpoint: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
@@ -171,7 +206,7 @@ def clean_prefix(prefix: str) -> str:
     return unwrap(prefix.strip().strip("'\"`").removesuffix("*")).rstrip("./")
 
 
-def selected(prefix: str | None, backbones: Sequence[Backbone]) -> list[Backbone]:
+def selected(prefix: str | None, backbones: Sequence[AnyNetwork]) -> list[AnyNetwork]:
     """Return the networks that a prefix means: those at exactly this place and prefix, else those of this prefix."""
     if prefix is None:
         return list(backbones)
@@ -180,14 +215,14 @@ def selected(prefix: str | None, backbones: Sequence[Backbone]) -> list[Backbone
     return exact or [backbone for backbone in backbones if backbone.prefix.rstrip("./") == wanted]
 
 
-def unique_prefix(backbone: Backbone, backbones: Sequence[Backbone]) -> str:
+def unique_prefix(backbone: Network, backbones: Sequence[Network]) -> str:
     """Return the prefix that means this network and no other; the place comes first if it is needed for that."""
     meant = [other.where for other in selected(backbone.prefix, backbones)]
     return backbone.prefix if set(meant) == {backbone.where} else backbone.where
 
 
-def equal(one: Backbone, other: Backbone) -> bool:
-    """Return whether two backbones are copies of the same network."""
+def equal(one: Network, other: Network) -> bool:
+    """Return whether two networks are copies of the same network."""
     if one.depth != other.depth:
         return False
     a, b = one.tensors(), other.tensors()

@@ -18,7 +18,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops import FeaturePyramidNetwork
 
 from moco_d2.convert.names import NORM_TENSORS, Row
-from moco_d2.facts import BackboneFacts
+from moco_d2.facts import ResNetFacts
 from moco_d2.io.checkpoints import some
 from moco_d2.messages import unknown_name
 
@@ -140,7 +140,7 @@ def choose(parts: Sequence[Part], name: str, keys: Collection[str]) -> Part:
     return part
 
 
-def check_component(component: Component, facts: BackboneFacts) -> None:
+def check_component(component: Component, facts: ResNetFacts) -> None:
     """Check that a part fits its ResNet and itself.
 
     Raises:
@@ -162,7 +162,7 @@ def check_component(component: Component, facts: BackboneFacts) -> None:
         raise ValueError(f"{part.what} does not fit: {len(wrong)} tensors have another shape: {some(wrong)}")
 
 
-def rebuild(component: Component, facts: BackboneFacts) -> Any:
+def rebuild(component: Component, facts: ResNetFacts) -> Any:
     """Return torchvision's module of a part, without the weights: a pyramid of all levels, or a box head."""
     norm: Any = nn.BatchNorm2d if component.part.normed else None
     sizes = _sizes(component)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from moco_d2.convert.parts import LEVELS, PART_PREFIXES, Component, needs, part_of, rebuild
-from moco_d2.facts import BASIC_BUILDER, BackboneFacts, Pixels
+from moco_d2.facts import BASIC_BUILDER, Pixels, ResNetFacts
 from moco_d2.io.pictures import describe, open_picture, upright_rgb
 from moco_d2.layers.resnet import network_for
 
@@ -38,7 +38,7 @@ def can_prove() -> bool:
 
 
 def prove(
-    facts: BackboneFacts,
+    facts: ResNetFacts,
     source: Mapping[str, torch.Tensor],
     written: Mapping[str, torch.Tensor],
     picture: torch.Tensor | None = None,
@@ -70,16 +70,16 @@ def prove(
         config = _detectron2_config(facts)
         copy = _detectron2_network(config, written)
         for image in (drawn_scene() if picture is None else picture, _noise()):
-            wanted = _stages(original, _as_the_source_prepares(image, source_pixels or facts.pixels))
-            for stage, difference in _relative(wanted, copy(_as_detectron2_prepares(image, config))).items():
+            wanted = _stages(original, as_the_source_prepares(image, source_pixels or facts.pixels))
+            for stage, difference in relative(wanted, copy(_as_detectron2_prepares(image, config))).items():
                 # Not max(), which may lose a NaN.
                 differences[stage] = differences[stage] if differences[stage] > difference else difference
-    _check(differences)
+    check_differences(differences)
     return differences
 
 
 def prove_parts(
-    facts: BackboneFacts,
+    facts: ResNetFacts,
     source: Mapping[str, torch.Tensor],
     parts: Sequence[Component],
     written: Mapping[str, torch.Tensor],
@@ -107,18 +107,18 @@ def prove_parts(
     with torch.no_grad():
         for component in parts:
             if component.part.name == "fpn":
-                image = _as_the_source_prepares(_noise(), source_pixels or facts.pixels)
+                image = as_the_source_prepares(_noise(), source_pixels or facts.pixels)
                 features = _stages(_source_network(facts, source), image)
-                differences |= _relative(*_pyramids(component, facts, features, written))
+                differences |= relative(*_pyramids(component, facts, features, written))
             else:
-                differences |= _relative(*_box_heads(component, facts, written))
-    _check(differences)
+                differences |= relative(*_box_heads(component, facts, written))
+    check_differences(differences)
     return differences
 
 
 def _pyramids(
     component: Component,
-    facts: BackboneFacts,
+    facts: ResNetFacts,
     features: dict[str, torch.Tensor],
     written: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -140,7 +140,7 @@ def _pyramids(
     fresh = [
         f"fpn_{kind}{level}." for kind in ("lateral", "output") for level in LEVELS if f"{kind}{level}" not in roles
     ]
-    _load(copy, tensors, "Detectron2's pyramid", fresh)
+    load_strictly(copy, tensors, "Detectron2's pyramid", fresh)
     got = copy.double()(_as_detectron2_prepares(_noise(), config))
     # A level is made of its own output layer and of all laterals from the top down to it.
     whole = [f"p{n}" for n in LEVELS if {f"output{n}", *(f"lateral{m}" for m in LEVELS if m >= n)} <= set(roles)]
@@ -148,7 +148,7 @@ def _pyramids(
 
 
 def _box_heads(
-    component: Component, facts: BackboneFacts, written: Mapping[str, torch.Tensor]
+    component: Component, facts: ResNetFacts, written: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     from detectron2.config import get_cfg
     from detectron2.layers import ShapeSpec
@@ -161,15 +161,15 @@ def _box_heads(
     copy = FastRCNNConvFCHead(config, ShapeSpec(channels=channels, height=side, width=side)).eval()
     prefix = PART_PREFIXES["box_head"]
     own = {name.removeprefix(prefix): tensor for name, tensor in written.items() if name.startswith(prefix)}
-    _load(copy, own, "Detectron2's box head")
+    load_strictly(copy, own, "Detectron2's box head")
     return {"box_head": _source_part(component, facts)(regions)}, {"box_head": copy.double()(regions)}
 
 
-def _source_part(component: Component, facts: BackboneFacts) -> Any:
+def _source_part(component: Component, facts: ResNetFacts) -> Any:
     network, tensors = rebuild(component, facts), component.as_torchvision()
     held = {name.rpartition(".")[0] for name in tensors}
     fresh = [name for name in network.state_dict() if name.rpartition(".")[0] not in held]
-    _load(network, tensors, "the source's part", fresh)
+    load_strictly(network, tensors, "the source's part", fresh)
     return network.eval().double()
 
 
@@ -180,7 +180,12 @@ def _set_needs(config: Any, component: Component) -> None:
     config.merge_from_list([item for pair in wanted.items() for item in pair])
 
 
-def _check(differences: Mapping[str, float]) -> None:
+def check_differences(differences: Mapping[str, float]) -> None:
+    """Refuse differences that reach the limit.
+
+    Raises:
+        ProofError: one does.
+    """
     # "not <", so that a NaN fails.
     if wrong := {stage: d for stage, d in differences.items() if not d < TOLERANCE}:
         shown = ", ".join(f"{stage} by {d:.1e}" for stage, d in wrong.items())
@@ -188,7 +193,7 @@ def _check(differences: Mapping[str, float]) -> None:
 
 
 def other_padding(
-    facts: BackboneFacts, source: Mapping[str, torch.Tensor], padding: str, source_pixels: Pixels | None = None
+    facts: ResNetFacts, source: Mapping[str, torch.Tensor], padding: str, source_pixels: Pixels | None = None
 ) -> dict[str, float]:
     """Measure how much torchvision's padding, which is Detectron2's too, changes the features of a picture.
 
@@ -203,7 +208,7 @@ def other_padding(
     """
     with torch.no_grad():
         network = _source_network(facts, source)
-        image = _as_the_source_prepares(drawn_scene(), source_pixels or facts.pixels)
+        image = as_the_source_prepares(drawn_scene(), source_pixels or facts.pixels)
         even = _stages(network, image)
         for module in [m for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.MaxPool2d)]:
             strided = module.stride in (2, (2, 2)) and module.padding not in (0, (0, 0))
@@ -263,7 +268,8 @@ def _noise() -> torch.Tensor:
     return 118 + 58 * noise
 
 
-def _as_the_source_prepares(picture: torch.Tensor, pixels: Pixels) -> torch.Tensor:
+def as_the_source_prepares(picture: torch.Tensor, pixels: Pixels) -> torch.Tensor:
+    """Return a picture as most pipelines prepare it, from 0..1: (1, 3, H, W) of float64."""
     image = (picture if pixels.order == "RGB" else picture.flip(0)).double()  # (3, H, W)
     mean, std = (_column(values) / 255 for values in (pixels.mean, pixels.std))
     return ((image / 255 - mean) / std)[None]
@@ -279,7 +285,12 @@ def _column(values: Sequence[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)[:, None, None]
 
 
-def _relative(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def relative(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Return name -> max|a - b| / max|a|.
+
+    Raises:
+        ProofError: shapes differ, or there is nothing to compare.
+    """
     differences = {}
     for stage, a in wanted.items():  # (N, C, H', W')
         b = got[stage]
@@ -294,9 +305,9 @@ def _relative(wanted: Mapping[str, torch.Tensor], got: Mapping[str, torch.Tensor
     return differences
 
 
-def _source_network(facts: BackboneFacts, tensors: Mapping[str, torch.Tensor]) -> Any:
+def _source_network(facts: ResNetFacts, tensors: Mapping[str, torch.Tensor]) -> Any:
     network = network_for(facts)
-    _load(network, tensors, "the source network")
+    load_strictly(network, tensors, "the source network")
     return network.eval().double()
 
 
@@ -308,7 +319,7 @@ def _stages(network: Any, image: torch.Tensor) -> dict[str, torch.Tensor]:
     return features
 
 
-def _detectron2_config(facts: BackboneFacts) -> Any:
+def _detectron2_config(facts: ResNetFacts) -> Any:
     # Imported here, because conversion itself works without Detectron2.
     from detectron2.config import get_cfg
 
@@ -325,7 +336,7 @@ def _detectron2_config(facts: BackboneFacts) -> Any:
 
 def _detectron2_network(config: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     network = _detectron2_backbone(config)
-    _load(network, tensors, "Detectron2's network")
+    load_strictly(network, tensors, "Detectron2's network")
     return network.double()
 
 
@@ -338,8 +349,14 @@ def _detectron2_backbone(config: Any) -> Any:
     return build_backbone(config, ShapeSpec(channels=3)).eval()
 
 
-def _load(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], which: str, fresh: Sequence[str] = ()) -> None:
-    """Load strictly, except for batch counters, which were dropped on purpose, and names with a start in ``fresh``."""
+def load_strictly(
+    network: torch.nn.Module, tensors: Mapping[str, torch.Tensor], which: str, fresh: Sequence[str] = ()
+) -> None:
+    """Load strictly, except for batch counters, which were dropped on purpose, and names with a start in ``fresh``.
+
+    Raises:
+        ProofError: the network cannot hold the tensors, or needs others.
+    """
     try:
         keys = network.load_state_dict(dict(tensors), strict=False)
     except RuntimeError as error:  # a shape

@@ -10,16 +10,28 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moco_d2.convert.choice import Answer, Choice, Question
-from moco_d2.convert.find import Backbone, equal, find_backbones, find_places, selected, unique_prefix, unwrapped
+from moco_d2.convert.find import (
+    AnyNetwork,
+    Backbone,
+    Network,
+    equal,
+    find_backbones,
+    find_places,
+    selected,
+    unique_prefix,
+    unwrapped,
+)
 from moco_d2.convert.fingerprints import FINGERPRINTS, caffe, input_scale
 from moco_d2.convert.refusals import not_recognised
 from moco_d2.convert.sidecars import read_sidecar
-from moco_d2.convert.sources import ANY, SOURCES, TARGET_NETWORKS, CheckpointSource
-from moco_d2.facts import CAFFE_BGR, BackboneFacts
+from moco_d2.convert.sources import ANY, SOURCES, TARGET_NETWORKS, CheckpointSource, VitSource
+from moco_d2.facts import CAFFE_BGR, ResNetFacts
 from moco_d2.io.checkpoints import CheckpointError
+
+AnySource = TypeVar("AnySource", bound=CheckpointSource)
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Match:
     average: str = ""
 
 
-def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: BackboneFacts | None = None) -> Match:
+def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: ResNetFacts | None = None) -> Match:
     """Return the network to convert and its source.
 
     Args:
@@ -56,7 +68,7 @@ def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: 
     states = {place: unwrapped(state, path, choice) for place, state in places.items()}
     every = list(find_backbones(places, states, choice.norm == "GN"))
     backbones = selected(choice.prefix, every)
-    sources = _sources(checkpoint, path, choice)
+    sources = to_try(SOURCES, checkpoint, path, choice)
     fitting = _fitting(sources, checkpoint, backbones, choice)
     if not fitting:
         raise not_recognised(checkpoint, places, states, choice, sources, path)
@@ -64,7 +76,7 @@ def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: 
     candidates = [source for source, fits in fitting if fits is backbone]
     candidates = [source for source in candidates if source.has_signature] or candidates
     if not choice.source:
-        _check_others(candidates[0], backbone, backbones, choice, path)
+        check_others(candidates[0], backbone, backbones, choice, path)
     if stated:
         settled = stated.pixels, stated.stride_in_1x1
         candidates = [s for s in candidates if (s.pixels, s.stride_in_1x1) == settled] or candidates
@@ -77,14 +89,14 @@ def recognise(checkpoint: Mapping[Any, Any], path: Any, choice: Choice, stated: 
     return Match(source, backbone, also, source.average if has_average else "")
 
 
-def _sources(checkpoint: Mapping[Any, Any], path: Any, choice: Choice) -> list[CheckpointSource]:
+def to_try(records: Sequence[AnySource], checkpoint: Mapping[Any, Any], path: Any, choice: Choice) -> list[AnySource]:
     """Return the records to try: one alone, if the user or the file names it."""
-    sources = [s for s in SOURCES if (s.key == choice.source if choice.source else not s.on_request)]
+    sources = [s for s in records if (s.key == choice.source if choice.source else not s.on_request)]
     sources = [_adapted(source, checkpoint, path, choice) for source in sources]
     return [source for source in sources if source.declared and choice.prefix is None] or sources
 
 
-def _adapted(source: CheckpointSource, checkpoint: Mapping[Any, Any], path: Any, choice: Choice) -> CheckpointSource:
+def _adapted(source: AnySource, checkpoint: Mapping[Any, Any], path: Any, choice: Choice) -> AnySource:
     """Return a record as the file declares it; a prefix of the user's makes up for a damaged declaration."""
     try:
         return source.adapt(source, checkpoint, path) if source.adapt else source
@@ -175,22 +187,27 @@ def _same_naming(source: CheckpointSource, backbone: Backbone) -> bool:
 
 
 def _fits(source: CheckpointSource, backbone: Backbone, checkpoint: Mapping[Any, Any], choice: Choice) -> bool:
-    if not _same_naming(source, backbone):
+    if not _same_naming(source, backbone) or not shows(source, backbone, checkpoint, choice):
         return False
+    # The user's word replaces the signature.
+    return bool(choice.source) or not source.fingerprint or FINGERPRINTS[source.fingerprint](backbone)
+
+
+def shows(source: CheckpointSource, network: Network, checkpoint: Mapping[Any, Any], choice: Choice) -> bool:
+    """Return whether a network's prefix, the keys beside it and those of the file are as a record expects."""
     if source.prefix == ANY:
-        if TARGET_NETWORKS.search(backbone.where):
+        if TARGET_NETWORKS.search(network.where):
             return False
-    elif source.prefix != backbone.prefix:
+    elif source.prefix != network.prefix:
         return False
-    if choice.source:  # the user's word replaces the signature
+    if choice.source:
         return True
     top_level = [key for key in checkpoint if isinstance(key, str)]
     return (
         all(any(re.fullmatch(pattern, key) for key in top_level) for pattern in source.top_level)
         and not (source.without and any(re.fullmatch(source.without, k) and _filled(checkpoint[k]) for k in top_level))
-        and all(any(re.search(pattern, key) for key in backbone.keys) for pattern in source.signature)
-        and not (source.never and any(re.search(source.never, key) for key in backbone.keys))
-        and (not source.fingerprint or FINGERPRINTS[source.fingerprint](backbone))
+        and all(any(re.search(pattern, key) for key in network.keys) for pattern in source.signature)
+        and not (source.never and any(re.search(source.never, key) for key in network.keys))
     )
 
 
@@ -198,10 +215,14 @@ def _filled(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value)
 
 
-def _check_others(
-    source: CheckpointSource, backbone: Backbone, backbones: Sequence[Backbone], choice: Choice, path: Any
+def check_others(
+    source: CheckpointSource, backbone: AnyNetwork, backbones: Sequence[AnyNetwork], choice: Choice, path: Any
 ) -> None:
-    """Refuse a file with another network that might be meant."""
+    """Refuse a file with another network that might be meant.
+
+    Raises:
+        Question: it has one.
+    """
     others = [
         other
         for other in backbones
@@ -215,7 +236,11 @@ def _check_others(
             Answer(f"in {found.place or 'the top level'}", (replace(choice, prefix=unique_prefix(found, backbones)),))
             for found in (backbone, *others)
         ]
-        raise Question(path, f"it holds {len(others) + 1} different complete ResNets", choice, answers)
+        raise Question(path, f"it holds {len(others) + 1} different complete {_family(source)}", choice, answers)
+
+
+def _family(source: CheckpointSource) -> str:
+    return "ViTs" if isinstance(source, VitSource) else "ResNets"
 
 
 _TWIN = re.compile(r"(resnet|resnext)(aa|blur)\d|(resnet|resnext)\d+(aa|blur)", re.IGNORECASE)

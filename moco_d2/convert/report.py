@@ -14,7 +14,9 @@ from moco_d2.convert.convert import convert_checkpoint
 from moco_d2.convert.keys import dropped_by
 from moco_d2.convert.parts import part_of
 from moco_d2.convert.prove import TOLERANCE, other_padding, read_picture
+from moco_d2.convert.prove_vit import measure_apart
 from moco_d2.convert.sources import unwrap
+from moco_d2.facts import BackboneFacts, ResNetFacts, ViTFacts
 from moco_d2.io.checkpoints import checkpoint_sha256, some
 from moco_d2.io.files import check_named_file, has_keys, named_file
 from moco_d2.io.provenance import provenance, sha256
@@ -72,19 +74,25 @@ def report(
         "foreign": conversion.foreign,
         "elsewhere": dict(conversion.elsewhere),
         "facts": conversion.facts.as_dict(),
-        "norm": conversion.facts.norm,
+        "norm": getattr(conversion.facts, "norm", ""),
         "notes": list(conversion.notes),
         "proof": {"made": bool(differences), "tolerance": TOLERANCE, "differences": dict(differences)},
-        "source_padding": other_padding(
-            conversion.facts, conversion.source_tensors, record.padding, conversion.source_pixels
-        )
-        if record.padding
+        "source_padding": _other_padding(conversion),
+        "apart": measure_apart(conversion.facts, conversion.source_tensors, conversion.tensors)
+        if differences and isinstance(conversion.facts, ViTFacts)
         else {},
         "input": {"path": str(source), "sha256": conversion.source_sha256 or checkpoint_sha256(source)},
         "output": {"path": str(output), "sha256": sha256(os.fspath(output)), "config": str(config_path(output))},
         "config": conversion.config(),
         **provenance(),
     }
+
+
+def _other_padding(conversion: Conversion) -> dict[str, float]:
+    facts, padding = conversion.facts, conversion.source.padding
+    if not padding or not isinstance(facts, ResNetFacts):
+        return {}
+    return other_padding(facts, conversion.source_tensors, padding, conversion.source_pixels)
 
 
 is_report = has_keys("source", "mapped", "facts", "proof", "command")
@@ -133,11 +141,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         counts = Counter(part_of(name) for name in content["mapped"].values())
         converted = ", ".join(f"{part} ({counts[part]} tensors)" for part in facts["parts"])
         lines.append(f"parts    {converted}; fine-tuning from them is another protocol than from a backbone alone")
-    groups = f", {facts['groups']} groups of {facts['width_per_group']}" if facts["groups"] > 1 else ""
-    lines.append(
-        f"network  ResNet-{facts['depth']}, {facts['stem_channels']} channels in the stem, {facts['res2_channels']} in "
-        f"res2{groups}" + (", GroupNorm" if content["norm"] == "GN" else "")
-    )
+    lines.append(f"network  {_network(facts)}")
     lines.append("keys     " + ", ".join(f"{count} {what}" for what, count in content["counts"].items()))
     lines += [f"         dropped {n}: {reason}" for reason, n in Counter(content["dropped"].values()).items()]
     foreign = Counter(unwrap(key).partition(".")[0] for key in content["foreign"]).most_common()
@@ -149,6 +153,14 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     if content["source_padding"]:
         lines.append(f"padding  mean relative difference to the source's own: {_stages(content['source_padding'])}")
     lines.append(f"proof    largest relative difference: {_stages(proof)}" if proof else "proof    not made")
+    if content["apart"]:
+        lines.append(
+            "apart    mean relative difference of the tokens to those of the source with its class token, which"
+        )
+        lines.append(
+            "         Detectron2's ViT leaves out, and to timm's on pictures of 1.5 and 0.5 times the size, for"
+        )
+        lines.append(f"         which both resize the position embedding: {_stages(content['apart'])}")
     picture = content["proof"].get("picture")
     lines += [f"         on {picture['path']}, sha256 {picture['sha256']}"] if picture else []
     lines += [f"sha256   {content[end]['sha256']}  {content[end]['path']}" for end in ("input", "output")]
@@ -156,6 +168,19 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     lines.append(f"    MODEL.WEIGHTS {content['output']['path']}")
     lines += [f"    {k} " + (f'"{v}"' if isinstance(v, list) else str(v)) for k, v in content["config"].items()]
     return lines
+
+
+def _network(facts: Mapping[str, Any]) -> str:
+    network = BackboneFacts.from_dict(facts)
+    if isinstance(network, ViTFacts):
+        return f"{network.network}, pretrained on {network.image}x{network.image} pixels"
+    if not isinstance(network, ResNetFacts):
+        return network.network
+    groups = f", {network.groups} groups of {network.width_per_group}" if network.groups > 1 else ""
+    return (
+        f"{network.network}, {network.stem_channels} channels in the stem, {network.res2_channels} in res2{groups}"
+        + (", GroupNorm" if network.norm == "GN" else "")
+    )
 
 
 def _stages(differences: Mapping[str, float]) -> str:

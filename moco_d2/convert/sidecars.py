@@ -16,6 +16,7 @@ from moco_d2.facts import Pixels
 from moco_d2.io.checkpoints import CheckpointError
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+VIT_EPSILON = 1e-6  # of the norms of the ViTs built here
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Sidecars:
         file: the name of the one that may declare the input.
         pixels: the input; None: not declared.
         stride_in_1x1: where bottlenecks stride; None: not declared.
+        heads: of a ViT's attention; None: not declared.
         notes: for the report.
     """
 
     file: str
     pixels: Pixels | None = None
     stride_in_1x1: bool | None = None
+    heads: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -45,14 +48,16 @@ def read_sidecar(path: Any, name: str = CONFIG) -> dict[str, Any]:
 
 
 def read_timm(path: Any) -> Sidecars:
-    """Return the input that timm's ``config.json`` declares.
+    """Return the input, and perhaps a ViT's number of heads, that timm's ``config.json`` declares.
 
     Raises:
         CheckpointError: the mean or std is impossible.
     """
-    trained = read_sidecar(path).get("pretrained_cfg")
+    config = read_sidecar(path)
+    trained, arguments = config.get("pretrained_cfg"), config.get("model_args")
     fed = {"image_mean": trained.get("mean"), "image_std": trained.get("std")} if isinstance(trained, dict) else {}
-    return Sidecars(CONFIG, _pixels(fed, path, CONFIG))
+    heads = arguments.get("num_heads") if isinstance(arguments, dict) else None
+    return Sidecars(CONFIG, _pixels(fed, path, CONFIG), heads=heads if type(heads) is int else None)
 
 
 def read_transformers(path: Any) -> Sidecars:
@@ -72,10 +77,38 @@ def read_transformers(path: Any) -> Sidecars:
             f"{path}: its config.json has downsample_in_first_stage; Detectron2's ResNet has stride 1 in that stage, "
             "so this network cannot be converted"
         )
+    pixels, notes = _preprocessed(path, "ImageNet's are assumed")
+    stride = bool(config.get("downsample_in_bottleneck")) if config else None
+    return Sidecars(PREPROCESSOR, pixels, stride, notes=notes)
+
+
+def read_transformers_vit(path: Any) -> Sidecars:
+    """Return what the ``config.json`` and ``preprocessor_config.json`` of transformers declare of a ViT.
+
+    Raises:
+        CheckpointError: Detectron2's ViT cannot compute this network, or the mean or std is impossible.
+    """
+    config = read_sidecar(path)
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise CheckpointError(
+            f"{path}: its config.json says that hidden_act is {config['hidden_act']!r}; Detectron2's ViT has gelu, so "
+            "only networks with gelu can be converted"
+        )
+    pixels, notes = _preprocessed(path, "they must be chosen")
+    epsilon, heads = config.get("layer_norm_eps"), config.get("num_attention_heads")
+    if isinstance(epsilon, float) and epsilon != VIT_EPSILON:
+        notes += (
+            f"the epsilon of its norms is {epsilon:g} by its config.json, here {VIT_EPSILON:g}: where features vary "
+            f"little (a variance near {VIT_EPSILON:g}), they differ from the source's",
+        )
+    return Sidecars(PREPROCESSOR, pixels, heads=heads if type(heads) is int else None, notes=notes)
+
+
+def _preprocessed(path: Any, otherwise: str) -> tuple[Pixels | None, tuple[str, ...]]:
+    """Return the input that the preprocessor declares, and a note if it is there but does not."""
     pixels = _pixels(read_sidecar(path, PREPROCESSOR), path, PREPROCESSOR)
     unclear = pixels is None and (_folder(path) / PREPROCESSOR).exists()
-    notes = (f"its {PREPROCESSOR} holds no readable mean and std: ImageNet's are assumed",) if unclear else ()
-    return Sidecars(PREPROCESSOR, pixels, bool(config.get("downsample_in_bottleneck")) if config else None, notes)
+    return pixels, (f"its {PREPROCESSOR} holds no readable mean and std: {otherwise}",) if unclear else ()
 
 
 def _folder(path: Any) -> Path:

@@ -22,7 +22,7 @@ from torch import nn
 from moco_d2.convert.parts import PART_PREFIXES, needs, part_of
 from moco_d2.detection.checkpointer import load_content
 from moco_d2.detection.weight_file import COUNTER, convert_hint, read_weight_file
-from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels
+from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels, ResNetFacts
 from moco_d2.io.checkpoints import facts_in, some
 from moco_d2.io.version import FileVersion
 from moco_d2.running.weights import local_path
@@ -183,7 +183,7 @@ def random_weights(cfg: CfgNode) -> WeightsRecord:
 def facts_of(cfg: CfgNode) -> BackboneFacts:
     """Return the facts that a config implies for its backbone and pixels."""
     resnet = cfg.MODEL.RESNETS
-    return BackboneFacts(
+    return ResNetFacts(
         depth=resnet.DEPTH,
         stem_channels=resnet.STEM_OUT_CHANNELS,
         res2_channels=resnet.RES2_OUT_CHANNELS,

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from moco_d2.facts import BackboneFacts
-from moco_d2.layers.resnet import ARCHITECTURES, build_resnet, describe
+from moco_d2.facts import BackboneFacts, ResNetFacts, ViTFacts
+from moco_d2.layers import resnet, vit
 from moco_d2.messages import unknown_name
 from moco_d2.signature import defaults, refuse_unknown
 
@@ -31,17 +31,39 @@ class Encoder:
             replace it (:func:`~moco_d2.layers.heads.replace_head`) or leave it out
             (:func:`~moco_d2.layers.heads.without_head`).
         describe: ``describe(network, pixels, origin=, recipe=) -> facts``, by the shapes of the network's tensors; the
-            network has no head. The facts are those of a ResNet, the only kind so far.
+            network has no head. The facts are of a kind in :data:`moco_d2.facts.KINDS`.
     """
 
     build: Callable[..., nn.Module]
     describe: Callable[..., BackboneFacts]
 
 
+# Size of a token, heads.
+VITS = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}
+
 # By SSL.ENCODER.NAME.
 ENCODERS: dict[str, Encoder] = {
-    name: Encoder(functools.partial(build_resnet, name), describe) for name in ARCHITECTURES
+    name: Encoder(functools.partial(resnet.build_resnet, name), resnet.describe) for name in resnet.ARCHITECTURES
 }
+ENCODERS |= {
+    name: Encoder(functools.partial(vit.build_vit, dim=dim, heads=heads), vit.describe)
+    for name, (dim, heads) in VITS.items()
+}
+
+
+def network_for(facts: BackboneFacts) -> nn.Module:
+    """Build the network that a backbone's facts describe, without head: (N, 3, H, W) to (N, D).
+
+    Raises:
+        ValueError: the facts describe no known network; ModuleNotFoundError: it is a ViT, and timm is missing.
+    """
+    if isinstance(facts, ResNetFacts):
+        convolutional: nn.Module = resnet.network_for(facts)
+        return convolutional
+    if isinstance(facts, ViTFacts):
+        transformer: nn.Module = vit.network_for(facts)
+        return transformer
+    raise ValueError(f"no network is known for facts of kind {facts.kind}")
 
 
 def encoder_args(name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from moco_d2.facts import BackboneFacts, Pixels
+from moco_d2.facts import Pixels, ResNetFacts
 from moco_d2.layers.batch_norm import SyncBatchNorm2d
 from moco_d2.messages import unknown_name
 
@@ -122,7 +122,7 @@ def build_resnet(
     return network
 
 
-def network_for(facts: BackboneFacts) -> ResNet:
+def network_for(facts: ResNetFacts) -> ResNet:
     """Build the torchvision network that a backbone's facts describe, without head (``fc`` is an identity).
 
     With ``stride_in_1x1`` a bottleneck has its stride in the first convolution, as in Caffe's ResNets.
@@ -147,7 +147,7 @@ def network_for(facts: BackboneFacts) -> ResNet:
     return network
 
 
-def describe(network: nn.Module, pixels: Pixels | None = None, **kwargs: Any) -> BackboneFacts:
+def describe(network: nn.Module, pixels: Pixels | None = None, **kwargs: Any) -> ResNetFacts:
     """Return a ResNet's facts, read off the shapes of its tensors.
 
     Args:
@@ -161,7 +161,7 @@ def describe(network: nn.Module, pixels: Pixels | None = None, **kwargs: Any) ->
     return facts_from_shapes({k: tuple(v.shape) for k, v in network.state_dict().items()}, pixels or Pixels(), **kwargs)
 
 
-def facts_from_shapes(shapes: dict[str, torch.Size | tuple[int, ...]], pixels: Pixels, **kwargs: Any) -> BackboneFacts:
+def facts_from_shapes(shapes: dict[str, torch.Size | tuple[int, ...]], pixels: Pixels, **kwargs: Any) -> ResNetFacts:
     """Return the facts of a state dict under torchvision's names, by its shapes (see :func:`describe`)."""
     blocks = tuple(len({k.split(".")[1] for k in shapes if k.startswith(f"layer{s}.")}) for s in (1, 2, 3, 4))
     block = Bottleneck if "layer1.0.conv3.weight" in shapes else BasicBlock
@@ -172,7 +172,7 @@ def facts_from_shapes(shapes: dict[str, torch.Size | tuple[int, ...]], pixels: P
     conv2 = shapes["layer1.0.conv2.weight"]
     groups = conv2[0] // conv2[1]
     last = shapes[f"layer1.0.conv{3 if block is Bottleneck else 2}.weight"]
-    return BackboneFacts(
+    return ResNetFacts(
         depth=depth,
         stem_channels=shapes["conv1.weight"][0],
         res2_channels=last[0],

@@ -26,9 +26,8 @@ from moco_d2.io.checkpoints import (
     read_checkpoint,
     some,
 )
-from moco_d2.layers.encoders import ENCODERS, encoder_builder
+from moco_d2.layers.encoders import ENCODERS, encoder_builder, network_for
 from moco_d2.layers.heads import without_head
-from moco_d2.layers.resnet import network_for
 from moco_d2.running.seeds import seeded
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ def load_backbone(weights: str, cfg: CfgNode) -> Backbone:
     path = fetch(weights.removeprefix(PREFIX)) if weights.startswith(PREFIX) else weights
     content = read_checkpoint(path)
     state, facts, read_as = _own(content, path) or _converted(content, path)
-    network = network_for(facts)
+    network: Any = network_for(facts)
     if tuple(state["conv1.weight"].shape[2:]) == (3, 3):  # the CIFAR stem, which cannot be converted, can be probed
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
         network.maxpool = nn.Identity()
@@ -140,7 +139,7 @@ def _check(state: State, facts: BackboneFacts, path: str | os.PathLike[str]) -> 
     ]
     if wrong:
         raise CheckpointError(
-            f"{path}: {len(wrong)} tensors are missing or do not fit its facts (a ResNet-{facts.depth}): {some(wrong)}"
+            f"{path}: {len(wrong)} tensors are missing or do not fit its facts (a {facts.network}): {some(wrong)}"
             "; the file is incomplete or was edited"
         )
     check_values({name: state[name] for name in shapes if not name.endswith("num_batches_tracked")}, path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_vit_convert
 import torch
 from checkpoint_layouts import (
     LAYOUTS,
@@ -386,21 +387,34 @@ def test_what_bake_and_the_way_back_advise(
 COVERED = {
     ("back.py", "or convert this one without --to first"): "test_what_bake_and_the_way_back_advise",
     ("back.py", "; convert it without --to first"): "test_what_bake_and_the_way_back_advise",
+    ("back.py", "use --to timm, or --to moco"): "test_the_way_back_is_exact",
     ("bake.py", "convert without --bake"): "test_what_bake_and_the_way_back_advise",
+    ("bake.py", "use its config without --bake"): "test_the_report_and_the_command",
     ("catalog.py", "moco-d2 convert --list"): "test_what_bake_and_the_way_back_advise",
     ("choice.py", "--source"): "source of another project",
     ("choice.py", "--prefix"): "mistyped prefix",
     ("choice.py", "--norm"): "GroupNorm",
     ("choice.py", "--with"): "a part that the source has not",
+    ("choice.py", "--heads"): "a classifier, and no word on the input",
     ("choice.py", "--drop"): "heads at the top",
     ("choice.py", "--drop "): "test_an_expression_that_is_none_is_told",
     ("convert.py", " (--with "): "test_a_report_offers_only_what_the_file_has",
     ("convert.py", "--source "): "test_a_moving_average_that_a_report_offers_converts",
+    ("convert.py", "--heads is for ViTs"): "test_heads_come_from_the_user_the_facts_or_a_sidecar",
     ("keys.py", "as --drop "): "test_the_tool_drops_and_says_so",
     ("keys.py", " and of --with"): "drop that finds the backbone",
     ("keys.py", "--drop "): "drop that finds nothing",
     ("refusals.py", "it does not look like --source "): "source of another project",
     ("refusals.py", " (--prefix "): "mistyped prefix",
+    ("prove_vit.py", "--no-proof"): "test_without_timm_the_proof_is_refused_before_anything_is_written",
+    ("vit.py", "--with"): "test_options_of_resnets_are_refused",
+    ("vit.py", "--norm"): "test_options_of_resnets_are_refused",
+    ("vit.py", "give it with --heads N"): "test_heads_come_from_the_user_the_facts_or_a_sidecar",
+    ("vit.py", "(--heads N says another number)"): "test_heads_come_from_the_user_the_facts_or_a_sidecar",
+    ("vit.py", "--drop "): "an expression that finds the network",
+    ("vit_find.py", "--source "): "test_a_source_of_vits_that_the_file_is_not",
+    ("vit_find.py", "it does not look like --source "): "a wrong source",
+    ("vit_find.py", " (--prefix "): "a mistyped prefix",
 }
 
 
@@ -416,4 +430,5 @@ def test_no_message_names_an_option_that_is_not_tried_here() -> None:
                 found.add(next((key for key in COVERED if key[0] == path.name and key[1] in text), (path.name, text)))
                 found |= {key for key in COVERED if key == (path.name, text)}
     assert found == set(COVERED)
-    assert all(name in ADVICE or name in globals() for name in COVERED.values())
+    rows = {*ADVICE, *globals(), *test_vit_convert.ADVICE, *vars(test_vit_convert)}
+    assert set(COVERED.values()) <= rows

@@ -18,7 +18,7 @@ from moco_d2.config import load_cfg
 from moco_d2.convert import CheckpointError, convert_checkpoint, convert_state, read_checkpoint, read_facts
 from moco_d2.convert.back import restore, take_back
 from moco_d2.detection.weights import load_weights
-from moco_d2.facts import IMAGENET_RGB, BackboneFacts
+from moco_d2.facts import IMAGENET_RGB, ResNetFacts
 from moco_d2.layers.resnet import build_resnet
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -188,7 +188,7 @@ def test_what_is_missing_is_named(files: Path) -> None:
             ["are GroupNorm", "no running_mean", "convert it without --to first"],
         ),
         ({k: v for k, v in converted.items() if k != "facts"}, ["has no facts", "moco-d2 train"]),
-        ({"facts": BackboneFacts().as_dict(), "epoch": 3}, ["no known ResNet", "facts, epoch"]),
+        ({"facts": ResNetFacts().as_dict(), "epoch": 3}, ["no known ResNet", "facts, epoch"]),
         (stated(converted, depth=51), ["no ResNet that can be built", "depth is 51"]),
         (stated(converted, stem_channels=64), ["contradict", "stem_channels is 16 by the tensors, 64 by the facts"]),
     ):

@@ -20,7 +20,7 @@ from moco_d2.convert import (
     read_facts,
 )
 from moco_d2.convert.bake import bake, baked
-from moco_d2.facts import CAFFE_BGR, IMAGENET_RGB, BackboneFacts, Pixels
+from moco_d2.facts import CAFFE_BGR, IMAGENET_RGB, Pixels, ResNetFacts
 from moco_d2.layers.resnet import network_for
 
 SWAV = Pixels(std=(58.14, 57.12, 57.375))
@@ -60,7 +60,7 @@ def test_baked_weights_agree_under_detectron2s_default_input(
 
 def test_the_first_convolution_agrees_to_float32_at_full_width() -> None:
     net = network(width=1)
-    tensors, facts = bake(net.state_dict(), BackboneFacts())
+    tensors, facts = bake(net.state_dict(), ResNetFacts())
     baked = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
     baked.load_state_dict({"weight": tensors["conv1.weight"]})
     picture = torch.randint(0, 256, (1, 3, 224, 224), generator=torch.Generator().manual_seed(0)).double()
@@ -86,7 +86,7 @@ def test_another_mean_is_refused(conversion: Conversion, pixels: Pixels, words: 
 
 def test_another_mean_would_show_at_the_border() -> None:
     # What the refusal says: moving the mean into the following bias is exact inside and wrong at the border.
-    facts = BackboneFacts(stem_channels=16, res2_channels=64, width_per_group=16, pixels=Pixels("RGB", (0, 0, 0)))
+    facts = ResNetFacts(stem_channels=16, res2_channels=64, width_per_group=16, pixels=Pixels("RGB", (0, 0, 0)))
     net = network_for(facts).eval()
     picture = torch.rand(1, 3, 64, 64, dtype=torch.float64) * 255
     shift = torch.tensor(IMAGENET_RGB.mean).div(torch.tensor(IMAGENET_RGB.std)).view(1, 3, 1, 1)

@@ -35,7 +35,7 @@ from torch import nn
 
 from moco_d2.convert import SOURCES, CheckpointError, Choice, convert_checkpoint, convert_state, prove, read_facts
 from moco_d2.convert.names import DETECTRON2, TORCHVISION, rename_table
-from moco_d2.facts import CAFFE_BGR, IMAGENET_RGB, BackboneFacts
+from moco_d2.facts import CAFFE_BGR, IMAGENET_RGB, BackboneFacts, ResNetFacts
 from moco_d2.io.provenance import sha256
 from moco_d2.layers.resnet import DEPTHS, network_for
 
@@ -314,7 +314,7 @@ def test_official_resnet50_through_the_tool(
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_names_are_the_networks_own_and_invert(depth: int) -> None:
     with torch.device("meta"):
-        own = network_for(BackboneFacts(depth=depth)).state_dict()
+        own = network_for(ResNetFacts(depth=depth)).state_dict()
     assert TORCHVISION.names(depth) == [key for key in own if "num_batches" not in key]
     there, back = rename_table(TORCHVISION, DETECTRON2, depth), rename_table(DETECTRON2, TORCHVISION, depth)
     assert {back[there[key]]: key for key in there} == {key: key for key in there}
@@ -336,7 +336,7 @@ def test_stated_stride_and_pixels_are_kept(net: nn.Module, tmp_path: Path) -> No
     stated = {
         **facts(net).as_dict(),
         "stride_in_1x1": True,
-        "pixels": BackboneFacts(pixels=CAFFE_BGR).as_dict()["pixels"],
+        "pixels": ResNetFacts(pixels=CAFFE_BGR).as_dict()["pixels"],
     }
     torch.save({"state_dict": trunk(net), "facts": stated}, tmp_path / "in.pth")
     conversion, _ = convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pkl")
@@ -474,7 +474,7 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
     ),
     "vit": (
         lambda s: {"state_dict": {"module.patch_embed.proj.weight": torch.ones(8, 3, 16, 16)}},
-        ["vision transformer", "only ResNets"],
+        ["vision transformer of another form", "only plain ViTs"],
     ),
     "no-trunk-in-detectron2": (
         lambda s: {"model": {n: torch.ones(1) for n in DETECTRON2.names(50) if "res4" not in n}},
@@ -548,21 +548,9 @@ REFUSALS: dict[str, tuple[Callable[[State], dict[str, Any]], list[str]]] = {
         },
         ["CIFAR stem", "shortcut.0"],
     ),
-    "moco-v3-vit": (
-        lambda s: {
-            "state_dict": {
-                f"module.base_encoder.{key}": torch.ones(3)
-                for key in (
-                    *("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight"),
-                    "head.0.weight",
-                )
-            }
-        },
-        ["vision transformer"],
-    ),
     "solo-cifar": (lambda s: {"state_dict": under("backbone.", cifar(s))}, ["CIFAR stem", "(16, 3, 3, 3)"]),
     "facts-of-another-run": (
-        lambda s: {"state_dict": s, "facts": BackboneFacts().as_dict()},
+        lambda s: {"state_dict": s, "facts": ResNetFacts().as_dict()},
         ["contradict", "stem_channels is 16 by the tensors, 64 by the facts"],
     ),
     "facts-that-are-no-mapping": (lambda s: {"state_dict": s, "facts": []}, ["`facts` are not valid", "are a list"]),

@@ -15,7 +15,7 @@ import yaml
 from moco_d2.convert import convert_checkpoint, read_checkpoint, read_facts
 from moco_d2.convert.back import restore
 from moco_d2.convert.report import convert_and_report, write_report
-from moco_d2.facts import BackboneFacts
+from moco_d2.facts import ResNetFacts
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_config_of_the_user_s_is_kept(text: bytes, source: Path, tmp_path: Pat
 )
 def test_an_origin_cannot_leave_the_config_s_comment(origin: str, source: Path, tmp_path: Path) -> None:
     """The origin is any text of a stranger's file, and Detectron2 reads a config's YAML with its code."""
-    facts = BackboneFacts(depth=18, res2_channels=64, origin=origin)
+    facts = ResNetFacts(depth=18, res2_channels=64, origin=origin)
     torch.save({"state_dict": read_checkpoint(source), "facts": facts.as_dict()}, tmp_path / "in.pth")
     for _ in range(2):  # the second conversion recognises the first one's files
         convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth", proof=False)

@@ -210,7 +210,6 @@ def test_timm_group_norm(tmp_path: Path) -> None:
         ("seresnet50", "channel attention"),
         ("resnetblur18", "anti-aliased"),
         ("resnetaa34d", "anti-aliased|three 3x3"),
-        ("vit_tiny_patch16_224", "vision transformer"),
         ("resnetv2_50", "pre-activation"),
         ("regnety_002", "RegNet"),
     ],

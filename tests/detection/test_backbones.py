@@ -9,7 +9,7 @@ from detectron2.modeling import build_backbone, build_model
 
 from moco_d2.config import load_cfg
 from moco_d2.detection.preflight import run_problems
-from moco_d2.facts import BackboneFacts
+from moco_d2.facts import ResNetFacts
 
 C4 = "PascalVOC-Detection/faster_rcnn_R_50_C4_24k"
 FPN = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"
@@ -58,7 +58,7 @@ def test_detectron2s_builder_of_another_width_is_refused_with_the_name_of_ours()
         "MODEL.BACKBONE.NAME is build_resnet_fpn_backbone, which builds a ResNet-18 with 64 channels in res2 only, but "
         "MODEL.RESNETS.RES2_OUT_CHANNELS is 16: pass MODEL.BACKBONE.NAME build_basic_resnet_backbone"
     ]
-    narrow = BackboneFacts(depth=18, stem_channels=16, res2_channels=16, width_per_group=64)
+    narrow = ResNetFacts(depth=18, stem_channels=16, res2_channels=16, width_per_group=64)
     assert narrow.contradictions(basic(FPN, width=16)) == [
         "MODEL.BACKBONE.NAME is build_resnet_fpn_backbone in the config, "
         "but the weights need build_basic_resnet_backbone"

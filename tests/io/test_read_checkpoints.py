@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 
 from moco_d2.convert import CheckpointError, read_checkpoint, read_facts
-from moco_d2.facts import CAFFE_BGR, BackboneFacts
+from moco_d2.facts import CAFFE_BGR, ResNetFacts
 from moco_d2.io.unpickle import Stub
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
@@ -346,7 +346,7 @@ def test_python2_and_old_numpy_pickles(tmp_path: Path) -> None:
 
 
 def test_facts_round_trip(tmp_path: Path) -> None:
-    facts = BackboneFacts(depth=101, pixels=CAFFE_BGR, stride_in_1x1=True, origin="here", recipe="p")
+    facts = ResNetFacts(depth=101, pixels=CAFFE_BGR, stride_in_1x1=True, origin="here", recipe="p")
     torch.save({"model": {"w": WEIGHT}, "facts": facts.as_dict()}, tmp_path / "a.pth")
     assert read_facts(tmp_path / "a.pth") == facts
     torch.save({"model": {"w": WEIGHT}}, tmp_path / "b.pth")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moco_d2.config.values import fits
-from moco_d2.facts import BackboneFacts
+from moco_d2.facts import BackboneFacts, ResNetFacts
 from moco_d2.layers.encoders import ENCODERS, encoder_args, encoder_builder
 from moco_d2.layers.heads import head_name, replace_head, without_head
 from moco_d2.layers.resnet import build_resnet, describe, network_for
@@ -101,13 +101,13 @@ def test_zero_init_residual_makes_every_block_the_identity_and_draws_nothing_els
 
 
 def test_facts_of_an_earlier_version_are_read_and_another_kind_is_refused() -> None:
-    facts = BackboneFacts(depth=101, origin="here", recipe="moco_v2_R50_200ep")
+    facts = ResNetFacts(depth=101, origin="here", recipe="moco_v2_R50_200ep")
     earlier = facts.as_dict()
     earlier["protocol"] = earlier.pop("recipe")
     del earlier["kind"], earlier["norm"]
     assert BackboneFacts.from_dict(earlier) == facts
-    with pytest.raises(ValueError, match=r"of kind 'vit'.*knows resnet only: install a newer version"):
-        BackboneFacts.from_dict({"kind": "vit", "patch": 16})
+    with pytest.raises(ValueError, match=r"of kind 'mixer'.*knows resnet, vit only: install a newer version"):
+        BackboneFacts.from_dict({"kind": "mixer", "patch": 16})
     with pytest.raises(ValueError, match="norm is 'LN'"):
         BackboneFacts.from_dict({**facts.as_dict(), "norm": "LN"})
 
@@ -115,7 +115,7 @@ def test_facts_of_an_earlier_version_are_read_and_another_kind_is_refused() -> N
 def test_a_config_without_group_norm_contradicts_weights_that_have_it() -> None:
     from detectron2.config import get_cfg
 
-    cfg, facts = get_cfg(), BackboneFacts(norm="GN")
+    cfg, facts = get_cfg(), ResNetFacts(norm="GN")
     cfg.MODEL.RESNETS.NORM = "SyncBN"
     assert "MODEL.RESNETS.NORM is SyncBN in the config, but the weights need GN" in facts.contradictions(cfg)
-    assert not any("NORM" in line for line in BackboneFacts().contradictions(cfg))
+    assert not any("NORM" in line for line in ResNetFacts().contradictions(cfg))

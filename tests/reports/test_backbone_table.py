@@ -15,7 +15,7 @@ from recorded_runs import VOC_C4, record
 
 from moco_d2.commands.report import main
 from moco_d2.config import load_cfg
-from moco_d2.facts import BackboneFacts
+from moco_d2.facts import ResNetFacts
 from moco_d2.io.provenance import sha256
 from moco_d2.reports import pictures, report
 
@@ -34,7 +34,7 @@ def pretrain(folder: Path, recipe: str = RECIPE, done: int = 40, queue: int = 64
             "contrast_acc1": 0.2, "contrast_acc5": 0.5, "monitor/knn_top1": 30 + step / 2, "unreadable_images": 0,
         })  # fmt: skip
     (folder / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"iterat')
-    facts = BackboneFacts(origin=f"moco_d2 MoCo on photos, {done} of 40 iterations", recipe=recipe).as_dict()
+    facts = ResNetFacts(origin=f"moco_d2 MoCo on photos, {done} of 40 iterations", recipe=recipe).as_dict()
     weights = torch.tensor([fall, done])
     torch.save({"model": {"encoder_q.x": weights}, "facts": facts}, folder / f"model_{done - 1:07d}.pth")
     torch.save({"state_dict": {"x": weights}, "facts": facts}, folder / "backbone.pth")

@@ -27,6 +27,7 @@ from moco_d2.convert.sources.record import (
     unwrap,
 )
 from moco_d2.convert.sources.unsupported import UNSUPPORTED, Unsupported
+from moco_d2.convert.sources.vits import INVISIBLE_IN_VITS, VIT_SOURCES, VIT_UNSUPPORTED, VitSource
 
 __all__ = [
     "ANY",
@@ -34,13 +35,17 @@ __all__ = [
     "DETECTOR_HEADS",
     "INSIDE_HEADS",
     "INVISIBLE",
+    "INVISIBLE_IN_VITS",
     "NAMINGS",
     "SOURCES",
     "TARGET_NETWORKS",
     "UNSUPPORTED",
+    "VIT_SOURCES",
+    "VIT_UNSUPPORTED",
     "WRAPPERS",
     "CheckpointSource",
     "Unsupported",
+    "VitSource",
     "unwrap",
 ]
 

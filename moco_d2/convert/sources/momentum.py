@@ -27,7 +27,7 @@ _RESIM_FPN = tuple(
 )
 
 
-def _declared(source: CheckpointSource, checkpoint: Mapping[Any, Any], path: Any) -> CheckpointSource:
+def declared_by_file(source: CheckpointSource, checkpoint: Mapping[Any, Any], path: Any) -> CheckpointSource:
     """Take the prefix from the file, which names its method; files without this entry are older and MoCo's."""
     found = backbone_in(checkpoint, path)
     if found is None:
@@ -64,7 +64,7 @@ MOMENTUM = (
         rest="the rest of the method's training checkpoint",
         others=r"^model\.",
         encoder=QUERY,
-        adapt=_declared,
+        adapt=declared_by_file,
     ),
     CheckpointSource(
         name="ReSim",

@@ -95,7 +95,7 @@ class CheckpointSource:
     others: str = ""
     read: Callable[[Mapping[Any, Any]], dict[str, Mapping[str, Any]]] | None = None
     sidecars: Callable[[Any], Sidecars] = read_timm
-    adapt: Callable[[CheckpointSource, Mapping[Any, Any], Any], CheckpointSource] | None = None
+    adapt: Callable[[Any, Mapping[Any, Any], Any], Any] | None = None
     declared: str = ""
 
     @property

@@ -21,6 +21,10 @@ class Unsupported:
 
 
 _ONLY = "only ResNets as torchvision and Detectron2 build them can be converted"
+_PLAIN = (
+    "of vision transformers, only plain ViTs can be converted: one square convolution as patch_embed, a class token, "
+    "and blocks, as in timm, MoCo v3, DINO, MAE, transformers and torchvision"
+)
 _STEM = "Detectron2's ResNet has one 7x7 convolution there; it cannot hold these weights"
 
 UNSUPPORTED: tuple[Unsupported, ...] = (
@@ -53,9 +57,15 @@ UNSUPPORTED: tuple[Unsupported, ...] = (
         "only ResNets can be converted",
     ),
     Unsupported(
-        r"(^|\.)(patch_embed\.|(cls|class)_token$|blocks\.\d+\.(attn|norm1|mlp)\.|features\.\d+\.\d+\.attn\.)",
-        "a vision transformer (patch_embed, blocks)",
-        "only ResNets can be converted",
+        r"(^|\.)layers\.\d+\.blocks\.\d+\.(attn|attention)\.|features\.\d+\.\d+\.attn\.",
+        "a Swin transformer (a pyramid with shifted windows)",
+        _PLAIN,
+    ),
+    Unsupported(r"(^|\.)(pre_layrnorm|ln_pre)\.", "CLIP's vision transformer (a norm before the first block)", _PLAIN),
+    Unsupported(
+        r"(^|\.)(patch_embed\.|(cls|class)_token$|blocks\.\d+\.(attn|norm1|mlp)\.)",
+        "a vision transformer of another form (patch_embed, blocks)",
+        _PLAIN,
     ),
     Unsupported(
         r"(^|\.)(encoder\.layers?\.(\d+|encoder_layer_\d+)|transformer\.resblocks|embeddings\.(word|token)_embeddings?)\.",

@@ -25,7 +25,9 @@ from typing import Any
 
 from moco_d2.commands import cli, trials
 
-_PROTOCOLS = ("moco", "moco_v3", "simsiam", "swav", "barlow_twins", "dino", "moco_cached")
+_PROTOCOLS = (
+    "moco", "moco_v3", "moco_v3_vit", "simsiam", "swav", "barlow_twins", "dino", "dino_vit_s", "moco_cached",
+)  # fmt: skip
 _SEMI_PROTOCOLS = ("swav_1", "swav_10", "barlow_twins_1", "barlow_twins_10", "vicreg_1", "vicreg_10")
 
 

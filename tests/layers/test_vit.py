@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hidden_modules import run_without
 from torch import nn
 
 from moco_d2.facts import BackboneFacts, Pixels, ViTFacts
@@ -152,8 +150,7 @@ def test_attention_of_the_class_token_is_the_softmax_of_its_query() -> None:
     found = class_attention(network, x)
     assert found.shape == (2, 2, 4, 3) and (found > 0).all() and (found.flatten(2).sum(2) < 1).all()
     last = network.blocks[-1]
-    _, (tokens, *_) = [], network.get_intermediate_layers(x, n=[1], return_prefix_tokens=True)
-    patches, prefix = tokens
+    ((patches, prefix),) = network.get_intermediate_layers(x, n=[1], return_prefix_tokens=True)
     tokens = torch.cat([prefix, patches], 1)
     q, k, _ = last.attn.qkv(last.norm1(tokens)).view(2, 13, 3, 2, 12).unbind(2)
     scores = torch.stack([q[:, 0, head, None] @ k[:, :, head].transpose(1, 2) for head in range(2)], 1)
@@ -172,9 +169,3 @@ def test_compiled_and_in_channels_last_it_computes_the_same() -> None:
         torch.testing.assert_close(network(x), value)
     with torch.autocast("cpu", torch.bfloat16):
         assert build_vit(5, **SMALL)(pictures[0].float()).dtype == torch.bfloat16
-
-
-def test_without_timm_the_remedy_is_named(tmp_path: Path) -> None:
-    code = "from moco_d2.layers.encoders import ENCODERS; ENCODERS['vit_tiny'].build()"
-    done = run_without(("timm",), tmp_path, "-c", code)
-    assert "ValueError: a ViT needs timm (No module named 'timm'): pip install 'moco_d2[vit]'" in done.stderr

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     neighbours = pages.add_parser("neighbours", help="the pictures whose features are most similar to a picture's")
     for page in (attention, neighbours):
         _add_backbone(page)
-    neighbours.add_argument("--queries", type=cli.expanded, metavar="SET", help="pictures to ask for (default: the same)")
+    neighbours.add_argument("--queries", type=cli.expanded, metavar="SET", help="pictures to ask for (default: these)")
     neighbours.add_argument("--k", type=int, default=8, help="neighbours of each query (default: %(default)s)")
     for page in (samples, detections, attention, neighbours):
         page.add_argument("--output", required=True, type=cli.path, metavar="FOLDER", help="a new folder")

@@ -164,7 +164,8 @@ def class_attention(network: Any, x: torch.Tensor) -> torch.Tensor:
         network(x)
     finally:
         handle.remove()
-    q, k, _ = found[0].unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, tokens, D / heads)
+    # Each (N, heads, tokens, D / heads).
+    q, k, _ = found[0].unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     weights = (q[:, :, :1] @ k.transpose(2, 3) * attention.scale).softmax(dim=3)  # (N, heads, 1, tokens)
     return weights[:, :, 0, 1:].unflatten(2, grid)
 

@@ -87,7 +87,8 @@ def load_backbone(weights: str, cfg: CfgNode) -> Backbone:
     content = read_checkpoint(path)
     state, facts, read_as = _own(content, path) or _converted(content, path)
     network: Any = network_for(facts)
-    if isinstance(facts, ResNetFacts) and state["conv1.weight"].shape[2] == 3:  # the CIFAR stem, which cannot be converted, can be probed
+    # The CIFAR stem, which cannot be converted, can be probed.
+    if isinstance(facts, ResNetFacts) and state["conv1.weight"].shape[2] == 3:
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
         network.maxpool = nn.Identity()
     network.load_state_dict({name: state[name] for name in network.state_dict() if name in state})

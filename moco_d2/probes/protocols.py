@@ -82,9 +82,13 @@ PROTOCOLS: dict[str, LinearProtocol] = {
         0.001, 1024, 100, bicubic=True, source="facebookresearch/dino eval_linear.py, average-pooled ResNet-50"
     ),
     "dino_vit_s": LinearProtocol(
-        0.001, 1024, 100, bicubic=True, blocks=4,
+        0.001,
+        1024,
+        100,
+        bicubic=True,
+        blocks=4,
         source="facebookresearch/dino eval_linear.py, ViT-S: class tokens of the last four blocks",
-    ),  # fmt: skip
+    ),
     "moco_cached": replace(_MOCO, cached=True, source="no paper: moco's classifier on features without augmentation"),
 }
 

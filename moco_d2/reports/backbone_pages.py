@@ -71,9 +71,9 @@ def attention_page(
         caption = f"{_name(pictures, number)}: the picture, the mean of {len(maps)} heads, then each head"
         figures.append(figure(folder, f"{number:05d}", _tiles(np.asarray(seen), maps, patch), caption, "png", 2000))
     text = (
-        f"<p>{html.escape(backbone.path)}: {html.escape(backbone.facts.network)} ({html.escape(backbone.facts.origin)})."
-        f" Attention of the last block's class token to the patches of {len(figures)} pictures of "
-        f"{html.escape(pictures.name)}, {size} pixels high or wide; a map's brightest patch has its largest value.</p>"
+        f"<p>{_described(backbone)} Attention of the last block's class token to the patches of {len(figures)} "
+        f"pictures of {html.escape(pictures.name)}, {size} pixels high or wide; a map's brightest patch has its "
+        "largest value.</p>"
     )
     return write_page(folder, "Attention of the class token", text + "".join(figures))
 
@@ -142,7 +142,8 @@ def neighbours_page(
     chosen = asked.part(evenly(len(asked), count))
     bank, found = (features_of(backbone, one, cfg, size) for one in (pictures, chosen))
     values, similar = F.normalize(bank.values, dim=1), F.normalize(found.values, dim=1)
-    number_of = {} if pictures.boxes is not None else {os.path.realpath(path): n for n, path in enumerate(pictures.files)}
+    paths = [os.path.realpath(path) for path in pictures.files] if pictures.boxes is None else []
+    number_of = {path: number for number, path in enumerate(paths)}
     rows = []
     for number, feature in zip(found.labels.tolist(), similar, strict=True):
         itself = number if queries is None else number_of.get(os.path.realpath(asked.files[number]), -1)
@@ -150,13 +151,14 @@ def neighbours_page(
         similarity = (values @ feature).masked_fill(bank.labels == itself, -torch.inf)
         best = similarity.topk(min(k, len(similarity) - 1))
         shown = [_thumb(folder, asked, number, f"{number:05d}-query", "query", cfg)]
-        for rank, (value, which) in enumerate(zip(best.values.tolist(), bank.labels[best.indices].tolist(), strict=True)):
+        numbers = bank.labels[best.indices].tolist()
+        for rank, (value, which) in enumerate(zip(best.values.tolist(), numbers, strict=True)):
             shown.append(_thumb(folder, pictures, which, f"{number:05d}-{rank}", f"{value:.3f}", cfg))
         rows.append(f'<div class="row">{"".join(shown)}</div>')
     text = (
-        f"<p>{html.escape(backbone.path)}: {html.escape(backbone.facts.network)} ({html.escape(backbone.facts.origin)})."
-        f" A row has a query of {html.escape(asked.name)}, and its nearest of the {len(bank.labels)} pictures of "
-        f"{html.escape(pictures.name)} with the cosine of the features, at {size} pixels.</p>"
+        f"<p>{_described(backbone)} A row has a query of {html.escape(asked.name)}, and its nearest of the "
+        f"{len(bank.labels)} pictures of {html.escape(pictures.name)} with the cosine of the features, at {size} "
+        "pixels.</p>"
     )
     return write_page(folder, "Nearest neighbours", text + "".join(rows))
 
@@ -167,6 +169,10 @@ def _thumb(folder: Path, pictures: LabelledSet, number: int, name: str, words: s
         factor = _THUMB // max(image.size)
         image = image.resize([side * factor for side in image.size], Image.Resampling.NEAREST)
     return figure(folder, name, np.asarray(image), f"{words}: {_name(pictures, number)}", "png", _THUMB)
+
+
+def _described(backbone: Backbone) -> str:
+    return html.escape(f"{backbone.path}: {backbone.facts.network} ({backbone.facts.origin}).")
 
 
 def _name(pictures: LabelledSet, number: int) -> str:

@@ -140,7 +140,7 @@ class PretrainStep(SimpleTrainer):
             self.grad_scaler.load_state_dict(scaler)
 
 
-def first_layer(method: SSLMethod) -> nn.Parameter | None:
+def first_layer(method: SSLMethod) -> torch.Tensor | None:
     """Return the weights of a method's first trainable Linear or convolution, in the order of its modules.
 
     It is the stem of a ResNet and the patch projection of a ViT; if that is frozen, the first block's ``attn.qkv``.

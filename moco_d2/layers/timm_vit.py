@@ -22,6 +22,8 @@ class ViT(VisionTransformer):
     """
 
     head_name = "head"
+    cls_token: nn.Parameter
+    pos_embed: nn.Parameter
 
     def __init__(self, **kwargs: Any) -> None:
         norm = functools.partial(nn.LayerNorm, eps=EPS)

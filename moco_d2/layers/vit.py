@@ -166,8 +166,9 @@ def class_attention(network: Any, x: torch.Tensor) -> torch.Tensor:
         handle.remove()
     # Each (N, heads, tokens, D / heads).
     q, k, _ = found[0].unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    weights = (q[:, :, :1] @ k.transpose(2, 3) * attention.scale).softmax(dim=3)  # (N, heads, 1, tokens)
-    return weights[:, :, 0, 1:].unflatten(2, grid)
+    weights: torch.Tensor = (q[:, :, :1] @ k.transpose(2, 3) * attention.scale).softmax(dim=3)  # (N, heads, 1, tokens)
+    maps: torch.Tensor = weights[:, :, 0, 1:].unflatten(2, grid)
+    return maps
 
 
 def network_for(facts: ViTFacts) -> Any:

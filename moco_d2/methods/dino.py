@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,9 +139,10 @@ class DINO(SSLMethod):
         sizes = (cut_head(backbone), *[hidden] * (layers - 1), bottleneck)
         self.student = Network(backbone, Head(sizes, outputs, head_norm, norm_last_layer))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        for module in self.teacher.modules():
-            if hasattr(module, "drop_prob"):  # timm's DropPath: the authors' teacher uses all of its blocks
-                module.drop_prob = 0.0
+        # timm's DropPath: the authors' teacher uses all of its blocks.
+        dropping: list[Any] = [module for module in self.teacher.modules() if hasattr(module, "drop_prob")]
+        for module in dropping:
+            module.drop_prob = 0.0
         self.register_buffer("centre", torch.zeros(outputs))
 
     def before_step(self, progress: float, epoch: float) -> None:

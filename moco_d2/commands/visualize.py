@@ -1,4 +1,4 @@
-r"""Draw what a detector is trained on and finds, what a backbone sees, or an experiment in one picture.
+r"""Draw samples, detections, what a backbone sees, or an experiment in one picture.
 
     moco-d2 visualize samples --config-file COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x --output output/samples
     moco-d2 visualize detections --run output/moco --output output/moco_page

@@ -14,6 +14,7 @@ from moco_d2.facts import BackboneFacts, Pixels, ViTFacts
 from moco_d2.layers.encoders import encoder_builder, network_for
 from moco_d2.layers.heads import without_head
 from moco_d2.layers.vit import LastBlocks, build_vit, class_attention, describe, sincos_position
+from moco_d2.methods import build_method
 
 SMALL: dict[str, Any] = {"dim": 24, "depth": 3, "heads": 2, "patch": 8, "image": 32}
 
@@ -170,3 +171,9 @@ def test_compiled_and_in_channels_last_it_computes_the_same() -> None:
         torch.testing.assert_close(network(x), value)
     with torch.autocast("cpu", torch.bfloat16):
         assert build_vit(5, **SMALL)(pictures[0].float()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ["DenseCL", "PixPro", "CMC"])
+def test_methods_that_need_a_resnet_say_so(method: str) -> None:
+    with pytest.raises(ValueError, match=r"SSL\.ENCODER\.NAME to a ResNet"):
+        build_method(method, encoder_builder("vit_tiny", SMALL), {})

@@ -105,5 +105,5 @@ def _page_of_a_backbone(args: argparse.Namespace) -> Path:
     if args.page == "attention":
         return attention_page(backbone, pictures, args.output, cfg, args.count, args.size)
     queries = open_pictures(args.queries) if args.queries else None
-    size = args.size or side(pictures)
+    size = args.size or side(pictures, backbone.facts)
     return neighbours_page(backbone, pictures, args.output, cfg, size, args.count, args.k, queries)

@@ -60,13 +60,13 @@ def test_both_files_of_a_run_are_read_and_an_incomplete_one_is_not(network: Any,
 
 def test_knn_and_dinos_classifier_on_the_class_tokens_of_four_blocks(weights: str, tmp_path: Path) -> None:
     data, output = grow(tmp_path / "pictures"), tmp_path / "probe.json"
-    command = ["knn", "--weights", weights, "--data", str(data), "--size", "24", "--output", str(output), "--k", "1"]
+    command = ["knn", "--weights", weights, "--data", str(data), "--output", str(output), "--k", "1"]
     with pytest.raises(SystemExit) as ended:
         probe.main([*command, *WORDS])
     assert not ended.value.code
     found = json.loads(output.read_text())
     assert found["results"][0]["top1"] > 90 and found["features"]["dimension"] == 24
-    assert found["weights"]["facts"]["kind"] == "vit"
+    assert found["weights"]["facts"]["kind"] == "vit" and found["size"] == 32, "that of its pretraining"
 
     protocol = changed("dino_vit_s", batch=16, epochs=1, size=24, lr=1.0)
     (tmp_path / "linear").mkdir()

@@ -1,4 +1,4 @@
-"""What happens where the packages of the eval extra are missing."""
+"""What happens where the packages of the eval and vit extras are missing."""
 
 from hidden_modules import run_without
 
@@ -18,9 +18,14 @@ def test_missing_packages_are_named_before_a_run(tmp_path):
                 evaluator_type(kind, cfg)
             except ValueError as error:
                 print(error)
+        from moco_d2.layers.encoders import ENCODERS
+        try:
+            ENCODERS["vit_tiny"].build()
+        except ValueError as error:
+            print(error)
         """
-    done = run_without(("hotcoco", "faster_coco_eval", "lvis", "cityscapesscripts"), tmp_path, "-c", code)
+    done = run_without(("hotcoco", "faster_coco_eval", "lvis", "cityscapesscripts", "timm"), tmp_path, "-c", code)
     first, *errors = done.stdout.splitlines()
     assert first.startswith("pycocotools "), done.stderr
-    installs = ["lvis", "cityscapesscripts", "cityscapesscripts", "faster-coco-eval"]
-    assert len(errors) == 4 and all(f"pip install {name}" in e for name, e in zip(installs, errors, strict=True))
+    installs = ["lvis", "cityscapesscripts", "cityscapesscripts", "faster-coco-eval", "'moco_d2[vit]'"]
+    assert len(errors) == 5 and all(f"pip install {name}" in e for name, e in zip(installs, errors, strict=True))

@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 
 import moco_d2.__main__
 from moco_d2.config import flat, load_cfg
+from moco_d2.layers.encoders import ENCODERS, encoder_args
 from moco_d2.methods import METHODS, default_args
 
 # torch asks for exactly these itself.
@@ -236,8 +237,9 @@ def _config_and_pairs(words: list[str]) -> tuple[str, list[str]]:
 
 
 def test_every_config_key_in_the_documents_exists() -> None:
-    cfg = load_cfg()  # with the arguments of the encoder
+    cfg = load_cfg()
     keys = {*flat(cfg)} | {f"SSL.ARGS.{key}" for name in METHODS for key in default_args(name)}
+    keys |= {f"SSL.ENCODER.ARGS.{key}" for name in ENCODERS for key in encoder_args(name)}
     groups = {key[: place.start()] for key in keys for place in re.finditer(r"\.", key)}
     found = {
         key

@@ -25,7 +25,9 @@ from typing import Any
 
 from moco_d2.commands import cli, trials
 
-_PROTOCOLS = ("moco", "moco_v3", "simsiam", "swav", "barlow_twins", "dino", "moco_cached")
+_PROTOCOLS = (
+    "moco", "moco_v3", "moco_v3_vit", "simsiam", "swav", "barlow_twins", "dino", "dino_vit_s", "moco_cached",
+)  # fmt: skip
 _SEMI_PROTOCOLS = ("swav_1", "swav_10", "barlow_twins_1", "barlow_twins_10", "vicreg_1", "vicreg_10")
 
 
@@ -37,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     _add_common(knn)
     knn.add_argument("--k", nargs="+", default=["1", "20", "200"], metavar="K", help="neighbours (1 20 200)")
     knn.add_argument("--temperature", type=float, default=0.07, help=".07: InstDisc, DINO; .1: MoCo's CIFAR demo")
-    knn.add_argument("--size", type=int, metavar="PIXELS", help="side of the crop (224; CIFAR: 32)")
+    knn.add_argument("--size", type=int, metavar="PIXELS", help="side of the crop (224, or a ViT's own; CIFAR: 32)")
     cli.add_launch_arguments(knn, needs_config=False, resumes=False)
     linear = kinds.add_parser("linear", help="a linear classifier on frozen features")
     _add_common(linear)
@@ -130,7 +132,7 @@ def knn(args: argparse.Namespace) -> None:
     use_available_device(cfg)
     train, val = _sets(cfg, args)
     backbone = load_backbone(args.weights, cfg)
-    content = probe_knn(backbone, train, val, cfg, args.size or side(val), args.k, args.temperature)
+    content = probe_knn(backbone, train, val, cfg, args.size or side(val, backbone.facts), args.k, args.temperature)
     _report(content, args)
 
 

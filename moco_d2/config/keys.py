@@ -66,10 +66,10 @@ def _add_method(cfg: CN) -> None:
     # the defaults, so that a dumped config states the whole recipe.
     cfg.SSL.ARGS = CN(new_allowed=True)
     cfg.SSL.ENCODER = CN()
-    # Name of the encoder, a key of moco_d2.layers.encoders.ENCODERS (torchvision's names).
+    # Name of the encoder, a key of moco_d2.layers.encoders.ENCODERS: torchvision's, or vit_tiny, vit_small, vit_base.
     cfg.SSL.ENCODER.NAME = "resnet50"
     # Keyword arguments of the encoder's builder, as SSL.ARGS are of the method's constructor. ResNets (build_resnet in
-    # moco_d2/layers/resnet.py): width, stem, norm, zero_init_residual.
+    # moco_d2/layers/resnet.py): width, stem, norm, zero_init_residual. ViTs: build_vit in moco_d2/layers/vit.py.
     cfg.SSL.ENCODER.ARGS = CN(new_allowed=True)
     # A kNN classifier on the backbone's features while it trains, with effective rank, alignment and uniformity
     # (docs/pretraining.md). It uses labels, but training does not change: the weights are the same to the bit.

@@ -102,7 +102,7 @@ def open_labelled(name: str, split: str) -> LabelledSet:
     if path.suffix == ".npz" and path.is_file():
         return _cifar_archive(name, path, split)
     if path.is_dir():
-        if any((folder / "batches.meta").is_file() for folder in (path, path / "cifar-10-batches-py")):
+        if _is_cifar(path):
             return _cifar(name, path, split)
         return _folder(name, _half(name, path, split))
     if name in DatasetCatalog:
@@ -112,6 +112,24 @@ def open_labelled(name: str, split: str) -> LabelledSet:
         "CIFAR-10 (torchvision's folder, or an .npz), or a detection data set, registered or in the config's "
         f"DATASETS.CUSTOM{did_you_mean(name, DatasetCatalog.list())}"
     )
+
+
+def open_pictures(name: str) -> LabelledSet:
+    """Open pictures to look at: their "labels" are their numbers in the set, so that unreadable ones shift nothing.
+
+    Args:
+        name: a folder of pictures of any shape, or what :func:`open_labelled` takes (of both halves, ``val``).
+
+    Raises:
+        ValueError: there is no such set, or no picture in it.
+    """
+    path = Path(name)
+    if path.is_dir() and not _is_cifar(path):
+        if not (files := Listing(path).files):
+            raise ValueError(f"{name} has no pictures ({' '.join(EXTENSIONS[:4])} ...)")
+        return LabelledSet(name, files, torch.arange(len(files)), ("",))
+    found = open_labelled(name, "val")
+    return replace(found, labels=torch.arange(len(found)))
 
 
 def open_pair(train: str, val: str) -> tuple[LabelledSet, LabelledSet]:
@@ -145,6 +163,10 @@ def open_pair(train: str, val: str) -> tuple[LabelledSet, LabelledSet]:
                 one.name, len(missing), len(one.classes), some(missing),
             )  # fmt: skip
     return sets
+
+
+def _is_cifar(path: Path) -> bool:
+    return any((folder / "batches.meta").is_file() for folder in (path, path / "cifar-10-batches-py"))
 
 
 def _half(name: str, path: Path, split: str) -> Path:

@@ -146,8 +146,17 @@ def byol(size: int) -> Augmentation:
 @register_augmentation
 def moco_v3(size: int) -> Augmentation:
     """MoCo v3 for ResNets: BYOL's operations, but crops of at least a fifth, bilinear, and the flip at the end."""
-    crop, flip = Crop(size, scale=(0.2, 1.0)), Apply("flip", 0.5)
-    return Augmentation(tuple(View(crop, (*ops, flip)) for ops in _two_sets_of_colours()))
+    return _moco_v3(Crop(size, scale=(0.2, 1.0)))
+
+
+@register_augmentation
+def moco_v3_vit(size: int) -> Augmentation:
+    """MoCo v3 for ViTs: the same with crops of torchvision's default scale, at least 8 %."""
+    return _moco_v3(Crop(size))
+
+
+def _moco_v3(crop: Crop) -> Augmentation:
+    return Augmentation(tuple(View(crop, (*ops, Apply("flip", 0.5))) for ops in _two_sets_of_colours()))
 
 
 def _two_sets_of_colours() -> list[tuple[RandomOp, ...]]:

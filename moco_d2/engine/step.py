@@ -14,7 +14,10 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from moco_d2.methods import SSLMethod
+from moco_d2.methods import Diagnostic, SSLMethod
+
+# MoCo v3's Figure 4: when a ViT's training becomes unstable, its first layer's gradient spikes first.
+FIRST_LAYER = Diagnostic("first_layer_gradient", "gradient of the first layer", "-largest norm", ".3g")
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -56,6 +59,8 @@ class PretrainStep(SimpleTrainer):
         self.clip = clip
         self.unscale = clip is not None or type(self.method).after_backward is not SSLMethod.after_backward
         self._losses: list[tuple[int, dict[str, torch.Tensor]]] = []
+        self.first_layer = first_layer(self.method)
+        self._largest: torch.Tensor | None = None  # norm of its gradient since the last recorded step
 
     def run_step(self) -> None:
         """Run a step. Every ``period`` steps, and after the last one, read and record the losses."""
@@ -70,6 +75,7 @@ class PretrainStep(SimpleTrainer):
         if self.unscale:
             self.grad_scaler.unscale_(self.optimizer)
         self.method.after_backward()
+        self._watch_first_layer()
         if self.clip:
             for parameter in (p for p in self.method.parameters() if p.grad is not None):
                 self.clip(parameter)
@@ -78,6 +84,22 @@ class PretrainStep(SimpleTrainer):
         self.grad_scaler.update()
         if (self.iter + 1) % self.period == 0 or self.iter + 1 == self.max_iter:
             self.flush()
+
+    @torch.no_grad()
+    def _watch_first_layer(self) -> None:
+        """Add :data:`FIRST_LAYER` to what the method recorded: the largest of the steps since it last was, unclipped.
+
+        A spike lasts a few steps, so the norm of the recorded steps alone would miss most of them.
+        """
+        if self.first_layer is None or (gradient := self.first_layer.grad) is None:
+            return
+        norm = gradient.norm()
+        if not self.unscale:
+            norm = norm / self.grad_scaler.scale(torch.ones_like(norm))
+        norm = norm.nan_to_num(0.0, 0.0, 0.0)  # loss scaling skips a step whose gradient is not finite
+        self._largest = norm if self._largest is None else torch.maximum(self._largest, norm)
+        if self.method.recording:
+            self.method.recorded[FIRST_LAYER.key], self._largest = self._largest, None
 
     def flush(self) -> None:
         """Record the losses since the last call, each averaged over processes. Every process must call this.
@@ -116,6 +138,18 @@ class PretrainStep(SimpleTrainer):
         scaler = state.get("grad_scaler")  # empty or missing if the run had no loss scaling
         if scaler and self.grad_scaler.is_enabled():
             self.grad_scaler.load_state_dict(scaler)
+
+
+def first_layer(method: SSLMethod) -> torch.Tensor | None:
+    """Return the weights of a method's first trainable Linear or convolution, in the order of its modules.
+
+    It is the stem of a ResNet and the patch projection of a ViT; if that is frozen, the first block's ``attn.qkv``.
+    None if there is no such layer.
+    """
+    for module in method.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.requires_grad:
+            return module.weight
+    return None
 
 
 def chosen_autocast(cfg: CfgNode) -> str:

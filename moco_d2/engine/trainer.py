@@ -31,7 +31,7 @@ from moco_d2.io.checkpoints import forget_checkpoint
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.layers.encoders import ENCODERS, encoder_args
 from moco_d2.layers.views import Views
-from moco_d2.methods import SSLMethod
+from moco_d2.methods import SSLMethod, default_args
 from moco_d2.model_zoo import pretraining_changes
 from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, check_resumable, last_intact
 from moco_d2.running.mistakes import pictures_in_one_line
@@ -193,9 +193,10 @@ class PretrainTrainer(DefaultTrainer):
                 a setting that depends on the number of processes, so the run would not continue exactly.
         """
         # Settings that checkpoints of earlier versions lack: the method's own are taken as unchanged, and these runs
-        # decoded at a reduced size.
+        # decoded at a reduced size. An argument that a method has got since did not change what it computes by default.
         now = self._run()
         implied = {key: value for key, value in IMPLIED.items() if key in now}
+        implied |= {f"SSL.ARGS.{key}": value for key, value in default_args(self.cfg.SSL.METHOD).items()}
         # Their encoders had batch norm; a changed name, width or stem shows in the tensors' shapes.
         encoder = {
             k: "BN" if k == "SSL.ENCODER.ARGS.norm" else v for k, v in now.items() if k.startswith("SSL.ENCODER")

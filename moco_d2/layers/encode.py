@@ -46,6 +46,15 @@ def embed(encoder: nn.Module, head: nn.Module, images: Sequence[torch.Tensor]) -
     return unit_features(head, by_resolution(encoder, images))
 
 
+_TO_THE_MAP = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+
+
+def check_feature_map(network: nn.Module) -> None:
+    """Raise ValueError if a network is no ResNet, and so has no :func:`feature_map`."""
+    if not all(hasattr(network, name) for name in _TO_THE_MAP):
+        raise ValueError("SSL.METHOD contrasts places of a ResNet's last feature map: set SSL.ENCODER.NAME to a ResNet")
+
+
 def feature_map(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Return the features of a ResNet (torchvision's names) before its global pooling.
 
@@ -56,6 +65,6 @@ def feature_map(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
     Returns:
         (N, D, H / 32, W / 32) for the ImageNet stem.
     """
-    for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+    for name in _TO_THE_MAP:
         x = getattr(network, name)(x)
     return x

@@ -55,7 +55,7 @@ def network_for(facts: BackboneFacts) -> nn.Module:
     """Build the network that a backbone's facts describe, without head: (N, 3, H, W) to (N, D).
 
     Raises:
-        ValueError: the facts describe no known network; ModuleNotFoundError: it is a ViT, and timm is missing.
+        ValueError: the facts describe no known network, or it is a ViT, and timm is missing.
     """
     if isinstance(facts, ResNetFacts):
         convolutional: nn.Module = resnet.network_for(facts)

@@ -16,7 +16,7 @@ from moco_d2.facts import Pixels, ViTFacts
 from moco_d2.messages import unknown_name
 
 POSITIONS = ("learned", "sincos")
-INITS = ("timm", "moco_v3")
+INITS = ("timm", "dino", "moco_v3")
 
 
 def build_vit(
@@ -42,13 +42,13 @@ def build_vit(
         image: side of the pictures that the position embedding is for, in pixels, a multiple of ``patch``; for other
             sizes it is interpolated.
         position: ``learned``, or ``sincos``, MoCo v3's, which is fixed.
-        init: ``timm``, truncated normal (DINO's too), or ``moco_v3``, uniform.
+        init: ``timm``, truncated normal; ``dino``, the same with a class token of std .02 instead of 1e-6; or
+            ``moco_v3``, uniform.
         freeze_patches: keep the patch projection at its random weights, MoCo v3's remedy for unstable training.
         drop_path: the last block's rate of stochastic depth, in [0, 1); the other blocks' rates rise to it linearly.
 
     Raises:
-        ValueError: an argument has an unknown or impossible value.
-        ModuleNotFoundError: timm is missing.
+        ValueError: an argument has an unknown or impossible value, or timm is missing.
     """
     for key, value, choices in (("position", position, POSITIONS), ("init", init, INITS)):
         if value not in choices:
@@ -65,6 +65,8 @@ def build_vit(
         num_classes=num_classes, embed_dim=dim, depth=depth, num_heads=heads, patch_size=patch, img_size=image,
         drop_path_rate=drop_path,
     )  # fmt: skip
+    if init == "dino":
+        nn.init.trunc_normal_(network.cls_token, std=0.02)
     if init == "moco_v3":
         _init_as_moco_v3(network)
     if position == "sincos":
@@ -79,7 +81,7 @@ def _timm_vit(**kwargs: Any) -> Any:
     try:
         from moco_d2.layers.timm_vit import ViT
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a ViT needs timm: pip install 'moco_d2[vit]'") from error
+        raise ValueError(f"a ViT needs timm ({error}): pip install 'moco_d2[vit]'") from error
     return ViT(**kwargs)
 
 
@@ -104,10 +106,8 @@ def _init_as_moco_v3(network: Any) -> None:
     """Set uniform weights (Glorot), the query, key and value projections as three matrices; biases are 0."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
-            fan = (
-                sum(module.weight.shape) if "qkv" not in name else module.weight.shape[0] // 3 + module.weight.shape[1]
-            )
-            bound = math.sqrt(6 / fan)
+            outputs, inputs = module.weight.shape
+            bound = math.sqrt(6 / (inputs + (outputs // 3 if name.endswith("qkv") else outputs)))
             nn.init.uniform_(module.weight, -bound, bound)
             nn.init.zeros_(module.bias)
     projection = network.patch_embed.proj
@@ -115,6 +115,60 @@ def _init_as_moco_v3(network: Any) -> None:
     nn.init.uniform_(projection.weight, -bound, bound)
     nn.init.zeros_(projection.bias)
     nn.init.normal_(network.cls_token, std=1e-6)
+
+
+class LastBlocks(nn.Module):
+    """A ViT's class tokens after each of its last blocks, all under the ViT's own last norm, concatenated.
+
+    DINO's linear classifiers of ViT-S take those of four blocks.
+    """
+
+    def __init__(self, network: Any, blocks: int) -> None:
+        """Set up.
+
+        Args:
+            network: a ViT, with or without head.
+            blocks: number of blocks, at most the ViT's.
+
+        Raises:
+            ValueError: the network is no ViT, or has fewer blocks.
+        """
+        super().__init__()
+        depth = len(getattr(network, "blocks", ()))
+        if depth < blocks:
+            found = f"this one has {depth}" if depth else "this network is none"
+            raise ValueError(f"the class tokens of the last {blocks} blocks need a ViT of as many blocks; {found}")
+        self.network, self.count = network, blocks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (N, blocks * D) of (N, 3, H, W), the last block's at the end."""
+        layers = self.network.get_intermediate_layers(x, n=self.count, return_prefix_tokens=True, norm=True)
+        return torch.cat([prefix[:, 0] for _, prefix in layers], dim=1)
+
+
+@torch.no_grad()
+def class_attention(network: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return the attention of the class token to every patch in the last block, of each head: (N, heads, h, w).
+
+    A head's attention to the patches and to the class token itself is 1 in sum.
+
+    Args:
+        network: a ViT in evaluation mode.
+        x: (N, 3, H, W).
+    """
+    attention = network.blocks[-1].attn
+    grid = network.patch_embed.dynamic_feat_size(x.shape[2:])
+    found: list[torch.Tensor] = []
+    handle = attention.qkv.register_forward_hook(lambda module, inputs, output: found.append(output))
+    try:
+        network(x)
+    finally:
+        handle.remove()
+    # Each (N, heads, tokens, D / heads).
+    q, k, _ = found[0].unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    weights: torch.Tensor = (q[:, :, :1] @ k.transpose(2, 3) * attention.scale).softmax(dim=3)  # (N, heads, 1, tokens)
+    maps: torch.Tensor = weights[:, :, 0, 1:].unflatten(2, grid)
+    return maps
 
 
 def network_for(facts: ViTFacts) -> Any:

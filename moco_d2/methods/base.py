@@ -225,7 +225,10 @@ def default_args(name: str) -> dict[str, Any]:
 
 
 def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str, Any], images: int = 1) -> SSLMethod:
-    """Construct a method. If its encoder has synchronised batch norm, so have its heads.
+    """Construct a method. If its encoder has synchronised batch norm, or is a ViT, its heads have it, too.
+
+    A ViT has layer norm, so it does not say how the heads' batch norm treats several processes. That of the published
+    code is synchronised.
 
     Args:
         name: a key of ``METHODS``.
@@ -241,7 +244,7 @@ def build_method(name: str, encoder: Callable[[int], nn.Module], args: dict[str,
     if "images" in inspect.signature(constructor).parameters:
         args = {**args, "images": images}
     method = constructor(encoder, **args)
-    if any(isinstance(module, SyncBatchNorm2d) for module in method.modules()):
+    if any(isinstance(module, (SyncBatchNorm2d, nn.LayerNorm)) for module in method.modules()):
         use_sync_batch_norm(method)  # the heads, too
     return method
 

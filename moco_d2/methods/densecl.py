@@ -17,7 +17,7 @@ from torch import nn
 
 from moco_d2.layers.distributed import all_gather, own_part
 from moco_d2.layers.ema import ema_update_
-from moco_d2.layers.encode import feature_map
+from moco_d2.layers.encode import check_feature_map, feature_map
 from moco_d2.layers.heads import head_name, mlp_head, replace_head, without_head
 from moco_d2.layers.losses import contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
@@ -43,6 +43,7 @@ class DenseEncoder(nn.Module):
 
     def __init__(self, network: nn.Module, dim: int) -> None:
         super().__init__()
+        check_feature_map(network)
         self.network = network
         self.dense: nn.Sequential
 

@@ -1,4 +1,4 @@
-"""DINO (Caron et al., arXiv 2104.14294) for ResNets: a student predicts the output of its own moving average.
+"""DINO (Caron et al., arXiv 2104.14294): a student predicts the output of its own moving average, the teacher.
 
 Letters: N images per process, R processes, V views, D features of the backbone, K outputs.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ class Network(nn.Module):
 class DINO(SSLMethod):
     """Self-distillation without labels: centring and sharpening of the teacher's output avoid a collapse.
 
-    The defaults are those of the published ResNet-50.
+    The defaults are those of the published ResNet-50. With a ViT, only the student has stochastic depth.
     """
 
     centre: torch.Tensor
@@ -138,6 +139,10 @@ class DINO(SSLMethod):
         sizes = (cut_head(backbone), *[hidden] * (layers - 1), bottleneck)
         self.student = Network(backbone, Head(sizes, outputs, head_norm, norm_last_layer))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        # timm's DropPath: the authors' teacher uses all of its blocks.
+        dropping: list[Any] = [module for module in self.teacher.modules() if hasattr(module, "drop_prob")]
+        for module in dropping:
+            module.drop_prob = 0.0
         self.register_buffer("centre", torch.zeros(outputs))
 
     def before_step(self, progress: float, epoch: float) -> None:

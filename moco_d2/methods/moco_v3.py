@@ -1,4 +1,4 @@
-"""MoCo v3 (Chen et al., arXiv 2104.02057), for ResNets.
+"""MoCo v3 (Chen et al., arXiv 2104.02057), for ResNets and vision transformers (ViT).
 
 Letters: N images per process, R processes, C feature dimension, m decay of the momentum encoder.
 """
@@ -34,15 +34,19 @@ class MoCoV3(SSLMethod):
         hidden_dim: int = 4096,
         momentum: float = 0.99,
         temperature: float = 1.0,
+        projector_layers: int = 2,
+        predictor_norm: bool = False,
     ) -> None:
-        """Build base encoder, predictor and momentum encoder, with the heads of the authors' ResNet-50.
+        """Build base encoder, predictor and momentum encoder; the defaults are those of the authors' ResNet-50.
 
         Args:
             encoder: called as ``encoder(num_classes=dim)``; see :class:`~moco_d2.layers.encoders.Encoder`.
             dim: C, size of a feature.
-            hidden_dim: width of the hidden layer in projector and predictor.
+            hidden_dim: width of the hidden layers in projector and predictor.
             momentum: m in [0, 1] at the beginning, decay of the momentum encoder; it rises to 1 along a cosine.
-            temperature: tau > 0, 1 for the authors' ResNet-50.
+            temperature: tau > 0, 1 for the authors' ResNet-50, 0.2 for their ViTs.
+            projector_layers: number of Linear layers in the projector, 2 for the authors' ResNet-50, 3 for their ViTs.
+            predictor_norm: end the predictor with a batch norm without gamma and beta, as for the authors' ViTs.
 
         Raises:
             ValueError: a value is out of range, or the encoder's head is not a Linear.
@@ -54,16 +58,20 @@ class MoCoV3(SSLMethod):
                 (hidden_dim >= 1, f"hidden_dim is {hidden_dim}; it must be at least 1 (the paper's is 4096)"),
                 (0 <= momentum <= 1, f"momentum is {momentum}; it must be in [0, 1] (the authors' is 0.99 or 0.996)"),
                 (temperature > 0, f"temperature is {temperature}; it must be positive (the authors' is 1 for ResNets)"),
+                (projector_layers >= 1, f"projector_layers is {projector_layers}; it must be at least 1"),
             ]
         )
         self.dim, self.temperature = dim, temperature
         self.start, self.momentum = momentum, momentum
         self.base_encoder = encoder(num_classes=dim)
+        hidden = [hidden_dim] * (projector_layers - 1)
         replace_head(
             self.base_encoder,
-            lambda head: mlp([head.in_features, hidden_dim, dim], bias=False, last_bias=False, last_norm="plain"),
+            lambda head: mlp([head.in_features, *hidden, dim], bias=False, last_bias=False, last_norm="plain"),
         )
-        self.predictor = mlp([dim, hidden_dim, dim], bias=False, last_bias=False)
+        self.predictor = mlp(
+            [dim, hidden_dim, dim], bias=False, last_bias=False, last_norm="plain" if predictor_norm else ""
+        )
         self.momentum_encoder = copy.deepcopy(self.base_encoder).requires_grad_(False)
 
     def before_step(self, progress: float, epoch: float) -> None:
@@ -112,12 +120,12 @@ class MoCoV3(SSLMethod):
         return slow_target(self.start, steps)
 
     def remedies_for_divergence(self) -> list[str]:
-        """Return a higher temperature."""
-        return ["a higher SSL.ARGS.temperature"]
+        """Return a higher temperature, and the paper's remedy for ViTs (section 4.2)."""
+        return ["a higher SSL.ARGS.temperature", "for a ViT, SSL.ENCODER.ARGS.freeze_patches True"]
 
     @staticmethod
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Accept the authors' training checkpoints of ResNets: their names are these, after ``module.``."""
+        """Accept the authors' training checkpoints: their names are these, after ``module.``."""
         return renamed(state, {})
 
 

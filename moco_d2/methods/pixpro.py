@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco_d2.layers.ema import cosine_momentum, ema_update_
-from moco_d2.layers.encode import feature_map
+from moco_d2.layers.encode import check_feature_map, feature_map
 from moco_d2.layers.heads import head_name, replace_head, without_head
 from moco_d2.layers.views import Views
 from moco_d2.methods.base import Diagnostic, SSLMethod, check_ranges, feature_spread, register
@@ -24,6 +24,7 @@ class PixelEncoder(nn.Module):
 
     def __init__(self, network: nn.Module, hidden: int, dim: int) -> None:
         super().__init__()
+        check_feature_map(network)
         self.network = network
 
         def projector(fc: nn.Linear) -> nn.Module:

@@ -16,7 +16,7 @@ from moco_d2.convert import convert_state
 from moco_d2.convert.catalog import PREFIX, fetch
 from moco_d2.convert.checks import check_values
 from moco_d2.data import build_augmentation
-from moco_d2.facts import BackboneFacts
+from moco_d2.facts import BackboneFacts, ResNetFacts
 from moco_d2.io.checkpoints import (
     CheckpointError,
     backbone_in,
@@ -33,6 +33,7 @@ from moco_d2.running.seeds import seeded
 logger = logging.getLogger(__name__)
 
 RANDOM = "random"
+_STEMS = ("conv1.weight", "patch_embed.proj.weight")  # of a ResNet and of a ViT, in files of ours
 
 State = Mapping[str, torch.Tensor]
 
@@ -42,7 +43,8 @@ class Backbone:
     """A backbone with its facts.
 
     Attributes:
-        network: (N, 3, H, W) -> (N, C), after global average pooling, in evaluation mode and without gradients.
+        network: (N, 3, H, W) -> (N, C), a ResNet's after global average pooling, a ViT's of the class token; in
+            evaluation mode and without gradients.
         facts: what it is, and how it is fed.
         path: as the user wrote it.
         sha256: of the file; empty for random weights.
@@ -85,7 +87,8 @@ def load_backbone(weights: str, cfg: CfgNode) -> Backbone:
     content = read_checkpoint(path)
     state, facts, read_as = _own(content, path) or _converted(content, path)
     network: Any = network_for(facts)
-    if tuple(state["conv1.weight"].shape[2:]) == (3, 3):  # the CIFAR stem, which cannot be converted, can be probed
+    # The CIFAR stem, which cannot be converted, can be probed.
+    if isinstance(facts, ResNetFacts) and state["conv1.weight"].shape[2] == 3:
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, stride=1, padding=1, bias=False)
         network.maxpool = nn.Identity()
     network.load_state_dict({name: state[name] for name in network.state_dict() if name in state})
@@ -121,7 +124,7 @@ def _own(content: Mapping[str, Any], path: str | os.PathLike[str]) -> tuple[Stat
             )
         read_as, start = f"checkpoint of {place.method}, a pretraining of this project", place.prefix
         state = {k.removeprefix(start): v for k, v in content["model"].items() if k.startswith(start)}
-    if not isinstance(state, Mapping) or "conv1.weight" not in state:
+    if not isinstance(state, Mapping) or not any(name in state for name in _STEMS):
         return None
     _check(state, facts, path)
     return state, facts, read_as

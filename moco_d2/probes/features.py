@@ -11,6 +11,7 @@ from detectron2.utils import comm
 
 from moco_d2.data.labelled import LabelledSet
 from moco_d2.data.labelled_loader import LabelledLoader
+from moco_d2.facts import BackboneFacts, ViTFacts
 from moco_d2.layers.distributed import gather_rows, share
 from moco_d2.layers.features import extract
 from moco_d2.probes.backbone import Backbone
@@ -40,9 +41,14 @@ class Features:
         return Features(gather_rows(self.values), gather_rows(self.labels), self.unreadable)
 
 
-def side(pictures: LabelledSet) -> int:
-    """Return the side of the crops in pixels: that of CIFAR's pictures themselves, else the papers' 224."""
-    return SIZE if pictures.arrays is None else int(pictures.arrays.shape[1])
+def side(pictures: LabelledSet, facts: BackboneFacts | None = None) -> int:
+    """Return the side of the crops in pixels.
+
+    It is that of CIFAR's pictures themselves; else, if the facts are a ViT's, that of its pretraining; else 224.
+    """
+    if pictures.arrays is not None:
+        return int(pictures.arrays.shape[1])
+    return facts.image if isinstance(facts, ViTFacts) else SIZE
 
 
 def features_of(

@@ -13,6 +13,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from moco_d2.layers.batch_norm import use_sync_batch_norm
 from moco_d2.layers.distributed import total, wrap_ddp
 from moco_d2.layers.knn import hits
 from moco_d2.layers.lars import Lars
+from moco_d2.layers.vit import LastBlocks
 from moco_d2.probes.backbone import Backbone
 from moco_d2.probes.features import Features, features_of
 from moco_d2.probes.protocols import LinearProtocol
@@ -91,9 +93,12 @@ def probe_linear(
         The content of ``probe.json``, with top-1 and top-5 in percent, of the last epoch and of the best one.
 
     Raises:
-        ValueError: a batch does not fit the set or the processes, or the interrupted run was another one.
+        ValueError: a batch does not fit the set or the processes, the protocol needs a ViT, or the interrupted run was
+            another one.
     """
     _check(protocol, len(train))
+    if protocol.blocks:
+        backbone = replace(backbone, network=LastBlocks(backbone.network, protocol.blocks))
     backbone.network.to(cfg.MODEL.DEVICE)
     tested = (_changing if protocol.backbone_lr else _frozen)(backbone, val, cfg, protocol)
     batches, sampler, skips = (_cached if protocol.cached else _augmented)(backbone, train, cfg, protocol)

@@ -32,6 +32,7 @@ class LinearProtocol:
         decay: factor of the lr at a milestone.
         backbone_lr: of the backbone at a batch of 256; 0: it is frozen.
         percent: of the training set that is labelled; it is recorded, and 0 stands for all.
+        blocks: 0, or number of a ViT's last blocks whose class tokens, concatenated, are the features.
         default_init: the classifier starts as torch's Linear does, else with weights from N(0, .01) and bias 0.
         source: where this is published.
     """
@@ -48,6 +49,7 @@ class LinearProtocol:
     decay: float = 0.1
     backbone_lr: float = 0.0
     percent: float = 0.0
+    blocks: int = 0
     default_init: bool = False
     source: str = ""
 
@@ -70,6 +72,7 @@ _MOCO = LinearProtocol(30.0, 256, 100, (60, 80), source="facebookresearch/moco m
 PROTOCOLS: dict[str, LinearProtocol] = {
     "moco": _MOCO,
     "moco_v3": LinearProtocol(0.1, 1024, 90, source="facebookresearch/moco-v3 main_lincls.py, ResNet-50"),
+    "moco_v3_vit": LinearProtocol(3.0, 1024, 90, source="facebookresearch/moco-v3 CONFIG.md, ViT-S and ViT-B"),
     "simsiam": LinearProtocol(0.1, 4096, 90, optimizer="larc", source="facebookresearch/simsiam main_lincls.py"),
     "swav": LinearProtocol(0.3, 256, 100, weight_decay=1e-6, source="facebookresearch/swav eval_linear.py"),
     "barlow_twins": LinearProtocol(
@@ -77,6 +80,14 @@ PROTOCOLS: dict[str, LinearProtocol] = {
     ),
     "dino": LinearProtocol(
         0.001, 1024, 100, bicubic=True, source="facebookresearch/dino eval_linear.py, average-pooled ResNet-50"
+    ),
+    "dino_vit_s": LinearProtocol(
+        0.001,
+        1024,
+        100,
+        bicubic=True,
+        blocks=4,
+        source="facebookresearch/dino eval_linear.py, ViT-S: class tokens of the last four blocks",
     ),
     "moco_cached": replace(_MOCO, cached=True, source="no paper: moco's classifier on features without augmentation"),
 }

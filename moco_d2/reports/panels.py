@@ -9,6 +9,7 @@ from typing import NamedTuple
 from moco_d2.config import load_cfg
 from moco_d2.engine.build import outline
 from moco_d2.engine.monitor import DIAGNOSTICS as MONITORED
+from moco_d2.engine.step import FIRST_LAYER
 from moco_d2.methods import Diagnostic
 from moco_d2.reports.curves import Line, draw_lines
 from moco_d2.reports.pretraining import CONFIG, Pretraining, run_names
@@ -77,4 +78,4 @@ def _diagnostics(run: Pretraining) -> list[Diagnostic]:
     except (KeyError, ValueError):  # a method of the user's own, which is not registered here
         own = [Diagnostic("total_loss", "loss", "loss")]
     recorded = {key for record in run.records for key in record}
-    return [one for one in (*own, *MONITORED) if one.key in recorded]
+    return [one for one in (*own, FIRST_LAYER, *MONITORED) if one.key in recorded]

@@ -6,7 +6,6 @@ A page is a self-contained folder: ``index.html`` and its pictures.
 from __future__ import annotations
 
 import html
-import io
 import logging
 import os
 import tempfile
@@ -20,30 +19,21 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import BoxMode
-from PIL import Image
 
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.mapper import read_pixels
 from moco_d2.detection.predictor import load_predictor
 from moco_d2.detection.preflight import check_run
 from moco_d2.detection.trainer import TransferTrainer
-from moco_d2.io.files import atomic_write, empty_folder
+from moco_d2.io.files import empty_folder
+from moco_d2.reports.page import figure, write_page
 from moco_d2.reports.pictures import Scene, draw_scene
 from moco_d2.reports.ranking import Outcome, Rating, best_threshold, f1, match, mean_iou, rank
 
 logger = logging.getLogger(__name__)
 
 _LOWEST_SCORE = 0.05  # as in Detectron2's and COCO's evaluation
-_WIDTH = 1000  # maximum width of a drawing in pixels
 _COLORS = {1: (0.1, 0.75, 0.2), 0: (0.95, 0.15, 0.15), -1: (0.6, 0.6, 0.6)}  # by Outcome.kinds
-
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin-bottom: 2rem; } th, td { padding: .2rem .9rem .2rem 0; text-align: left; }
-.row { display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: .6rem; margin-bottom: 1.4rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: .8rem; }
-figure { margin: 0; } img { width: 100%; height: auto; } figcaption { font-size: 13px; overflow-wrap: anywhere; }
-"""
 
 
 def samples_page(cfg: CfgNode, folder: str | os.PathLike[str], count: int = 24) -> Path:
@@ -73,10 +63,10 @@ def samples_page(cfg: CfgNode, folder: str | os.PathLike[str], count: int = 24) 
             height, width = image.shape[:2]
             caption = f"{Path(sample['file_name']).name}, {width} x {height}"
             drawing = draw_scene(image, metadata, Scene.trained_on(sample))
-            figures.append(_figure(folder, f"{number:03d}", drawing, caption))
+            figures.append(figure(folder, f"{number:03d}", drawing, caption))
     sets = html.escape(", ".join(cfg.DATASETS.TRAIN))
     text = f"<p>{len(figures)} samples of {sets}, after the augmentations of the config.</p>"
-    return _write_page(folder, "Training samples", text + f'<div class="grid">{"".join(figures)}</div>')
+    return write_page(folder, "Training samples", text + f'<div class="grid">{"".join(figures)}</div>')
 
 
 def detections_page(
@@ -128,7 +118,7 @@ def detections_page(
         text += f"<h2>{html.escape(title)}</h2>" + "".join(rows)
         if not chosen:
             text += "<p>None.</p>"
-    return _write_page(folder, " and ".join(runs), text)
+    return write_page(folder, " and ".join(runs), text)
 
 
 class _Checkpoint:
@@ -234,34 +224,11 @@ def _row(folder: Path, index: int, record: Mapping[str, Any], shown: Sequence[_C
     """Draw an image's labels and the output of each checkpoint."""
     image = read_pixels(record["file_name"], "RGB", shown[0].cfg.DATA.MAX_PIXELS)
     truth = draw_scene(image, shown[0].metadata, Scene.labelled(record, shown[0].cfg))
-    figures = [_figure(folder, f"{index:05d}-labels", truth, f"labels of {Path(record['file_name']).name}")]
+    figures = [figure(folder, f"{index:05d}-labels", truth, f"labels of {Path(record['file_name']).name}")]
     for number, one in enumerate(shown):
         caption = f"{one.title}: {one.ratings[index].words}"
-        figures.append(_figure(folder, f"{index:05d}-{number}", one.draw(record), caption))
+        figures.append(figure(folder, f"{index:05d}-{number}", one.draw(record), caption))
     return f'<div class="row">{"".join(figures)}</div>'
-
-
-def _figure(folder: Path, name: str, drawing: np.ndarray, caption: str) -> str:
-    image, buffer = Image.fromarray(drawing), io.BytesIO()
-    image.thumbnail((_WIDTH, _WIDTH))
-    image.save(buffer, "JPEG", quality=90)
-    with atomic_write(folder / "pictures" / f"{name}.jpg") as file:
-        file.write(buffer.getvalue())
-    size = f'width="{image.width}" height="{image.height}"'
-    text = html.escape(caption)
-    file_name = f"pictures/{name}.jpg"
-    picture = f'<a href="{file_name}"><img src="{file_name}" {size} alt="{text}" loading="lazy"></a>'
-    return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
-
-
-def _write_page(folder: Path, title: str, body: str) -> Path:
-    title = html.escape(title)
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    with atomic_write(folder / "index.html") as file:
-        file.write(
-            f"<!DOCTYPE html><html lang='en'><head>{head}</head><body><h1>{title}</h1>{body}</body></html>\n".encode()
-        )
-    return folder / "index.html"
 
 
 def _with_output(cfg: CfgNode, folder: str) -> CfgNode:

@@ -124,8 +124,9 @@ def test_byols_two_views_differ_as_published() -> None:
     own = (Apply("blur", 1.0, (0.1, 2.0)),), (Apply("blur", 0.1, (0.1, 2.0)), Apply("solarise", 0.2, 128))
     bicubic = Crop(SIZE, (0.08, 1.0), (3 / 4, 4 / 3), bicubic=True)
     assert build_augmentation("byol", SIZE).views == tuple(View(bicubic, (flip, *colours, *ops)) for ops in own)
-    bilinear = Crop(SIZE, (0.2, 1.0), (3 / 4, 4 / 3), bicubic=False)
-    assert build_augmentation("moco_v3", SIZE).views == tuple(View(bilinear, (*colours, *ops, flip)) for ops in own)
+    for name, low in (("moco_v3", 0.2), ("moco_v3_vit", 0.08)):
+        bilinear = Crop(SIZE, (low, 1.0), (3 / 4, 4 / 3), bicubic=False)
+        assert build_augmentation(name, SIZE).views == tuple(View(bilinear, (*colours, *ops, flip)) for ops in own)
 
 
 def test_pixpros_two_views_are_blurred_and_solarised_unequally_and_mirrored_first() -> None:

@@ -48,7 +48,7 @@ ALLOWED = {
     "moco_d2/reports/curves.py _draw": "a figure into memory",
     "moco_d2/reports/pictures.py save_figure": "a figure into memory",
     "moco_d2/reports/predictions.py _write_image": "a picture into memory",
-    "moco_d2/reports/visualize.py _figure": "a picture into memory",
+    "moco_d2/reports/page.py figure": "a picture into memory",
     "moco_d2/io/download.py _attempt": "a partial download, under a name of ours, goes on growing",
     "moco_d2/io/locks.py lock": "the lock's own file",
     "moco_d2/running/dry_run.py quiet": "os.devnull",

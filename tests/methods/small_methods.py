@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from moco_d2.layers.resnet import build_resnet
 from moco_d2.layers.views import Views
+from moco_d2.layers.vit import build_vit
 from moco_d2.methods import SSLMethod, build_method
 
 IMAGES = 32  # of the data set
@@ -25,6 +27,7 @@ class Small(NamedTuple):
         norm: the encoder's norm. With SyncBN, two processes can equal one.
         depth: the encoder.
         width: the encoder's. Group norm needs 0.5.
+        vit: whether the encoder is a small ViT instead of a ResNet.
     """
 
     args: dict[str, Any]
@@ -32,8 +35,12 @@ class Small(NamedTuple):
     norm: str = "SyncBN"
     depth: str = "resnet18"
     width: float = 0.125
+    vit: bool = False
 
 
+VIT = {"dim": 24, "depth": 2, "heads": 2, "patch": 8, "image": 32}
+
+# By method; a method may be there again with a second encoder: ``DINO ViT``.
 SMALL: dict[str, Small] = {
     "MoCo": Small({"dim": 16, "queue_size": 24, "mlp": True, "momentum": 0.9, "shuffle": False}),
     "SwAV": Small(
@@ -67,14 +74,22 @@ SMALL: dict[str, Small] = {
     ),
     "PixPro": Small({"dim": 16, "hidden": 32, "momentum": 0.9}, sizes=(64, 64)),
 }
+SMALL["MoCoV3 ViT"] = Small(SMALL["MoCoV3"].args | {"projector_layers": 3, "predictor_norm": True}, vit=True)
+SMALL["DINO ViT"] = SMALL["DINO"]._replace(args=SMALL["DINO"].args | {"head_norm": False}, vit=True)
 
 
 def build(name: str, seed: int = 0, **args: object) -> SSLMethod:
     """Return a method of float64 in training mode, with the small arguments and those given."""
     torch.manual_seed(seed)
     small = SMALL[name]
-    encoder = functools.partial(build_resnet, small.depth, width=small.width, norm=small.norm)
-    return build_method(name, encoder, {**small.args, **args}, images=IMAGES).double()
+    return build_method(name.split()[0], encoder_of(small), {**small.args, **args}, images=IMAGES).double()
+
+
+def encoder_of(small: Small) -> Callable[..., nn.Module]:
+    """Return the builder of a small method's encoder."""
+    if small.vit:
+        return functools.partial(build_vit, **VIT, init="moco_v3", position="sincos", freeze_patches=True)
+    return functools.partial(build_resnet, small.depth, width=small.width, norm=small.norm)
 
 
 def make_views(name: str, step: int, n: int = BATCH) -> Views:

@@ -19,10 +19,12 @@ import moco_d2
 from moco_d2.convert import convert_checkpoint
 from moco_d2.engine.checkpoint import backbone_prefix
 from moco_d2.layers.distributed import wrap_ddp
+from moco_d2.layers.encoders import network_for
 from moco_d2.layers.resnet import build_resnet, describe
 from moco_d2.layers.views import Views
+from moco_d2.layers.vit import describe as describe_vit
 from moco_d2.methods import METHODS, SSLMethod, default_args, method_class
-from tests.methods.small_methods import BATCH, IMAGES, SMALL, build, make_views, part
+from tests.methods.small_methods import BATCH, IMAGES, SMALL, build, encoder_of, make_views, part
 
 STEPS, STEPS_PER_EPOCH = 4, 2
 
@@ -142,7 +144,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             assert torch.equal(state_2[key], state_3[key]), f"{name} {key} differs between processes"
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [name for name in SMALL if not SMALL[name].vit])
 def test_its_backbone_has_torchvisions_names_and_converts(name: str, tmp_path: Path) -> None:
     method = build(name).float()
     backbone = method.backbone()
@@ -161,6 +163,20 @@ def test_its_backbone_has_torchvisions_names_and_converts(name: str, tmp_path: P
     convert_checkpoint(tmp_path / "model_final.pth", tmp_path / "converted.pth", proof=False)
     converted = torch.load(tmp_path / "converted.pth", weights_only=False)["model"]
     assert np.array_equal(converted["stem.conv1.weight"], backbone.state_dict()["conv1.weight"])
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if SMALL[name].vit])
+def test_the_backbone_of_a_vit_has_timms_names_in_its_checkpoint_too(name: str) -> None:
+    method = build(name)
+    backbone, expected = method.backbone(), encoder_of(SMALL[name])(num_classes=2)
+    assert {key: value.shape for key, value in backbone.state_dict().items()} == {
+        key: value.shape for key, value in expected.state_dict().items() if not key.startswith("head.")
+    }
+    assert backbone.eval()(torch.rand(1, 3, 40, 24).double()).shape == (1, 24), "the class token, no head"
+    assert backbone_prefix(method) == {"MoCoV3 ViT": "base_encoder.", "DINO ViT": "teacher.backbone."}[name]
+    facts = describe_vit(backbone, origin="a test", recipe="r")
+    with torch.device("meta"):
+        assert network_for(facts).state_dict().keys() == backbone.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -18,9 +18,10 @@ from moco_d2.engine.checkpoint import load_method
 from moco_d2.layers.ema import cosine_momentum
 from moco_d2.layers.losses import cross_view_entropy
 from moco_d2.layers.resnet import build_resnet
+from moco_d2.layers.vit import build_vit
 from moco_d2.methods import DINO, build_method
 from moco_d2.methods.dino import Head
-from tests.methods.small_methods import Tiny, build, make_views, train_tiny
+from tests.methods.small_methods import VIT, Tiny, build, make_views, train_tiny
 from tests.methods.test_contract import optimizer, train
 
 
@@ -172,6 +173,32 @@ def test_the_authors_training_checkpoint_continues_here(norm: bool, tmp_path: Pa
         rows = F.normalize(rows, dim=1) if norm else rows
         torch.testing.assert_close(network.head.last_layer(z), z @ rows.T)
     assert model.adapt_state_dict(model.state_dict()).keys() == model.state_dict().keys(), "ours passes unchanged"
+
+
+def test_a_vits_training_checkpoint_continues_here_and_only_the_student_drops_paths(tmp_path: Path) -> None:
+    """Without batch norm the authors' teacher is not wrapped, so that its names lack ``module.``."""
+    encoder = functools.partial(build_vit, **VIT, init="dino", drop_path=0.2)
+    args = {"outputs": 40, "hidden": 24, "bottleneck": 16, "head_norm": False}
+    source, model = (build_method("DINO", encoder, args) for _ in range(2))
+    student = {f"module.{key}": value for key, value in source.student.state_dict().items()}
+    teacher = {key: value + 1 for key, value in source.teacher.state_dict().items()}
+    names = {f"module.head.{key}" for key in ("mlp.4.bias", "last_layer.weight_g", "last_layer.weight_v")}
+    names |= {"module.backbone.cls_token", "module.backbone.blocks.1.attn.qkv.bias", "module.backbone.norm.weight"}
+    assert names < set(student) and "backbone.pos_embed" in teacher
+    content = {"student": student, "teacher": teacher, "dino_loss": {"center": torch.ones(1, 40)}, "epoch": 5}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    load_method(model, str(tmp_path / "checkpoint.pth"))
+    for network, state in ((model.student, source.student.state_dict()), (model.teacher, teacher)):
+        assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    rates = [
+        [getattr(block.drop_path1, "drop_prob", 0.0) for block in network.backbone.blocks]
+        for network in (model.student, model.teacher)
+    ]
+    assert rates == [pytest.approx([0.0, 0.2]), [0.0, 0.0]]
+    x = [torch.randn(8, 3, 32, 32)] * 2
+    with torch.no_grad():
+        (s1, s2), (t1, t2) = ([network(x) for _ in range(2)] for network in (model.student, model.teacher))
+    assert torch.equal(t1, t2) and not torch.equal(s1, s2)
 
 
 def test_a_checkpoint_with_the_authors_arguments_is_refused_with_a_command_that_extracts_it(

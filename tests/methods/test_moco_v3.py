@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moco_d2.layers.resnet import build_resnet
-from moco_d2.methods import MoCoV3
+from moco_d2.layers.vit import build_vit
+from moco_d2.methods import MoCoV3, build_method
 from moco_d2.methods.moco_v3 import contrast
 from tests.methods.small_methods import build, make_views, six_losses
 from tests.methods.toy_set import TinyEncoder
@@ -82,6 +84,40 @@ def test_a_published_file_has_these_shapes() -> None:
     shapes = {key: tuple(value.shape) for key, value in method.state_dict().items()}
     assert MoCoV3.adapt_state_dict(published).items() <= shapes.items()
     assert {"base_encoder.fc.0.bias", "base_encoder.fc.4.weight", "predictor.4.running_mean"} & set(shapes) == set()
+
+
+def test_a_published_vit_file_has_exactly_these_names_and_shapes() -> None:
+    """moco-v3's vit-s-300ep.pth.tar, names by its vits.py (timm's) and builder.py."""
+    encoder = functools.partial(build_vit, dim=384, heads=12, position="sincos", init="moco_v3", freeze_patches=True)
+    with torch.device("meta"):
+        method = build_method("MoCoV3", encoder, {"projector_layers": 3, "predictor_norm": True})
+    network = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "patch_embed.proj.weight": (384, 3, 16, 16)}
+    network["patch_embed.proj.bias"] = network["norm.weight"] = network["norm.bias"] = (384,)
+    for i in range(12):
+        for name, rows, columns in (
+            ("norm1", 384, 0), ("attn.qkv", 1152, 384), ("attn.proj", 384, 384), ("norm2", 384, 0),
+            ("mlp.fc1", 1536, 384), ("mlp.fc2", 384, 1536),
+        ):  # fmt: skip
+            network[f"blocks.{i}.{name}.weight"] = (rows, columns) if columns else (rows,)
+            network[f"blocks.{i}.{name}.bias"] = (rows,)
+    head = linears_and_norms([384, 4096, 4096, 256])
+    network |= {f"head.{key}": shape for key, shape in head.items()}
+    published = {f"module.{part}_encoder.{key}": s for part in ("base", "momentum") for key, s in network.items()}
+    published |= {f"module.predictor.{key}": s for key, s in linears_and_norms([256, 4096, 256]).items()}
+    assert MoCoV3.adapt_state_dict(published) == {k: tuple(v.shape) for k, v in method.state_dict().items()}
+    heads = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(heads) == 8 and {type(m).__name__ for m in heads} == {"SyncBatchNorm1d"}
+
+
+def linears_and_norms(sizes: list[int]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of Linear, BN, ReLU, ..., Linear, BN without gamma and beta; no biases."""
+    found: dict[str, tuple[int, ...]] = {}
+    for layer, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        norm = ["running_mean", "running_var", "num_batches_tracked"]
+        norm = ["weight", "bias", *norm] if layer < len(sizes) - 2 else norm
+        found[f"{3 * layer}.weight"] = (outputs, inputs)
+        found |= {f"{3 * layer + 1}.{key}": () if "tracked" in key else (outputs,) for key in norm}
+    return found
 
 
 def test_equal_features_have_the_loss_of_chance_and_keys_no_gradient() -> None:

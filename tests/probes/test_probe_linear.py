@@ -27,10 +27,12 @@ from moco_d2.seeding import stream_seed
 PUBLISHED = {
     "moco": ("sgd", 30.0, 256, 100, 0.0, 1.0),
     "moco_v3": ("sgd", 0.4, 1024, 90, 0.0, 0.5),
+    "moco_v3_vit": ("sgd", 12.0, 1024, 90, 0.0, 0.5),
     "simsiam": ("larc", 1.6, 4096, 90, 0.0, 0.5),
     "swav": ("sgd", 0.3, 256, 100, 1e-6, 0.5),
     "barlow_twins": ("sgd", 0.3, 256, 100, 1e-6, 0.5),
     "dino": ("sgd", 0.004, 1024, 100, 0.0, 0.5),
+    "dino_vit_s": ("sgd", 0.004, 1024, 100, 0.0, 0.5),
     "moco_cached": ("sgd", 30.0, 256, 100, 0.0, 1.0),
 }
 
@@ -41,7 +43,8 @@ def test_protocols_are_as_published() -> None:
         one = PROTOCOLS[name]
         assert (one.optimizer, one.batch, one.epochs, one.weight_decay) == (optimizer, batch, epochs, decay)
         assert one.lrs_at(0) == pytest.approx((lr, 0)) and one.lrs_at(epochs // 2)[0] == pytest.approx(middle * lr)
-        assert (one.size, one.bicubic, one.cached) == (224, name == "dino", name == "moco_cached")
+        assert (one.size, one.bicubic, one.cached) == (224, name.startswith("dino"), name == "moco_cached")
+        assert one.blocks == (4 if name == "dino_vit_s" else 0)
     moco = PROTOCOLS["moco"]
     assert [moco.lrs_at(epoch)[0] for epoch in (59, 60, 79, 80, 99)] == pytest.approx([30, 3, 3, 0.3, 0.3])
 

@@ -115,4 +115,6 @@ def vit_problems(cfg: CfgNode) -> Iterator[str]:
             "0, or a multiple of the pyramid's coarsest stride",
         ),
     }  # fmt: skip
-    yield from (f"MODEL.VIT.{key} is {vit[key]}; it must be {rule}" for key, (holds, rule) in rules.items() if not holds)
+    yield from (
+        f"MODEL.VIT.{key} is {vit[key]}; it must be {rule}" for key, (holds, rule) in rules.items() if not holds
+    )

@@ -217,7 +217,15 @@ _OFF = {
         ),
         _Off(("MODEL.VIT", "SOLVER.LAYER_DECAY"), "MODEL.BACKBONE.NAME", _RESNET_BUILDERS),
         _Off(
-            ("MODEL.RESNETS", "MODEL.BACKBONE.FREEZE_AT", *_group("MODEL.FPN", "IN_FEATURES", "FUSE_TYPE")),
+            # Without STRIDE_IN_1X1: every init states it, as part of the convention of its input.
+            (
+                *_group(
+                    "MODEL.RESNETS", "DEPTH", "OUT_FEATURES", "NUM_GROUPS", "NORM", "WIDTH_PER_GROUP", "RES5_DILATION",
+                    "RES2_OUT_CHANNELS", "STEM_OUT_CHANNELS", "DEFORM_ON_PER_STAGE", "DEFORM_MODULATED",
+                    "DEFORM_NUM_GROUPS",
+                ),
+                "MODEL.BACKBONE.FREEZE_AT", *_group("MODEL.FPN", "IN_FEATURES", "FUSE_TYPE"),
+            ),
             "MODEL.BACKBONE.NAME", (VIT_BUILDER,),
         ),
         _Off(("MODEL.VIT.GLOBAL_BLOCKS",), "MODEL.VIT.WINDOW_SIZE", (0,)),

@@ -24,8 +24,8 @@ from moco_d2.config.roles import DETECTION
 from moco_d2.detection.backbones import backbone_problems
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.metrics.evaluators import evaluator_type
-from moco_d2.detection.optimizer import OPTIMIZERS
 from moco_d2.detection.missing import is_voc_list, listed_files, missing_files, needed_files, unreadable
+from moco_d2.detection.optimizer import OPTIMIZERS
 from moco_d2.detection.proposals import proposal_problems
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 from moco_d2.messages import did_you_mean
@@ -259,7 +259,8 @@ def _range_problems(cfg: CfgNode) -> Iterator[str]:
         ),
         (
             "INPUT.JITTER.SCALE",
-            not inputs.JITTER.SCALE or (len(inputs.JITTER.SCALE) == 2 and 0 < inputs.JITTER.SCALE[0] <= inputs.JITTER.SCALE[1]),
+            not inputs.JITTER.SCALE
+            or (len(inputs.JITTER.SCALE) == 2 and 0 < inputs.JITTER.SCALE[0] <= inputs.JITTER.SCALE[1]),
             "two positive factors, the smaller first, or ()",
         ),
         ("INPUT.JITTER.SIZE", inputs.JITTER.SIZE > 0, "positive"),

@@ -374,7 +374,9 @@ def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, mi
     parts += [f"not in the file: {some(absent, _SHOWN)}"] if absent else []
     text += "; ".join(parts)
     if misshapen:
-        keys = "MODEL.VIT (PRETRAIN_IMAGE_SIZE for pos_embed)" if _is_vit(model) else "MODEL.RESNETS.DEPTH, its width keys"
+        keys = (
+            "MODEL.VIT (PRETRAIN_IMAGE_SIZE for pos_embed)" if _is_vit(model) else "MODEL.RESNETS.DEPTH, its width keys"
+        )
         return f"{text}.\n  The file holds another network: check {keys}, and NUM_CLASSES"
     if len(missing) == total:
         return f"{text}.\n  The file has names such as {some(state, 3)}.{convert_hint(path)}"

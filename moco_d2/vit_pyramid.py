@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -94,7 +95,7 @@ def vit_problems(cfg: CfgNode) -> Iterator[str]:
             yield f"MODEL.VIT.{key} is {vit[key]}; it must be positive"
             return
     strides = [vit.PATCH_SIZE / scale for scale in vit.SCALES]
-    halved = all(coarse == 2 * fine for fine, coarse in zip(strides, strides[1:], strict=False))
+    halved = all(coarse == 2 * fine for fine, coarse in itertools.pairwise(strides))
     rules = {
         "EMBED_DIM": (vit.EMBED_DIM % vit.NUM_HEADS == 0, f"a multiple of NUM_HEADS, {vit.NUM_HEADS}"),
         "PRETRAIN_IMAGE_SIZE": (

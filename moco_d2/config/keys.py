@@ -204,20 +204,20 @@ def _add_detection(cfg: CN) -> None:
     # BN sees the small batches.
     cfg.SOLVER.ACCUMULATE = 1
 
-    # Detectors on a ViT, with adamw: the lr of each block is that of the next times this factor, in (0, 1]; 1: all layers
-    # have the same lr.
+    # Detectors on a ViT, with adamw: the lr of each block is that of the next times this factor, in (0, 1]; 1: all
+    # layers have the same lr.
     cfg.SOLVER.LAYER_DECAY = 1.0
 
     _add_vit(cfg)
 
     # Large-scale jitter: training pictures are flipped (INPUT.RANDOM_FLIP), scaled to fit a square of INPUT.JITTER.SIZE
-    # pixels times a factor drawn from this range, and cut at random to at most that square; () for Detectron2's resizing
-    # to INPUT.MIN_SIZE_TRAIN.
+    # pixels times a factor drawn from this range, and cut at random to at most that square; () for Detectron2's
+    # resizing to INPUT.MIN_SIZE_TRAIN.
     cfg.INPUT.JITTER = CN()
     cfg.INPUT.JITTER.SCALE = ()
     cfg.INPUT.JITTER.SIZE = 1024
-    # Fill pictures that are smaller than the square with grey, at the right and below, as in Detectron2's baselines with
-    # this augmentation. ViTDet leaves them as they are: its detector pads (MODEL.VIT.SQUARE_PAD).
+    # Fill pictures that are smaller than the square with grey, at the right and below, as Detectron2's baselines with
+    # this augmentation do. ViTDet leaves them as they are: its detector pads (MODEL.VIT.SQUARE_PAD).
     cfg.INPUT.JITTER.PAD = False
 
     # Semantic segmentation: training pictures are scaled by a factor drawn from this range before INPUT.CROP; () for
@@ -241,8 +241,8 @@ def _add_vit(cfg: CN) -> None:
     vit.EMBED_DIM = 768
     vit.DEPTH = 12
     vit.NUM_HEADS = 12
-    # Side of the pictures of pretraining, in pixels, and whether it had a class token: they give the size of the position
-    # embedding, which is interpolated for other pictures. The detector's ViT has no class token.
+    # Side of the pictures of pretraining, in pixels, and whether it had a class token: they give the size of the
+    # position embedding, which is interpolated for other pictures. The detector's ViT has no class token.
     vit.PRETRAIN_IMAGE_SIZE = 224
     vit.PRETRAIN_CLASS_TOKEN = True
     # Side of the windows that attention is limited to, in patches; 0: attention is global in all blocks.
@@ -256,8 +256,8 @@ def _add_vit(cfg: CN) -> None:
     vit.IMAGE_SIZE = 1024
     # Rate of stochastic depth of the last block, in [0, 1); the others' rates rise to it linearly.
     vit.DROP_PATH = 0.1
-    # Levels of the pyramid: the ViT's features are enlarged or reduced by these factors, among 4, 2, 1 and 0.5. One more
-    # level has half the size of the last. The levels' names say their strides: p2 has stride 4.
+    # Levels of the pyramid: the ViT's features are enlarged or reduced by these factors, among 4, 2, 1 and 0.5. One
+    # more level has half the size of the last. The levels' names say their strides: p2 has stride 4.
     vit.SCALES = (4.0, 2.0, 1.0, 0.5)
     # Side of the square that pictures are padded to, in pixels; 0: to a multiple of the coarsest stride only.
     vit.SQUARE_PAD = 1024

@@ -19,6 +19,7 @@ BASIC_DEPTHS = (18, 34)  # of basic blocks; the deeper ResNets have bottlenecks
 # MODEL.BACKBONE.NAME: this project's builder of BASIC_DEPTHS, and Detectron2's, which build their full width only.
 BASIC_BUILDER = "build_basic_resnet_backbone"
 FULL_WIDTH_BUILDERS = ("build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
+DILATED_BUILDER = "build_resnet_dilated_c5_backbone"  # this project's
 VIT_BUILDER = "build_vit_sfp_backbone"  # this project's: ViT and simple feature pyramid
 FULL_WIDTH = 64  # RES2_OUT_CHANNELS of BASIC_DEPTHS at full width
 
@@ -231,7 +232,7 @@ class ViTFacts(BackboneFacts):
     """
 
     kind = "vit"
-    other_builders = (BASIC_BUILDER, *FULL_WIDTH_BUILDERS)
+    other_builders = (BASIC_BUILDER, DILATED_BUILDER, *FULL_WIDTH_BUILDERS)
     patch: int = 16
     dim: int = 384
     depth: int = 12

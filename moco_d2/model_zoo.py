@@ -129,15 +129,20 @@ def _changes(shipped: CfgNode, used: CfgNode, stage: str, role: str) -> list[str
 
 @functools.cache
 def _protocols() -> dict[str, Protocol]:
-    content = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
-    words = content["sources"], content["inits"]
-    protocols = {name: _protocol(name, entry, *words) for name, entry in content["protocols"].items()}
+    protocols = _entries("protocols")
     for config in list_configs():
         if config.startswith("quick_schedules/") and (cfg := load_cfg(config)).DATASETS.TEST:
             protocols[cfg.PROTOCOL] = Protocol(
                 cfg.PROTOCOL, config, "none", "the shipped config with smaller numbers", ()
             )
     return protocols
+
+
+def _entries(section: str) -> dict[str, Protocol]:
+    """Return the entries of a section of ``model_zoo.yaml``; those of ``elsewhere`` have no config."""
+    content = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+    words = content["sources"], content["inits"]
+    return {name: _protocol(name, entry, *words) for name, entry in content[section].items()}
 
 
 @functools.cache
@@ -160,7 +165,7 @@ def _protocol(name: str, entry: Mapping[str, Any], sources: Mapping[str, str], l
         )
         for row in entry.get("rows", ())
     )
-    return Protocol(name, entry["config"], entry["paper"], entry["evidence"], rows)
+    return Protocol(name, entry.get("config", ""), entry["paper"], entry.get("evidence", ""), rows)
 
 
 def protocol_table() -> str:
@@ -186,8 +191,8 @@ def recipe_table() -> str:
 
 
 def published_tables() -> str:
-    """Return a Markdown table of published figures for each protocol that has them."""
-    return "\n".join(_figures(p) for p in _published() if p.published)
+    """Return a Markdown table of published figures for each protocol that has them, and for detectors elsewhere."""
+    return "\n".join(_figures(p) for p in (*_published(), *_entries("elsewhere").values()) if p.published)
 
 
 def _published() -> list[Protocol]:
@@ -197,7 +202,7 @@ def _published() -> list[Protocol]:
 def _figures(protocol: Protocol) -> str:
     first = protocol.published[0]
     columns = list(dict.fromkeys(column for row in protocol.published for column in row.metrics))
-    notes = [protocol.paper]
+    notes = [protocol.paper, *["no config here builds it"] * (not protocol.config)]
     notes += [f"mean of {first.trials} trials"] if first.trials > 1 else []
     notes += ["std " + " / ".join(str(first.std[column]) for column in columns)] if first.std else []
     lines = [f"**`{protocol.name}`** ({', '.join(notes)})", ""]

@@ -37,7 +37,7 @@ def add_config(cfg: CN) -> None:
     """
     for module in _REGISTERING:
         importlib.import_module(module)
-    ours = CN({group: CN() for group in ("SOLVER", "DATASETS", "INPUT", "TEST")})
+    ours = CN({group: CN() for group in ("SOLVER", "DATASETS", "INPUT", "TEST", "MODEL")})
 
     # Name of the recipe (pretraining) or protocol (detector + data + schedule), which weights and results record. The
     # initial weights are no part of it.
@@ -127,8 +127,9 @@ def _add_training(cfg: CN) -> None:
     # Pretraining length in epochs; 0: SOLVER.MAX_ITER iterations. If EPOCHS is set, SOLVER.STEPS is in epochs and the
     # lr is updated once per epoch (SOLVER.LR_EVERY), as in MoCo's code. Otherwise both are in iterations.
     cfg.SOLVER.EPOCHS = 0
-    # Pretraining's optimizer: "sgd", "adamw", "lars" (MoCo v3, BYOL, Barlow Twins, VICReg, DINO), "lars_classic"
-    # (SimCLR), "larc" (SwAV); moco_d2/layers/lars.py has the equations. SOLVER.CLIP_GRADIENTS applies to all.
+    # Optimizer. Fine-tuning has "sgd" and "adamw" (ViTDet). Pretraining has both, "lars" (MoCo v3, BYOL, Barlow Twins,
+    # VICReg, DINO), "lars_classic" (SimCLR) and "larc" (SwAV); moco_d2/layers/lars.py has the equations.
+    # SOLVER.CLIP_GRADIENTS applies to all.
     cfg.SOLVER.OPTIMIZER = "sgd"
     # Trust coefficient of the layer-wise rates (lars, lars_classic, larc).
     cfg.SOLVER.TRUST = 0.001
@@ -203,6 +204,22 @@ def _add_detection(cfg: CN) -> None:
     # BN sees the small batches.
     cfg.SOLVER.ACCUMULATE = 1
 
+    # Detectors on a ViT, with adamw: the lr of each block is that of the next times this factor, in (0, 1]; 1: all
+    # layers have the same lr.
+    cfg.SOLVER.LAYER_DECAY = 1.0
+
+    _add_vit(cfg)
+
+    # Large-scale jitter: training pictures are flipped (INPUT.RANDOM_FLIP), scaled to fit a square of INPUT.JITTER.SIZE
+    # pixels times a factor drawn from this range, and cut at random to at most that square; () for Detectron2's
+    # resizing to INPUT.MIN_SIZE_TRAIN.
+    cfg.INPUT.JITTER = CN()
+    cfg.INPUT.JITTER.SCALE = ()
+    cfg.INPUT.JITTER.SIZE = 1024
+    # Fill pictures that are smaller than the square with grey, at the right and below, as Detectron2's baselines with
+    # this augmentation do. ViTDet leaves them as they are: its detector pads (MODEL.VIT.SQUARE_PAD).
+    cfg.INPUT.JITTER.PAD = False
+
     # Semantic segmentation: training pictures are scaled by a factor drawn from this range before INPUT.CROP; () for
     # Detectron2's resizing to INPUT.MIN_SIZE_TRAIN.
     cfg.INPUT.RANDOM_SCALE = ()
@@ -210,3 +227,37 @@ def _add_detection(cfg: CN) -> None:
     # Library that computes COCO's and LVIS's metrics: "hotcoco", "faster" (faster-coco-eval), "detectron2" (compiled),
     # "pycocotools"; "auto": the fastest that is installed. The numbers are the same (docs/evaluation.md).
     cfg.TEST.COCO_BACKEND = "auto"
+
+
+def _add_vit(cfg: CN) -> None:
+    """Add the keys of ``MODEL.BACKBONE.NAME build_vit_sfp_backbone``; the defaults are ViTDet's ViT-B.
+
+    The pyramid has ``MODEL.FPN.OUT_CHANNELS`` and ``MODEL.FPN.NORM``.
+    """
+    cfg.MODEL.VIT = CN()
+    vit = cfg.MODEL.VIT
+    # Side of a patch in pixels, size of a token, blocks, and heads of each block's attention.
+    vit.PATCH_SIZE = 16
+    vit.EMBED_DIM = 768
+    vit.DEPTH = 12
+    vit.NUM_HEADS = 12
+    # Side of the pictures of pretraining, in pixels, and whether it had a class token: they give the size of the
+    # position embedding, which is interpolated for other pictures. The detector's ViT has no class token.
+    vit.PRETRAIN_IMAGE_SIZE = 224
+    vit.PRETRAIN_CLASS_TOKEN = True
+    # Side of the windows that attention is limited to, in patches; 0: attention is global in all blocks.
+    vit.WINDOW_SIZE = 14
+    # The blocks, counted from 0, whose attention is global.
+    vit.GLOBAL_BLOCKS = (2, 5, 8, 11)
+    # Add relative positions, which start at 0, to the attention.
+    vit.REL_POS = True
+    # Side of the pictures that the relative positions of global blocks are for, in pixels; for others they are
+    # interpolated.
+    vit.IMAGE_SIZE = 1024
+    # Rate of stochastic depth of the last block, in [0, 1); the others' rates rise to it linearly.
+    vit.DROP_PATH = 0.1
+    # Levels of the pyramid: the ViT's features are enlarged or reduced by these factors, among 4, 2, 1 and 0.5. One
+    # more level has half the size of the last. The levels' names say their strides: p2 has stride 4.
+    vit.SCALES = (4.0, 2.0, 1.0, 0.5)
+    # Side of the square that pictures are padded to, in pixels; 0: to a multiple of the coarsest stride only.
+    vit.SQUARE_PAD = 1024

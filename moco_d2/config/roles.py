@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from moco_d2.facts import BASIC_BUILDER, DILATED_BUILDER, FULL_WIDTH_BUILDERS, VIT_BUILDER
+
 PRETRAINING, DETECTION = "pretraining", "fine-tuning"
 _COMMANDS = {PRETRAINING: "moco-d2 pretrain", DETECTION: "moco-d2 train"}
 
@@ -82,7 +84,8 @@ ROLES = {
     "SOLVER.STEPS": _Roles(RECIPE, PROTOCOL, CONFIG),
     "SOLVER.CLIP_GRADIENTS": _Roles(RECIPE, PROTOCOL, CONFIG),
     "SOLVER.EPOCHS": _Roles(RECIPE, UNREAD),
-    "SOLVER.OPTIMIZER": _Roles(RECIPE, UNREAD),
+    "SOLVER.OPTIMIZER": _Roles(RECIPE, PROTOCOL, CONFIG),
+    "SOLVER.LAYER_DECAY": _Roles(UNREAD, PROTOCOL, CONFIG),
     "SOLVER.TRUST": _Roles(RECIPE, UNREAD),
     "SOLVER.EXCLUDE_1D": _Roles(RECIPE, UNREAD),
     "SOLVER.LR_FACTOR_1D": _Roles(RECIPE, UNREAD),
@@ -121,12 +124,13 @@ _INSTEAD = {
         "SOLVER.REFERENCE_WORLD_SIZE": "pretraining scales the lr by SOLVER.REFERENCE_BATCH",
         "MODEL.BACKBONE": "set SSL.ENCODER.NAME instead",
         "MODEL.RESNETS": "set SSL.ENCODER.NAME and SSL.ENCODER.ARGS instead",
+        "MODEL.VIT": "set SSL.ENCODER.NAME and SSL.ENCODER.ARGS instead",
         "MODEL.PIXEL_MEAN": "DATA.AUGMENTATION fixes it",
         "MODEL.PIXEL_STD": "DATA.AUGMENTATION fixes it",
         "INPUT": "pretraining has DATA.AUGMENTATION and DATA.CROP_SIZE; its views are RGB",
     },
     DETECTION: {
-        "SSL.ENCODER": "set MODEL.RESNETS instead",
+        "SSL.ENCODER": "set MODEL.RESNETS, or MODEL.VIT, instead",
         "DATA.CROP_SIZE": "fine-tuning has INPUT.MIN_SIZE_TRAIN and INPUT.CROP",
         "SOLVER.EPOCHS": "fine-tuning counts iterations, SOLVER.MAX_ITER",
         "SOLVER.SCHEDULE": "set SOLVER.LR_SCHEDULER_NAME instead",
@@ -144,6 +148,7 @@ class _Off(NamedTuple):
 _ARCHITECTURE = "MODEL.META_ARCHITECTURE"
 _HEADS = ("ROI_HEADS", "ROI_BOX_HEAD", "ROI_BOX_CASCADE_HEAD", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD")
 _RES5_HEADS = ("Res5ROIHeads", "Res5ROIHeadsExtraNorm")
+_RESNET_BUILDERS = (*FULL_WIDTH_BUILDERS, BASIC_BUILDER, DILATED_BUILDER)
 
 
 def _group(name: str, *keys: str) -> tuple[str, ...]:
@@ -210,6 +215,21 @@ _OFF = {
         _Off(
             ("MODEL.FPN",), "MODEL.BACKBONE.NAME", ("build_resnet_backbone", "build_resnet_dilated_c5_backbone"),
         ),
+        _Off(("MODEL.VIT", "SOLVER.LAYER_DECAY"), "MODEL.BACKBONE.NAME", _RESNET_BUILDERS),
+        _Off(
+            # Without STRIDE_IN_1X1: every init states it, as part of the convention of its input.
+            (
+                *_group(
+                    "MODEL.RESNETS", "DEPTH", "OUT_FEATURES", "NUM_GROUPS", "NORM", "WIDTH_PER_GROUP", "RES5_DILATION",
+                    "RES2_OUT_CHANNELS", "STEM_OUT_CHANNELS", "DEFORM_ON_PER_STAGE", "DEFORM_MODULATED",
+                    "DEFORM_NUM_GROUPS",
+                ),
+                "MODEL.BACKBONE.FREEZE_AT", *_group("MODEL.FPN", "IN_FEATURES", "FUSE_TYPE"),
+            ),
+            "MODEL.BACKBONE.NAME", (VIT_BUILDER,),
+        ),
+        _Off(("MODEL.VIT.GLOBAL_BLOCKS",), "MODEL.VIT.WINDOW_SIZE", (0,)),
+        _Off(("MODEL.VIT.IMAGE_SIZE",), "MODEL.VIT.REL_POS", (False,)),
         _Off(("MODEL.ANCHOR_GENERATOR.ANGLES",), "MODEL.ANCHOR_GENERATOR.NAME", ("DefaultAnchorGenerator",)),
         _Off(
             _group("MODEL.RESNETS", "DEFORM_MODULATED", "DEFORM_NUM_GROUPS"),
@@ -226,9 +246,16 @@ _OFF = {
         _Off(_group("DATALOADER", "REPEAT_THRESHOLD", "REPEAT_SQRT"), "DATALOADER.SAMPLER_TRAIN", ("TrainingSampler",)),
         _Off(_group("INPUT.CROP", "TYPE", "SIZE"), "INPUT.CROP.ENABLED", (False,)),
         _Off(
-            _group("INPUT", "MIN_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING", "MAX_SIZE_TRAIN", "RANDOM_FLIP"),
+            _group("INPUT", "MIN_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING", "MAX_SIZE_TRAIN", "RANDOM_FLIP", "JITTER"),
             "INPUT.RANDOM_SCALE", None,
         ),
+        _Off(
+            _group("INPUT", "MIN_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING", "MAX_SIZE_TRAIN", "CROP"),
+            "INPUT.JITTER.SCALE", None,
+        ),
+        _Off(_group("INPUT.JITTER", "SIZE", "PAD"), "INPUT.JITTER.SCALE", ((),)),
+        _Off(_group("SOLVER", "MOMENTUM", "NESTEROV"), "SOLVER.OPTIMIZER", ("adamw",)),
+        _Off(("SOLVER.LAYER_DECAY",), "SOLVER.OPTIMIZER", ("sgd",)),
         _Off(("SOLVER.STEPS",), "SOLVER.LR_SCHEDULER_NAME", ("WarmupCosineLR", "WarmupStepWithFixedGammaLR")),
         _Off(("SOLVER.GAMMA",), "SOLVER.LR_SCHEDULER_NAME", ("WarmupCosineLR",)),
         _Off(("SOLVER.BASE_LR_END",), "SOLVER.LR_SCHEDULER_NAME", ("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR")),

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moco_d2.basic_resnet import basic_resnet_problems
-from moco_d2.facts import BASIC_BUILDER, BASIC_DEPTHS, FULL_WIDTH, FULL_WIDTH_BUILDERS
+from moco_d2.facts import BASIC_BUILDER, BASIC_DEPTHS, DILATED_BUILDER, FULL_WIDTH, FULL_WIDTH_BUILDERS, VIT_BUILDER
+from moco_d2.vit_pyramid import vit_problems
 
+MSRA = "ImageNetPretrained/MSRA/"  # in the addresses of Caffe's ResNets in Detectron2's zoo
 _CHANNELS = 512  # MoCo paper, appendix
 
 
@@ -57,7 +59,11 @@ def build_resnet_dilated_c5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Di
 
 
 def backbone_problems(cfg: CfgNode) -> Iterator[str]:
-    """Yield why ``MODEL.BACKBONE.NAME`` cannot build a ResNet of basic blocks."""
+    """Yield why ``MODEL.BACKBONE.NAME`` cannot build a ResNet of basic blocks, or a ViT."""
+    if cfg.MODEL.BACKBONE.NAME == VIT_BUILDER:
+        yield from vit_problems(cfg)
+        yield from _vit_input_problems(cfg)
+        return
     name, resnets = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS
     basic = resnets.DEPTH in BASIC_DEPTHS
     if basic and name in FULL_WIDTH_BUILDERS and resnets.RES2_OUT_CHANNELS != FULL_WIDTH:
@@ -66,5 +72,22 @@ def backbone_problems(cfg: CfgNode) -> Iterator[str]:
             f"only, but MODEL.RESNETS.RES2_OUT_CHANNELS is {resnets.RES2_OUT_CHANNELS}: pass MODEL.BACKBONE.NAME "
             f"{BASIC_BUILDER}"
         )
-    if name == BASIC_BUILDER or (basic and name in (*FULL_WIDTH_BUILDERS, "build_resnet_dilated_c5_backbone")):
+    if name == BASIC_BUILDER or (basic and name in (*FULL_WIDTH_BUILDERS, DILATED_BUILDER)):
         yield from basic_resnet_problems(cfg)
+
+
+def _vit_input_problems(cfg: CfgNode) -> Iterator[str]:
+    """Yield pictures that are larger than the square that they are padded to, and weights that are a ResNet's."""
+    inputs, square = cfg.INPUT, cfg.MODEL.VIT.SQUARE_PAD
+    train = "JITTER.SIZE" if inputs.JITTER.SCALE else "MAX_SIZE_TRAIN"
+    sizes = {train: inputs.JITTER.SIZE if inputs.JITTER.SCALE else inputs.MAX_SIZE_TRAIN}
+    sizes |= {"MAX_SIZE_TEST": inputs.MAX_SIZE_TEST}
+    for key, size in sizes.items():
+        if 0 < square < size:
+            yield f"INPUT.{key} is {size}; it must be at most MODEL.VIT.SQUARE_PAD, {square}, or pass that as 0"
+    if MSRA in cfg.MODEL.WEIGHTS:
+        yield (
+            f"MODEL.WEIGHTS is {cfg.MODEL.WEIGHTS}, a ResNet, but MODEL.BACKBONE.NAME is {VIT_BUILDER}: no supervised "
+            "ViT comes with Detectron2. Use the config without the suffix _supervised, and pass MODEL.WEIGHTS, a "
+            "supervised ViT (DeiT's, timm's) that moco-d2 convert wrote"
+        )

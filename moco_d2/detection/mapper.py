@@ -53,7 +53,11 @@ class PictureMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """Read the arguments of the constructor from a detector's config."""
-        return {**super().from_config(cfg, is_train), "max_pixels": cfg.DATA.MAX_PIXELS}
+        arguments = {**super().from_config(cfg, is_train), "max_pixels": cfg.DATA.MAX_PIXELS}
+        if is_train and cfg.INPUT.JITTER.SCALE:
+            # Boxes are recomputed from masks, because that of a cut object is smaller than the cut box.
+            arguments |= {"augmentations": large_scale_jitter(cfg), "recompute_boxes": cfg.MODEL.MASK_ON}
+        return arguments
 
     def __call__(self, dataset_dict: Mapping[str, Any]) -> dict[str, Any]:
         """Read, augment and label a picture.
@@ -111,6 +115,18 @@ class PictureMapper(DatasetMapper):
                 known = f"with id {annotation['id']!r}" if "id" in annotation else f"number {number}, counted from 0,"
                 return f"its annotation {known} and bbox {annotation.get('bbox')}"
         return "the list of its annotations"
+
+
+def large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
+    """Return the augmentations of ``INPUT.JITTER``: flip, scale, and cut, as ViTDet trains (arXiv 2203.16527)."""
+    jitter, flip = cfg.INPUT.JITTER, cfg.INPUT.RANDOM_FLIP
+    low, high = jitter.SCALE
+    flips = [] if flip == "none" else [T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")]
+    return [
+        *flips,
+        T.ResizeScale(low, high, jitter.SIZE, jitter.SIZE),
+        T.FixedSizeCrop((jitter.SIZE, jitter.SIZE), pad=jitter.PAD),
+    ]
 
 
 def size_mismatch(record: Mapping[str, Any], width: int, height: int) -> str:

@@ -25,6 +25,7 @@ from moco_d2.detection.backbones import backbone_problems
 from moco_d2.detection.checkpointer import TransferCheckpointer
 from moco_d2.detection.metrics.evaluators import evaluator_type
 from moco_d2.detection.missing import is_voc_list, listed_files, missing_files, needed_files, unreadable
+from moco_d2.detection.optimizer import OPTIMIZERS
 from moco_d2.detection.proposals import proposal_problems
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
 from moco_d2.messages import did_you_mean
@@ -51,11 +52,14 @@ def fit_to_machine(cfg: CfgNode, world_size: int) -> CfgNode:
 
     Without a GPU the device is the CPU. In several CPU processes ``nn.SyncBatchNorm`` does not work; naiveSyncBN, which
     synchronises by plain collectives (:mod:`moco_d2.detection.sync_norm`), replaces it. The heads get the variant that
-    weighs processes by their number of boxes.
+    weighs processes by their number of boxes. The CPU computes in float32: Detectron2's AMP works on GPUs only.
     """
     cfg = cfg.clone()
     cfg.defrost()
     use_available_device(cfg)
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        cfg.SOLVER.AMP.ENABLED = False
+        logger.warning("AMP does not work on the CPU: SOLVER.AMP.ENABLED is False")
     if cfg.MODEL.DEVICE == "cpu" and world_size > 1:
         for name, node in cfg.MODEL.items():
             if isinstance(node, CfgNode) and node.get("NORM") in ("SyncBN", "nnSyncBN"):
@@ -236,6 +240,8 @@ def _range_problems(cfg: CfgNode) -> Iterator[str]:
         ("SEED", cfg.SEED < 2**32, "below 2**32, or -1 to have one drawn"),
         ("SOLVER.MAX_ITER", solver.MAX_ITER > 0, "positive"),
         ("SOLVER.BASE_LR", solver.BASE_LR > 0, "positive"),
+        ("SOLVER.OPTIMIZER", solver.OPTIMIZER in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)} in fine-tuning"),
+        ("SOLVER.LAYER_DECAY", 0 < solver.LAYER_DECAY <= 1, "in (0, 1]"),
         ("SOLVER.MOMENTUM", 0 <= solver.MOMENTUM < 1, "in [0, 1)"),
         ("SOLVER.NESTEROV", solver.MOMENTUM > 0 or not solver.NESTEROV, "False without SOLVER.MOMENTUM"),
         ("SOLVER.WEIGHT_DECAY", solver.WEIGHT_DECAY >= 0, "0 or more"),
@@ -251,6 +257,13 @@ def _range_problems(cfg: CfgNode) -> Iterator[str]:
             min(inputs.MIN_SIZE_TRAIN, default=1 if inputs.RANDOM_SCALE else 0) > 0,
             "one or more short sides in pixels, above 0",
         ),
+        (
+            "INPUT.JITTER.SCALE",
+            not inputs.JITTER.SCALE
+            or (len(inputs.JITTER.SCALE) == 2 and 0 < inputs.JITTER.SCALE[0] <= inputs.JITTER.SCALE[1]),
+            "two positive factors, the smaller first, or ()",
+        ),
+        ("INPUT.JITTER.SIZE", inputs.JITTER.SIZE > 0, "positive"),
         ("INPUT.MIN_SIZE_TRAIN_SAMPLING", inputs.MIN_SIZE_TRAIN_SAMPLING in ("choice", "range"), "choice or range"),
         ("INPUT.RANDOM_FLIP", inputs.RANDOM_FLIP in _FLIPS, f"one of {', '.join(_FLIPS)}"),
         ("INPUT.MAX_SIZE_TRAIN", inputs.MAX_SIZE_TRAIN > 0, "positive"),

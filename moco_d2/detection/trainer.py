@@ -28,6 +28,7 @@ from moco_d2.detection.hooks import EvaluateIfDone, RepeatablePreciseBN
 from moco_d2.detection.loader import build_loader
 from moco_d2.detection.mapper import PictureMapper
 from moco_d2.detection.metrics.evaluators import build_evaluator
+from moco_d2.detection.optimizer import build_optimizer
 from moco_d2.detection.preflight import building, changes, check_run, fit_to_machine, scale_to_processes, starting_point
 from moco_d2.detection.results import describe_result, write_json
 from moco_d2.detection.segmentation import build_segmentation_mapper
@@ -96,6 +97,11 @@ class TransferTrainer(DefaultTrainer):
         if cfg.ENGINE.COMPILE:
             model.backbone.compile()  # in place, so the names of tensors do not change
         return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Build the optimizer that ``SOLVER.OPTIMIZER`` names."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode, purpose: int = 0) -> DataLoader:
@@ -225,7 +231,7 @@ class TransferTrainer(DefaultTrainer):
         """Restore :meth:`state_dict`; warn of settings that differ from the checkpoint's.
 
         Raises:
-            ValueError: the batch differs.
+            ValueError: the batch or the optimizer differs.
         """
         # The run's initial weights: this command may name no MODEL.WEIGHTS, or the file may have changed. Detectron2's
         # own checkpoints record neither weights nor settings.
@@ -238,6 +244,9 @@ class TransferTrainer(DefaultTrainer):
                 f"a run of {_batch(then)} cannot be resumed with {_batch(now)}: the checkpoint's lr and iteration "
                 "belong to its batch. Keep processes times SOLVER.ACCUMULATE as it was"
             )
+        for key in ("SOLVER.OPTIMIZER", "SOLVER.LAYER_DECAY"):  # checkpoints of earlier versions have neither
+            if key in then and then[key] != now[key]:
+                raise ValueError(f"a run with {key} {then[key]} cannot be resumed with {now[key]}: keep it as it was")
         # Checkpoints of earlier versions contain fewer settings.
         changed = changed_settings(then, {key: value for key, value in now.items() if key in then})
         kept = {key: changed.pop(key) for key in roles.resumed(list(changed), roles.CHECKPOINT)}

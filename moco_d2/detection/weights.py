@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.modeling import SimpleFeaturePyramid
 from torch import nn
 
 from moco_d2.convert.parts import PART_PREFIXES, needs, part_of
+from moco_d2.detection.backbones import MSRA
 from moco_d2.detection.checkpointer import load_content
 from moco_d2.detection.weight_file import COUNTER, convert_hint, read_weight_file
-from moco_d2.facts import CAFFE_BGR, BackboneFacts, Pixels, ResNetFacts
+from moco_d2.facts import CAFFE_BGR, VIT_BUILDER, BackboneFacts, Pixels, ResNetFacts, ViTFacts
 from moco_d2.io.checkpoints import facts_in, some
 from moco_d2.io.version import FileVersion
 from moco_d2.running.weights import local_path
@@ -33,6 +35,11 @@ logger = logging.getLogger(__name__)
 REQUIRED = "REQUIRED"
 
 _SHOWN = 3  # tensors named in an error
+
+_VIT = "backbone.net."  # what precedes timm's names in a detector on a ViT
+_RELATIVE = (".rel_pos_h", ".rel_pos_w")  # relative positions, which pretraining does not have
+# What pretraining has, and Detectron2's ViT does not: it is made of the patches alone, and its pyramid has norms.
+_LEFT_OUT = ("cls_token", "norm.weight", "norm.bias")
 
 
 @dataclass
@@ -76,15 +83,23 @@ class WeightsRecord:
 def pretrained_names(model: nn.Module) -> list[str]:
     """Return the names of the tensors that pretraining must fill: the ResNet, and conv5 if it is the box head (C4).
 
-    The norm that :class:`Res5ROIHeadsExtraNorm` adds is new, and no computation reads ``num_batches_tracked``: both are
-    left out.
+    Of a ViT they are all but the relative positions. The norm that :class:`Res5ROIHeadsExtraNorm` adds is new, and no
+    computation reads ``num_batches_tracked``: both are left out.
     """
     backbone = "backbone.bottom_up." if hasattr(model.backbone, "bottom_up") else "backbone."
+    if _is_vit(model):
+        backbone = _VIT
     return [
         name
         for name in all_names(model)
-        if name.startswith((backbone, "roi_heads.res5.")) and not name.startswith("roi_heads.res5.norm.")
+        if name.startswith((backbone, "roi_heads.res5."))
+        and not name.startswith("roi_heads.res5.norm.")
+        and not name.endswith(_RELATIVE)
     ]
+
+
+def _is_vit(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "backbone", None), SimpleFeaturePyramid)
 
 
 def all_names(model: nn.Module) -> list[str]:
@@ -141,7 +156,7 @@ def load_weights(
         return random_weights(cfg)
     model = checkpointer.model
     file = read_weight_file(path, model.state_dict().keys())
-    content = file.content
+    content = _as_in_vit(file.content, model, path) if _is_vit(model) else file.content
     source = str(content.get("source_sha256", ""))
     record = replace(_check_facts(content, cfg, path), source_sha256=source, version=file.version)
     with _record_filled(model) as filled:
@@ -168,7 +183,7 @@ def load_weights(
     if names is pretrained_names:
         _check_parts(path, content, cfg, model, filled)
         # Derived from what was filled, because files without facts, such as a trained detector's, have parts too.
-        parts = tuple(dict.fromkeys(part_of(name) for name in beside))
+        parts = tuple(dict.fromkeys(_part(name) for name in beside))
         record.facts = replace(record.facts, parts=parts)
         if parts:
             logger.info("%s also fills %s: another protocol than with a backbone alone", path, ", ".join(parts))
@@ -182,6 +197,13 @@ def random_weights(cfg: CfgNode) -> WeightsRecord:
 
 def facts_of(cfg: CfgNode) -> BackboneFacts:
     """Return the facts that a config implies for its backbone and pixels."""
+    pixels = Pixels(cfg.INPUT.FORMAT, tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD))
+    if cfg.MODEL.BACKBONE.NAME == VIT_BUILDER:
+        vit = cfg.MODEL.VIT
+        return ViTFacts(
+            patch=vit.PATCH_SIZE, dim=vit.EMBED_DIM, depth=vit.DEPTH, heads=vit.NUM_HEADS,
+            image=vit.PRETRAIN_IMAGE_SIZE, class_token=vit.PRETRAIN_CLASS_TOKEN, pixels=pixels,
+        )  # fmt: skip
     resnet = cfg.MODEL.RESNETS
     return ResNetFacts(
         depth=resnet.DEPTH,
@@ -191,25 +213,32 @@ def facts_of(cfg: CfgNode) -> BackboneFacts:
         width_per_group=resnet.WIDTH_PER_GROUP,
         stride_in_1x1=resnet.STRIDE_IN_1X1,
         norm="GN" if resnet.NORM == "GN" else "BN",
-        pixels=Pixels(cfg.INPUT.FORMAT, tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD)),
+        pixels=pixels,
     )
 
 
 def _check_facts(content: Mapping[str, Any], cfg: CfgNode, path: str) -> WeightsRecord:
-    facts = facts_in(content, path)
+    facts, implied = facts_in(content, path), facts_of(cfg)
     if facts is not None:
         why = f"by its facts; origin: {facts.origin}"
     elif _is_msra(content, path):
         # The check of missing tensors finds a wrong depth, so one rule serves R-50 and R-101.
-        facts = replace(facts_of(cfg), stride_in_1x1=True, pixels=CAFFE_BGR, origin="ImageNet-supervised, MSRA (Caffe)")
+        resnet = implied if isinstance(implied, ResNetFacts) else ResNetFacts()
+        facts = replace(resnet, stride_in_1x1=True, pixels=CAFFE_BGR, origin="ImageNet-supervised, MSRA (Caffe)")
         why = "it is the original Caffe ResNet"
     else:
-        facts = replace(facts_of(cfg), origin="unknown")
+        facts = replace(implied, origin="unknown")
+        more = f"STRIDE_IN_1X1 {facts.stride_in_1x1}" if isinstance(facts, ResNetFacts) else facts.network
         logger.info(
-            "%s carries no facts, so the config's are assumed (%s, mean %s, std %s, STRIDE_IN_1X1 %s)",
-            path, facts.pixels.order, facts.pixels.mean, facts.pixels.std, facts.stride_in_1x1,
+            "%s carries no facts, so the config's are assumed (%s, mean %s, std %s, %s)",
+            path, facts.pixels.order, facts.pixels.mean, facts.pixels.std, more,
         )  # fmt: skip
         return WeightsRecord(path, facts)
+    if facts.kind != implied.kind and cfg.MODEL.BACKBONE.NAME in facts.other_builders:
+        raise ValueError(
+            f"{path} holds a {facts.network} ({why}), but the config's backbone, {cfg.MODEL.BACKBONE.NAME}, is a "
+            f"{implied.network}.\n  Pass weights of a {implied.network}, or use a config for a {facts.network}"
+        )
     lines = facts.contradictions(cfg)
     if lines:
         needed = facts.config()
@@ -221,6 +250,41 @@ def _check_facts(content: Mapping[str, Any], cfg: CfgNode, path: str) -> Weights
             + f"  Pass {remedy}, or other weights"
         )
     return WeightsRecord(path, facts)
+
+
+def _as_in_vit(content: Mapping[str, Any], model: nn.Module, path: str) -> dict[str, Any]:
+    """Return a file's content with the names of a detector on a ViT, so that Detectron2 need not match any.
+
+    Its heuristics would take the last norm, ``norm.weight``, for one of the pyramid's.
+
+    Raises:
+        ValueError: the file's ViT has blocks or layers that the detector's does not have.
+    """
+    held, own = content["model"], model.state_dict().keys()
+    names = {name: _VIT + name if _VIT + name in own and name not in own else name for name in held}
+    without = [name for name in held if name.removeprefix(_VIT) in _LEFT_OUT]
+    if without:
+        logger.info("%s: %s are left out: Detectron2's ViT does not have them", path, ", ".join(without))
+    homeless = [
+        name
+        for name in held
+        if names[name] not in own and name.removeprefix(_VIT).startswith(("blocks.", "patch_embed."))
+    ]
+    if homeless:
+        raise ValueError(
+            f"{path} has {len(homeless)} tensors of a ViT for which the detector has no place ({some(homeless, _SHOWN)}"
+            "): it would compute something else.\n  Check MODEL.VIT.DEPTH and REL_POS; Detectron2's ViT has no "
+            "LayerScale and no norms of queries and keys"
+        )
+    state = {names[name]: tensor for name, tensor in held.items() if name not in without}
+    return {**content, "model": state, "matching_heuristics": False}
+
+
+def _part(name: str) -> str:
+    """Name the part of a detector that a tensor belongs to, as ``part_of`` does, also in a detector on a ViT."""
+    if name.endswith(_RELATIVE):
+        return "relative_positions"
+    return "pyramid" if name.startswith("backbone.simfp_") else part_of(name)
 
 
 def _check_parts(
@@ -276,7 +340,7 @@ def _is_msra(content: Mapping[str, Any], path: str) -> bool:
 
     Their first convolution has a bias, unlike in any other file with Caffe2's names.
     """
-    return "ImageNetPretrained/MSRA/" in path or {"conv1_b", "res2_0_branch2a_w"} <= set(content["model"])
+    return MSRA in path or {"conv1_b", "res2_0_branch2a_w"} <= set(content["model"])
 
 
 @contextmanager
@@ -310,7 +374,10 @@ def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, mi
     parts += [f"not in the file: {some(absent, _SHOWN)}"] if absent else []
     text += "; ".join(parts)
     if misshapen:
-        return f"{text}.\n  The file holds another network: check MODEL.RESNETS.DEPTH, its width keys, and NUM_CLASSES"
+        keys = (
+            "MODEL.VIT (PRETRAIN_IMAGE_SIZE for pos_embed)" if _is_vit(model) else "MODEL.RESNETS.DEPTH, its width keys"
+        )
+        return f"{text}.\n  The file holds another network: check {keys}, and NUM_CLASSES"
     if len(missing) == total:
         return f"{text}.\n  The file has names such as {some(state, 3)}.{convert_hint(path)}"
     return f"{text}.\n  The file is incomplete: convert the original again with moco-d2 convert"
@@ -318,7 +385,7 @@ def _explain_missing(path: str, content: Mapping[str, Any], model: nn.Module, mi
 
 def _file_names(name: str) -> list[str]:
     """Return the names that a detector's tensor can have in the file of a detector or a backbone."""
-    return [name, *(name.removeprefix(prefix) for prefix in ("backbone.bottom_up.", "backbone.", "roi_heads."))]
+    return [name, *(name.removeprefix(prefix) for prefix in ("backbone.bottom_up.", _VIT, "backbone.", "roi_heads."))]
 
 
 def _first(lines: Sequence[str]) -> str:

@@ -29,7 +29,8 @@ KNN = "monitor/knn_top1"
 _SKIPPED = "unreadable_images"  # a scalar that pretraining records from its first line on, and no other training
 _DONE = re.compile(r", (\d+) of (\d+) iterations")  # in the origin of a backbone of ours
 _NETWORK = re.compile(r", its network `.*`$")  # added to it when another network of the method is converted
-_SHAPE = ("depth", "stem_channels", "res2_channels", "groups", "width_per_group", "norm")
+# Facts of the shape of a ResNet or a ViT.
+_SHAPE = ("depth", "stem_channels", "res2_channels", "groups", "width_per_group", "norm", "patch", "dim", "heads")
 
 Key = tuple[Any, ...]
 
@@ -246,8 +247,10 @@ def _row(
     root = weights.get("source_sha256") or weights.get("sha256") or ""
     recipe = facts.get("recipe") or facts.get("protocol") or ""
     if not root and path in ("", "random"):
-        depth = f"R-{facts['depth']}" if "depth" in facts else "encoder unknown"
-        return ("random", *(facts.get(key) for key in _SHAPE)), Row(f"random, {depth}", "", "random")
+        network = f"R-{facts['depth']}" if "depth" in facts else "encoder unknown"
+        if "dim" in facts:
+            network = f"ViT, {facts['depth']} blocks of {facts['dim']}, patch {facts['patch']}"
+        return ("random", *(facts.get(key) for key in _SHAPE)), Row(f"random, {network}", "", "random")
     network = "".join(_NETWORK.findall(origin))
     stated = _DONE.search(origin)
     done, length = map(int, stated.groups()) if stated else (0, 0)

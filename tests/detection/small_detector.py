@@ -20,6 +20,13 @@ QUARTER = _opts({
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
     "MODEL.RESNETS.WIDTH_PER_GROUP": 16,
 })  # fmt: skip
+VIT = _opts({
+    "MODEL.VIT.EMBED_DIM": 24,
+    "MODEL.VIT.DEPTH": 2,
+    "MODEL.VIT.NUM_HEADS": 2,
+    "MODEL.VIT.GLOBAL_BLOCKS": (1,),
+    "MODEL.VIT.SQUARE_PAD": 128,
+})  # fmt: skip
 SHORT = _opts({
     "INPUT.MIN_SIZE_TRAIN": (96,),
     "INPUT.MIN_SIZE_TEST": 96,
@@ -42,4 +49,4 @@ SHORT = _opts({
 
 def small_cfg(name, *opts):
     """Return a shipped config at a quarter of the width, for the CPU."""
-    return load_cfg(name, [*QUARTER, *map(str, opts)])
+    return load_cfg(name, [*QUARTER, *(VIT if "ViT" in name else ()), *map(str, opts)])

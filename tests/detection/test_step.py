@@ -24,10 +24,11 @@ PROTOCOLS = [name for name in list_protocols() if not name.startswith("quick_")]
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_scaling_changes_nothing_at_8_processes(name):
+def test_scaling_changes_nothing_at_the_protocols_processes(name):
     cfg = get_config(name)
-    assert cfg.SOLVER.REFERENCE_WORLD_SIZE == 8
-    assert changes(cfg, scale_to_processes(cfg, 8)) == {}
+    reference = 64 if "ViT" in name else 8
+    assert reference == cfg.SOLVER.REFERENCE_WORLD_SIZE
+    assert changes(cfg, scale_to_processes(cfg, reference)) == {}
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
@@ -36,7 +37,7 @@ def test_scaling_keeps_images_lr_an_image_and_images_a_process(name, world_size)
     cfg = get_config(name)
     scaled = scale_to_processes(cfg, world_size)
     before, after = cfg.SOLVER, scaled.SOLVER
-    assert after.IMS_PER_BATCH / world_size == before.IMS_PER_BATCH / 8
+    assert after.IMS_PER_BATCH / world_size == before.IMS_PER_BATCH / before.REFERENCE_WORLD_SIZE
     lr_an_image = [s.BASE_LR / s.IMS_PER_BATCH for s in (before, after)]
     assert lr_an_image[1] == pytest.approx(lr_an_image[0])
     images = [(s.MAX_ITER * s.IMS_PER_BATCH, *(step * s.IMS_PER_BATCH for step in s.STEPS)) for s in (before, after)]

@@ -22,7 +22,7 @@ class ViT(VisionTransformer):
     """
 
     head_name = "head"
-    cls_token: nn.Parameter
+    cls_token: nn.Parameter | None  # None: without class token, as in Detectron2
     pos_embed: nn.Parameter
 
     def __init__(self, **kwargs: Any) -> None:
@@ -39,12 +39,16 @@ class ViT(VisionTransformer):
         side, _ = self.patch_embed.grid_size
         if rows == columns == side:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        first = self.num_prefix_tokens  # 1, the class token
+        grid = self.pos_embed[:, first:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
         scale = (rows + 0.1) / side, (columns + 0.1) / side
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic")
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([self.pos_embed[:, :first], grid.flatten(2).transpose(1, 2)], dim=1)
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """Return the tokens (N, 1 + h w, D) of patches (N, h, w, D): timm's name for this step."""
         position = self.position(x.shape[1], x.shape[2])
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1) + position
+        tokens = x.flatten(1, 2)
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1)
+        return tokens + position

@@ -52,7 +52,7 @@ def get_config(opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     import_module("densepose").add_densepose_config(cfg)
     for file in config_files(CONFIG):
-        cfg.merge_from_file(str(file))
+        cfg.merge_from_file(str(file), allow_unsafe=False)
     cfg.merge_from_list(list(opts))
     return cfg
 

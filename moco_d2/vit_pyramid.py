@@ -89,7 +89,7 @@ def vit_problems(cfg: CfgNode) -> Iterator[str]:
     """Yield the keys of ``MODEL.VIT`` that cannot be built, and timm if it is missing."""
     vit = cfg.MODEL.VIT
     if importlib.util.find_spec("timm") is None:
-        yield f"MODEL.BACKBONE.NAME is {VIT_BUILDER}, which needs timm: pip install timm"
+        yield f"MODEL.BACKBONE.NAME is {VIT_BUILDER}, which needs timm: pip install 'moco_d2[vit]'"
     for key in ("PATCH_SIZE", "EMBED_DIM", "DEPTH", "NUM_HEADS", "PRETRAIN_IMAGE_SIZE", "IMAGE_SIZE"):
         if vit[key] < 1:
             yield f"MODEL.VIT.{key} is {vit[key]}; it must be positive"

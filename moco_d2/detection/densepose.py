@@ -2,7 +2,7 @@
 
 The project brings data sets, heads, trainer and evaluator. From here come the detector's config, checked weights, and a
 safe evaluation: the project's own opens a downloaded pickle, the distances on the body's surface, and a pickle may run
-code. docs/detectron2.md shows the use.
+code. docs/configs.md shows the use.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def get_config(opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     import_module("densepose").add_densepose_config(cfg)
     for file in config_files(CONFIG):
-        cfg.merge_from_file(str(file))
+        cfg.merge_from_file(str(file), allow_unsafe=False)
     cfg.merge_from_list(list(opts))
     return cfg
 

@@ -23,6 +23,7 @@ from moco_d2.config.roles import DETECTION
 from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.dry_run import rehearse
 from moco_d2.detection.evaluation import Evaluation
+from moco_d2.detection.mapper import PictureMapper
 from moco_d2.detection.preflight import check_run, run_problems
 from moco_d2.detection.segmentation import build_segmentation_mapper
 from moco_d2.detection.trainer import TransferTrainer, evaluate
@@ -38,6 +39,7 @@ pytestmark = [
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x"
 SEGMENTER = "SemanticSegmentation/fcn16s_R_50_VOC_30k"
 KEYPOINTS = "COCO-Keypoints/keypoint_rcnn_R_50_FPN_2x"
+VIT = "COCO-InstanceSegmentation/mask_rcnn_ViT_B_SFP_100ep"
 AUGMENTED = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64, 96)"]
 SETS = ["MODEL.WEIGHTS", "", "DATASETS.TRAIN", "('tiny',)", "DATASETS.TEST", "('tiny',)"]
 # As many switches on as go together; others are built below.
@@ -215,6 +217,15 @@ def test_the_table_of_roles_says_what_detectors_read(trained: tuple[Path, Any, s
         build_model(recorded)
         _check(other, RecordedCfg.read, "MODEL.", but=("MODEL.WEIGHTS", "MODEL.LOAD_PROPOSALS"))
         read |= RecordedCfg.read
+    RecordedCfg.read.clear()
+    vit = RecordedCfg(small_cfg(VIT))
+    TransferTrainer.build_optimizer(vit, build_model(vit))
+    # Every init states the stride.
+    _check(
+        vit, RecordedCfg.read, "MODEL.", but=("MODEL.WEIGHTS", "MODEL.LOAD_PROPOSALS", "MODEL.RESNETS.STRIDE_IN_1X1")
+    )
+    PictureMapper(vit, is_train=True)
+    read |= RecordedCfg.read
     RecordedCfg.read.clear()
     build_segmentation_mapper(RecordedCfg(small_cfg(SEGMENTER)))
     DatasetMapper(RecordedCfg(small_cfg(COCO_FPN, "MODEL.LOAD_PROPOSALS", "True")), is_train=True)

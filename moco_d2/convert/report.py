@@ -158,7 +158,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
             "apart    mean relative difference of the tokens to those of the source with its class token, which"
         )
         lines.append(
-            "         Detectron2's ViT leaves out, and to timm's on pictures of 1.5 and 0.5 times the size, for"
+            "         Detectron2's ViT leaves out, and to pretraining's on pictures of 1.5 and 0.5 times the size, for"
         )
         lines.append(f"         which both resize the position embedding: {_stages(content['apart'])}")
     picture = content["proof"].get("picture")

@@ -104,6 +104,7 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_real_training_from_the_command_to_the_page(run: Path, dataset_root: Path, tmp_path: Path) -> None:  # noqa: F811
     environment = os.environ | {
         "DETECTRON2_DATASETS": str(dataset_root), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),

@@ -95,9 +95,9 @@ def measure_apart(
         written: those under a detector's names.
 
     Returns:
-        mean|a - b| / mean|a| of the tokens: ``class token``, the source with its class token in the sequence (left out
-        if the file has none); ``larger`` and ``smaller``, pictures of 1.5 and 0.5 times the pretraining size, for which
-        pretraining (DINO's rule) and Detectron2 resize the position embedding in different ways.
+        Name -> mean|a - b| / mean|a| of the tokens. ``class token`` is the source with its class token in the sequence
+        (left out if the file has none); ``larger`` and ``smaller`` are pictures of 1.5 and 0.5 times the pretraining
+        size, for which pretraining (DINO's rule) and Detectron2 resize the position embedding in different ways.
     """
     with torch.no_grad():
         whole, copied = _source(facts, source), detectron2_vit(facts, written)

@@ -17,6 +17,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest test first: at the end, one worker would wait for another that runs it."""
+    items.sort(key=lambda item: "test_pipeline" not in item.nodeid)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def forks_can_train() -> None:
     """Run a backward pass before any test, so that tests may fork processes that train, in whatever order they run.

@@ -117,6 +117,7 @@ def test_the_largest_gradient_of_the_first_trainable_layer_is_recorded_and_drawn
     assert first_layer(resnet) is resnet.encoder_q.conv1.weight
 
 
+@pytest.mark.slow  # the contract tests resume the same method inside an epoch
 def test_dino_with_stochastic_depth_and_a_monitor_is_killed_and_continues_exactly(kill_and_resume, images) -> None:
     more = ["SOLVER.CHECKPOINT_PERIOD", 1, "SSL.MONITOR.DATASET", images, "SSL.MONITOR.K", 3]
     found = kill_and_resume("pretrain", DINO, options(DINO, images, *more), cuts=1)

@@ -45,7 +45,8 @@ def test_every_set_of_a_shipped_config_has_a_record() -> None:
         sets = yaml.safe_load(path.read_text()).get("DATASETS", {})
         for names in (sets.get("TRAIN", []), sets.get("TEST", [])):
             used |= {*(ast.literal_eval(names) if isinstance(names, str) else names)}
-    assert {name for name in used if "/" not in name} == DATASETS.keys()  # the others are folders
+    # Names with a slash are folders; Detectron2's DensePose project, which users install, registers its own sets.
+    assert {name for name in used if "/" not in name and not name.startswith("densepose_")} == DATASETS.keys()
 
 
 def test_the_readme_shows_every_record() -> None:

@@ -10,6 +10,7 @@ The module needs the standard library only.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Protocol
@@ -63,7 +64,7 @@ CAFFE_BGR = Pixels("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneFacts:
+class BackboneFacts(ABC):
     """What the facts of every kind of backbone have in common; the kinds are the classes of ``KINDS``.
 
     Attributes:
@@ -125,9 +126,9 @@ class BackboneFacts:
         return KINDS[kind](**values)
 
     @property
+    @abstractmethod
     def network(self) -> str:
         """The network in words, for messages: ``ResNet-50``."""
-        raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
         """Return the Detectron2 keys and values that build the pretrained network and feed it as in pretraining."""

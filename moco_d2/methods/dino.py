@@ -139,10 +139,7 @@ class DINO(SSLMethod):
         sizes = (cut_head(backbone), *[hidden] * (layers - 1), bottleneck)
         self.student = Network(backbone, Head(sizes, outputs, head_norm, norm_last_layer))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        # timm's DropPath: the authors' teacher uses all of its blocks.
-        dropping: list[Any] = [module for module in self.teacher.modules() if hasattr(module, "drop_prob")]
-        for module in dropping:
-            module.drop_prob = 0.0
+        use_all_blocks(self.teacher)  # as the authors' teacher does
         self.register_buffer("centre", torch.zeros(outputs))
 
     def before_step(self, progress: float, epoch: float) -> None:
@@ -232,6 +229,13 @@ class DINO(SSLMethod):
     def adapt_state_dict(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Accept the authors' training checkpoints as well (see :func:`from_official`)."""
         return from_official(state)
+
+
+def use_all_blocks(network: nn.Module) -> None:
+    """Switch off a ViT's stochastic depth (timm's DropPath), in place."""
+    dropping: list[Any] = [module for module in network.modules() if hasattr(module, "drop_prob")]
+    for module in dropping:
+        module.drop_prob = 0.0
 
 
 def from_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

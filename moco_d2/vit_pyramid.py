@@ -1,7 +1,7 @@
 """Detectron2's plain ViT with a simple feature pyramid (ViTDet, arXiv 2203.16527) as a backbone of yacs configs.
 
 Detectron2 has both networks, but no builder that reads a yacs config. They need timm, which is imported only when a
-detector on a ViT is built (:func:`import_timm`).
+detector on a ViT is built.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import itertools
 import math
-import warnings
 from collections.abc import Iterator
 
 from detectron2.config import CfgNode
@@ -38,16 +37,6 @@ class ViTPyramid(SimpleFeaturePyramid):
         return int(self._size_divisibility)
 
 
-def import_timm() -> None:
-    """Import the part of timm that Detectron2's ViT uses, without timm's warning of its old place.
-
-    Detectron2 imports it again from there, and then nothing warns.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Importing from timm\.models\.layers is deprecated", FutureWarning)
-        import timm.models.layers  # noqa: F401
-
-
 @BACKBONE_REGISTRY.register()
 def build_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ViTPyramid:
     """Build a ViT with a simple feature pyramid from ``MODEL.VIT``, ``MODEL.FPN.OUT_CHANNELS`` and ``MODEL.FPN.NORM``.
@@ -65,8 +54,9 @@ def build_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ViTPyramid:
     problems = list(vit_problems(cfg))
     if problems:
         raise ValueError("\n".join(problems))
-    import_timm()
-    from moco_d2.layers.timm_vit import EPS, MLP_RATIO
+    from moco_d2.layers.timm_vit import EPS, MLP_RATIO, import_former_place
+
+    import_former_place()
 
     vit, fpn = cfg.MODEL.VIT, cfg.MODEL.FPN
     network = ViT(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -169,21 +168,20 @@ def detectron2_vit(facts: ViTFacts, tensors: Mapping[str, torch.Tensor]) -> Any:
     """
     from detectron2.modeling.backbone.vit import ViT
 
-    from moco_d2.layers.timm_vit import EPS
+    from moco_d2.layers.timm_vit import EPS, import_former_place
 
-    with warnings.catch_warnings():  # Detectron2 imports from timm's former place
-        warnings.filterwarnings("ignore", r"Importing from timm\.models\.layers is deprecated", FutureWarning)
-        network = ViT(
-            img_size=facts.image,
-            patch_size=facts.patch,
-            embed_dim=facts.dim,
-            depth=facts.depth,
-            num_heads=facts.heads,
-            norm_layer=functools.partial(nn.LayerNorm, eps=EPS),
-            pretrain_img_size=facts.image,
-            pretrain_use_cls_token=facts.class_token,
-            out_feature=TOKENS,
-        )
+    import_former_place()
+    network = ViT(
+        img_size=facts.image,
+        patch_size=facts.patch,
+        embed_dim=facts.dim,
+        depth=facts.depth,
+        num_heads=facts.heads,
+        norm_layer=functools.partial(nn.LayerNorm, eps=EPS),
+        pretrain_img_size=facts.image,
+        pretrain_use_cls_token=facts.class_token,
+        out_feature=TOKENS,
+    )
     own = {name.removeprefix(IN_DETECTOR): tensor for name, tensor in tensors.items()}
     load_strictly(network, own, "Detectron2's network")
     return network.eval().double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import torch
@@ -52,3 +53,13 @@ class ViT(VisionTransformer):
         if self.cls_token is not None:
             tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1)
         return tokens + position
+
+
+def import_former_place() -> None:
+    """Import the part of timm that Detectron2's ViT uses, without timm's warning of its old place.
+
+    Detectron2 imports it again from there, and then nothing warns.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Importing from timm\.models\.layers is deprecated", FutureWarning)
+        import timm.models.layers  # noqa: F401

@@ -65,7 +65,7 @@ def run_rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_equal_batch_norm_of_the_joined_batch_in_every_type(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(run_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in range(2))
     for case, (dtype, norm, mean, order) in enumerate(CASES):
         said = f"{dtype}, {norm}, mean {mean}, {order}"

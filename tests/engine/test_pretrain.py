@@ -270,7 +270,7 @@ def test_no_checkpoint_follows_a_loss_that_is_not_finite_in_another_process(imag
     """At a step whose losses are not due yet: all weights are spoilt by then, but only one process's loss shows it."""
     more = ("SOLVER.CHECKPOINT_PERIOD", 1, "SSL.ARGS.bn_groups", 1)
     (tmp_path / "options").write_text(json.dumps(options(images, tmp_path, *more)))
-    torch.multiprocessing.spawn(run_spoilt_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(run_spoilt_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     for rank in range(2):
         said = (tmp_path / f"said{rank}").read_text()
         assert "NaN at iteration=2!" in said and "model_0000001.pth" in said

@@ -210,7 +210,7 @@ def run_rank(process: int, folder: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(run_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=False) for rank in (0, 1))
     alone = shared_work(0, 1)
     for i, norm in enumerate((nn.BatchNorm2d(3).double(), nn.BatchNorm2d(3, momentum=None).double())):

@@ -134,7 +134,7 @@ def run_rank(process: int, processes: int, folder: str, names: tuple[str, ...]) 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     names = tuple(name for name, small in SMALL.items() if small.norm != "BN")
     run_rank(0, 1, str(tmp_path), names)
-    torch.multiprocessing.spawn(run_rank, (2, str(tmp_path), names), nprocs=2)
+    torch.multiprocessing.start_processes(run_rank, (2, str(tmp_path), names), nprocs=2, start_method="fork")
     one, first, second = (torch.load(tmp_path / f"{name}.pth") for name in ("1-0", "2-0", "2-1"))
     for name in names:
         (losses, state), (losses_2, state_2), (_, state_3) = one[name], first[name], second[name]

@@ -70,7 +70,7 @@ def run_rank(process: int, processes: int, folder: str) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_two_processes_equal_one_with_two_groups_and_shuffled_keys(tmp_path: Path) -> None:
     run_rank(0, 1, str(tmp_path))
-    torch.multiprocessing.spawn(run_rank, (2, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.start_processes(run_rank, (2, str(tmp_path)), nprocs=2, start_method="fork")
     one, two = (torch.load(tmp_path / f"{processes}.pth") for processes in (1, 2))
     for alone, shared in zip(one, two, strict=True):
         torch.testing.assert_close(shared, alone, rtol=1e-7, atol=1e-9)

@@ -141,7 +141,7 @@ def run_rank(process: int, processes: int, folder: str, shuffle: bool) -> None:
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_two_processes_equal_one_with_two_groups(tmp_path: Path, shuffle: bool) -> None:
     run_rank(0, 1, str(tmp_path), shuffle)
-    torch.multiprocessing.spawn(run_rank, (2, str(tmp_path), shuffle), nprocs=2)
+    torch.multiprocessing.start_processes(run_rank, (2, str(tmp_path), shuffle), nprocs=2, start_method="fork")
     one, first, second = (torch.load(tmp_path / f"{name}.pth") for name in ("1-0", "2-0", "2-1"))
     for key in ("queue.features", "queue.pointer"):
         assert torch.equal(first["state"][key], second["state"][key]), "the queue is the same in every process"

@@ -17,7 +17,7 @@ from moco_d2.detection.step import AccumulatingTrainer, build_step
 from moco_d2.detection.trainer import TransferTrainer
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.model_zoo import config_changes, get_config, list_protocols
-from moco_d2.running.launch import launch
+from tests.two_processes import in_two_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning")
 PROTOCOLS = [name for name in list_protocols() if not name.startswith("quick_")]
@@ -121,7 +121,7 @@ def two_batches_in_each_process(folder):
 
 
 def test_small_batches_of_two_processes_are_one_large_batch_too(tmp_path):
-    launch(two_batches_in_each_process, 2, 1, 0, "auto", tmp_path)
+    in_two_processes(two_batches_in_each_process, tmp_path)
     weight, _ = two_steps(SimpleTrainer, [IMAGES[:8], IMAGES[8:]])
     for rank in (0, 1):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pth"), weight, rtol=1e-12, atol=0)

@@ -28,7 +28,7 @@ from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.layers.spread import effective_rank
 from moco_d2.model_zoo import pretraining_changes
 from moco_d2.reports import pictures
-from moco_d2.running.launch import launch
+from tests.two_processes import in_two_processes
 
 CONFIG = "Pretrain/moco_v2_R50_200ep"
 COLOURS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
@@ -213,7 +213,7 @@ def test_two_processes_measure_what_one_does_and_fail_together(labelled: Path, t
     words = options(labelled, tmp_path, *monitored(labelled, "SSL.MONITOR.PICTURES", 7))  # no multiple of two
     cfg = load_cfg(CONFIG, words)
     alone = Monitor(cfg, PretrainTrainer.build_model(cfg)).probe()
-    launch(probe_in_two_processes, 2, args=(words, tmp_path), device="cpu")
+    in_two_processes(probe_in_two_processes, (words, tmp_path))
     (first, error), (second, same_error) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert second == {} and error == same_error
     del alone["monitor/seconds"], first["monitor/seconds"]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
 from PIL import Image
 
@@ -36,16 +33,3 @@ def grow(root: Path, train: int = 16, val: int = 4, noise: int = 100) -> Path:
 def config(output: Path, *more: Any) -> CfgNode:
     """Return the config of a probe on the CPU."""
     return load_cfg("", [*WORDS, "OUTPUT_DIR", str(output), *map(str, more)])
-
-
-def in_two_processes(work: Callable[[Path], None], folder: Path) -> None:
-    """Call ``work(folder)`` in two processes, forks of this one."""
-    torch.multiprocessing.start_processes(_one_of_two, (work, folder), nprocs=2, start_method="fork")
-
-
-def _one_of_two(rank: int, work: Callable[[Path], None], folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    work(folder)
-    dist.barrier()
-    dist.destroy_process_group()

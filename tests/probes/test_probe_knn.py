@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from labelled_pictures import WORDS, config, grow, in_two_processes
+from labelled_pictures import WORDS, config, grow
 from PIL import Image
 
 from moco_d2.commands import probe
@@ -17,6 +17,7 @@ from moco_d2.data.labelled import open_pair
 from moco_d2.layers.resnet import build_resnet, describe
 from moco_d2.probes.backbone import load_backbone
 from moco_d2.probes.knn import probe_knn
+from tests.two_processes import in_two_processes
 
 
 @pytest.fixture

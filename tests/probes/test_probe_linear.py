@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
-from labelled_pictures import WORDS, config, grow, in_two_processes
+from labelled_pictures import WORDS, config, grow
 from torch import nn
 
 from moco_d2.commands import probe
@@ -22,6 +22,7 @@ from moco_d2.probes.linear import LinearTrainer, probe_linear
 from moco_d2.probes.protocols import PROTOCOLS, LinearProtocol, changed
 from moco_d2.running import preemption
 from moco_d2.seeding import stream_seed
+from tests.two_processes import in_two_processes
 
 # name: optimizer, first lr, batch, epochs, weight decay, lr of the middle epoch / first lr
 PUBLISHED = {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from labelled_pictures import WORDS, config, grow, in_two_processes
+from labelled_pictures import WORDS, config, grow
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -24,6 +24,7 @@ from moco_d2.layers.features import extract
 from moco_d2.probes.backbone import load_backbone
 from moco_d2.probes.linear import LinearTrainer, probe_linear
 from moco_d2.probes.protocols import PROTOCOLS, SEMI_PROTOCOLS, LinearProtocol, changed
+from tests.two_processes import in_two_processes
 
 # name: percent, lrs of classifier and backbone, those of epoch 10 and of epoch 16 / the first ones
 PUBLISHED = {

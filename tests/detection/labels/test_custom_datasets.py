@@ -36,7 +36,7 @@ from moco_d2.detection.labels.masks import unpacked
 from moco_d2.detection.metrics.evaluators import build_evaluator, evaluate_file
 from moco_d2.detection.preflight import check_run
 from moco_d2.detection.trainer import TransferTrainer
-from moco_d2.running.launch import launch
+from tests.two_processes import in_two_processes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.meshgrid:UserWarning"),
@@ -759,7 +759,7 @@ def count_in_every_process(entry):
 
 
 def test_processes_of_a_dry_run_wait_for_the_plain_labels(coco):
-    launch(count_in_every_process, 2, 1, 0, "auto", coco())
+    in_two_processes(count_in_every_process, coco())
 
 
 def test_turned_photographs_are_measured_as_they_are_read(voc, tmp_path):

@@ -1,0 +1,26 @@
+"""Calls of a function in two processes of one group, as a training on two devices has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+
+
+def in_two_processes(work: Callable[..., None], *args: Any) -> None:
+    """Call ``work(*args)`` in two forks of this process, which need not import the libraries again."""
+    torch.multiprocessing.start_processes(_one_of_two, (mkdtemp(), work, args), nprocs=2, start_method="fork")
+
+
+def _one_of_two(rank: int, folder: str, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    work(*args)
+    dist.barrier()  # gloo aborts a process whose peer goes before it
+    dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Cost of a MoCo step, ours and the authors', beyond that of its encoders: ``python -m benchmarks step``."""
+"""Cost of a MoCo step, ours and others', beyond that of its encoders: ``python -m benchmarks step``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.measure import alternate, compare, cpu_seconds, peak_bytes
-from moco_d2.engine.optim import build_optimizer, scaled_lr
+from benchmarks.rivals import Authors, Lightly, textbook
+from moco_d2.engine.optim import build_optimizer
 from moco_d2.engine.step import PretrainStep, chosen_autocast
 from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.layers.distributed import wrap_ddp
@@ -59,6 +60,8 @@ class Ours:
 class Networks(torch.nn.Module):
     """A method's two encoders with their norm layers; the sum of the queries stands for the loss."""
 
+    recording = False
+
     def __init__(self, method: MoCo) -> None:
         super().__init__()
         self.encoder_q, self.key_encoder = method.encoder_q, [method.encoder_k]
@@ -96,58 +99,6 @@ class PlainDDP(Ours):
         return DistributedDataParallel(Networks(self.method), broadcast_buffers=False)
 
 
-class Authors:
-    """The paper's Algorithm 1 written literally, in float32 and the default memory format.
-
-    The average runs over one parameter at a time, the logits are concatenated and divided, the queue is copied for the
-    backward pass, SGD is a loop, and loss and accuracies are read in every step. Encoders and norm layers are ours.
-    """
-
-    name = "the authors' form"
-
-    def __init__(self, cfg: CfgNode, views: Views) -> None:
-        plain = cfg.clone()
-        plain.ENGINE.CHANNELS_LAST, plain.ENGINE.COMPILE = False, False
-        method = PretrainTrainer.build_model(plain)
-        assert isinstance(method, MoCo)
-        self.method, self.views = method, views
-        solver = cfg.SOLVER
-        self.optimizer = torch.optim.SGD(
-            method.encoder_q.parameters(), scaled_lr(cfg), solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY,
-            foreach=False,
-        )  # fmt: skip
-        self.queue = method.queue.features.T.contiguous()  # (C, K), as theirs
-        self.pointer = 0
-
-    def run(self) -> None:
-        """Take a step."""
-        f_q, f_k, m = self.method.encoder_q, self.method.encoder_k, self.method.momentum
-        q = F.normalize(f_q(self.views.images[0]), dim=1)
-        with torch.no_grad():
-            for p_q, p_k in zip(f_q.parameters(), f_k.parameters(), strict=True):
-                p_k.data = p_k.data * m + p_q.data * (1 - m)
-            order = torch.randperm(len(q)).to(q.device)
-            k = F.normalize(f_k(self.views.images[1][order]), dim=1)[order.argsort()]
-        loss, logits = textbook(q, k, self.queue.clone().detach(), self.method.temperature)
-        self.queue[:, self.pointer : self.pointer + len(k)] = k.T
-        self.pointer = (self.pointer + len(k)) % self.queue.shape[1]
-        for top in (1, 5):
-            (logits.detach().topk(top).indices == 0).any(dim=1).float().mean().item()
-        loss.item()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-
-def textbook(
-    q: torch.Tensor, k: torch.Tensor, queue: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return InfoNCE and its (N, 1 + K) logits, from a queue (C, K), as in the paper's pseudo-code."""
-    positive = torch.einsum("nc,nc->n", q, k).unsqueeze(1)
-    logits = torch.cat([positive, torch.einsum("nc,ck->nk", q, queue)], dim=1) / temperature
-    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device)), logits
-
-
 def take_turns(works: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
     """Time each work in turns: on the CPU in CPU seconds, which other programs hardly change."""
     return alternate(works, repeats, WARM_UP, cpu_seconds if device == "cpu" else _gpu_seconds)
@@ -169,13 +120,35 @@ def made_up_views(cfg: CfgNode, world_size: int = 1) -> Views:
     return Views(images, torch.arange(batch), torch.zeros(2, batch, 4))
 
 
+class OneGroup(Ours):
+    """Our step with one BN group, which is what lightly's has."""
+
+    name = "ours, one BN group"
+
+    def __init__(self, cfg: CfgNode, views: Views) -> None:
+        one = cfg.clone()
+        one.SSL.ARGS.bn_groups = 1
+        super().__init__(one, views)
+
+
 def step_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:
-    """Time our step against its encoders alone, and against the authors' form of it, in one process."""
+    """Time our step against its encoders alone, the authors' form of it and lightly's, in one process."""
     views = made_up_views(cfg)
-    steps = [kind(cfg, views) for kind in (Encoders, Ours, Authors)]
+    steps = [kind(cfg, views) for kind in (Encoders, Ours, Authors, OneGroup, Lightly)]
     with EventStorage():
         times = take_turns({step.name: step.run for step in steps}, repeats, cfg.MODEL.DEVICE)
-    return compare(times)
+        rates = {step.name: _rate(step.run, repeats, cfg) for step in steps}
+    return [{**row, "images/s in a row": rates[row["what"]]} for row in compare(times)]
+
+
+def _rate(run: Callable[[], object], steps: int, cfg: CfgNode) -> float:
+    """Return images/s of steps that follow one another as in training: a GPU is waited for after the last one only."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        run()
+    if cfg.MODEL.DEVICE != "cpu":
+        torch.cuda.synchronize()
+    return float(steps * cfg.SOLVER.IMS_PER_BATCH / (time.perf_counter() - start))
 
 
 def part_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:

@@ -103,14 +103,17 @@ def test_data_compares_every_backend_with_the_authors_loader(run: Run, capsys: p
     assert "bottleneck: pil: " in shown
 
 
-@pytest.mark.slow
-def test_step_compares_with_its_encoders_the_authors_form_and_plain_ddp(
+def test_step_compares_with_its_encoders_the_authors_form_lightlys_and_plain_ddp(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ("--batch", 16, "--size", 32, "--encoder", "resnet18", "--repeats", 2)
     content = run("step", *small, "SSL.ENCODER.ARGS.width", 0.125, "SSL.ARGS.queue_size", 20000)
     names = {title: [row["what"] for row in content[title]] for title in ("step", "two processes")}
-    assert names["step"] == ["its encoders alone", "ours", "the authors' form"]
+    one = "one BN group"
+    assert names["step"] == [
+        "its encoders alone", "ours", "the authors' form", f"ours, {one}", f"lightly's MoCo, {one}",
+    ]  # fmt: skip
+    assert all(row["images/s in a row"] > 0 for row in content["step"])
     assert names["two processes"] == ["encoders, plain DDP", "ours"]
     textbook, ours = (row["copies"] for row in content["memory"])
     assert textbook > 2.5 > ours, "copies of the logits that are held"

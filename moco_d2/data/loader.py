@@ -301,7 +301,7 @@ def wait_for(done: torch.cuda.Event, views: Views) -> None:
 
 
 def few_pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield the batches of a DataLoader, which keeps at most :data:`PINNED` of them in pinned memory, if it pins any."""
+    """Yield a DataLoader's batches, of which at most :data:`PINNED` wait in pinned memory, if it pins any."""
     pinned = getattr(batches, "_data_queue", None)  # filled by the thread that pins; torch sets no bound
     if not isinstance(pinned, queue.Queue):
         yield from batches

@@ -1,4 +1,4 @@
-"""Batches that are copied and augmented ahead of the step: the order, a resume, errors in their turn, bounded memory."""
+"""Batches made ahead of the step on a GPU: the order, a resume, errors in their turn, bounded memory."""
 
 import itertools
 import os
@@ -136,7 +136,9 @@ def test_few_batches_wait_in_pinned_memory_however_many_workers_there_are(
     batches = made._batches()
     next(batches)
     until = time.monotonic() + 20
-    while len(pinned) < PINNED + 2 and time.monotonic() < until:  # one delivered, two in the queue, one on the way to it
+    while (
+        len(pinned) < PINNED + 2 and time.monotonic() < until
+    ):  # one delivered, two in the queue, one on the way to it
         time.sleep(0.05)
     time.sleep(0.3)
     assert len(pinned) == PINNED + 2, "a fifth one would be ready"

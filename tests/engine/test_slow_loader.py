@@ -16,7 +16,10 @@ PERIOD = 20
 
 
 def messages(
-    waits: list[float], caplog: pytest.LogCaptureFixture, backend: Backend, device: str = "cpu",
+    waits: list[float],
+    caplog: pytest.LogCaptureFixture,
+    backend: Backend,
+    device: str = "cpu",
     idle: float | None = None,
 ) -> list[tuple[int, str]]:
     """Return what is said, with the step, of a run whose steps take a second, of which ``waits`` for images."""

@@ -68,7 +68,9 @@ def test_a_config_asks_for_them_and_the_log_says_how_many(
     recipe = load_cfg("Pretrain/moco_v2_R50_200ep")
     assert recipe.DATALOADER.NUM_WORKERS == workers.AUTO
     with caplog.at_level(logging.INFO, logger=workers.__name__):
-        assert [worker_count(recipe) for _ in range(3)] == [14] * 3  # its MODEL.DEVICE is cuda until the device is known
+        assert [worker_count(recipe) for _ in range(3)] == [
+            14
+        ] * 3  # its MODEL.DEVICE is cuda until the device is known
     (said,) = [record.getMessage() for record in caplog.records]
     assert said == "DATALOADER.NUM_WORKERS -1: 14 loader process(es), as 1 process(es) share 16 core(s)"
     monkeypatch.setattr(workers, "loader_processes", lambda *of: of)

@@ -163,12 +163,12 @@ def check_devices() -> Iterator[Finding]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    workers = resources.loader_processes(max(1, count), count > 0, _BATCH)
-    place = f"each of {count} GPUs" if count > 1 else "one GPU" if count else "training on the CPU"
-    yield Finding(OK, f"{workers} loader process(es) for {place}: pretraining's DATALOADER.NUM_WORKERS -1")
     for index in range(count):
         gpu = torch.cuda.get_device_properties(index)
         yield Finding(OK, f"GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    workers = resources.loader_processes(max(1, count), count > 0, _BATCH)
+    place = f"each of {count} GPUs" if count > 1 else "one GPU" if count else "training on the CPU"
+    yield Finding(OK, f"{workers} loader process(es) for {place}: pretraining's DATALOADER.NUM_WORKERS -1")
     if count:
         nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
         several = "and NCCL between GPUs" if nccl else "but NCCL is missing: a run can use one GPU only"

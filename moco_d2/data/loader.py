@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -223,7 +223,8 @@ class ViewLoader:
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))  # which has made the mean and std
             begun = one_ahead(begun)
-        for iteration, (batch, views, done) in enumerate(begun, self.sampler.start):
+        iteration = self.sampler.start
+        for batch, views, done in begun:
             # Here and not where the batch is begun: what is logged is what was trained on.
             self.skips.record(batch.skipped, iteration)
             self.skips.count(self.sampler.share, batch.replaced)
@@ -232,6 +233,8 @@ class ViewLoader:
             if done:
                 wait_for(done, views)
             yield views
+            del batch, views, done  # before the next one is made: enumerate would keep them, too
+            iteration += 1
 
     def _batches(self) -> Iterator[Batch]:
         options: dict[str, Any] = {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
@@ -240,7 +243,7 @@ class ViewLoader:
         options["worker_init_fn"] = one_thread
         if self.workers:
             options["timeout"] = timeouts.limit()
-        return few_pinned(iter(DataLoader(self.dataset, batch_sampler=self.sampler, collate_fn=collate, **options)))
+        return few_pinned(DataLoader(self.dataset, batch_sampler=self.sampler, collate_fn=collate, **options))
 
     def _begin(self, batch: Batch) -> tuple[Batch, Views, torch.cuda.Event | None]:
         """Return a batch, its views, which may still be computed, and an event after that."""
@@ -288,6 +291,7 @@ def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
         except Exception as problem:
             following, error = end, problem
         yield current
+        del current
     if error:
         raise error
 
@@ -300,8 +304,9 @@ def wait_for(done: torch.cuda.Event, views: Views) -> None:
         tensor.record_stream(stream)  # so that its memory is not given away before this stream has used it
 
 
-def few_pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
+def few_pinned(loader: Iterable[Batch]) -> Iterator[Batch]:
     """Yield a DataLoader's batches, of which at most :data:`PINNED` wait in pinned memory, if it pins any."""
+    batches = iter(loader)
     pinned = getattr(batches, "_data_queue", None)  # filled by the thread that pins; torch sets no bound
     if not isinstance(pinned, queue.Queue):
         yield from batches

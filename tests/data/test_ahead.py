@@ -1,15 +1,19 @@
 """Batches made ahead of the step on a GPU: the order, a resume, errors in their turn, bounded memory."""
 
+import functools
 import itertools
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from moco_d2.data import EpochSampler, FileSource, SkipLog, ViewDataset, ViewLoader, build_augmentation, build_backend
 from moco_d2.data import loader as module
@@ -118,6 +122,23 @@ def test_what_is_unreadable_is_logged_with_the_batch_that_lacks_it(
     assert '"iteration": 2' in (tmp_path / "skipped.jsonl").read_text()
 
 
+def test_one_batch_is_held_while_the_next_is_made(
+    files: list[str], tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = on_a_stream(loader(files, tmp_path), notes)
+    begin, seen, held = made._begin, list[weakref.ref[Batch]](), list[int]()
+
+    def counted(batch: Batch) -> Any:
+        held.append(sum(one() is not None for one in seen))
+        seen.append(weakref.ref(batch))
+        return begin(batch)
+
+    monkeypatch.setattr(made, "_begin", counted)
+    for _ in itertools.islice(made, 4):
+        pass
+    assert held == [0, 1, 1, 1, 1], "that of the step has been given back, and its pinned memory"
+
+
 def test_few_batches_wait_in_pinned_memory_however_many_workers_there_are(
     files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,17 +152,16 @@ def test_few_batches_wait_in_pinned_memory_however_many_workers_there_are(
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
     monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
     monkeypatch.setattr(module.Batch, "pin_memory", pin)
-    made = loader(files, tmp_path, workers=2)
+    monkeypatch.setattr(module, "DataLoader", functools.partial(DataLoader, prefetch_factor=8))  # as 4 workers together
+    made = loader(files, tmp_path, workers=1)
     made.device = torch.device("cuda")  # which it asks for memory only
     batches = made._batches()
     next(batches)
     until = time.monotonic() + 20
-    while (
-        len(pinned) < PINNED + 2 and time.monotonic() < until
-    ):  # one delivered, two in the queue, one on the way to it
+    while len(pinned) < PINNED + 2 and time.monotonic() < until:
         time.sleep(0.05)
     time.sleep(0.3)
-    assert len(pinned) == PINNED + 2, "a fifth one would be ready"
+    assert len(pinned) == PINNED + 2, "one delivered, two in the queue, one on the way to it"
     closing = time.monotonic()
     del batches
     assert time.monotonic() - closing < 4, "torch's thread looks every five seconds"

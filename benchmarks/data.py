@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision import transforms as T
 
 from moco_d2.data import (
@@ -28,7 +30,7 @@ from moco_d2.data import (
     list_folder,
 )
 from moco_d2.data.augment import Box, Plan
-from moco_d2.data.backends import BACKENDS, finish, pack, to_float
+from moco_d2.data.backends import BACKENDS, finish, pack, run, run_masked, to_float
 from moco_d2.data.decode import EncodedImage
 from moco_d2.data.loader import collate
 from moco_d2.data.operations import OPERATIONS
@@ -73,9 +75,12 @@ def authors_loader(files: Sequence[str], size: int) -> Callable[[Sequence[int]],
     return batch
 
 
-def our_loader(files: Sequence[str], size: int, backend: str, complete: bool) -> Callable[[Sequence[int]], object]:
+def our_loader(
+    files: Sequence[str], size: int, backend: str, complete: bool, reduced: bool = False
+) -> Callable[[Sequence[int]], object]:
     """Return a function that does a backend's work for a batch, either all of it or a worker's part."""
-    dataset = ViewDataset(FileSource(files), build_augmentation(AUGMENTATION, size), 0, build_backend(backend, CPU))
+    augmentation = build_augmentation(AUGMENTATION, size)
+    dataset = ViewDataset(FileSource(files), augmentation, 0, build_backend(backend, CPU), reduced=reduced)
     loader = ViewLoader(dataset, EpochSampler(len(files), 1, seed=0), 0, CPU)
 
     def batch(indices: Sequence[int]) -> object:
@@ -91,7 +96,9 @@ def loader_rows(files: Sequence[str], size: int, repeats: int) -> list[dict[str,
         AUTHORS: authors_loader(files, size),
         "pil": our_loader(files, size, "pil", True),
         "cv2": our_loader(files, size, "cv2", True),
+        "cv2, reduced decoding": our_loader(files, size, "cv2", True, reduced=True),
         "device: a worker's part": our_loader(files, size, "device", False),
+        "device: a worker's part, reduced decoding": our_loader(files, size, "device", False, reduced=True),
         "device: all on the CPU": our_loader(files, size, "device", True),
     }
     chunks = [range(first, min(first + BATCH, len(files))) for first in range(0, len(files), BATCH)]
@@ -167,6 +174,46 @@ def _crops(size: int, count: int, item: tuple[bytes, Box]) -> object:
 
 def _second(executor: Callable[[Any, Any], object], value: object, view: object) -> object:
     return executor(view, value)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations on the device ``meta``, which stands for a GPU, and the bytes that they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor) and x.is_meta]
+        if tensors and not function.is_view and function.overloadpacket not in (torch.ops.aten._unsafe_view,):
+            self.kernels += 1
+            # An expanded tensor is read once, however often it is used.
+            self.bytes += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
+        return result
+
+
+def device_rows(size: int, batch: int = 256) -> list[dict[str, Any]]:
+    """Count the device's part of a batch: kernels without the compiler, and the gigabytes that they read and write."""
+    rows = []
+    for name in (AUGMENTATION, "swav_2x6", "dino_2x8"):
+        made = build_augmentation(name, size)
+        plans = [made.plan(375, 500, seed) for seed in range(batch)]
+        sides = [view.crop.size for view in made.views]
+        lists, masks = Launches(), Launches()
+        for side in dict.fromkeys(sides):
+            numbers = [number for number, own in enumerate(sides) if own == side]
+            ops = pack([plan[number].ops for number in numbers for plan in plans])
+            views, there = torch.zeros(len(ops), 3, side, side, device="meta"), ops.to("meta")
+            with lists:
+                run(views, ops)
+            with masks:
+                run_masked(views, there, made.names(numbers))
+        row: dict[str, Any] = {"what": name}
+        for way, launches in (("index lists", lists), ("masks", masks)):
+            row |= {f"{way}: kernels": launches.kernels, f"{way}: GB": launches.bytes / 1e9}
+        rows.append(row)
+    return rows
 
 
 def equality_rows(files: Sequence[str], size: int) -> list[dict[str, Any]]:
@@ -252,5 +299,6 @@ def measure(folder: str, images: int, size: int, repeats: int) -> dict[str, Any]
             "loader": loader_rows(files, size, repeats),
             "parts, ms": parts,
             "bottleneck": bottleneck(parts),
+            "the device's part of a batch of 256": device_rows(size),
             "difference to PIL, pixel values": equality_rows(files, size),
         }

@@ -18,6 +18,7 @@ from benchmarks.measure import machine
 from moco_d2.commands import cli
 from moco_d2.io import files, paths
 from moco_d2.io.provenance import provenance
+from moco_d2.resources import cores
 
 if TYPE_CHECKING:
     from moco_d2.data.labelled import LabelledSet
@@ -82,13 +83,12 @@ def settings(epochs: int, width: float, train: str, labelled: str) -> list[str]:
         train: folder of the training pictures.
         labelled: name of the labelled set, with both halves.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # On a CPU, a probe of 60,000 pictures takes a quarter of an epoch's time.
     period = max(2, epochs // 40)
     pairs = {
         "DATASETS.TRAIN": f"({train!r},)", "SSL.ENCODER.ARGS.width": width, "SOLVER.EPOCHS": epochs,
         "SSL.MONITOR.DATASET": labelled, "SSL.MONITOR.PERIOD": period, "SSL.MONITOR.TEMPERATURE": 0.1,
-        "SOLVER.CHECKPOINT_PERIOD": period * _ITERATIONS, "DATALOADER.NUM_WORKERS": min(8, max(1, cores - 1)),
+        "SOLVER.CHECKPOINT_PERIOD": period * _ITERATIONS, "DATALOADER.NUM_WORKERS": min(8, max(1, cores() - 1)),
     }  # fmt: skip
     return [str(word) for pair in pairs.items() for word in pair]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from moco_d2 import __version__, install_detectron2
+from moco_d2 import __version__, install_detectron2, resources
 from moco_d2.builtin_sets import DATASETS, Dataset
 from moco_d2.exits import ending, guard
 from moco_d2.io.paths import expand_variable
@@ -44,6 +44,7 @@ INSTALL = "make install, or in this environment: python -m pip install -c constr
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LAYOUT = "datasets/README.md shows the expected folders"
 SAMPLE = "moco-d2 samples OUT makes a small set of each"
+_BATCH = 256 * 2 * 3 * 224**2  # bytes of a batch of MoCo's recipe, with one GPU
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,7 @@ def check_package() -> Iterator[Finding]:
 
 def check_devices() -> Iterator[Finding]:
     """Report CPU cores, GPUs and which synchronised BatchNorm works here."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield Finding(OK, f"{cores} CPU cores")
+    yield Finding(OK, f"{resources.cores()} CPU cores")
     torch: Any
     torch, error = _try_import("torch")
     if error:
@@ -166,6 +166,9 @@ def check_devices() -> Iterator[Finding]:
     for index in range(count):
         gpu = torch.cuda.get_device_properties(index)
         yield Finding(OK, f"GPU {index}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    workers = resources.loader_processes(max(1, count), count > 0, _BATCH)
+    place = f"each of {count} GPUs" if count > 1 else "one GPU" if count else "training on the CPU"
+    yield Finding(OK, f"{workers} loader process(es) for {place}: pretraining's DATALOADER.NUM_WORKERS -1")
     if count:
         nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
         several = "and NCCL between GPUs" if nccl else "but NCCL is missing: a run can use one GPU only"

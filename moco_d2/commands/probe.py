@@ -106,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         numbers = list(itertools.takewhile(re.compile(r"-?\d+").fullmatch, args.k))
         args.opts = [*args.k[len(numbers) :], *args.opts]  # argparse takes the words after --k, too
         args.k = [int(number) for number in numbers]
+    if not args.config_file:  # as pretraining's configs have it, instead of Detectron2's default
+        args.opts = ["DATALOADER.NUM_WORKERS", "-1", *args.opts]
+    if args.kind == "knn":
         cli.run(knn, args, writes=False)
     cli.run(classifier, args)
 

@@ -98,7 +98,7 @@ def _add_data(cfg: CN) -> None:
     cfg.DATA.CROP_SIZE = 224
     # What executes the augmentation; the views are the same up to rounding (docs/data_path.md). "pil": the authors'
     # operations; "cv2": the same through OpenCV, the fastest without a GPU; "device": workers decode and crop,
-    # MODEL.DEVICE does the rest a batch at a time; "auto": "device" on a GPU, else "cv2".
+    # MODEL.DEVICE does the rest a batch at a time, compiled with ENGINE.COMPILE; "auto": "device" on a GPU, else "cv2".
     cfg.DATA.BACKEND = "auto"
     # Fraction of a process's images that may be unreadable, in [0, 1]; above it the run stops. Each is replaced by one
     # near it and listed in OUTPUT_DIR/skipped.jsonl.

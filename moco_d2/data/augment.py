@@ -8,6 +8,7 @@ the authors' code uses. An augmentation is a function ``size -> Augmentation`` u
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,10 @@ class RandomOp(Protocol):
     @property
     def draws(self) -> int:
         """Number of random numbers that it takes."""
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """The names that each of its operations can have, besides that of :data:`SKIP`."""
 
     def drawn(self, numbers: Iterator[float]) -> list[Op]:
         """Return the operations, always the same number of them."""
@@ -125,6 +130,11 @@ class Apply:
         """One for the chance, one more for a value from a range."""
         return 1 + isinstance(self.value, tuple)
 
+    @property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """Its own, if it can occur."""
+        return ((self.name,) if self.p else (),)
+
     def drawn(self, numbers: Iterator[float]) -> list[Op]:
         """Return one operation."""
         applied = next(numbers) < self.p
@@ -152,6 +162,12 @@ class Jitter:
         factors = {name: getattr(self, name) for name in ("brightness", "contrast", "saturation")}
         ranges = {name: (max(0.0, 1.0 - strength), 1.0 + strength) for name, strength in factors.items()}
         return {**ranges, "hue": (-self.hue, self.hue)}
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """Those that have a strength, at each of the four places."""
+        ranges = self._ranges()
+        return (tuple(name for name in ranges if getattr(self, name)),) * len(ranges)
 
     def drawn(self, numbers: Iterator[float]) -> list[Op]:
         """Return the four in their order."""
@@ -199,6 +215,11 @@ class Augmentation:
         """Draw every view's parameters from a seed."""
         generator = torch.Generator().manual_seed(seed)
         return [view.plan(height, width, generator) for view in self.views]
+
+    def names(self, views: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+        """Return, for each place of an operation, the names that it can have in some of these views."""
+        each = ([names for op in self.views[number].ops for names in op.names] for number in views)
+        return tuple(tuple(dict.fromkeys(itertools.chain(*at))) for at in itertools.zip_longest(*each, fillvalue=()))
 
 
 def _between(ends: tuple[float, float], number: float) -> float:

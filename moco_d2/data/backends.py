@@ -3,11 +3,12 @@
 A worker process calls :meth:`Backend.prepare` for each image and sends 8-bit views. The training process calls
 :func:`finish` once a batch, which executes the operations that the backend has left to the device.
 
-Letters: N views of a batch, S operations a view, (H, W) size.
+Letters: M views of a batch, S operations a view, (H, W) size.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol, TypeVar
 
@@ -112,20 +113,24 @@ def _execute(op: Op, executor: Callable[[AnyView, float], AnyView], view: AnyVie
 
 
 def to_float(views: torch.Tensor) -> torch.Tensor:
-    """Convert (N, H, W, 3) uint8 to (N, 3, H, W) float32."""
+    """Convert (M, H, W, 3) uint8 to (M, 3, H, W) float32."""
     return views.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def finish(views: torch.Tensor, ops: torch.Tensor) -> torch.Tensor:
-    """Return prepared views (N, H, W, 3) as floats 0..255 (N, 3, H, W), with packed operations executed."""
+    """Return prepared views (M, H, W, 3) as floats 0..255 (M, 3, H, W), with packed operations executed."""
     return run(to_float(views), ops)
 
 
 def pack(ops: Sequence[Sequence[Op]]) -> torch.Tensor:
-    """Encode views' operations: (N, S, 2) float64, the position in ``OPERATIONS`` (-1: skipped) and the value."""
+    """Encode views' operations: (M, S, 2) float64, the position in ``OPERATIONS`` (-1: skipped) and the value.
+
+    S is the longest sequence's length; SKIP is added to the others.
+    """
     number = {name: i for i, name in enumerate(OPERATIONS)} | {SKIP.name: -1}
-    table = [[(number[op.name], op.value) for op in view] for view in ops]
-    return torch.tensor(table, dtype=torch.float64).reshape(len(table), len(table[0]), 2)
+    columns = itertools.zip_longest(*ops, fillvalue=SKIP)
+    table = [[(number[op.name], op.value) for op in column] for column in columns]
+    return torch.tensor(table, dtype=torch.float64).reshape(len(table), len(ops), 2).transpose(0, 1).contiguous()
 
 
 def run(views: torch.Tensor, ops: torch.Tensor) -> torch.Tensor:
@@ -135,10 +140,10 @@ def run(views: torch.Tensor, ops: torch.Tensor) -> torch.Tensor:
     not grow with the batch.
 
     Args:
-        views: (N, 3, H, W) float32, whole numbers 0..255; changed in place.
+        views: (M, 3, H, W) float32, whole numbers 0..255; changed in place.
         ops: of :func:`pack`, on the host.
     """
-    kinds, values = ops[..., 0].T, ops[..., 1].T  # each (S, N)
+    kinds, values = ops[..., 0].T, ops[..., 1].T  # each (S, M)
     groups = [(slot, number) for slot, here in enumerate(kinds.tolist()) for number in sorted({*here} - {-1.0})]
     if not groups:
         return views
@@ -152,4 +157,27 @@ def run(views: torch.Tensor, ops: torch.Tensor) -> torch.Tensor:
     for (_, number), row, value in zip(groups, rows_there, values_there, strict=True):
         done = operations[int(number)].device(views.index_select(0, row), value.view(-1, 1, 1, 1))
         views.index_copy_(0, row, done)
+    return views
+
+
+def run_masked(views: torch.Tensor, ops: torch.Tensor, names: Sequence[Sequence[str]]) -> torch.Tensor:
+    """Do what :func:`run` does, by executing every operation on all views and keeping it where it was drawn.
+
+    No shape depends on chance, so that the compiler makes few kernels of it. Without the compiler it is slower than
+    :func:`run`, because it computes what is not needed.
+
+    Args:
+        views: (M, 3, H, W) float32, whole numbers 0..255.
+        ops: of :func:`pack`, on the views' device.
+        names: for each place of an operation, the names that it can have.
+    """
+    numbers = {name: i for i, name in enumerate(OPERATIONS)}
+    for place, possible in enumerate(names):
+        kind, value = (ops[:, place, column].view(-1, 1, 1, 1) for column in range(2))
+        before = views
+        for name in possible:
+            known, drawn = OPERATIONS[name], kind == numbers[name]
+            # The others' values may be outside this operation's range.
+            done = known.device(before, torch.where(drawn, value, known.low))
+            views = torch.where(drawn, done, views)
     return views

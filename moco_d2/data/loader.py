@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import queue
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from moco_d2.data.augment import Augmentation, Plan
-from moco_d2.data.backends import Backend, finish, pack
+from moco_d2.data.backends import Backend, finish, pack, run_masked, to_float
 from moco_d2.data.decode import EncodedImage
 from moco_d2.data.operations import AugmentationError, Op, View8
 from moco_d2.data.sampler import EpochSampler
@@ -22,6 +24,8 @@ from moco_d2.io import timeouts
 from moco_d2.io.pictures import MAX_PIXELS, describe
 from moco_d2.layers.views import Views
 from moco_d2.seeding import stream_seed
+
+PINNED = 2  # batches that wait in pinned memory, which the system cannot use otherwise
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,10 @@ class Batch:
     """A batch as workers send it.
 
     Attributes:
-        views: V tensors (N, H, W, 3) uint8: a quarter of the bytes that floats would take on the way to the device.
-        ops: V tensors (N, S, 2), the operations that are left to the device; they stay on the host.
+        views: a tensor (M, H, W, 3) uint8 for each size, of all images' views of that size, one view after another: a
+            quarter of the bytes that floats would take on the way to the device.
+        ops: a tensor (M, S, 2) for each size, the operations that are left to the device.
+        numbers: for each size, the numbers of the views that have it.
         index: (N,) int64, numbers of the images that are shown.
         boxes: (V, N, 4) float32, see :class:`~moco_d2.layers.views.Views`.
         skipped: the unreadable images.
@@ -58,15 +64,16 @@ class Batch:
 
     views: list[torch.Tensor]
     ops: list[torch.Tensor]
+    numbers: list[list[int]]
     index: torch.Tensor
     boxes: torch.Tensor
     skipped: tuple[Skip, ...]
     replaced: int
 
     def pin_memory(self) -> Batch:
-        """Return the batch with its views in pinned memory (torch's DataLoader calls this)."""
-        views = [view.pin_memory() for view in self.views]
-        return replace(self, views=views, index=self.index.pin_memory(), boxes=self.boxes.pin_memory())
+        """Return the batch in pinned memory (torch's DataLoader calls this)."""
+        views, ops = ([x.pin_memory() for x in both] for both in (self.views, self.ops))
+        return replace(self, views=views, ops=ops, index=self.index.pin_memory(), boxes=self.boxes.pin_memory())
 
 
 class ViewDataset(Dataset[Sample]):
@@ -161,18 +168,24 @@ def replacements(index: int, size: int) -> Iterator[int]:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack samples view by view; the batch has no views if one of its samples has none."""
+    """Stack samples size by size; the batch has no views if one of its samples has none."""
     complete = samples if all(sample.views for sample in samples) else []
-    views = [default_collate(list(view)) for view in zip(*(sample.views for sample in complete), strict=True)]
-    ops = [pack(view) for view in zip(*(sample.ops for sample in complete), strict=True)]
+    sizes: dict[int, list[int]] = {}
+    for number, view in enumerate(complete[0].views if complete else ()):
+        sizes.setdefault(len(view), []).append(number)
+    views = [default_collate([s.views[number] for number in same for s in complete]) for same in sizes.values()]
+    ops = [pack([s.ops[number] for number in same for s in complete]) for same in sizes.values()]
     index = torch.tensor([sample.position for sample in complete])
     boxes = torch.from_numpy(np.stack([sample.boxes for sample in complete], 1)) if complete else torch.empty(0)
     skipped = tuple(skip for sample in samples for skip in sample.skipped)
-    return Batch(views, ops, index, boxes, skipped, sum(bool(sample.skipped) for sample in samples))
+    replaced = sum(bool(sample.skipped) for sample in samples)
+    return Batch(views, ops, list(sizes.values()), index, boxes, skipped, replaced)
 
 
 class ViewLoader:
     """Batches on the training device. Unreadable images are logged; too many of them end the run.
+
+    On a GPU, the next batch is copied and augmented beside the step, on a stream of its own.
 
     Attributes:
         skips: what this process could not read so far.
@@ -185,36 +198,126 @@ class ViewLoader:
         workers: int,
         device: torch.device,
         skips: SkipLog | None = None,
+        compiled: bool = False,
     ) -> None:
+        """Set up.
+
+        Args:
+            dataset: the images as views.
+            sampler: their order; the first batch is that of its step ``start``.
+            workers: number of worker processes; 0: this process prepares the views.
+            device: where the batches go.
+            skips: the log of unreadable images.
+            compiled: compile the operations that are left to the device: few kernels in place of hundreds, but the
+                first batch takes a minute, and a pixel may differ by one value.
+        """
         self.dataset, self.sampler, self.workers, self.device = dataset, sampler, workers, device
         self.skips = skips or SkipLog()
         pixels = dataset.augmentation.pixels
         self._mean, self._std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (pixels.mean, pixels.std))
+        self._masked = torch.compile(masked, dynamic=False) if compiled and dataset.backend.on_device else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[Views]:
+        begun: Iterator[tuple[Batch, Views, torch.cuda.Event | None]] = map(self._begin, self._batches())
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))  # which has made the mean and std
+            begun = one_ahead(begun)
+        iteration = self.sampler.start
+        for batch, views, done in begun:
+            # Here and not where the batch is begun: what is logged is what was trained on.
+            self.skips.record(batch.skipped, iteration)
+            self.skips.count(self.sampler.share, batch.replaced)
+            if not batch.views:
+                self.skips.stop()
+            if done:
+                wait_for(done, views)
+            yield views
+            del batch, views, done  # before the next one is made: enumerate would keep them, too
+            iteration += 1
+
+    def _batches(self) -> Iterator[Batch]:
         options: dict[str, Any] = {"num_workers": self.workers, "pin_memory": self.device.type == "cuda"}
         # A generator of its own: a DataLoader draws a seed when it starts, which would shift a resumed step's draws.
         options["generator"] = torch.Generator()
         options["worker_init_fn"] = one_thread
         if self.workers:
             options["timeout"] = timeouts.limit()
-        batches = DataLoader(self.dataset, batch_sampler=self.sampler, collate_fn=collate, **options)
-        for iteration, batch in enumerate(batches, self.sampler.start):
-            self.skips.record(batch.skipped, iteration)
-            self.skips.count(self.sampler.share, batch.replaced)
-            if not batch.views:
-                self.skips.stop()
-            yield self.finish(batch)
+        return few_pinned(DataLoader(self.dataset, batch_sampler=self.sampler, collate_fn=collate, **options))
+
+    def _begin(self, batch: Batch) -> tuple[Batch, Views, torch.cuda.Event | None]:
+        """Return a batch, its views, which may still be computed, and an event after that."""
+        if self._stream is None:
+            return batch, self.finish(batch), None
+        with torch.cuda.stream(self._stream):
+            views = self.finish(batch)
+        return batch, views, self._stream.record_event()
 
     def finish(self, batch: Batch) -> Views:
         """Return a batch on the device, its operations executed and its pixels normalised."""
-        images = [self._finish(view, ops) for view, ops in zip(batch.views, batch.ops, strict=True)]
+        images: dict[int, torch.Tensor] = {}
+        for numbers, pixels, ops in zip(batch.numbers, batch.views, batch.ops, strict=True):
+            same = self._finish(pixels.to(self.device, non_blocking=True), ops, numbers)
+            images |= zip(numbers, same.chunk(len(numbers)), strict=True)
         index, boxes = (x.to(self.device, non_blocking=True) for x in (batch.index, batch.boxes))
-        return Views(images, index, boxes)
+        return Views([images[number] for number in sorted(images)], index, boxes)
 
-    def _finish(self, views: torch.Tensor, ops: torch.Tensor) -> torch.Tensor:
-        pixels = finish(views.to(self.device, non_blocking=True), ops)
-        return pixels.sub_(self._mean).div_(self._std)
+    def _finish(self, views: torch.Tensor, ops: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+        if self._masked:
+            names = self.dataset.augmentation.names(numbers)
+            return self._masked(views, ops.to(self.device, non_blocking=True), names, self._mean, self._std)
+        return finish(views, ops).sub_(self._mean).div_(self._std)
+
+
+def masked(
+    views: torch.Tensor, ops: torch.Tensor, names: Sequence[Sequence[str]], mean: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
+    """Return prepared views normalised, with packed operations executed in a way that suits the compiler."""
+    return (run_masked(to_float(views), ops, names) - mean) / std
+
+
+Item = TypeVar("Item")
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """Yield items, each after the next one has been taken. An error in taking an item is raised in its turn."""
+    end = object()
+    error: Exception | None = None
+    following: Any = next(items, end)
+    while following is not end:
+        current = following
+        try:
+            following = next(items, end)
+        except Exception as problem:
+            following, error = end, problem
+        yield current
+        del current
+    if error:
+        raise error
+
+
+def wait_for(done: torch.cuda.Event, views: Views) -> None:
+    """Let the present stream use views that another one computes, from an event on."""
+    stream = torch.cuda.current_stream(views.index.device)
+    stream.wait_event(done)
+    for tensor in (*views.images, views.index, views.boxes):
+        tensor.record_stream(stream)  # so that its memory is not given away before this stream has used it
+
+
+def few_pinned(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield a DataLoader's batches, of which at most :data:`PINNED` wait in pinned memory, if it pins any."""
+    batches = iter(loader)
+    pinned = getattr(batches, "_data_queue", None)  # filled by the thread that pins; torch sets no bound
+    if not isinstance(pinned, queue.Queue):
+        yield from batches
+        return
+    pinned.maxsize = PINNED
+    try:
+        yield from batches
+    finally:  # a thread that waits for room sees only every five seconds that it should end
+        with pinned.not_full:
+            pinned.maxsize = sys.maxsize
+            pinned.not_full.notify_all()
 
 
 def one_thread(_: int) -> None:

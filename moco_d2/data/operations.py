@@ -9,6 +9,7 @@ Letters: M views of a batch, (H, W) their size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -168,13 +169,22 @@ def _device_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 def _device_blur(x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """Three box blurs along rows, then three along columns, each rounded to pixel values, as PIL does."""
     weights = box_weights(radius.view(-1, 1), torch.arange(-REACH, REACH + 1, device=x.device)).float()
-    weights = weights.repeat_interleave(3, 0)[:, None]  # (3M, 1, L)
+    weights = weights.repeat_interleave(3, 0)  # (3M, L)
     planes = x.reshape(1, -1, *x.shape[2:])
-    for kernel, padding in ((weights[:, :, None], (REACH, REACH, 0, 0)), (weights[..., None], (0, 0, REACH, REACH))):
+    for axis, padding in ((3, (REACH, REACH, 0, 0)), (2, (0, 0, REACH, REACH))):
         for _ in range(3):
             padded = pad(planes, padding, mode="replicate")
-            planes = conv2d(padded, kernel, groups=len(kernel)).add_(0.5 - TIES_DOWN).floor_()
+            planes = _filtered(padded, weights, axis).add_(0.5 - TIES_DOWN).floor_()
     return planes.view_as(x)
+
+
+def _filtered(planes: torch.Tensor, weights: torch.Tensor, axis: int) -> torch.Tensor:
+    """Filter planes (1, P, H, W) along an axis, each with weights of its own (P, L); the axis becomes L - 1 shorter."""
+    if torch.compiler.is_compiling():  # the compiler fuses this sum with what surrounds it, but no convolution
+        length = planes.shape[axis] - 2 * REACH
+        taps = (w[:, None, None] * planes.narrow(axis, i, length) for i, w in enumerate(weights.unbind(1)))
+        return functools.reduce(torch.add, taps)
+    return conv2d(planes, weights[:, None].unsqueeze(5 - axis), groups=len(weights))
 
 
 def box_weights(radius: Array, distance: Array) -> Array:

@@ -24,12 +24,13 @@ from moco_d2.engine.trainer import PretrainTrainer, recipe_changes
 from moco_d2.io.files import atomic_write
 from moco_d2.io.pictures import describe
 from moco_d2.layers.views import Views
+from moco_d2.resources import AHEAD
 from moco_d2.running.dry_run import duration, one_list, parameters, peak_memory, quiet, recipe
 from moco_d2.running.picture_check import check_each, evenly
+from moco_d2.running.workers import worker_count
 
 STEPS = 2
 _CPU_BATCH = 16  # images per process on the CPU, where a full batch can take minutes and more memory than there is
-_PREFETCHED = 2  # batches that each worker of a DataLoader prepares in advance
 
 
 class TimedTrainer(PretrainTrainer):
@@ -93,7 +94,7 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     yield "checkpoint", _resume(trainer)
     yield "memory", memory + (f" with {batch} instead of {full_batch} images" if batch < full_batch else "")
     computes, loads = batch / trainer.step_seconds[-1], _loading_speed(trainer.data_loader, batch)
-    speed, finding = _bottleneck(computes, loads, small.DATALOADER.NUM_WORKERS)
+    speed, finding = _bottleneck(computes, loads, trainer.data_loader.workers)
     yield "bottleneck", finding
     yield "ETA", f"{duration(steps * full_batch / speed + probes)} at {speed:.1f} images/s, this machine's speed now"
 
@@ -117,7 +118,7 @@ def _check_pictures(dataset: ViewDataset, cfg: CfgNode) -> Iterator[tuple[str, s
         return ""
 
     numbers = evenly(len(source), cfg.DATA.DRY_RUN_PICTURES)
-    found = yield from check_each(problem, numbers, cfg.DATALOADER.NUM_WORKERS)
+    found = yield from check_each(problem, numbers, worker_count(cfg))
     summary = f"{len(numbers) - len(found)} of {len(numbers)} can be decoded"
     if len(found) > cfg.DATA.MAX_SKIPPED * len(numbers):
         rule = f"DATA.MAX_SKIPPED allows a fraction of {cfg.DATA.MAX_SKIPPED:g} to fail"
@@ -225,7 +226,7 @@ def _loading_speed(loader: ViewLoader, batch: int) -> float:
     batches = iter(loader)
     # The first batches were prepared while the workers started, and arrive at once. Only later ones are timed, in whole
     # rounds of all workers.
-    _take(batches, 1 + _PREFETCHED * loader.workers)
+    _take(batches, 1 + AHEAD * loader.workers)
     timed = 2 * max(2, loader.workers)
     start = time.perf_counter()
     _take(batches, timed)

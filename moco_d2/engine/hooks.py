@@ -66,7 +66,7 @@ class PretrainMetrics(HookBase):
         if not self.method.recording:
             return
         storage = get_event_storage()
-        scalars = {name: value.item() for name, value in self.method.recorded.items()}
+        scalars = in_one_transfer(self.method.recorded)
         self._warn_of_collapse(scalars)
         scalars["epoch"] = (self.trainer.iter + 1) / self.steps_per_epoch
         scalars["peak_memory_gib"] = peak_memory_gib()
@@ -75,8 +75,9 @@ class PretrainMetrics(HookBase):
             scalars["images_per_second"] = self.batch / storage.history("time").avg(self.period)
             # Not in the first period, in which workers start and cuDNN may choose algorithms.
             if self.trainer.iter + 1 - self.trainer.start_iter >= 2 * self.period:
+                waits = "device_idle" if "device_idle" in storage.histories() else "data_time"
                 self._warn_of_slow_loader(
-                    storage.history("data_time").avg(self.period), storage.history("time").avg(self.period)
+                    storage.history(waits).avg(self.period), storage.history("time").avg(self.period)
                 )
         storage.put_scalars(**scalars, smoothing_hint=False)
 
@@ -112,6 +113,12 @@ class PretrainMetrics(HookBase):
         self.loader_is_slow = slow
 
 
+def in_one_transfer(scalars: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Return the values of scalar tensors, which are read from the device at once."""
+    values = torch.stack([value.detach().double() for value in scalars.values()]).tolist() if scalars else []
+    return dict(zip(scalars, values, strict=True))
+
+
 class PretrainPrinter(ProgressPrinter):
     """The progress line of pretraining: time left, loss, diagnostics, lr and speed."""
 
@@ -137,7 +144,7 @@ class PretrainPrinter(ProgressPrinter):
             *others,
             ("lr", "lr", ".4g"),
             ("images_per_second", "images/s", ".1f"),
-            ("data_time", "data s", ".3f"),
+            ("device_idle", "idle s", ".3f") if "device_idle" in values else ("data_time", "data s", ".3f"),
         ]
         line += [f"{label} {values[name]:{form}}" for name, label, form in shown if name in values]
         if torch.cuda.is_available():

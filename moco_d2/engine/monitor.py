@@ -34,6 +34,7 @@ from moco_d2.layers.knn import hits, knn_scores
 from moco_d2.layers.spread import alignment, effective_rank, uniformity
 from moco_d2.methods import Diagnostic, SSLMethod
 from moco_d2.running.picture_check import evenly
+from moco_d2.running.workers import worker_count
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class Monitor:
         self.size, self.device = cfg.DATA.CROP_SIZE, torch.device(cfg.MODEL.DEVICE)
         self.options = {
             "batch": min(256, cfg.SOLVER.IMS_PER_BATCH // world_size()),
-            "workers": cfg.DATALOADER.NUM_WORKERS, "max_pixels": cfg.DATA.MAX_PIXELS, "device": self.device,
+            "workers": worker_count(cfg), "max_pixels": cfg.DATA.MAX_PIXELS, "device": self.device,
         }  # fmt: skip
         bank, held_out = labelled_sets(monitor.DATASET, monitor.VAL)
         self.bank, self.held_out = (s.part(evenly(len(s), monitor.PICTURES)) for s in (bank, held_out))

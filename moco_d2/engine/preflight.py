@@ -26,6 +26,7 @@ from moco_d2.engine.step import AUTOCAST
 from moco_d2.layers.encoders import ENCODERS, encoder_args
 from moco_d2.messages import unknown_name
 from moco_d2.methods import METHODS, default_args, method_class
+from moco_d2.running.workers import AUTO
 from moco_d2.signature import types
 
 
@@ -120,8 +121,9 @@ def _data_problems(cfg: CfgNode) -> Iterator[str]:
             build_augmentation(cfg.DATA.AUGMENTATION, cfg.DATA.CROP_SIZE)
         except ValueError as error:
             yield f"DATA.AUGMENTATION {cfg.DATA.AUGMENTATION}: {error}"
-    if cfg.DATALOADER.NUM_WORKERS < 0:
-        yield f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; it must be 0 (no worker processes) or more"
+    if cfg.DATALOADER.NUM_WORKERS < AUTO:
+        rule = f"{AUTO} (as many as the cores allow), 0 (no worker processes) or more"
+        yield f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}; it must be {rule}"
     batch = cfg.SOLVER.IMS_PER_BATCH
     rules = [
         ("MAX_SKIPPED", 0 <= cfg.DATA.MAX_SKIPPED <= 1, "a fraction of the images, in [0, 1]"),

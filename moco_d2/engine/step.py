@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from moco_d2.engine.idle import IdleTime
 from moco_d2.methods import Diagnostic, SSLMethod
 
 # MoCo v3's Figure 4: when a ViT's training becomes unstable, its first layer's gradient spikes first.
@@ -59,6 +60,7 @@ class PretrainStep(SimpleTrainer):
         self.clip = clip
         self.unscale = clip is not None or type(self.method).after_backward is not SSLMethod.after_backward
         self._losses: list[tuple[int, dict[str, torch.Tensor]]] = []
+        self.idle = IdleTime() if self.device == "cuda" else None
         self.first_layer = first_layer(self.method)
         self._largest: torch.Tensor | None = None  # norm of its gradient since the last recorded step
 
@@ -67,7 +69,10 @@ class PretrainStep(SimpleTrainer):
         assert self.model.training
         start = time.perf_counter()
         views = next(self._data_loader_iter)
-        get_event_storage().put_scalar("data_time", time.perf_counter() - start)
+        waited = time.perf_counter() - start
+        get_event_storage().put_scalar("data_time", waited)
+        if self.idle:
+            self.idle.images_arrived(self.iter, waited)
         with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
             losses = self.model(views)
         self.optimizer.zero_grad()
@@ -82,6 +87,8 @@ class PretrainStep(SimpleTrainer):
         self._losses.append((self.iter, {name: loss.detach() for name, loss in losses.items()}))
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        if self.idle:
+            self.idle.step_ends()
         if (self.iter + 1) % self.period == 0 or self.iter + 1 == self.max_iter:
             self.flush()
 
@@ -118,6 +125,8 @@ class PretrainStep(SimpleTrainer):
             storage.put_scalar("total_loss", total, cur_iter=iteration)
             if len(means) > 1:
                 storage.put_scalars(cur_iter=iteration, **means)
+        for iteration, seconds in self.idle.read() if self.idle else ():  # the losses' reading has waited for the steps
+            storage.put_scalar("device_idle", seconds, cur_iter=iteration)
         self._losses.clear()
 
     def _read(self) -> list[tuple[int, dict[str, float]]]:

@@ -16,6 +16,7 @@ from moco_d2.layers.distributed import gather_rows, share
 from moco_d2.layers.features import extract
 from moco_d2.probes.backbone import Backbone
 from moco_d2.running.progress import Countdown
+from moco_d2.running.workers import worker_count
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def features_of(
     """
     own = pictures.part(share(range(len(pictures))))
     loader = LabelledLoader(
-        own, backbone.facts.pixels, size, bicubic=bicubic, batch=batch, workers=cfg.DATALOADER.NUM_WORKERS,
+        own, backbone.facts.pixels, size, bicubic=bicubic, batch=batch, workers=worker_count(cfg),
         max_pixels=cfg.DATA.MAX_PIXELS, max_skipped=cfg.DATA.MAX_SKIPPED, device=cfg.MODEL.DEVICE, whole=len(pictures),
     )  # fmt: skip
     countdown = Countdown(f"features of {pictures.name}", "pictures", len(loader))

@@ -53,6 +53,7 @@ from moco_d2.running.mistakes import pictures_in_one_line
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.progress import ProgressPrinter
 from moco_d2.running.seeds import seeded
+from moco_d2.running.workers import worker_count
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ def _augmented(
         source.lengths, protocol.batch, cfg.SEED, comm.get_rank(), comm.get_world_size(), fingerprint=source.fingerprint
     )
     skips = SkipLog(cfg.OUTPUT_DIR, cfg.DATA.MAX_SKIPPED, comm.get_rank())
-    loader, labels = ViewLoader(dataset, sampler, cfg.DATALOADER.NUM_WORKERS, device, skips), train.labels.to(device)
+    loader, labels = ViewLoader(dataset, sampler, worker_count(cfg), device, skips), train.labels.to(device)
 
     def batches(start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         sampler.start = start

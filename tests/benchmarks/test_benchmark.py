@@ -93,10 +93,14 @@ def test_data_compares_every_backend_with_the_authors_loader(run: Run, capsys: p
     content, shown = run("data", "--images", 2, "--repeats", 1, "--size", 96), capsys.readouterr().out
     rows = {row["what"]: row["times as fast"] for row in content["loader"]}
     whole = "device: all on the CPU"
-    assert list(rows) == ["the authors' loader", "pil", "cv2", "device: a worker's part", whole]
+    part, reduced = "device: a worker's part", ", reduced decoding"
+    assert list(rows) == ["the authors' loader", "pil", "cv2", f"cv2{reduced}", part, part + reduced, whole]
     assert rows["the authors' loader"] == 1 and all(ratio > 0 for ratio in rows.values())
     parts = [row["what"] for row in content["parts, ms"]]
     assert parts == ["decode", "crop", "brightness", "contrast", "saturation", "hue", "grey", "blur", "flip"]
+    for row, sizes in zip(content["the device's part of a batch of 256"], (1, 2, 2), strict=True):
+        assert row["index lists: kernels"] < 470 * sizes and row["masks: kernels"] < 500 * sizes, row["what"]
+        assert row["masks: GB"] > 2 * row["index lists: GB"], "without the compiler they compute what is not needed"
     apart = {row.pop("what"): row for row in content["difference to PIL, pixel values"]}
     assert list(apart) == ["crop", "crop of a JPEG decoded at a half", *parts[2:], "solarise", "the whole augmentation"]
     assert max(apart["hue"].values()) < 9, "of the same crop and step"

@@ -187,9 +187,11 @@ def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(doctor.resources, "loader_processes", lambda processes, gpu, batch: 6 if gpu else 0)
     texts = [finding.text for finding in doctor.check_devices()]
     assert texts[1:3] == ["GPU 0: Some GPU, 16 GiB", "GPU 1: Some GPU, 16 GiB"]
-    assert texts[3] == "nn.SyncBatchNorm works on the GPU, and NCCL between GPUs"
+    assert texts[3] == "6 loader process(es) for each of 2 GPUs: pretraining's DATALOADER.NUM_WORKERS -1"
+    assert texts[4] == "nn.SyncBatchNorm works on the GPU, and NCCL between GPUs"
 
 
 def test_a_gpu_that_torch_cannot_use_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
         (["DATA.CACHE_GB", 0.0], "DATA.CACHE_GB is 0.0; it must be positive"),
         (["DATA.CACHE_FOLDER", f"{__file__}/cache"], "it must be a writable folder"),
         (["DATASETS.TRAIN", "imagenet_train"], "DATASETS.TRAIN is 'imagenet_train'; it must be a list or tuple"),
-        (["DATALOADER.NUM_WORKERS", -1], "DATALOADER.NUM_WORKERS is -1"),
+        (["DATALOADER.NUM_WORKERS", -2], "DATALOADER.NUM_WORKERS is -2; it must be -1 (as many as the cores allow), 0"),
         (["SOLVER.SCHEDULE", "cosin"], "did you mean 'cosine'?"),
         (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0; it must be a positive multiple of the number of"),
         (["SOLVER.BASE_LR", 0.0], "SOLVER.BASE_LR is 0.0; it must be positive"),

@@ -89,7 +89,7 @@ def test_the_loaders_speed_is_not_that_of_what_was_loaded_ahead(monkeypatch: pyt
     loader = Simulated()
     monkeypatch.setattr("moco_d2.engine.dry_run.time", SimpleNamespace(perf_counter=lambda: loader.now))
     assert _loading_speed(loader, 2) == pytest.approx(6 * 2 / 0.2)  # type: ignore[arg-type]
-    monkeypatch.setattr("moco_d2.engine.dry_run._PREFETCHED", 0)
+    monkeypatch.setattr("moco_d2.engine.dry_run.AHEAD", 0)
     assert _loading_speed(loader, 2) > 1.2 * 6 * 2 / 0.2, "the simulation shows what is left out"  # type: ignore[arg-type]
 
 

@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco_d2.config import load_cfg
@@ -173,6 +174,16 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Lists(TorchFunctionMode):
+    """Counts the tensors that become lists: on the CPU, torch does not dispatch that."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.Tensor.tolist
+        return func(*args, **(kwargs or {}))
+
+
 class CountWaits(HookBase):
     """Notes the waits of each step; as the last hook it sees those of all others."""
 
@@ -180,22 +191,26 @@ class CountWaits(HookBase):
         self.counts: list[int] = []
 
     def before_step(self) -> None:
-        self.mode = Waits()
-        self.mode.__enter__()
+        self.modes = Waits(), Lists()
+        for mode in self.modes:
+            mode.__enter__()
 
     def after_step(self) -> None:
-        self.mode.__exit__(None, None, None)
-        self.counts.append(self.mode.count)
+        for mode in reversed(self.modes):
+            mode.__exit__(None, None, None)
+        self.counts.append(sum(mode.count for mode in self.modes))
 
 
 @pytest.mark.parametrize("autocast", ["", "float16"])
 def test_the_host_waits_for_the_device_only_where_numbers_are_written(
-    images: str, tmp_path: Path, autocast: str
+    images: str, tmp_path: Path, autocast: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("moco_d2.engine.trainer.LOG_PERIOD", 3)
     short = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 100, "SSL.ENCODER.ARGS.stem", "imagenet")
     trainer = PretrainTrainer(config(images, tmp_path, *short, "ENGINE.AUTOCAST", autocast, "SOLVER.IMS_PER_BATCH", 4))
     views = next(iter(trainer.data_loader))  # which is made on the CPU
     trainer._trainer._data_loader_iter_obj = itertools.repeat(views)
     trainer.register_hooks([waits := CountWaits()])
     trainer.train()
-    assert waits.counts[:3] == [0, 0, 0] and waits.counts[3] > 0
+    assert waits.counts[:3] == [0, 0, 2], "the losses at once, and the diagnostics at once"
+    assert waits.counts[3] > 2, "the checkpoint"

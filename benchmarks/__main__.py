@@ -6,6 +6,7 @@
     python -m benchmarks convert                                   # a training checkpoint: about a minute
     python -m benchmarks step                                      # a step of pretraining: some ten minutes
     python -m benchmarks step --device cuda --batch 256 --size 224 --autocast bfloat16 --channels-last --compile
+    python -m benchmarks feed --device cuda --batch 256 --size 224 --autocast bfloat16 --channels-last --workers 4 8 14
     python -m benchmarks methods                                   # a step of every method: minutes a method
     python -m benchmarks data                                      # from JPEG files to views: about a minute
     python -m benchmarks scale                                     # many files, shards, streams: about a minute
@@ -22,9 +23,12 @@ import argparse
 import itertools
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moco_d2.commands import cli
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
 
 
 def check(args: argparse.Namespace, **least: int) -> None:
@@ -62,14 +66,14 @@ def conversion(args: argparse.Namespace) -> None:
     tables({"rows": [*map(asdict, rows(args.width, args.repeats))]}, settings, args.output)
 
 
-def step(args: argparse.Namespace) -> None:
-    """Time a step of pretraining against its encoders alone, the authors' form of it, and plain DDP."""
-    check(args, repeats=2, batch=1, size=1)  # the spread needs two
+def _moco(args: argparse.Namespace) -> tuple[dict[str, Any], CfgNode]:
+    """Return the settings of a benchmark of MoCo v2's step, and its checked config; log no more than warnings."""
     import logging
 
     import torch
 
     from moco_d2.config import load_cfg
+    from moco_d2.engine.preflight import check_config
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, and torch finds no GPU here; without --device the CPU measures")
@@ -79,12 +83,18 @@ def step(args: argparse.Namespace) -> None:
         "ENGINE.CHANNELS_LAST": args.channels_last, "ENGINE.COMPILE": args.compile,
     }  # fmt: skip
     cfg = load_cfg("Pretrain/moco_v2_R50_200ep", [*map(str, itertools.chain(*opts.items())), *args.opts])
-    from benchmarks.measure import machine, tables
-    from benchmarks.step import ddp_rows, memory_rows, part_rows, step_rows
-    from moco_d2.engine.preflight import check_config
-
     check_config(cfg, world_size=1)
     logging.disable(logging.INFO)
+    return {**opts, "threads": 1 if args.device == "cpu" else torch.get_num_threads()}, cfg
+
+
+def step(args: argparse.Namespace) -> None:
+    """Time a step of pretraining against its encoders alone, the authors' and lightly's form of it, and plain DDP."""
+    check(args, repeats=2, batch=1, size=1)  # the spread needs two
+    settings, cfg = _moco(args)
+    from benchmarks.measure import machine, tables
+    from benchmarks.step import ddp_rows, memory_rows, part_rows, step_rows
+
     found: dict[str, Any] = {
         "step": step_rows(cfg, args.repeats),
         "parts": part_rows(cfg, args.repeats),
@@ -95,8 +105,21 @@ def step(args: argparse.Namespace) -> None:
     over = next(row["ratio"] for row in found["step"] if row["what"] == "ours")
     slowest = max(found["parts"][:-1], key=lambda row: row["seconds"])["what"]
     found["bottleneck"] = f"the encoders, {min(1, 1 / over):.0%} of a step; of the rest, the {slowest}"
-    threads = 1 if args.device == "cpu" else torch.get_num_threads()
-    tables(found, {**opts, "machine": machine(args.device), "threads": threads}, args.output)
+    tables(found, {**settings, "machine": machine(args.device)}, args.output)
+
+
+def feed(args: argparse.Namespace) -> None:
+    """Time steps on image files against steps on views that are there, for several numbers of loader processes."""
+    check(args, repeats=1, batch=1, size=1, images=1)
+    if min(args.workers) < 0:
+        raise ValueError(f"--workers is {min(args.workers)}; it must be 0 or more")
+    settings, cfg = _moco(args)
+    from benchmarks.feed import measure
+    from benchmarks.measure import machine, tables
+
+    cfg.DATASETS.TRAIN = [args.folder] if args.folder else []
+    found = {"feed": measure(cfg, args.workers, args.repeats, args.images)}
+    tables(found, {**settings, "folder": args.folder, "machine": machine(args.device)}, args.output)
 
 
 def methods(args: argparse.Namespace) -> None:
@@ -175,6 +198,28 @@ def _add_step_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
 
 
+def _add_switches(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--autocast", default="", metavar="TYPE", help="bfloat16 or float16 (default: none)")
+    command.add_argument("--channels-last", action="store_true", help="ENGINE.CHANNELS_LAST")
+    command.add_argument("--compile", action="store_true", help="ENGINE.COMPILE")
+
+
+def _add_proof(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=proof)
+    command.add_argument(
+        "--pictures", type=cli.expanded, default="", metavar="CIFAR",
+        help="CIFAR-10: torchvision's folder, an .npz, or a folder with train/ and test/ (default: downloaded)",
+    )  # fmt: skip
+    command.add_argument("--epochs", type=int, default=200, help="of the schedule (default: %(default)s)")
+    command.add_argument("--width", type=float, default=1.0, help="of the ResNet-18 (default: %(default)s)")
+    command.add_argument("--draw", action="store_true", help="only draw what the run in the folder has recorded so far")
+    command.add_argument(
+        "-o", "--output", type=cli.path, default=Path("output/proof"), metavar="FOLDER",
+        help="a new folder, or one whose run is continued (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+
+
 def main() -> None:
     """Read the command line and run one benchmark."""
     parser = argparse.ArgumentParser(
@@ -192,9 +237,16 @@ def main() -> None:
     command = commands.add_parser("step", help="a step of pretraining; KEY VALUE pairs of the config come last")
     command.set_defaults(run=step)
     _add_step_options(command)
-    command.add_argument("--autocast", default="", metavar="TYPE", help="bfloat16 or float16 (default: none)")
-    command.add_argument("--channels-last", action="store_true", help="ENGINE.CHANNELS_LAST")
-    command.add_argument("--compile", action="store_true", help="ENGINE.COMPILE")
+    _add_switches(command)
+    command = commands.add_parser("feed", help="steps on image files; KEY VALUE pairs of the config come last")
+    command.set_defaults(run=feed)
+    _add_step_options(command)
+    _add_switches(command)
+    command.add_argument("--folder", default="", help="of images (default: 500 x 375 JPEGs are drawn)")
+    command.add_argument("--images", type=int, default=512, help="to draw, at least a batch (default: %(default)s)")
+    command.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="loader processes (default: 1 2)"
+    )
     command = commands.add_parser("methods", help="a step of every method; KEY VALUE pairs of the config come last")
     command.set_defaults(run=methods)
     _add_step_options(command)
@@ -218,20 +270,7 @@ def main() -> None:
     command.add_argument("--repeats", type=int, default=5, help="runs of each (default: %(default)s)")
     for command in commands.choices.values():
         command.add_argument("-o", "--output", type=cli.path, metavar="FILE", help="write the numbers as JSON")
-    command = commands.add_parser("proof", help="the authors' CIFAR-10 demo; KEY VALUE pairs of the config come last")
-    command.set_defaults(run=proof)
-    command.add_argument(
-        "--pictures", type=cli.expanded, default="", metavar="CIFAR",
-        help="CIFAR-10: torchvision's folder, an .npz, or a folder with train/ and test/ (default: downloaded)",
-    )  # fmt: skip
-    command.add_argument("--epochs", type=int, default=200, help="of the schedule (default: %(default)s)")
-    command.add_argument("--width", type=float, default=1.0, help="of the ResNet-18 (default: %(default)s)")
-    command.add_argument("--draw", action="store_true", help="only draw what the run in the folder has recorded so far")
-    command.add_argument(
-        "-o", "--output", type=cli.path, default=Path("output/proof"), metavar="FOLDER",
-        help="a new folder, or one whose run is continued (default: %(default)s)",
-    )  # fmt: skip
-    command.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides")
+    _add_proof(commands.add_parser("proof", help="the authors' CIFAR-10 demo; KEY VALUE pairs of the config come last"))
     args = parser.parse_args()
     args.run(args)
 

@@ -137,18 +137,32 @@ def step_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:
     steps = [kind(cfg, views) for kind in (Encoders, Ours, Authors, OneGroup, Lightly)]
     with EventStorage():
         times = take_turns({step.name: step.run for step in steps}, repeats, cfg.MODEL.DEVICE)
-        rates = {step.name: _rate(step.run, repeats, cfg) for step in steps}
+        rates = {step.name: rate(step.run, repeats, cfg) for step in steps}
     return [{**row, "images/s in a row": rates[row["what"]]} for row in compare(times)]
 
 
-def _rate(run: Callable[[], object], steps: int, cfg: CfgNode) -> float:
-    """Return images/s of steps that follow one another as in training: a GPU is waited for after the last one only."""
+def rate(run: Callable[[], object], steps: int, cfg: CfgNode, warm_up: int = 0) -> float:
+    """Return images/s of steps that follow one another as in training: a GPU is waited for after the last one only.
+
+    Args:
+        run: takes a step.
+        steps: that are timed.
+        cfg: its batch and device.
+        warm_up: steps before these.
+    """
+    for _ in range(warm_up):
+        run()
+    _wait(cfg)
     start = time.perf_counter()
     for _ in range(steps):
         run()
+    _wait(cfg)
+    return float(steps * cfg.SOLVER.IMS_PER_BATCH / (time.perf_counter() - start))
+
+
+def _wait(cfg: CfgNode) -> None:
     if cfg.MODEL.DEVICE != "cpu":
         torch.cuda.synchronize()
-    return float(steps * cfg.SOLVER.IMS_PER_BATCH / (time.perf_counter() - start))
 
 
 def part_rows(cfg: CfgNode, repeats: int) -> list[dict[str, Any]]:

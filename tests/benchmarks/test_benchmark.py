@@ -56,7 +56,7 @@ def test_eval_compares_every_backend_and_both_voc_metrics(run: Run, capsys: pyte
     assert problems["VOC 2007, 6 x 9"] == problems["VOC 2012, 6 x 9"] == 2
 
 
-@pytest.mark.parametrize("name", ["eval", "convert", "step", "methods", "data", "scale", "startup", "proof"])
+@pytest.mark.parametrize("name", ["eval", "convert", "step", "feed", "methods", "data", "scale", "startup", "proof"])
 def test_every_benchmark_starts(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", name, "--help"])
     with pytest.raises(SystemExit) as ended:
@@ -122,6 +122,15 @@ def test_step_compares_with_its_encoders_the_authors_form_lightlys_and_plain_ddp
     textbook, ours = (row["copies"] for row in content["memory"])
     assert textbook > 2.5 > ours, "copies of the logits that are held"
     assert "bottleneck: the encoders" in capsys.readouterr().out and content["machine"]
+
+
+def test_feed_compares_steps_on_files_with_steps_on_views_that_are_there(run: Run) -> None:
+    small = ("--batch", 16, "--size", 32, "--encoder", "resnet18", "--repeats", 2, "--images", 16, "--workers", 0, 1)
+    content = run("feed", *small, "--channels-last", "SSL.ENCODER.ARGS.width", 0.125, "SSL.ARGS.queue_size", 64)
+    none, one = content["feed"]
+    assert (none["loader processes"], one["loader processes"]) == (0, 1)
+    assert none["loader images/s"] > none["training images/s"] > 0, "without a process, the step waits for the loader"
+    assert one["of the synthetic rate"] == one["training images/s"] / one["synthetic images/s"]
 
 
 def test_methods_compares_with_its_networks_and_moco_v2(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

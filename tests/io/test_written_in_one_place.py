@@ -27,6 +27,7 @@ ALLOWED = {
     "benchmarks/conversion.py": "a temporary folder of its own",
     "benchmarks/data.py": "a temporary folder of its own",
     "benchmarks/evaluation.py": "a temporary folder of its own",
+    "benchmarks/feed.py": "a temporary folder of its own",
     "benchmarks/proof.py _write": "below the new folder of replaced_folder()",
     "benchmarks/proof.py draw": "a figure into memory",
     "benchmarks/proof.py pictures": "io.files.write_text()",

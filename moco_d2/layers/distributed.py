@@ -145,7 +145,7 @@ def exchange(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     sources = wanted // n
     mine = sources == rank()
     # Row by row, so for one receiver after the other, and for each in the order in which it wants them.
-    sent = x[to_device(wanted[mine] - rank() * n, x.device)]
+    sent = x[to_device(wanted[mine] - rank() * n, x.device)].contiguous()
     received = torch.empty_like(sent)
     counts = sources[rank()].bincount(minlength=world_size()).tolist()
     dist.all_to_all_single(received, sent, counts, mine.sum(dim=1).tolist())

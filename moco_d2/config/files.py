@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 
 from moco_d2.config.keys import RENAMED
 from moco_d2.config.shipped import list_configs, own_files, shipped_files
+from moco_d2.config.values import canonical
 from moco_d2.io import paths
 from moco_d2.messages import did_you_mean
 
@@ -51,14 +52,18 @@ def read_config_file(path: str, source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(keys, dict):
         raise ValueError(f"{source}: contains a {type(keys).__name__}; it must contain keys with values")
-    sets = keys.get("DATASETS")
-    if isinstance(sets, dict):
-        keys["DATASETS"] = {name: as_names(f"DATASETS.{name}", value) for name, value in sets.items()}
+    for group, parts in keys.items():
+        if group in ("DATASETS", "ENGINE") and isinstance(parts, dict):
+            keys[group] = {name: as_read(f"{group}.{name}", value) for name, value in parts.items()}
     return keys
 
 
-def as_names(key: str, value: Any) -> Any:
-    """Return the value of a key; that of ``DATASETS.TRAIN`` and ``TEST`` may be one name instead of a list of names."""
+def as_read(key: str, value: Any) -> Any:
+    """Return the value that a key gets from what a file or the command line says.
+
+    ``DATASETS.TRAIN`` and ``TEST`` may be one name instead of a list of names, ``ENGINE.COMPILE`` True or False.
+    """
+    value = canonical(key, value)
     if key not in ("DATASETS.TRAIN", "DATASETS.TEST") or not isinstance(value, str) or not value:
         return value
     with contextlib.suppress(ValueError, SyntaxError):  # as yacs reads it

@@ -169,10 +169,12 @@ def _add_training(cfg: CN) -> None:
     # Pretraining also takes "float16", with loss scaling, and "auto": bfloat16, or float16 on GPUs without bfloat16, or
     # "" on the CPU. For detectors, float16 is Detectron2's SOLVER.AMP.ENABLED.
     cfg.ENGINE.AUTOCAST = ""
-    # Keep the networks' tensors (detectors: the backbone's) in channels_last order.
+    # Keep the networks' tensors in channels_last order (detectors: those of the backbone, and of C4's conv5).
     cfg.ENGINE.CHANNELS_LAST = False
-    # torch.compile the networks (detectors: the backbone); the first iterations then take minutes.
-    cfg.ENGINE.COMPILE = False
+    # torch.compile the same networks for training; the first iterations then take minutes. None, "" or False: no;
+    # "default" or True; "max-autotune-no-cudagraphs": measures more kernels. Pretraining also takes "reduce-overhead"
+    # and "max-autotune", which launch a network's kernels at once (CUDA graphs), for small batches on a GPU.
+    cfg.ENGINE.COMPILE = None
     # Pretraining: SGD (or AdamW) as one operation over all weights instead of several for each.
     cfg.ENGINE.FUSED_SGD = True
 

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config.compat import guess_version
 
 from moco_d2.config import roles
-from moco_d2.config.files import as_names, read_config_file, with_present_names
+from moco_d2.config.files import as_read, read_config_file, with_present_names
 from moco_d2.config.keys import RENAMED, get_cfg
 from moco_d2.config.machine import expand_paths
 from moco_d2.config.shipped import config_files
@@ -158,7 +158,7 @@ def _merge_file(cfg: CN, path: str, source: str) -> set[str]:
 def _merge_words(cfg: CN, opts: Sequence[str]) -> list[str]:
     """Set overrides, and return complaints about those that cannot be set."""
     words = _as_floats(cfg, opts)
-    pairs = [(key, as_names(key, value)) for key, value in zip(words[::2], words[1::2], strict=True)]
+    pairs = [(key, as_read(key, value)) for key, value in zip(words[::2], words[1::2], strict=True)]
     problems = itertools.chain.from_iterable(_merge_one(cfg, key, value) for key, value in pairs)
     return [f"the command line: {problem}" for problem in problems]
 

@@ -9,6 +9,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from moco_d2.config import roles
 
+# Other words for a value: this key was a switch once, and may be used like one.
+_SAME = {"ENGINE.COMPILE": {"True": "default", "False": "", "None": ""}}
+
+
+def canonical(key: str, value: Any) -> Any:
+    """Return the value of a key, or the one that it is another word for."""
+    return _SAME.get(key, {}).get(str(value), value)
+
 
 def mistyped(stage: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (key, complaint) for each key that a stage reads with a value of a wrong type, or not finite.

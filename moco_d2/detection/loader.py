@@ -117,6 +117,7 @@ def build_loader(cfg: CfgNode, seed: int, records: Sequence[Record] | None = Non
         num_workers=parts["num_workers"],
         timeout=timeouts.limit() if parts["num_workers"] else 0,
         collate_fn=list,
+        pin_memory=cfg.MODEL.DEVICE != "cpu",  # pictures; labels stay as they are
         # Its own generator: a loader draws a seed when it starts, which would change the random numbers of the step.
         generator=torch.Generator(),
     )

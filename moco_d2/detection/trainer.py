@@ -41,6 +41,8 @@ from moco_d2.io.pictures import PictureError
 from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.model_zoo import config_changes
 from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings
+from moco_d2.running.compilation import compile_networks, uncompiled
+from moco_d2.running.losses import LOG_PERIOD
 from moco_d2.running.mistakes import pictures_in_one_line
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.progress import ProgressPrinter
@@ -78,6 +80,7 @@ class TransferTrainer(DefaultTrainer):
             logger.info("adapted to %d process(es): %s %s -> %s", world_size, key, before, after)
 
         model = self.build_model(cfg)
+        compile_networks(networks(model), cfg, sizes_vary=True)  # in place, so the names of tensors do not change
         optimizer = self.build_optimizer(cfg, model)
         self._trainer = build_step(cfg, wrap_ddp(model), self.build_train_loader(cfg), optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -88,14 +91,13 @@ class TransferTrainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Build the detector, with the performance options of ``ENGINE``."""
+        """Build the detector, in the memory order that ``ENGINE`` asks for."""
         with building():
             model = super().build_model(cfg)
         stabilise_sync_norms(model)
         if cfg.ENGINE.CHANNELS_LAST:
-            model.backbone.to(memory_format=torch.channels_last)
-        if cfg.ENGINE.COMPILE:
-            model.backbone.compile()  # in place, so the names of tensors do not change
+            for network in networks(model):
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model
 
     @classmethod
@@ -131,8 +133,9 @@ class TransferTrainer(DefaultTrainer):
         """Return Detectron2's hooks in its order, with seeds and our checkpoints."""
         cfg, solver, main = self.cfg, self.cfg.SOLVER, comm.is_main_process()
         checkpoint = PeriodicCheckpoint(
-            self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP, solver.CHECKPOINT_KEEP_EVERY
-        )
+            self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINT_KEEP, solver.CHECKPOINT_KEEP_EVERY,
+            check=self._trainer.flush,
+        )  # fmt: skip
         return [
             StepSeed(self.seed, comm.get_rank()),
             hooks.IterationTimer(),
@@ -141,7 +144,7 @@ class TransferTrainer(DefaultTrainer):
             checkpoint,  # after precise-BN, which changes the model, and before the evaluation, which may fail
             EvaluateIfDone(cfg.TEST.EVAL_PERIOD, self._evaluate),
             EvaluateIfDone(0, self._evaluate_augmented) if cfg.TEST.AUG.ENABLED else None,
-            hooks.PeriodicWriter(self.build_writers(), period=20) if main else None,
+            hooks.PeriodicWriter(self.build_writers(), period=LOG_PERIOD) if main else None,
             StopWhenAsked(checkpoint),
         ]
 
@@ -156,8 +159,10 @@ class TransferTrainer(DefaultTrainer):
 
     def _evaluate(self) -> dict[str, Any]:
         begun = time.time()
+        self._trainer.flush()  # a detector whose loss was not finite need not be evaluated
         try:
-            self.evaluation = evaluate_plainly(type(self), self.cfg, self.model)
+            with uncompiled(self.cfg):
+                self.evaluation = evaluate_plainly(type(self), self.cfg, self.model)
         except Exception as error:
             advice = self._after_failed_evaluation(begun)
             if isinstance(error, PictureError):
@@ -179,7 +184,8 @@ class TransferTrainer(DefaultTrainer):
         return f"{kept}Then repeat the command with --resume, or with --eval-only MODEL.WEIGHTS {path}"
 
     def _evaluate_augmented(self) -> dict[str, Any]:
-        augmented = evaluate_augmented(type(self), self.cfg, self.model)
+        with uncompiled(self.cfg):
+            augmented = evaluate_augmented(type(self), self.cfg, self.model)
         self.evaluation = self.evaluation.joined(augmented)
         self._write_results()
         return augmented.by_task()
@@ -295,6 +301,12 @@ class TransferTrainer(DefaultTrainer):
                 "config_changes": None if modified is None else [*modified, *self.kept],
             }
             write_json(os.path.join(self.cfg.OUTPUT_DIR, "results.json"), result)
+
+
+def networks(model: nn.Module) -> list[nn.Module]:
+    """Return the networks of a detector with most of its arithmetic: the backbone and, of C4, conv5 on the regions."""
+    parts = dict(model.named_modules())
+    return [parts[name] for name in ("backbone", "roi_heads.res5") if name in parts]
 
 
 def _batch(run: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from moco_d2.data import (
 )
 from moco_d2.data.backends import build_backend
 from moco_d2.io.paths import cache_folder
+from moco_d2.running.compilation import compile_mode
 from moco_d2.running.workers import worker_count
 
 
@@ -55,7 +56,7 @@ def build_loader(cfg: CfgNode) -> ViewLoader:
         fingerprint=source.fingerprint,
     )  # fmt: skip
     # On a CPU, index lists are faster than masks that the compiler has fused.
-    compiled = bool(cfg.ENGINE.COMPILE) and device.type != "cpu"
+    compiled = bool(compile_mode(cfg)) and device.type != "cpu"
     return ViewLoader(dataset, sampler, worker_count(cfg), device, skips, compiled)
 
 

@@ -6,16 +6,16 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
-from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from moco_d2.engine.idle import IdleTime
 from moco_d2.methods import Diagnostic, SSLMethod
+from moco_d2.running.compilation import compile_mode, compile_networks
+from moco_d2.running.losses import Unread, record_losses
 
 # MoCo v3's Figure 4: when a ViT's training becomes unstable, its first layer's gradient spikes first.
 FIRST_LAYER = Diagnostic("first_layer_gradient", "gradient of the first layer", "-largest norm", ".3g")
@@ -26,8 +26,7 @@ AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class PretrainStep(SimpleTrainer):
     """Detectron2's ``SimpleTrainer`` with autocast; it keeps losses on the device until they are logged.
 
-    Reading a loss makes the host wait for the device, which then waits for the host. So :meth:`flush` reads the losses
-    of ``period`` steps at once and records each under its own iteration.
+    :meth:`flush` reads those of ``period`` steps at once.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class PretrainStep(SimpleTrainer):
         # Only if something reads the gradients before the optimizer; else its fused kernel unscales them in passing.
         self.clip = clip
         self.unscale = clip is not None or type(self.method).after_backward is not SSLMethod.after_backward
-        self._losses: list[tuple[int, dict[str, torch.Tensor]]] = []
+        self._losses: Unread = []
         self.idle = IdleTime() if self.device == "cuda" else None
         self.first_layer = first_layer(self.method)
         self._largest: torch.Tensor | None = None  # norm of its gradient since the last recorded step
@@ -109,33 +108,10 @@ class PretrainStep(SimpleTrainer):
             self.method.recorded[FIRST_LAYER.key], self._largest = self._largest, None
 
     def flush(self) -> None:
-        """Record the losses since the last call, each averaged over processes. Every process must call this.
-
-        Raises:
-            FloatingPointError: a loss of any process is not finite; raised in all processes, with the iteration.
-        """
-        losses = self._read()
-        everyone = comm.all_gather([values for _, values in losses])
-        storage = get_event_storage()
-        for (iteration, values), *others in zip(losses, *everyone, strict=True):
-            means = {name: float(np.mean([other[name] for other in others])) for name in values}
-            total = sum(means.values())
-            if not np.isfinite(total):
-                raise FloatingPointError(f"Loss became infinite or NaN at iteration={iteration}!\nloss_dict = {means}")
-            storage.put_scalar("total_loss", total, cur_iter=iteration)
-            if len(means) > 1:
-                storage.put_scalars(cur_iter=iteration, **means)
+        """Record the losses since the last call (:func:`~moco_d2.running.losses.record_losses`, in every process)."""
+        record_losses(self._losses)
         for iteration, seconds in self.idle.read() if self.idle else ():  # the losses' reading has waited for the steps
-            storage.put_scalar("device_idle", seconds, cur_iter=iteration)
-        self._losses.clear()
-
-    def _read(self) -> list[tuple[int, dict[str, float]]]:
-        """Return ``(iteration, losses)`` of this process since the last flush, waiting for the device once."""
-        if not self._losses:
-            return []
-        names = list(self._losses[0][1])
-        table = torch.stack([torch.stack([losses[name] for name in names]) for _, losses in self._losses]).tolist()
-        return [(i, dict(zip(names, row, strict=True))) for (i, _), row in zip(self._losses, table, strict=True)]
+            get_event_storage().put_scalar("device_idle", seconds, cur_iter=iteration)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer and of the loss scaler."""
@@ -174,9 +150,7 @@ def apply_performance_options(method: SSLMethod, cfg: CfgNode) -> SSLMethod:
     """Apply ENGINE.CHANNELS_LAST and ENGINE.COMPILE in place; state-dict keys do not change."""
     if cfg.ENGINE.CHANNELS_LAST:
         method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if cfg.ENGINE.COMPILE:
-        for network in method.networks():
-            network.compile()
+    compile_networks(method.networks(), cfg)
     return method
 
 
@@ -184,5 +158,7 @@ def describe_performance_options(cfg: CfgNode) -> str:
     """Return, in words, the performance options that are on; empty if there are none."""
     engine = cfg.ENGINE
     words = [f"{autocast} autocast"] if (autocast := chosen_autocast(cfg)) else []
-    words += ["channels_last"] * engine.CHANNELS_LAST + ["compiled"] * engine.COMPILE
+    words += ["channels_last"] * engine.CHANNELS_LAST
+    if mode := compile_mode(cfg):
+        words.append("compiled" if mode == "default" else f"compiled ({mode})")
     return ", ".join(words)

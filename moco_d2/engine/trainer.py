@@ -34,13 +34,13 @@ from moco_d2.layers.views import Views
 from moco_d2.methods import SSLMethod, default_args
 from moco_d2.model_zoo import pretraining_changes
 from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings, check_resumable, last_intact
+from moco_d2.running.compilation import CudaGraphSteps, uses_cuda_graphs
+from moco_d2.running.losses import LOG_PERIOD
 from moco_d2.running.mistakes import pictures_in_one_line
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.seeds import StepSeed
 
 logger = logging.getLogger(__name__)
-
-LOG_PERIOD = 20
 
 
 class PretrainTrainer(DefaultTrainer):
@@ -123,6 +123,7 @@ class PretrainTrainer(DefaultTrainer):
         return [
             # Each process draws its own numbers (dropout, masks); rank 0 draws what all share (a permutation).
             StepSeed(self.seed, stream=comm.get_rank()),
+            CudaGraphSteps() if uses_cuda_graphs(self.cfg) else None,
             MethodSchedule(self.method, self.steps_per_epoch, self._replay),
             hooks.IterationTimer(),
             hooks.LRScheduler(self._trainer.optimizer, self.scheduler),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -126,35 +126,81 @@ def total(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def shared_permutation(n: int, device: torch.device) -> torch.Tensor:
-    """Draw a permutation of ``range(n)`` in rank 0 and send it to all processes.
+def exchange(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return this process's rows of the joined batch in another order: ``own_part(all_gather(x)[order])``.
 
-    The draw is made on the CPU, so that it does not depend on the device. The copy from pinned memory does not wait for
-    the GPU's running work.
+    A process receives its N rows only, where :func:`all_gather` gives it R * N.
+
+    Args:
+        x: (N, ...), the same shape in each of the R processes. It has no gradient.
+        order: (R * N,) int64 on the CPU, a permutation, the same in all processes.
 
     Returns:
-        (n,) int64.
+        (N, ...).
     """
-    return _from_rank_0(torch.randperm(n, pin_memory=device.type == "cuda"), device)
+    if world_size() == 1:
+        return x[to_device(order, x.device)]
+    # wanted[d] are the rows that process d receives; a row's number tells which process has it, and where.
+    wanted, n = order.unflatten(0, (world_size(), -1)), len(x)  # (R, N)
+    sources = wanted // n
+    mine = sources == rank()
+    # Row by row, so for one receiver after the other, and for each in the order in which it wants them.
+    sent = x[to_device(wanted[mine] - rank() * n, x.device)].contiguous()
+    received = torch.empty_like(sent)
+    counts = sources[rank()].bincount(minlength=world_size()).tolist()
+    dist.all_to_all_single(received, sent, counts, mine.sum(dim=1).tolist())
+    # They arrive sorted by their source.
+    return received[to_device(sources[rank()].argsort(stable=True).argsort(), x.device)]
+
+
+def to_device(index: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor from the CPU; to a GPU from pinned memory, which does not wait for the GPU's running work."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+
+_stream: torch.Generator | None = None  # see share_stream
+
+
+def share_stream(seed: int) -> None:
+    """Seed what :func:`shared_permutation` and :func:`shared_draw` draw from, so that no process waits for another's.
+
+    Every process must call this with the same seed, before each step if steps shall not depend on earlier ones.
+    Without it rank 0 draws, from torch's global generator, and sends what it has drawn to all.
+    """
+    global _stream
+    # One process draws from torch's generator: it has nobody to agree with.
+    _stream = torch.Generator().manual_seed(seed) if world_size() > 1 else None
+
+
+def shared_permutation(n: int) -> torch.Tensor:
+    """Draw a permutation of ``range(n)``, the same in all processes (see :func:`share_stream`).
+
+    Returns:
+        (n,) int64, on the CPU, so that it does not depend on the device.
+    """
+    return _alike(lambda generator: torch.randperm(n, generator=generator))
+
+
+def shared_draw(n: int, shape: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Draw numbers of ``range(n)``, uniformly and with replacement, the same in all processes.
+
+    A method that takes its part (:func:`own_part`) of a draw for all processes computes what one process does. The draw
+    is made on the CPU, as that of :func:`shared_permutation`.
+
+    Returns:
+        ``shape``, int64, on the device.
+    """
+    return to_device(_alike(lambda generator: torch.randint(n, shape, generator=generator)), device)
 
 
 @torch.no_grad()
-def shared_draw(n: int, shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Draw numbers of ``range(n)``, uniformly and with replacement, in rank 0 and send them to all processes.
-
-    A method that takes its part (:func:`own_part`) of a draw for all processes computes what one process does.
-
-    Returns:
-        ``shape``, int64.
-    """
-    return _from_rank_0(torch.randint(n, shape, pin_memory=device.type == "cuda"), device)
-
-
-def _from_rank_0(drawn: torch.Tensor, device: torch.device) -> torch.Tensor:
-    drawn = drawn.to(device, non_blocking=True)
-    if world_size() > 1:
-        dist.broadcast(drawn, src=0)
-    return drawn
+def _alike(draw: Callable[[torch.Generator | None], torch.Tensor]) -> torch.Tensor:
+    if world_size() == 1 or _stream is not None:
+        return draw(_stream if world_size() > 1 else None)
+    drawn = draw(None)
+    drawn = drawn.cuda() if dist.get_backend() == "nccl" else drawn
+    dist.broadcast(drawn, src=0)
+    return drawn.cpu()
 
 
 @torch.no_grad()
@@ -169,11 +215,12 @@ def wrap_ddp(module: nn.Module) -> nn.Module:
     """Wrap a module in DistributedDataParallel, on a GPU or the CPU; in one process return the module itself.
 
     Buffers are not broadcast at every step: batch statistics belong to each process, as in the authors' per-GPU BN, and
-    queues stay equal because all processes apply the same updates.
+    queues stay equal because all processes apply the same updates. Gradients are views of the buckets in which DDP sums
+    them, which saves their memory once and a copy.
     """
     if world_size() == 1:
         return module
     broadcast_module(module)
     device = next(module.parameters()).device
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -13,11 +13,29 @@ import torch
 from torch import nn
 
 from moco_d2.layers.batch_norm import use_group_batch_norm
-from moco_d2.layers.distributed import all_gather, own_part, shared_permutation, world_size
+from moco_d2.layers.distributed import all_gather, exchange, shared_permutation, to_device, world_size
 
 logger = logging.getLogger(__name__)
 
 PAPER_GROUPS = 8  # The paper trains on 8 GPUs, and each has its own batch statistics.
+
+
+def shuffle(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return this process's share of all processes' images in random order, and the order that puts them back.
+
+    Args:
+        x: (N, 3, H, W), this process's images.
+
+    Returns:
+        (N, 3, H, W), and (R * N,) int64 on the CPU, the same in all processes: :func:`exchange` with it, or indexing
+        all processes' features, undoes the shuffling. Under autocast, images of several processes come in the
+        type that an encoder's first layer would convert them to, which halves what is sent.
+    """
+    order = shared_permutation(world_size() * len(x))
+    device = x.device.type
+    if world_size() > 1 and x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return exchange(x, order), order.argsort()
 
 
 def encode_shuffled(
@@ -35,10 +53,9 @@ def encode_shuffled(
         x: (N, 3, H, W), this process's images.
         collect: how the features are gathered: ``all_gather``, or ``gather`` if they have a gradient.
     """
-    batch = all_gather(x)  # (R * N, 3, H, W)
-    permutation = shared_permutation(len(batch), x.device)  # the same in all processes
-    features = collect(encode(batch[own_part(permutation)]))
-    return features[permutation.argsort()]
+    shuffled, back = shuffle(x)
+    features = collect(encode(shuffled))  # (R * N, C)
+    return features[to_device(back, features.device)]
 
 
 class BNGroups:

@@ -20,6 +20,7 @@ from moco_d2.layers.distributed import (
     gather_rows,
     share,
     shared_permutation,
+    to_device,
     total,
     world_size,
 )
@@ -128,7 +129,7 @@ class DeepClusterV2(SSLMethod):
         memory.labels.fill_(UNLABELLED)
         for number, head in enumerate(self.heads):
             bank, linear = cast(MemoryBank, memory.banks[number % LARGE]), cast(nn.Linear, head)
-            first = bank.rows(rows[shared_permutation(len(rows), rows.device)[: self.clusters]])
+            first = bank.rows(rows[to_device(shared_permutation(len(rows))[: self.clusters], rows.device)])
             # Each process clusters its share of the rows; the sums run over all.
             centroids, labels = spherical_kmeans(bank.rows(share(rows)), first, self.iterations)
             memory.labels[number, rows] = gather_rows(labels)

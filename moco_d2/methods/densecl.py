@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moco_d2.layers.distributed import all_gather, own_part
+from moco_d2.layers.distributed import all_gather, exchange, own_part, to_device
 from moco_d2.layers.ema import ema_update_
 from moco_d2.layers.encode import check_feature_map, feature_map
 from moco_d2.layers.heads import head_name, mlp_head, replace_head, without_head
 from moco_d2.layers.losses import contrast_rank, info_nce
 from moco_d2.layers.queue import FeatureQueue
-from moco_d2.layers.shuffle import BNGroups, encode_shuffled
+from moco_d2.layers.shuffle import BNGroups, shuffle
 from moco_d2.layers.views import Views
 from moco_d2.methods.base import Diagnostic, ShuffledMethod, check_ranges, feature_spread, register
 from moco_d2.methods.moco import QUEUE_DTYPES, advice_on_keys, check_args
@@ -123,8 +123,8 @@ class DenseCL(ShuffledMethod):
             self.check_batch(len(x_q))
             ema_update_(self.encoder_k, self.encoder_q, self.momentum)
         cells_q, q, dense_q, _ = _unit(self.encoder_q(x_q))
-        all_keys = self._keys(x_k, [cells_q.shape[1:], q.shape[1:], dense_q.shape[1:], q.shape[1:]])
-        cells_k, k, dense_k, _ = map(own_part, all_keys)
+        cells_k, dense_k, all_keys, all_dense_keys = self._keys(x_k)
+        k = own_part(all_keys)  # (N, C)
         positives = matched(cells_q.detach(), cells_k, dense_k)  # (N, C, S)
         rows_q, rows_k = dense_q.mT.flatten(0, 1), positives.mT.flatten(0, 1)  # (N * S, C)
         if self.recording:
@@ -132,21 +132,20 @@ class DenseCL(ShuffledMethod):
         contrast = info_nce(q, k, self.queue.features, self.temperature)
         dense = info_nce(rows_q, rows_k, self.dense_queue.features, self.temperature)
         if self.training:  # After the losses: a step's own keys are never its negatives.
-            self.queue.enqueue(all_keys[1])
-            self.dense_queue.enqueue(all_keys[3])
+            self.queue.enqueue(all_keys)
+            self.dense_queue.enqueue(all_dense_keys)
         return {"loss_contrast": (1 - self.dense_weight) * contrast, "loss_dense": self.dense_weight * dense}
 
     @torch.no_grad()
-    def _keys(self, x: torch.Tensor, shapes: list[torch.Size]) -> list[torch.Tensor]:
-        """Return all processes' cells, keys, dense keys and pooled dense keys (R * N, ...) of x, in batch order."""
-
-        def packed(images: torch.Tensor) -> torch.Tensor:
-            # Side by side, the four are put back in order by one exchange.
-            return torch.cat([part.flatten(1) for part in _unit(self.encoder_k(images))], dim=1)
-
-        everything = encode_shuffled(packed, x) if self.shuffle else all_gather(packed(x))
-        parts = everything.split([shape.numel() for shape in shapes], dim=1)
-        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
+    def _keys(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return this process's cells and dense keys of x, and all processes' keys and pooled dense keys (R * N, C)."""
+        x, back = shuffle(x) if self.shuffle else (x, None)
+        cells, k, dense, pooled = _unit(self.encoder_k(x))
+        keys, dense_keys = all_gather(k), all_gather(pooled)
+        if back is None:
+            return cells, dense, keys, dense_keys
+        order = to_device(back, x.device)
+        return exchange(cells, back), exchange(dense, back), keys[order], dense_keys[order]
 
     def backbone(self) -> nn.Module:
         """Return the query encoder without its heads."""

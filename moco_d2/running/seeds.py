@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from detectron2.engine import HookBase
 
+from moco_d2.layers.distributed import share_stream
 from moco_d2.seeding import stream_seed
 
 
@@ -19,18 +20,22 @@ class StepSeed(HookBase):
     A step's randomness therefore does not depend on earlier steps.
     """
 
-    def __init__(self, *seed: int, stream: int = 0) -> None:
+    def __init__(self, *seed: int, stream: int | None = None) -> None:
         """Create the hook.
 
         Args:
             seed: one number or several (seed, rank).
             stream: a number per process, if processes must draw different values; 0 is the stream of (seed, iteration).
+                What all processes draw alike (:func:`~moco_d2.layers.distributed.share_stream`) then follows from
+                (seed, iteration), too.
         """
-        self.seed, self.stream = seed, [stream] if stream else []
+        self.seed, self.stream, self.shares = seed, [stream] if stream else [], stream is not None
 
     def before_step(self) -> None:
         """Seed the step."""
         seed_all(stream_seed(*self.seed, self.trainer.iter, *self.stream))
+        if self.shares:
+            share_stream(stream_seed(*self.seed, self.trainer.iter))
 
 
 def seed_all(seed: int) -> None:

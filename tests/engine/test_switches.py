@@ -105,7 +105,7 @@ def test_a_switch_leaves_the_losses_within_its_tolerance(
     assert differences[0] <= first and max(differences) <= any_step, differences
     assert list(weights(tmp_path)) == list(weights(plain[0])), "names stay"
     compiled = [network._compiled_call_impl is not None for network in trainer.method.networks()]
-    assert compiled == [cfg.ENGINE.COMPILE] * 2 and trainer.method.backbone()._compiled_call_impl is None
+    assert compiled == [bool(cfg.ENGINE.COMPILE)] * 2 and trainer.method.backbone()._compiled_call_impl is None
     saved = torch.load(tmp_path / "backbone.pth", weights_only=True)
     facts = BackboneFacts.from_dict(saved["facts"])
     assert facts.origin.endswith(f"{STEPS} of {STEPS} iterations" + (f" ({said})" if said else ""))

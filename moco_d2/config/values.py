@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from moco_d2.config import roles
 
 # Other words for a value: this key was a switch once, and may be used like one.
-_SAME = {"ENGINE.COMPILE": {"True": "default", "False": "", "None": ""}}
+_SAME = {"ENGINE.COMPILE": {"True": "default", "False": ""}}
 
 
 def canonical(key: str, value: Any) -> Any:

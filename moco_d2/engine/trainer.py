@@ -121,7 +121,7 @@ class PretrainTrainer(DefaultTrainer):
             period = probe_period(self.cfg, self.steps_per_epoch)
             monitor = [MonitorHook(Monitor(self.cfg, self.method), period, files)]
         return [
-            # Each process draws its own numbers (dropout, masks); rank 0 draws what all share (a permutation).
+            # Each process draws its own numbers (dropout, masks), and all draw alike what they share (a permutation).
             StepSeed(self.seed, stream=comm.get_rank()),
             CudaGraphSteps() if uses_cuda_graphs(self.cfg) else None,
             MethodSchedule(self.method, self.steps_per_epoch, self._replay),

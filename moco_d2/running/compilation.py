@@ -20,7 +20,7 @@ MODES = ("default", "max-autotune-no-cudagraphs", *CUDA_GRAPHS)
 
 def compile_mode(cfg: CfgNode) -> str:
     """Return torch.compile's mode, or an empty string if networks are not compiled."""
-    return str(canonical("ENGINE.COMPILE", cfg.ENGINE.COMPILE))
+    return str(canonical("ENGINE.COMPILE", cfg.ENGINE.COMPILE) or "")
 
 
 def compile_problem(cfg: CfgNode, sizes_vary: bool = False) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -88,6 +89,20 @@ def test_voc_training_evaluation_resuming_and_evaluation_only(converted_file, tm
     evaluate(small_cfg(VOC_C4, *opts, "MODEL.WEIGHTS", tmp_path / "model_final.pth"))
     again = json.loads((tmp_path / "results_eval_only.json").read_text())
     assert again["metrics"] == json.loads((tmp_path / "results.json").read_text())["metrics"]
+
+
+def test_no_checkpoint_follows_a_detectors_loss_that_is_not_finite(tmp_path):
+    opts = [*SHORT, *VOC_SETS, "MODEL.WEIGHTS", "", "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 4]
+    trainer = TransferTrainer(small_cfg(VOC_C4, *opts, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.PRECISE_BN.ENABLED", False))
+    assert not trainer.data_loader.pin_memory, "there is no GPU to copy to"
+
+    def spoilt(_, __, losses):
+        return {name: loss * (math.nan if trainer.iter == 1 else 1) for name, loss in losses.items()}
+
+    trainer.model.register_forward_hook(spoilt)
+    with pytest.raises(FloatingPointError, match="NaN at iteration=1!"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("model_*")] == ["model_0000000.pth"]
 
 
 def test_a_narrow_resnet18_trains_and_is_evaluated_in_both_detectors_as_the_converter_says(tmp_path):

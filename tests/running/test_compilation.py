@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from moco_d2.config import get_cfg, load_cfg
 from moco_d2.config.roles import DETECTION, PRETRAINING
 from moco_d2.engine.step import describe_performance_options
+from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.running.compilation import (
     CudaGraphSteps,
     compile_mode,
@@ -23,6 +24,7 @@ from moco_d2.running.compilation import (
     uncompiled,
     uses_cuda_graphs,
 )  # fmt: skip
+from tests.two_processes import in_two_processes
 
 # torch.compile's own.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -117,3 +119,14 @@ def test_many_sizes_make_few_graphs_and_evaluation_none(monkeypatch: pytest.Monk
                 x = torch.randn(2, 3, height, width)
                 torch.testing.assert_close(network(x), plain(x))
         assert counter.frame_count <= 2 * expected and bool(counter.frame_count) == bool(expected)
+
+
+def graphs_of_a_backward_pass() -> None:
+    counter, network = CompileCounter(), nn.Sequential(*(nn.Linear(2000, 2000) for _ in range(4)))  # 61 MiB
+    network.compile(backend=counter)
+    wrap_ddp(nn.Sequential(network))(torch.randn(2, 2000)).sum().backward()
+    assert counter.frame_count > 1
+
+
+def test_a_compiled_network_in_ddp_runs_in_parts_whose_gradients_are_summed_as_they_come() -> None:
+    in_two_processes(graphs_of_a_backward_pass)

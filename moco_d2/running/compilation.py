@@ -57,7 +57,9 @@ def compile_networks(networks: Iterable[nn.Module], cfg: CfgNode, sizes_vary: bo
     """
     if mode := compile_mode(cfg):
         for network in networks:
-            network.compile(mode=mode, dynamic=True if sizes_vary else None)
+            # The compiler skips what is called from torch's own Sequential (conv5, heads), unless it is told not to.
+            with torch._dynamo.config.patch(wrap_top_frame=isinstance(network, nn.Sequential)):
+                network.compile(mode=mode, dynamic=True if sizes_vary else None)
 
 
 @contextlib.contextmanager

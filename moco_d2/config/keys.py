@@ -173,6 +173,9 @@ def _add_training(cfg: CN) -> None:
     cfg.ENGINE.CHANNELS_LAST = False
     # torch.compile the networks (detectors: the backbone); the first iterations then take minutes.
     cfg.ENGINE.COMPILE = False
+    # What rounds the inputs of float32 products on a GPU to TF32, in training and evaluation (docs/numerics.md):
+    # "convolutions", "all" (also matrix products) or "none"; "": torch's own setting, which is "convolutions".
+    cfg.ENGINE.TF32 = ""
     # Pretraining: SGD (or AdamW) as one operation over all weights instead of several for each.
     cfg.ENGINE.FUSED_SGD = True
 

@@ -42,6 +42,7 @@ from moco_d2.layers.distributed import wrap_ddp
 from moco_d2.model_zoo import config_changes
 from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings
 from moco_d2.running.mistakes import pictures_in_one_line
+from moco_d2.running.precision import use_tf32
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.progress import ProgressPrinter
 from moco_d2.running.seeds import StepSeed
@@ -89,6 +90,7 @@ class TransferTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build the detector, with the performance options of ``ENGINE``."""
+        use_tf32(cfg.ENGINE.TF32)
         with building():
             model = super().build_model(cfg)
         stabilise_sync_norms(model)

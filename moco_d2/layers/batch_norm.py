@@ -103,7 +103,8 @@ def _gradient_group_by_group(
         for g, part, m, i in zip(grad.chunk(len(mean)), x.chunk(len(mean)), mean, inverse_std, strict=True)
     ]
     of_x, of_weight, of_bias = zip(*parts, strict=True)
-    return torch.cat(of_x), torch.stack(of_weight).sum(0), torch.stack(of_bias).sum(0)
+    of_affine = torch.stack(of_weight + of_bias).view(2, *mean.shape).sum(1)
+    return torch.cat(of_x), of_affine[0], of_affine[1]
 
 
 _IN_GROUP = (1, 3, 4)  # of (G, n, C, H, W), the axes that a group's statistics are taken over
@@ -119,7 +120,8 @@ def _in_one_reduction(
     values = x.numel() // (groups * len(weight))  # per channel and group
     statistics = torch.stack([mean, variance * (values / (values - 1))])
     rows = (groups, len(weight))
-    return y.flatten(0, 1).to(x.dtype), mean.view(rows), inverse_std.view(rows), statistics.view(2, *rows)
+    # .to() must not come last: torch 2.11's compiler gives no gradient to a result that it returned unchanged.
+    return y.to(x.dtype).flatten(0, 1), mean.view(rows), inverse_std.view(rows), statistics.view(2, *rows)
 
 
 def _gradient_in_one_reduction(
@@ -133,7 +135,7 @@ def _gradient_in_one_reduction(
     of_weight = (grads * normalised).sum(_IN_GROUP, keepdim=True)
     values = x.numel() // (groups * channels)
     of_parts = (grads - (of_bias + normalised * of_weight) / values) * (inverse_std * weight[:, None, None])
-    return of_parts.flatten(0, 1).to(x.dtype), of_weight.sum(0).flatten(), of_bias.sum(0).flatten()
+    return of_parts.to(x.dtype).flatten(0, 1), of_weight.sum(0).flatten(), of_bias.sum(0).flatten()
 
 
 def use_group_batch_norm(network: nn.Module, groups: int) -> nn.Module:

@@ -56,7 +56,7 @@ def test_eval_compares_every_backend_and_both_voc_metrics(run: Run, capsys: pyte
     assert problems["VOC 2007, 6 x 9"] == problems["VOC 2012, 6 x 9"] == 2
 
 
-@pytest.mark.parametrize("name", ["eval", "convert", "step", "methods", "data", "scale", "startup", "proof"])
+@pytest.mark.parametrize("name", ["eval", "convert", "step", "kernels", "methods", "data", "scale", "startup", "proof"])
 def test_every_benchmark_starts(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", name, "--help"])
     with pytest.raises(SystemExit) as ended:
@@ -115,6 +115,15 @@ def test_step_compares_with_its_encoders_the_authors_form_and_plain_ddp(
     textbook, ours = (row["copies"] for row in content["memory"])
     assert textbook > 2.5 > ours, "copies of the logits that are held"
     assert "bottleneck: the encoders" in capsys.readouterr().out and content["machine"]
+
+
+@pytest.mark.slow
+def test_kernels_counts_a_step_of_one_group_and_of_eight(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("--batch", 64, "--size", 64, "--encoder", "resnet18", "SSL.ENCODER.ARGS.width", 0.125)
+    one, eight = run("kernels", *small, "SSL.ARGS.queue_size", 64)["step"]
+    assert (one["BN groups"], eight["BN groups"]) == (1, 8)
+    assert one["operations"] < eight["operations"] and one["GB"] < eight["GB"] < 1.2 * one["GB"]
+    assert "| BN groups |" in " ".join(capsys.readouterr().out.split())
 
 
 def test_methods_compares_with_its_networks_and_moco_v2(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,8 @@
     python -m benchmarks step                                      # a step of pretraining: some ten minutes
     python -m benchmarks step --device cuda --batch 256 --size 224 --autocast bfloat16 --channels-last --compile
     python -m benchmarks feed --device cuda --batch 256 --size 224 --autocast bfloat16 --channels-last --workers 4 8 14
+    python -m benchmarks kernels                                   # operations and memory of a step, only counted
+    python -m benchmarks kernels --lower --encoder resnet18 --batch 64 --size 32 --autocast bfloat16 --channels-last
     python -m benchmarks methods                                   # a step of every method: minutes a method
     python -m benchmarks data                                      # from JPEG files to views: about a minute
     python -m benchmarks scale                                     # many files, shards, streams: about a minute
@@ -66,35 +68,17 @@ def conversion(args: argparse.Namespace) -> None:
     tables({"rows": [*map(asdict, rows(args.width, args.repeats))]}, settings, args.output)
 
 
-def _moco(args: argparse.Namespace) -> tuple[dict[str, Any], CfgNode]:
-    """Return the settings of a benchmark of MoCo v2's step, and its checked config; log no more than warnings."""
-    import logging
-
-    import torch
-
-    from moco_d2.config import load_cfg
-    from moco_d2.engine.preflight import check_config
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, and torch finds no GPU here; without --device the CPU measures")
-    opts = {
-        "MODEL.DEVICE": args.device, "SOLVER.IMS_PER_BATCH": args.batch, "DATA.CROP_SIZE": args.size,
-        "SSL.ENCODER.NAME": args.encoder, "ENGINE.AUTOCAST": args.autocast, "SEED": 0,
-        "ENGINE.CHANNELS_LAST": args.channels_last, "ENGINE.COMPILE": args.compile,
-    }  # fmt: skip
-    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", [*map(str, itertools.chain(*opts.items())), *args.opts])
-    check_config(cfg, world_size=1)
-    logging.disable(logging.INFO)
-    return {**opts, "threads": 1 if args.device == "cpu" else torch.get_num_threads()}, cfg
-
-
 def step(args: argparse.Namespace) -> None:
     """Time a step of pretraining against its encoders alone, the authors' and lightly's form of it, and plain DDP."""
     check(args, repeats=2, batch=1, size=1)  # the spread needs two
-    settings, cfg = _moco(args)
+    import torch
+
     from benchmarks.measure import machine, tables
+
+    cfg, opts = _step_config(args)
     from benchmarks.step import ddp_rows, memory_rows, part_rows, step_rows
 
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK  # as the command does
     found: dict[str, Any] = {
         "step": step_rows(cfg, args.repeats),
         "parts": part_rows(cfg, args.repeats),
@@ -105,7 +89,7 @@ def step(args: argparse.Namespace) -> None:
     over = next(row["ratio"] for row in found["step"] if row["what"] == "ours")
     slowest = max(found["parts"][:-1], key=lambda row: row["seconds"])["what"]
     found["bottleneck"] = f"the encoders, {min(1, 1 / over):.0%} of a step; of the rest, the {slowest}"
-    tables(found, {**settings, "machine": machine(args.device)}, args.output)
+    tables(found, {**opts, "machine": machine(args.device)}, args.output)
 
 
 def feed(args: argparse.Namespace) -> None:
@@ -113,13 +97,52 @@ def feed(args: argparse.Namespace) -> None:
     check(args, repeats=1, batch=1, size=1, images=1)
     if min(args.workers) < 0:
         raise ValueError(f"--workers is {min(args.workers)}; it must be 0 or more")
-    settings, cfg = _moco(args)
-    from benchmarks.feed import measure
+    import torch
+
     from benchmarks.measure import machine, tables
 
+    cfg, opts = _step_config(args)
+    from benchmarks.feed import measure
+
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK  # as the command does
     cfg.DATASETS.TRAIN = [args.folder] if args.folder else []
     found = {"feed": measure(cfg, args.workers, args.repeats, args.images)}
-    tables(found, {**settings, "folder": args.folder, "machine": machine(args.device)}, args.output)
+    tables(found, {**opts, "folder": args.folder, "machine": machine(args.device)}, args.output)
+
+
+def _step_config(args: argparse.Namespace) -> tuple[CfgNode, dict[str, Any]]:
+    """Return MoCo v2's config with the options of a step, checked, and these options by key."""
+    import logging
+
+    import torch
+
+    from moco_d2.config import load_cfg
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, and torch finds no GPU here; without --device the CPU measures")
+    opts = {
+        "MODEL.DEVICE": args.device, "SOLVER.IMS_PER_BATCH": args.batch, "DATA.CROP_SIZE": args.size,
+        "SSL.ENCODER.NAME": args.encoder, "ENGINE.AUTOCAST": args.autocast, "SEED": 0,
+        "ENGINE.CHANNELS_LAST": args.channels_last, "ENGINE.COMPILE": getattr(args, "compile", False),
+    }  # fmt: skip
+    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", [*map(str, itertools.chain(*opts.items())), *args.opts])
+    from moco_d2.engine.preflight import check_config
+
+    check_config(cfg, world_size=1)
+    logging.disable(logging.INFO)
+    return cfg, {**opts, "threads": 1 if args.device == "cpu" else torch.get_num_threads()}
+
+
+def kernels(args: argparse.Namespace) -> None:
+    """Count a step's operations and the memory that they move, or the kernels of a compiled encoder."""
+    check(args, batch=8, size=1)
+    from benchmarks.measure import machine, tables
+
+    cfg, opts = _step_config(args)
+    from benchmarks.kernels import compiled_rows, step_rows
+
+    found = {"encoder, compiled": compiled_rows(cfg)} if args.lower else {"step": step_rows(cfg)}
+    tables(found, {**opts, "machine": machine(args.device)}, args.output, ("", "", ".1f"))
 
 
 def methods(args: argparse.Namespace) -> None:
@@ -189,19 +212,39 @@ def proof(args: argparse.Namespace) -> None:
     run(args)
 
 
-def _add_step_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    command.add_argument("--encoder", default="resnet50", metavar="NAME", help="(default: %(default)s)")
-    command.add_argument("--batch", type=int, default=32, help="images of a step (default: %(default)s)")
-    command.add_argument("--size", type=int, default=64, help="side of a (large) view in pixels (default: %(default)s)")
-    command.add_argument("--repeats", type=int, default=7, help="steps of each kind (default: %(default)s)")
-    command.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
-
-
-def _add_switches(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--autocast", default="", metavar="TYPE", help="bfloat16 or float16 (default: none)")
-    command.add_argument("--channels-last", action="store_true", help="ENGINE.CHANNELS_LAST")
-    command.add_argument("--compile", action="store_true", help="ENGINE.COMPILE")
+def _add_steps(commands: Any) -> None:
+    """Add the benchmarks of steps."""
+    words = "KEY VALUE pairs of the config come last"
+    step_ = commands.add_parser("step", help=f"a step of pretraining; {words}")
+    step_.set_defaults(run=step)
+    kernels_ = commands.add_parser("kernels", help=f"operations and memory of a step; {words}")
+    kernels_.set_defaults(run=kernels)
+    feed_ = commands.add_parser("feed", help=f"steps on image files; {words}")
+    feed_.set_defaults(run=feed)
+    methods_ = commands.add_parser("methods", help=f"a step of every method; {words}")
+    methods_.set_defaults(run=methods)
+    for command, batch, size in ((step_, 32, 64), (feed_, 32, 64), (kernels_, 256, 224), (methods_, 32, 64)):
+        command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+        command.add_argument("--encoder", default="resnet50", metavar="NAME", help="(default: %(default)s)")
+        command.add_argument("--batch", type=int, default=batch, help="images of a step (default: %(default)s)")
+        command.add_argument(
+            "--size", type=int, default=size, help="pixels of a large view's side (default: %(default)s)"
+        )
+        command.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    for command in (step_, feed_, methods_):
+        command.add_argument("--repeats", type=int, default=7, help="steps of each kind (default: %(default)s)")
+    for command in (step_, feed_, kernels_):
+        command.add_argument("--autocast", default="", metavar="TYPE", help="bfloat16 or float16 (default: none)")
+        command.add_argument("--channels-last", action="store_true", help="ENGINE.CHANNELS_LAST")
+    for command in (step_, feed_):
+        command.add_argument("--compile", action="store_true", help="ENGINE.COMPILE")
+    feed_.add_argument("--folder", default="", help="of images (default: 500 x 375 JPEGs are drawn)")
+    feed_.add_argument("--images", type=int, default=512, help="to draw, at least a batch (default: %(default)s)")
+    feed_.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="loader processes (default: 1 2)"
+    )
+    kernels_.add_argument("--lower", action="store_true", help="compile the encoder and count its kernels instead")
+    methods_.add_argument("--methods", nargs="+", default=(), metavar="NAME", help="SSL.METHOD (default: all)")
 
 
 def _add_proof(command: argparse.ArgumentParser) -> None:
@@ -234,23 +277,7 @@ def main() -> None:
     command.set_defaults(run=conversion)
     command.add_argument("--width", type=float, default=1.0, help="of the ResNet-50 (default: %(default)s)")
     command.add_argument("--repeats", type=int, default=5, help="runs of each, alternated (default: %(default)s)")
-    command = commands.add_parser("step", help="a step of pretraining; KEY VALUE pairs of the config come last")
-    command.set_defaults(run=step)
-    _add_step_options(command)
-    _add_switches(command)
-    command = commands.add_parser("feed", help="steps on image files; KEY VALUE pairs of the config come last")
-    command.set_defaults(run=feed)
-    _add_step_options(command)
-    _add_switches(command)
-    command.add_argument("--folder", default="", help="of images (default: 500 x 375 JPEGs are drawn)")
-    command.add_argument("--images", type=int, default=512, help="to draw, at least a batch (default: %(default)s)")
-    command.add_argument(
-        "--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="loader processes (default: 1 2)"
-    )
-    command = commands.add_parser("methods", help="a step of every method; KEY VALUE pairs of the config come last")
-    command.set_defaults(run=methods)
-    _add_step_options(command)
-    command.add_argument("--methods", nargs="+", default=(), metavar="NAME", help="SSL.METHOD (default: all)")
+    _add_steps(commands)
     command = commands.add_parser("data", help="from image files to batches of views")
     command.set_defaults(run=data)
     command.add_argument("--folder", default="", help="of images (default: 500 x 375 JPEGs are drawn)")

@@ -175,6 +175,9 @@ def _add_training(cfg: CN) -> None:
     # "default" or True; "max-autotune-no-cudagraphs": measures more kernels. Pretraining also takes "reduce-overhead"
     # and "max-autotune", which launch a network's kernels at once (CUDA graphs), for small batches on a GPU.
     cfg.ENGINE.COMPILE = None
+    # What rounds the inputs of float32 products on a GPU to TF32, in training and evaluation (docs/numerics.md):
+    # "convolutions", "all" (also matrix products) or "none"; "": torch's own setting, which is "convolutions".
+    cfg.ENGINE.TF32 = ""
     # Pretraining: SGD (or AdamW) as one operation over all weights instead of several for each.
     cfg.ENGINE.FUSED_SGD = True
 

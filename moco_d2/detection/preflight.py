@@ -28,11 +28,12 @@ from moco_d2.detection.missing import is_voc_list, listed_files, missing_files, 
 from moco_d2.detection.optimizer import OPTIMIZERS
 from moco_d2.detection.proposals import proposal_problems
 from moco_d2.detection.weights import all_names, load_weights, pretrained_names
-from moco_d2.messages import did_you_mean
+from moco_d2.messages import did_you_mean, unknown_name
 from moco_d2.running.checkpoints import check_resumable, last_intact
 from moco_d2.running.compilation import compile_problem
 from moco_d2.running.dry_run import quiet
 from moco_d2.running.folder import refuse_to_overwrite
+from moco_d2.running.precision import TF32
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +226,8 @@ def _batch_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:
         yield f"ENGINE.AUTOCAST is {cfg.ENGINE.AUTOCAST!r}; it must be bfloat16, or empty"
     if problem := compile_problem(cfg, sizes_vary=True):
         yield problem
+    if cfg.ENGINE.TF32 not in ("", *TF32):
+        yield unknown_name("ENGINE.TF32", cfg.ENGINE.TF32, ["", *TF32])
     if cfg.SOLVER.AMP.ENABLED and (accumulate > 1 or cfg.ENGINE.AUTOCAST):
         yield (
             "SOLVER.AMP.ENABLED (float16) cannot be combined with SOLVER.ACCUMULATE or ENGINE.AUTOCAST: pass "

@@ -44,6 +44,7 @@ from moco_d2.running.checkpoints import PeriodicCheckpoint, changed_settings
 from moco_d2.running.compilation import compile_networks, uncompiled
 from moco_d2.running.losses import LOG_PERIOD
 from moco_d2.running.mistakes import pictures_in_one_line
+from moco_d2.running.precision import use_tf32
 from moco_d2.running.preemption import StopWhenAsked
 from moco_d2.running.progress import ProgressPrinter
 from moco_d2.running.seeds import StepSeed
@@ -92,6 +93,7 @@ class TransferTrainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build the detector, in the memory order that ``ENGINE`` asks for."""
+        use_tf32(cfg.ENGINE.TF32)
         with building():
             model = super().build_model(cfg)
         stabilise_sync_norms(model)

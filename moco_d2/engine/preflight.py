@@ -27,6 +27,7 @@ from moco_d2.layers.encoders import ENCODERS, encoder_args
 from moco_d2.messages import unknown_name
 from moco_d2.methods import METHODS, default_args, method_class
 from moco_d2.running.compilation import compile_problem
+from moco_d2.running.precision import TF32
 from moco_d2.running.workers import AUTO
 from moco_d2.signature import types
 
@@ -208,6 +209,7 @@ def _engine_problems(cfg: CfgNode) -> Iterator[str]:
     yield from _unknown("ENGINE.AUTOCAST", cfg.ENGINE.AUTOCAST, ("", "auto", *AUTOCAST))
     if problem := compile_problem(cfg):
         yield problem
+    yield from _unknown("ENGINE.TF32", cfg.ENGINE.TF32, ("", *TF32))
     cuda = cfg.MODEL.DEVICE != "cpu" and torch.cuda.is_available()
     if cuda and cfg.ENGINE.AUTOCAST == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         yield "ENGINE.AUTOCAST is 'bfloat16', which this GPU does not support: set it to float16 or auto"

@@ -16,6 +16,7 @@ from moco_d2.engine.idle import IdleTime
 from moco_d2.methods import Diagnostic, SSLMethod
 from moco_d2.running.compilation import compile_mode, compile_networks
 from moco_d2.running.losses import Unread, record_losses
+from moco_d2.running.precision import use_tf32
 
 # MoCo v3's Figure 4: when a ViT's training becomes unstable, its first layer's gradient spikes first.
 FIRST_LAYER = Diagnostic("first_layer_gradient", "gradient of the first layer", "-largest norm", ".3g")
@@ -147,7 +148,8 @@ def chosen_autocast(cfg: CfgNode) -> str:
 
 
 def apply_performance_options(method: SSLMethod, cfg: CfgNode) -> SSLMethod:
-    """Apply ENGINE.CHANNELS_LAST and ENGINE.COMPILE in place; state-dict keys do not change."""
+    """Apply ENGINE.TF32, and in place CHANNELS_LAST and COMPILE; state-dict keys do not change."""
+    use_tf32(cfg.ENGINE.TF32)
     if cfg.ENGINE.CHANNELS_LAST:
         method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     compile_networks(method.networks(), cfg)
@@ -161,4 +163,5 @@ def describe_performance_options(cfg: CfgNode) -> str:
     words += ["channels_last"] * engine.CHANNELS_LAST
     if mode := compile_mode(cfg):
         words.append("compiled" if mode == "default" else f"compiled ({mode})")
+    words += [f"TF32 {engine.TF32}"] * bool(engine.TF32)
     return ", ".join(words)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNorm
 
 from moco_d2.layers.distributed import gather, world_size
@@ -19,9 +19,6 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
     In one process it computes what G processes with a batch norm each compute. The running statistics are updated with
     the mean over the groups, as in the authors' single-GPU CIFAR demo. Parameters and buffers have BatchNorm2d's names
     and shapes, so checkpoints do not change.
-
-    The groups are normalised one after the other. Folding them into channels would need a single call, but copies every
-    feature map in channels_last order and is no faster in the default order.
     """
 
     def __init__(self, num_features: int, groups: int, eps: float = 1e-5, momentum: float | None = 0.1) -> None:
@@ -32,23 +29,114 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         """Normalise (N, C, H, W).
 
         Raises:
-            ValueError: in training, N is not a multiple of the number of groups.
+            ValueError: in training, N is not a multiple of the number of groups, or a group has one value per channel.
         """
         if not self.training or self.groups == 1:
             return super().forward(x)
         if len(x) % self.groups:
             raise ValueError(f"a batch of {len(x)} cannot be split into {self.groups} BN groups of the same size")
+        if x.numel() // x.shape[1] <= self.groups:
+            raise ValueError(
+                f"each of the {self.groups} BN groups of {tuple(x.shape)} has at most one value per channel, which has "
+                "no variance: use a larger batch or fewer groups"
+            )
         assert self.running_mean is not None and self.running_var is not None
         momentum = _next_momentum(self)
-        means, variances = self.running_mean.repeat(self.groups, 1), self.running_var.repeat(self.groups, 1)  # (G, C)
-        y = [
-            F.batch_norm(part, mean, var, self.weight, self.bias, True, momentum, self.eps)
-            for part, mean, var in zip(x.chunk(self.groups), means, variances, strict=True)
-        ]
+        y: torch.Tensor
+        y, statistics = _NormaliseGroups.apply(x, self.weight, self.bias, self.groups, self.eps)
         with torch.no_grad():
-            self.running_mean.copy_(means.mean(0))
-            self.running_var.copy_(variances.mean(0))
-        return torch.cat(y)
+            for running, batch in zip((self.running_mean, self.running_var), statistics.mean(1), strict=True):
+                running.lerp_(batch, momentum)
+        return y
+
+
+class _NormaliseGroups(torch.autograd.Function):
+    """Batch norm of G contiguous groups of a batch (N, C, H, W).
+
+    It returns the normalised batch, and each group's mean and unbiased variance (2, G, C), which have no gradient. Two
+    forms compute the same. Without a compiler, torch's kernels normalise a group at a time into its part of one tensor:
+    a formula in torch's operations would move about twice as much memory, because each operation reads and writes whole
+    feature maps, in half precision as float32. torch.compile fuses such a formula, and its graph is that of plain batch
+    norm, where groups would multiply it; left to derive the gradient, it would read the feature maps more often.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        form = _in_one_reduction if torch.compiler.is_compiling() else _group_by_group
+        y, mean, inverse_std, statistics = form(x, weight, bias, groups, eps)
+        ctx.save_for_backward(x, weight, mean, inverse_std)
+        ctx.mark_non_differentiable(statistics)
+        ctx.eps = eps
+        return y, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        form = _gradient_in_one_reduction if torch.compiler.is_compiling() else _gradient_group_by_group
+        x, weight, mean, inverse_std = ctx.saved_tensors
+        return (*form(grad, x, weight, mean, inverse_std, ctx.eps), None, None)
+
+
+def _group_by_group(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
+) -> tuple[torch.Tensor, ...]:
+    order = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    x = x.contiguous(memory_format=order)  # on the CPU, native_batch_norm.out is wrong for any other order
+    y = torch.empty_like(x)
+    rows = weight.new_zeros(4, groups, len(weight))
+    for part, out, mean, inverse_std, *statistics in zip(
+        x.chunk(groups), y.chunk(groups), *(row.unbind() for row in rows), strict=True
+    ):
+        # With a momentum of 1, the running statistics are the batch's.
+        torch.ops.aten.native_batch_norm.out(
+            part, weight, bias, *statistics, True, 1.0, eps, out=out, save_mean=mean, save_invstd=inverse_std
+        )
+    return y, rows[0], rows[1], rows[2:]
+
+
+def _gradient_group_by_group(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, inverse_std: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, ...]:
+    parts = [
+        torch.ops.aten.native_batch_norm_backward(g, part, weight, None, None, m, i, True, eps, [True] * 3)
+        for g, part, m, i in zip(grad.chunk(len(mean)), x.chunk(len(mean)), mean, inverse_std, strict=True)
+    ]
+    of_x, of_weight, of_bias = zip(*parts, strict=True)
+    of_affine = torch.stack(of_weight + of_bias).view(2, *mean.shape).sum(1)
+    return torch.cat(of_x), of_affine[0], of_affine[1]
+
+
+_IN_GROUP = (1, 3, 4)  # of (G, n, C, H, W), the axes that a group's statistics are taken over
+
+
+def _in_one_reduction(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
+) -> tuple[torch.Tensor, ...]:
+    parts = x.unflatten(0, (groups, -1)).to(torch.promote_types(x.dtype, torch.float32))  # (G, n, C, H, W)
+    variance, mean = torch.var_mean(parts, _IN_GROUP, correction=0, keepdim=True)  # (G, 1, C, 1, 1)
+    inverse_std = torch.rsqrt(variance + eps)
+    y = (parts - mean) * inverse_std * weight[:, None, None] + bias[:, None, None]
+    values = x.numel() // (groups * len(weight))  # per channel and group
+    statistics = torch.stack([mean, variance * (values / (values - 1))])
+    rows = (groups, len(weight))
+    # .to() must not come last: torch 2.11's compiler gives no gradient to a result that it returned unchanged.
+    return y.to(x.dtype).flatten(0, 1), mean.view(rows), inverse_std.view(rows), statistics.view(2, *rows)
+
+
+def _gradient_in_one_reduction(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, inverse_std: torch.Tensor, _: float
+) -> tuple[torch.Tensor, ...]:
+    groups, channels = mean.shape
+    mean, inverse_std = (row.view(groups, 1, channels, 1, 1) for row in (mean, inverse_std))
+    grads, parts = (maps.unflatten(0, (groups, -1)).to(mean.dtype) for maps in (grad, x))
+    normalised = (parts - mean) * inverse_std
+    of_bias = grads.sum(_IN_GROUP, keepdim=True)
+    of_weight = (grads * normalised).sum(_IN_GROUP, keepdim=True)
+    values = x.numel() // (groups * channels)
+    of_parts = (grads - (of_bias + normalised * of_weight) / values) * (inverse_std * weight[:, None, None])
+    return of_parts.to(x.dtype).flatten(0, 1), of_weight.sum(0).flatten(), of_bias.sum(0).flatten()
 
 
 def use_group_batch_norm(network: nn.Module, groups: int) -> nn.Module:

@@ -56,7 +56,9 @@ def test_eval_compares_every_backend_and_both_voc_metrics(run: Run, capsys: pyte
     assert problems["VOC 2007, 6 x 9"] == problems["VOC 2012, 6 x 9"] == 2
 
 
-@pytest.mark.parametrize("name", ["eval", "convert", "step", "feed", "methods", "data", "scale", "startup", "proof"])
+@pytest.mark.parametrize(
+    "name", ["eval", "convert", "step", "feed", "kernels", "methods", "data", "scale", "startup", "proof"]
+)
 def test_every_benchmark_starts(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", name, "--help"])
     with pytest.raises(SystemExit) as ended:
@@ -131,6 +133,15 @@ def test_feed_compares_steps_on_files_with_steps_on_views_that_are_there(run: Ru
     assert (none["loader processes"], one["loader processes"]) == (0, 1)
     assert none["loader images/s"] > none["training images/s"] > 0, "without a process, the step waits for the loader"
     assert one["of the synthetic rate"] == one["training images/s"] / one["synthetic images/s"]
+
+
+@pytest.mark.slow
+def test_kernels_counts_a_step_of_one_group_and_of_eight(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ("--batch", 64, "--size", 64, "--encoder", "resnet18", "SSL.ENCODER.ARGS.width", 0.125)
+    one, eight = run("kernels", *small, "SSL.ARGS.queue_size", 64)["step"]
+    assert (one["BN groups"], eight["BN groups"]) == (1, 8)
+    assert one["operations"] < eight["operations"] and one["GB"] < eight["GB"] < 1.2 * one["GB"]
+    assert "| BN groups |" in " ".join(capsys.readouterr().out.split())
 
 
 def test_methods_compares_with_its_networks_and_moco_v2(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,7 @@ def test_every_shipped_recipe_passes(config: str, world_size: int) -> None:
         (["SOLVER.CHECKPOINT_KEEP", -1], "SOLVER.CHECKPOINT_KEEP is -1"),
         (["SSL.ARGS.queue_dtype", "half"], "SSL.ARGS.queue_dtype is 'half'; it must be one of float32, bfloat16"),
         (["ENGINE.AUTOCAST", "bfloat"], "did you mean 'bfloat16'?"),
+        (["ENGINE.TF32", "al"], "did you mean 'all'?"),
         (["SOLVER.AMP.ENABLED", True], "set ENGINE.AUTOCAST float16 instead"),
         (["SOLVER.EPOCHS", -5], "SOLVER.EPOCHS is -5"),
         (["SOLVER.EPOCHS", 0, "SOLVER.MAX_ITER", 0], "is 0 and SOLVER.MAX_ITER 0; one of them must be positive"),

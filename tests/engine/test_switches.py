@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco_d2.config import load_cfg
+from moco_d2.engine.step import describe_performance_options
 from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.facts import BackboneFacts
 from moco_d2.model_zoo import pretraining_changes
+from moco_d2.running.precision import TF32
 
 STEPS = 20
 # torch.compile's own.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +139,27 @@ def test_momentum_follows_the_weights_into_another_memory_order(
     assert momentum.stride() == parameter.stride() != parameter.contiguous().stride()
     rest = plain[1][STEPS // 2 :]
     assert max(abs(a - b) for a, b in zip(losses(trainer), rest, strict=True)) <= 0.05
+
+
+@pytest.fixture
+def tf32() -> Iterator[Callable[[], tuple[bool, bool]]]:
+    """Return what reads torch's settings, which are first set to no value of ENGINE.TF32 and restored at the end."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32, products.allow_tf32 = False, True
+    yield lambda: (convolutions.allow_tf32, products.allow_tf32)
+    convolutions.allow_tf32, products.allow_tf32 = before
+
+
+@pytest.mark.parametrize("where", ["", *TF32])
+def test_tf32_is_as_asked_or_as_torch_has_it(
+    images: str, tmp_path: Path, tf32: Callable[[], tuple[bool, bool]], where: str
+) -> None:
+    cfg = config(images, tmp_path, "ENGINE.TF32", where)
+    PretrainTrainer.build_model(cfg)
+    assert tf32() == TF32.get(where, (False, True))
+    assert describe_performance_options(cfg) == (f"TF32 {where}" if where else "")
+    assert cfg.CUDNN_BENCHMARK and not load_cfg("PascalVOC-Detection/faster_rcnn_R_50_C4_24k").CUDNN_BENCHMARK
 
 
 def test_the_loss_scale_is_resumed(images: str, tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Operations of a MoCo step, the memory that they move, and a compiler's kernels: ``python -m benchmarks kernels``."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import torch
+import torch._inductor.config
+import torch._inductor.metrics
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.step import Ours, made_up_views
+from moco_d2.engine.step import chosen_autocast
+from moco_d2.engine.trainer import PretrainTrainer
+from moco_d2.methods import MoCo
+
+GROUPS = (1, 8)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the operations that compute, and the bytes that they read and write.
+
+    An operation reads its inputs once, batch norm twice (for the statistics, and to normalise), and writes its results
+    once. Views and allocations are no operations. What an operation needs inside, such as a convolution's workspace, is
+    not counted, nor is what caches save.
+
+    Attributes:
+        operations: their number.
+        bytes: read and written.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and not func.is_view and "empty" not in name:
+            reads = 2 if "batch_norm" in name else 1
+            self.operations += 1
+            self.bytes += reads * _bytes(args) + _bytes(result)
+        return result
+
+
+def _bytes(tree: Any) -> int:
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def with_groups(cfg: CfgNode, groups: int) -> CfgNode:
+    """Return the config with another number of BN groups."""
+    cfg = cfg.clone()
+    cfg.SSL.ARGS.bn_groups = groups
+    return cfg
+
+
+def step_rows(cfg: CfgNode) -> list[dict[str, Any]]:
+    """Count a step for each number of BN groups, on tensors without values: neither arithmetic nor memory for them."""
+    rows = []
+    for groups in GROUPS:
+        own = with_groups(cfg, groups)
+        ours = Ours(own, made_up_views(own.clone()))
+        with FakeTensorMode(allow_non_fake_inputs=True), EventStorage():
+            ours.step._data_loader_iter_obj = itertools.repeat(made_up_views(own))
+            ours.run()  # which makes the optimizer's state
+            with Traffic() as traffic:
+                ours.run()
+        rows.append({"BN groups": groups, "operations": traffic.operations, "GB": traffic.bytes / 1e9})
+    return rows
+
+
+def compiled_rows(cfg: CfgNode) -> list[dict[str, Any]]:
+    """Compile the forward and backward pass of the query encoder for each number of BN groups; count the kernels."""
+    rows = []
+    for groups in GROUPS:
+        method = PretrainTrainer.build_model(with_groups(cfg, groups))
+        assert isinstance(method, MoCo)
+        images = made_up_views(cfg).images[0]
+        autocast = chosen_autocast(cfg)
+        torch._dynamo.reset()
+        torch._inductor.metrics.reset()
+        start = time.perf_counter()
+        with torch._inductor.config.patch(force_disable_caches=True):
+            method.encoder_q.compile()
+            with torch.autocast(images.device.type, getattr(torch, autocast or "bfloat16"), enabled=bool(autocast)):
+                features = method.encoder_q(images)
+            features.float().sum().backward()
+        kernels = torch._inductor.metrics.generated_kernel_count
+        rows.append({"BN groups": groups, "kernels": kernels, "seconds to compile": time.perf_counter() - start})
+    return rows

@@ -70,8 +70,7 @@ def _refuse_unread(cfg: CfgNode) -> None:
     unread = [f"{key} {values[key]}" for key in own if values[key] != defaults[key]]
     if unread:
         raise ValueError(
-            f"DensePose's trainer, which is Detectron2's, does not read {', '.join(unread)}: moco_d2's own trainers do. "
-            "Leave it out"
+            f"DensePose's trainer does not read {', '.join(unread)}: moco_d2's own trainers do; leave them out"
         )
 
 

@@ -147,7 +147,7 @@ def test_the_trainer_loads_weights_that_fill_the_backbone_or_resumes(project, mo
     cfg = densepose.get_config(["MODEL.WEIGHTS", path, "OUTPUT_DIR", str(tmp_path)])
     trainer = densepose.trainer_class()(cfg)
     assert logged == ["densepose", "moco_d2"]
-    assert cfg.MODEL.DEVICE == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert ("cuda" if torch.cuda.is_available() else "cpu") == cfg.MODEL.DEVICE
     layer = {"backbone.weight": torch.full((1, 1), 2.0), "backbone.bias": torch.full((1,), 3.0)}
     torch.save({"model": {"backbone.weight": layer["backbone.weight"]}}, path)
     with pytest.raises(ValueError, match="fills 1 of 2 tensors"):

@@ -138,7 +138,10 @@ def kernels(args: argparse.Namespace) -> None:
     check(args, batch=8, size=1)
     from benchmarks.measure import machine, tables
 
+    import logging
+
     cfg, opts = _step_config(args)
+    logging.disable(logging.WARNING)  # one BN group is meant here
     from benchmarks.kernels import compiled_rows, step_rows
 
     found = {"encoder, compiled": compiled_rows(cfg)} if args.lower else {"step": step_rows(cfg)}

@@ -117,12 +117,14 @@ def _in_one_reduction(
     parts = x.unflatten(0, (groups, -1)).to(torch.promote_types(x.dtype, torch.float32))  # (G, n, C, H, W)
     variance, mean = torch.var_mean(parts, _IN_GROUP, correction=0, keepdim=True)  # (G, 1, C, 1, 1)
     inverse_std = torch.rsqrt(variance + eps)
-    y = (parts - mean) * inverse_std * weight[:, None, None] + bias[:, None, None]
+    normalised = ((parts - mean) * inverse_std).flatten(0, 1)
+    y = normalised * weight[:, None, None] + bias[:, None, None]  # no view: a ReLU may write into it
     values = x.numel() // (groups * len(weight))  # per channel and group
     statistics = torch.stack([mean, variance * (values / (values - 1))])
     rows = (groups, len(weight))
-    # .to() must not come last: torch 2.11's compiler gives no gradient to a result that it returned unchanged.
-    return y.to(x.dtype).flatten(0, 1), mean.view(rows), inverse_std.view(rows), statistics.view(2, *rows)
+    # With torch 2.11's compiler, a result that .to() returned unchanged has no gradient.
+    y = y if y.dtype == x.dtype else y.to(x.dtype)
+    return y, mean.view(rows), inverse_std.view(rows), statistics.view(2, *rows)
 
 
 def _gradient_in_one_reduction(

@@ -103,7 +103,7 @@ class Block(nn.Module):
         use_group_batch_norm(self, groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + F.relu(self.norm(self.conv(x)))
+        return x + F.relu(self.norm(self.conv(x)), inplace=True)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

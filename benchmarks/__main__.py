@@ -115,9 +115,9 @@ def _step_config(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def kernels(args: argparse.Namespace) -> None:
     """Count a step's operations and the memory that they move, or the kernels of a compiled encoder."""
     check(args, batch=8, size=1)
-    from benchmarks.measure import machine, tables
-
     import logging
+
+    from benchmarks.measure import machine, tables
 
     cfg, opts = _step_config(args)
     logging.disable(logging.WARNING)  # one BN group is meant here

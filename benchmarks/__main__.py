@@ -5,7 +5,7 @@
     python -m benchmarks eval --images 5000 --detections 100       # the size of the real test sets: about ten minutes
     python -m benchmarks convert                                   # a training checkpoint: about a minute
     python -m benchmarks step                                      # a step of pretraining: some ten minutes
-    python -m benchmarks step --device cuda --batch 256 --size 224 --autocast bfloat16 --channels-last --compile
+    python -m benchmarks step --device cuda --batch 256 --size 224 --autocast bfloat16 --channels-last --roofline
     python -m benchmarks feed --device cuda --batch 256 --size 224 --autocast bfloat16 --channels-last --workers 4 8 14
     python -m benchmarks kernels                                   # operations and memory of a step, only counted
     python -m benchmarks kernels --lower --encoder resnet18 --batch 64 --size 32 --autocast bfloat16 --channels-last
@@ -89,6 +89,10 @@ def step(args: argparse.Namespace) -> None:
     over = next(row["ratio"] for row in found["step"] if row["what"] == "ours")
     slowest = max(found["parts"][:-1], key=lambda row: row["seconds"])["what"]
     found["bottleneck"] = f"the encoders, {min(1, 1 / over):.0%} of a step; of the rest, the {slowest}"
+    if args.roofline:
+        from benchmarks.kernels import roofline
+
+        found["roofline"] = roofline(cfg, next(r["images/s in a row"] for r in found["step"] if r["what"] == "ours"))
     tables(found, {**opts, "machine": machine(args.device)}, args.output)
 
 
@@ -241,6 +245,7 @@ def _add_steps(commands: Any) -> None:
         command.add_argument("--channels-last", action="store_true", help="ENGINE.CHANNELS_LAST")
     for command in (step_, feed_):
         command.add_argument("--compile", action="store_true", help="ENGINE.COMPILE")
+    step_.add_argument("--roofline", action="store_true", help="compare with the speed of the memory")
     feed_.add_argument("--folder", default="", help="of images (default: 500 x 375 JPEGs are drawn)")
     feed_.add_argument("--images", type=int, default=512, help="to draw, at least a batch (default: %(default)s)")
     feed_.add_argument(

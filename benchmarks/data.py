@@ -40,6 +40,7 @@ AUGMENTATION = "moco_v2"
 BATCH = 16
 CPU = torch.device("cpu")
 AUTHORS = "the authors' loader"
+LIGHTLY = "lightly's loader"
 # Each operation's values in MoCo v2, and its probability; solarise, which MoCo v2 lacks, at its usual threshold.
 RANGES = {
     "brightness": (0.6, 1.4, 0.8), "contrast": (0.6, 1.4, 0.8), "saturation": (0.6, 1.4, 0.8), "hue": (-0.1, 0.1, 0.8),
@@ -75,6 +76,22 @@ def authors_loader(files: Sequence[str], size: int) -> Callable[[Sequence[int]],
     return batch
 
 
+def lightly_loader(files: Sequence[str], size: int) -> Callable[[Sequence[int]], object]:
+    """Return a function that makes a batch as lightly does: PIL decodes, its ``MoCoV2Transform`` makes two views."""
+    from lightly.transforms import MoCoV2Transform
+
+    views = MoCoV2Transform(input_size=size)
+
+    def batch(indices: Sequence[int]) -> object:
+        samples = []
+        for index in indices:
+            with open(files[index], "rb") as file:
+                samples.append(views(Image.open(file).convert("RGB")))
+        return [torch.stack(made) for made in zip(*samples, strict=True)]
+
+    return batch
+
+
 def our_loader(
     files: Sequence[str], size: int, backend: str, complete: bool, reduced: bool = False
 ) -> Callable[[Sequence[int]], object]:
@@ -94,6 +111,7 @@ def loader_rows(files: Sequence[str], size: int, repeats: int) -> list[dict[str,
     """Time every loader on the same files, alternating in each round; medians."""
     loaders = {
         AUTHORS: authors_loader(files, size),
+        LIGHTLY: lightly_loader(files, size),
         "pil": our_loader(files, size, "pil", True),
         "cv2": our_loader(files, size, "cv2", True),
         "cv2, reduced decoding": our_loader(files, size, "cv2", True, reduced=True),

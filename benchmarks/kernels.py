@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.step import Ours, made_up_views
+from benchmarks.step import Ours, made_up_views, wait
 from moco_d2.engine.step import chosen_autocast
 from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.methods import MoCo
@@ -62,19 +62,53 @@ def with_groups(cfg: CfgNode, groups: int) -> CfgNode:
     return cfg
 
 
+def traffic_of_a_step(cfg: CfgNode) -> Traffic:
+    """Count an uncompiled step on tensors without values, which take neither arithmetic nor memory."""
+    cfg = cfg.clone()
+    cfg.ENGINE.COMPILE = None
+    ours = Ours(cfg, made_up_views(cfg))
+    with FakeTensorMode(allow_non_fake_inputs=True), EventStorage():
+        ours.step._data_loader_iter_obj = itertools.repeat(made_up_views(cfg))
+        ours.run()  # which makes the optimizer's state
+        with Traffic() as traffic:
+            ours.run()
+    return traffic
+
+
 def step_rows(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Count a step for each number of BN groups, on tensors without values: neither arithmetic nor memory for them."""
-    rows = []
-    for groups in GROUPS:
-        own = with_groups(cfg, groups)
-        ours = Ours(own, made_up_views(own.clone()))
-        with FakeTensorMode(allow_non_fake_inputs=True), EventStorage():
-            ours.step._data_loader_iter_obj = itertools.repeat(made_up_views(own))
-            ours.run()  # which makes the optimizer's state
-            with Traffic() as traffic:
-                ours.run()
-        rows.append({"BN groups": groups, "operations": traffic.operations, "GB": traffic.bytes / 1e9})
-    return rows
+    """Count a step for each number of BN groups."""
+    counted = [(groups, traffic_of_a_step(with_groups(cfg, groups))) for groups in GROUPS]
+    return [{"BN groups": groups, "operations": t.operations, "GB": t.bytes / 1e9} for groups, t in counted]
+
+
+def roofline(cfg: CfgNode, rate: float) -> str:
+    """Say how near a step is to what moving its memory takes at the speed of a copy.
+
+    Args:
+        cfg: of the step.
+        rate: images/s that were measured.
+    """
+    moved = traffic_of_a_step(cfg).bytes
+    speed = copy_speed(cfg.MODEL.DEVICE)
+    share = moved * rate / cfg.SOLVER.IMS_PER_BATCH / speed
+    return (
+        f"{moved / 1e9:.3g} GB a step, operation by operation; a copy moves {speed / 1e9:.3g} GB/s; the step runs at "
+        f"{share:.0%} of the memory's speed (a compiler fuses operations, and may exceed 100 %)"
+    )
+
+
+def copy_speed(device: str, size: int = 2**28) -> float:
+    """Return the bytes a second that a copy of ``size`` bytes reads and writes, the best of ten."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(10):
+        wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size / min(seconds)
 
 
 def compiled_rows(cfg: CfgNode) -> list[dict[str, Any]]:

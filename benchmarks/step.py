@@ -152,16 +152,17 @@ def rate(run: Callable[[], object], steps: int, cfg: CfgNode, warm_up: int = 0) 
     """
     for _ in range(warm_up):
         run()
-    _wait(cfg)
+    wait(cfg.MODEL.DEVICE)
     start = time.perf_counter()
     for _ in range(steps):
         run()
-    _wait(cfg)
+    wait(cfg.MODEL.DEVICE)
     return float(steps * cfg.SOLVER.IMS_PER_BATCH / (time.perf_counter() - start))
 
 
-def _wait(cfg: CfgNode) -> None:
-    if cfg.MODEL.DEVICE != "cpu":
+def wait(device: str) -> None:
+    """Wait for a GPU's work."""
+    if device != "cpu":
         torch.cuda.synchronize()
 
 

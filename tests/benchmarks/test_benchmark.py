@@ -96,7 +96,16 @@ def test_data_compares_every_backend_with_the_authors_loader(run: Run, capsys: p
     rows = {row["what"]: row["times as fast"] for row in content["loader"]}
     whole = "device: all on the CPU"
     part, reduced = "device: a worker's part", ", reduced decoding"
-    assert list(rows) == ["the authors' loader", "pil", "cv2", f"cv2{reduced}", part, part + reduced, whole]
+    assert list(rows) == [
+        "the authors' loader",
+        "lightly's loader",
+        "pil",
+        "cv2",
+        f"cv2{reduced}",
+        part,
+        part + reduced,
+        whole,
+    ]
     assert rows["the authors' loader"] == 1 and all(ratio > 0 for ratio in rows.values())
     parts = [row["what"] for row in content["parts, ms"]]
     assert parts == ["decode", "crop", "brightness", "contrast", "saturation", "hue", "grey", "blur", "flip"]
@@ -113,7 +122,8 @@ def test_step_compares_with_its_encoders_the_authors_form_lightlys_and_plain_ddp
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ("--batch", 16, "--size", 32, "--encoder", "resnet18", "--repeats", 2)
-    content = run("step", *small, "SSL.ENCODER.ARGS.width", 0.125, "SSL.ARGS.queue_size", 20000)
+    content = run("step", *small, "--roofline", "SSL.ENCODER.ARGS.width", 0.125, "SSL.ARGS.queue_size", 20000)
+    assert re.fullmatch(r"0\.\d+ GB a step, .* a copy moves .* GB/s; the step runs at \d+% of .*", content["roofline"])
     names = {title: [row["what"] for row in content[title]] for title in ("step", "two processes")}
     one = "one BN group"
     assert names["step"] == [

@@ -139,18 +139,26 @@ class BackboneFacts(ABC):
         }
 
     def contradictions(self, cfg: Config, tolerance: float = 0.01) -> list[str]:
-        """Return a message for each key of ``cfg`` that contradicts these facts.
+        """Return a message for each key of ``cfg`` that contradicts these facts (see :meth:`disagreements`)."""
+        found = self.disagreements(cfg, tolerance)
+        return [
+            f"{key} is {value} in the config, but the weights need {wanted}" for key, (value, wanted) in found.items()
+        ]
+
+    def disagreements(self, cfg: Config, tolerance: float = 0.01) -> dict[str, tuple[Any, Any]]:
+        """Return ``{key: (value in the config, value that the weights need)}`` for the keys of :meth:`config`.
 
         Args:
             cfg: a Detectron2 config.
             tolerance: largest accepted difference of a mean or std, in 0..255 (files round differently).
         """
-        lines = []
+        found = {}
         for key, wanted in self.config().items():
             value: Any = cfg
             for part in key.split("."):
                 value = getattr(value, part)
             if isinstance(wanted, list):
+                value = list(value)
                 agree = len(value) == len(wanted) and all(
                     abs(v - w) <= tolerance for v, w in zip(value, wanted, strict=True)
                 )
@@ -159,9 +167,8 @@ class BackboneFacts(ABC):
             else:
                 agree = value == wanted
             if not agree:
-                shown = list(value) if isinstance(wanted, list) else value
-                lines.append(f"{key} is {shown} in the config, but the weights need {wanted}")
-        return lines
+                found[key] = (value, wanted)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ present request, the folder is refused, so that no mean is taken over different 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 from collections import Counter
@@ -20,6 +21,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.logger import log_first_n
 
 from moco_d2.config import config_files, flat, get_cfg, load_cfg, roles, settings, with_init
 from moco_d2.config.keys import RENAMED
@@ -27,6 +29,7 @@ from moco_d2.detection.datasets import register_custom
 from moco_d2.detection.preflight import check_run, check_weights, fit_to_machine, scale_to_processes
 from moco_d2.detection.subsets import check_percent
 from moco_d2.detection.weights import check_source
+from moco_d2.facts import BackboneFacts
 from moco_d2.io import files, locks
 from moco_d2.io.checkpoints import facts_in, open_checkpoint
 from moco_d2.io.paths import expand
@@ -284,10 +287,28 @@ def _trial(protocol: str, base: str, init: Init, seed: int, percent: float, outp
         own += ["DATASETS.FRACTION", str(float(percent))]
     config = with_init(base, init.kind)
     words = (*opts, *own, "OUTPUT_DIR", str(folder))
+    words += _as_pretrained(init, load_cfg(config, words, stage=roles.DETECTION), opts)
     cfg = load_cfg(config, words, stage=roles.DETECTION)
     if protocol != cfg.PROTOCOL:
         cfg.PROTOCOL, words = protocol, (*words, "PROTOCOL", protocol)
     return Trial(protocol, base, config, init, seed, percent, folder, words, cfg)
+
+
+def _as_pretrained(init: Init, cfg: CfgNode, opts: Sequence[str]) -> tuple[str, ...]:
+    """Return ``KEY VALUE ...`` that feed weights as in pretraining, by their facts, where the config does otherwise.
+
+    Such keys (mean and std of the pixels, their order, strides) belong to what a trial starts from and not to its
+    protocol, so that weights which need different ones can be compared. What the user has set stays.
+    """
+    if init.facts is None:
+        return ()
+    words: list[str] = []
+    for key, (_, wanted) in BackboneFacts.from_dict(init.facts).disagreements(cfg).items():
+        if roles.role(key, roles.DETECTION) == roles.START and key not in opts[::2]:
+            text = f"{init.label}: {key} {wanted}, by the facts of the weights"
+            log_first_n(logging.INFO, text, name=__name__, key="message")
+            words += [key, str(wanted)]
+    return tuple(words)
 
 
 def _check_same_protocol(trials: Sequence[Trial]) -> None:

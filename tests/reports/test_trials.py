@@ -23,6 +23,7 @@ from moco_d2.commands import trials as run_trials
 from moco_d2.config import load_cfg
 from moco_d2.config.keys import RENAMED
 from moco_d2.detection.subsets import FILE, select, training_set
+from moco_d2.facts import Pixels, ResNetFacts
 from moco_d2.io.provenance import sha256
 from moco_d2.reports import trials
 from moco_d2.reports.summary import find_runs
@@ -221,6 +222,24 @@ def test_other_weights_of_the_same_name_are_refused(plan, tmp_path):
     torch.save({"model": {"conv1.weight": torch.zeros(1)}}, tmp_path / "raw.pth")
     with pytest.raises(ValueError, match="Convert it first"):
         plan([str(tmp_path / "raw.pth"), "random"])
+
+
+def test_weights_are_fed_as_in_pretraining_beside_others_that_need_other_pixels(plan, tmp_path):
+    from detectron2.modeling import build_model
+
+    model = build_model(load_cfg("quick_schedules/faster_rcnn_R_50_C4_quick", ["MODEL.DEVICE", "cpu"]))
+    shape = {"stem_channels": 16, "res2_channels": 64, "width_per_group": 16, "stride_in_1x1": True}
+    facts = ResNetFacts(pixels=Pixels("BGR", (0.0, 0.0, 0.0), (255.0, 255.0, 255.0)), **shape)
+    path = tmp_path / "simclr.pth"
+    content = {"model": model.state_dict(), "__author__": "a test", "matching_heuristics": True}
+    torch.save({**content, "facts": facts.as_dict()}, path)
+    own, other = plan([str(path), "random"])
+    for trial, order, std, stride in ((own, "BGR", [255.0] * 3, True), (other, "RGB", [58.395, 57.12, 57.375], False)):
+        cfg = load_cfg(trial.config, trial.opts)  # as the training reads them
+        assert (cfg.INPUT.FORMAT, list(cfg.MODEL.PIXEL_STD), cfg.MODEL.RESNETS.STRIDE_IN_1X1) == (order, std, stride)
+    assert trials.state(own) == "new" and own.record()["config"]["MODEL.PIXEL_STD"] == [255.0] * 3
+    with pytest.raises(ValueError, match=r"INPUT.FORMAT is RGB in the config, but the weights need BGR"):
+        plan([str(path)], "INPUT.FORMAT", "RGB")
 
 
 @pytest.mark.parametrize(("weights", "more", "message"), [

@@ -78,7 +78,7 @@ def authors_loader(files: Sequence[str], size: int) -> Callable[[Sequence[int]],
 
 def lightly_loader(files: Sequence[str], size: int) -> Callable[[Sequence[int]], object]:
     """Return a function that makes a batch as lightly does: PIL decodes, its ``MoCoV2Transform`` makes two views."""
-    from lightly.transforms import MoCoV2Transform
+    from lightly.transforms.moco_transform import MoCoV2Transform
 
     views = MoCoV2Transform(input_size=size)
 

@@ -70,7 +70,8 @@ def traffic_of_a_step(cfg: CfgNode) -> Traffic:
     with FakeTensorMode(allow_non_fake_inputs=True), EventStorage():
         ours.step._data_loader_iter_obj = itertools.repeat(made_up_views(cfg))
         ours.run()  # which makes the optimizer's state
-        with Traffic() as traffic:
+        traffic = Traffic()
+        with traffic:
             ours.run()
     return traffic
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ def write_page(sweep: Sweep, runs: Sequence[SweepRun], output: Path, notes: Mapp
         for name, text in zip(PAGE, (json.dumps(content, indent=1), f"# {sweep.title}\n\n{table}"), strict=False):
             with files.atomic_write(output / name) as file:
                 file.write(text.encode() + b"\n")
-        painters = list(_painters(sweep, runs, rows, records))
+        painters = list(_painters(sweep, runs, rows, records, reference))
         if painters:
             _draw(painters, output / PAGE[2])
     return [table, *(str(output / name) for name in PAGE if (output / name).is_file())]
@@ -129,7 +130,11 @@ Painter = Callable[[Any], None]
 
 
 def _painters(
-    sweep: Sweep, runs: Sequence[SweepRun], rows: Sequence[Mapping[str, Any]], records: Mapping[str, Pretraining]
+    sweep: Sweep,
+    runs: Sequence[SweepRun],
+    rows: Sequence[Mapping[str, Any]],
+    records: Mapping[str, Pretraining],
+    reference: Mapping[str, Any] | None,
 ) -> Iterator[Painter]:
     """Yield the plots: the sweep's points beside the paper's, or a bar a run, then kNN and loss over pictures."""
     if sweep.axis:
@@ -141,7 +146,7 @@ def _painters(
     else:
         bars = {heading: {r["run"]: r[key] for r in rows if key in r} for key, (heading, _) in _FIGURES.items()}
         del bars[_FIGURES["loss"][0]], bars[_FIGURES["knn_before"][0]]  # losses of methods are not comparable
-        for row in rows:
+        for row in [*rows, *([reference] if reference else [])]:
             for key, value in row.get("detection", {}).items():
                 bars.setdefault(key, {})[row["run"]] = value
         yield from (partial(_paint_bars, title, values) for title, values in bars.items() if values)
@@ -174,7 +179,7 @@ def _paint_bars(title: str, values: Mapping[str, float], axis: Any) -> None:
     names = list(values)[::-1]  # the first one on top
     bars = axis.barh(names, [values[name] for name in names], color="#2f7ed8")
     axis.bar_label(bars, fmt="%.4g", padding=2, fontsize=8)
-    axis.set(title=title)
+    axis.set(title=textwrap.fill(title, 45))
     axis.margins(x=0.15)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -151,7 +152,9 @@ def rows(names: Sequence[str], opts: Sequence[str], repeats: int) -> tuple[list[
     found, left_out = [], []
     cfg = load_cfg(REFERENCE, opts)
     reference = Step(cfg)
-    for name, config in recipes(names).items():
+    chosen = recipes(names)
+    for number, (name, config) in enumerate(chosen.items(), start=1):
+        print(f"[{number}/{len(chosen)}] {name}: {config}", file=sys.stderr, flush=True)
         try:
             found.append(row(name, config, opts, reference, repeats))
         except (ValueError, RuntimeError) as error:

@@ -71,14 +71,11 @@ def conversion(args: argparse.Namespace) -> None:
 def step(args: argparse.Namespace) -> None:
     """Time a step of pretraining against its encoders alone, the authors' and lightly's form of it, and plain DDP."""
     check(args, repeats=2, batch=1, size=1)  # the spread needs two
-    import torch
-
     from benchmarks.measure import machine, tables
 
     cfg, opts = _step_config(args)
     from benchmarks.step import ddp_rows, memory_rows, part_rows, step_rows
 
-    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK  # as the command does
     found: dict[str, Any] = {
         "step": step_rows(cfg, args.repeats),
         "parts": part_rows(cfg, args.repeats),
@@ -101,14 +98,11 @@ def feed(args: argparse.Namespace) -> None:
     check(args, repeats=1, batch=1, size=1, images=1)
     if min(args.workers) < 0:
         raise ValueError(f"--workers is {min(args.workers)}; it must be 0 or more")
-    import torch
-
     from benchmarks.measure import machine, tables
 
     cfg, opts = _step_config(args)
     from benchmarks.feed import measure
 
-    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK  # as the command does
     cfg.DATASETS.TRAIN = [args.folder] if args.folder else []
     found = {"feed": measure(cfg, args.workers, args.repeats, args.images)}
     tables(found, {**opts, "folder": args.folder, "machine": machine(args.device)}, args.output)
@@ -133,6 +127,7 @@ def _step_config(args: argparse.Namespace) -> tuple[CfgNode, dict[str, Any]]:
     from moco_d2.engine.preflight import check_config
 
     check_config(cfg, world_size=1)
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK  # as moco-d2 pretrain does
     logging.disable(logging.INFO)
     return cfg, {**opts, "threads": 1 if args.device == "cpu" else torch.get_num_threads()}
 

@@ -103,7 +103,6 @@ def probe_linear(
     backbone.network.to(cfg.MODEL.DEVICE)
     tested = (_changing if protocol.backbone_lr else _frozen)(backbone, val, cfg, protocol)
     batches, sampler, skips = (_cached if protocol.cached else _augmented)(backbone, train, cfg, protocol)
-
     kind = "semi" if protocol.backbone_lr else "linear"
     settings = {
         "SEED": cfg.SEED, "protocol": name, "changes": list(changes), "sha256 of the weights": backbone.sha256,
@@ -119,7 +118,6 @@ def probe_linear(
     )  # fmt: skip
     trainer.resume_or_start(resume)
     trainer.run()
-
     sets = {"train": describe(train, skips()), "val": describe(val, trainer.unreadable)}
     sets |= {"labels": dict(labels)} if labels else {}
     found = {"protocol": name, "changes": list(changes), **trainer.results(), **sets, "classes": len(train.classes)}

@@ -287,8 +287,10 @@ def _trial(protocol: str, base: str, init: Init, seed: int, percent: float, outp
         own += ["DATASETS.FRACTION", str(float(percent))]
     config = with_init(base, init.kind)
     words = (*opts, *own, "OUTPUT_DIR", str(folder))
-    words += _as_pretrained(init, load_cfg(config, words, stage=roles.DETECTION), opts)
     cfg = load_cfg(config, words, stage=roles.DETECTION)
+    if needed := _as_pretrained(init, cfg, opts):
+        words = (*words, *needed)
+        cfg = load_cfg(config, words, stage=roles.DETECTION)
     if protocol != cfg.PROTOCOL:
         cfg.PROTOCOL, words = protocol, (*words, "PROTOCOL", protocol)
     return Trial(protocol, base, config, init, seed, percent, folder, words, cfg)

@@ -219,17 +219,17 @@ class Written:
         self.names.append(name)
 
 
-def spoilt_run():
+def run_with_nan():
     """Train with a loss that is not finite in the last process at step 12, and a checkpoint every 7 steps."""
     last = comm.get_rank() == comm.get_world_size() - 1
     for step in (PlainStep, OneBatch):
         network = Squares()
         trainer = step(wrap_ddp(network), itertools.repeat(IMAGES[:2]), torch.optim.SGD(network.parameters(), lr=0.0))
 
-        def spoilt(_, __, losses, now=trainer):
+        def with_nan(_, __, losses, now=trainer):
             return {name: loss * (math.nan if last and now.iter == 12 else 1) for name, loss in losses.items()}
 
-        network.register_forward_hook(spoilt)
+        network.register_forward_hook(with_nan)
         trainer.register_hooks([PeriodicCheckpoint(written := Written(), 7, check=trainer.flush)])
         with pytest.raises(FloatingPointError, match="NaN at iteration=12!"):
             trainer.train(0, 40)
@@ -237,8 +237,8 @@ def spoilt_run():
 
 
 def test_no_checkpoint_follows_a_loss_that_is_not_finite_in_any_process():
-    spoilt_run()
-    in_two_processes(spoilt_run)
+    run_with_nan()
+    in_two_processes(run_with_nan)
 
 
 def outputs(cfg, state, *inputs):

@@ -96,10 +96,10 @@ def test_no_checkpoint_follows_a_detectors_loss_that_is_not_finite(tmp_path):
     trainer = TransferTrainer(small_cfg(VOC_C4, *opts, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.PRECISE_BN.ENABLED", False))
     assert not trainer.data_loader.pin_memory, "there is no GPU to copy to"
 
-    def spoilt(_, __, losses):
+    def with_nan(_, __, losses):
         return {name: loss * (math.nan if trainer.iter == 1 else 1) for name, loss in losses.items()}
 
-    trainer.model.register_forward_hook(spoilt)
+    trainer.model.register_forward_hook(with_nan)
     with pytest.raises(FloatingPointError, match="NaN at iteration=1!"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("model_*")] == ["model_0000000.pth"]

@@ -250,7 +250,7 @@ def spoil(folder: str, what: str) -> PretrainTrainer:
     return trainer
 
 
-def run_spoilt_rank(rank: int, folder: str) -> None:
+def run_rank_with_nan(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
@@ -267,10 +267,10 @@ def run_spoilt_rank(rank: int, folder: str) -> None:
 
 
 def test_no_checkpoint_follows_a_loss_that_is_not_finite_in_another_process(images: str, tmp_path: Path) -> None:
-    """At a step whose losses are not due yet: all weights are spoilt by then, but only one process's loss shows it."""
+    """At a step whose losses are not due yet: all weights are NaN by then, but only one process's loss shows it."""
     more = ("SOLVER.CHECKPOINT_PERIOD", 1, "SSL.ARGS.bn_groups", 1)
     (tmp_path / "options").write_text(json.dumps(options(images, tmp_path, *more)))
-    torch.multiprocessing.start_processes(run_spoilt_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(run_rank_with_nan, (str(tmp_path),), nprocs=2, start_method="fork")
     for rank in range(2):
         said = (tmp_path / f"said{rank}").read_text()
         assert "NaN at iteration=2!" in said and "model_0000001.pth" in said

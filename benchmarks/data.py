@@ -16,10 +16,9 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torchvision import transforms as T
 
+from benchmarks.traffic import Traffic
 from moco_d2.data import (
     EpochSampler,
     FileSource,
@@ -194,23 +193,6 @@ def _second(executor: Callable[[Any, Any], object], value: object, view: object)
     return executor(view, value)
 
 
-class Launches(TorchDispatchMode):
-    """Counts the operations on the device ``meta``, which stands for a GPU, and the bytes that they read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels = self.bytes = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor) and x.is_meta]
-        if tensors and not function.is_view and function.overloadpacket not in (torch.ops.aten._unsafe_view,):
-            self.kernels += 1
-            # An expanded tensor is read once, however often it is used.
-            self.bytes += sum(min(x.numel() * x.element_size(), x.untyped_storage().nbytes()) for x in tensors)
-        return result
-
-
 def device_rows(size: int, batch: int = 256) -> list[dict[str, Any]]:
     """Count the device's part of a batch: kernels without the compiler, and the gigabytes that they read and write."""
     rows = []
@@ -218,7 +200,7 @@ def device_rows(size: int, batch: int = 256) -> list[dict[str, Any]]:
         made = build_augmentation(name, size)
         plans = [made.plan(375, 500, seed) for seed in range(batch)]
         sides = [view.crop.size for view in made.views]
-        lists, masks = Launches(), Launches()
+        lists, masks = Traffic("meta"), Traffic("meta")
         for side in dict.fromkeys(sides):
             numbers = [number for number, own in enumerate(sides) if own == side]
             ops = pack([plan[number].ops for number in numbers for plan in plans])
@@ -228,8 +210,8 @@ def device_rows(size: int, batch: int = 256) -> list[dict[str, Any]]:
             with masks:
                 run_masked(views, there, made.names(numbers))
         row: dict[str, Any] = {"what": name}
-        for way, launches in (("index lists", lists), ("masks", masks)):
-            row |= {f"{way}: kernels": launches.kernels, f"{way}: GB": launches.bytes / 1e9}
+        for way, counted in (("index lists", lists), ("masks", masks)):
+            row |= {f"{way}: kernels": counted.operations, f"{way}: GB": counted.bytes / 1e9}
         rows.append(row)
     return rows
 

@@ -12,47 +12,14 @@ import torch._inductor.metrics
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.step import Ours, made_up_views, wait
+from benchmarks.traffic import Traffic
 from moco_d2.engine.step import chosen_autocast
 from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.methods import MoCo
 
 GROUPS = (1, 8)
-
-
-class Traffic(TorchDispatchMode):
-    """Counts the operations that compute, and the bytes that they read and write.
-
-    An operation reads its inputs once, batch norm twice (for the statistics, and to normalise), and writes its results
-    once. Views and allocations are no operations. What an operation needs inside, such as a convolution's workspace, is
-    not counted, nor is what caches save.
-
-    Attributes:
-        operations: their number.
-        bytes: read and written.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count it."""
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if func.namespace == "aten" and not func.is_view and "empty" not in name:
-            reads = 2 if "batch_norm" in name else 1
-            self.operations += 1
-            self.bytes += reads * _bytes(args) + _bytes(result)
-        return result
-
-
-def _bytes(tree: Any) -> int:
-    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def with_groups(cfg: CfgNode, groups: int) -> CfgNode:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.kernels import Traffic
+from benchmarks.traffic import Traffic
 from moco_d2.layers.batch_norm import GroupBatchNorm2d, _NormaliseGroups, use_group_batch_norm
 from moco_d2.layers.resnet import build_resnet
 

@@ -61,7 +61,8 @@ def _adamw(groups: Groups, cfg: CfgNode) -> torch.optim.Optimizer:
 
 def _lars(form: str, groups: Groups, cfg: CfgNode) -> torch.optim.Optimizer:
     solver = cfg.SOLVER
-    return Lars(groups, scaled_lr(cfg), solver.MOMENTUM, solver.WEIGHT_DECAY, solver.TRUST, form)
+    fused = cfg.ENGINE.FUSED_SGD or None
+    return Lars(groups, scaled_lr(cfg), solver.MOMENTUM, solver.WEIGHT_DECAY, solver.TRUST, form, fused)
 
 
 OPTIMIZERS: dict[str, OptimizerKind] = {
@@ -121,7 +122,7 @@ def _fit_state(optimizer: torch.optim.Optimizer, fused: bool | None) -> None:
     silently be added to the wrong weights.
     """
     for group in optimizer.param_groups:
-        if "fused" in group:
+        if "fused" in optimizer.defaults:  # LARS of earlier versions saved none
             group["fused"] = fused
     for parameter, state in optimizer.state.items():
         for name, value in state.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.sgd import sgd
 
 from moco_d2.messages import unknown_name
 
@@ -35,6 +36,7 @@ class Lars(Optimizer):
         weight_decay: float = 0.0,
         trust: float = 0.001,
         form: str = "lars",
+        fused: bool | None = None,
     ) -> None:
         """Make an optimizer.
 
@@ -45,19 +47,23 @@ class Lars(Optimizer):
             weight_decay: default for groups that do not set their own.
             trust: trust coefficient, > 0.
             form: one of ``FORMS``.
+            fused: whether a kernel of torch's SGD does the last part of a step in one pass; ``None``: torch chooses.
 
         Raises:
             ValueError: an unknown form.
         """
         if form not in FORMS:
             raise ValueError(unknown_name("the form of LARS", form, FORMS))
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True}
+        defaults = {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True,
+            "fused": fused,
+        }  # fmt: skip
         self.form = form
         super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that have a gradient."""
+        """Update the parameters that have a gradient, which becomes ``q u`` of the last step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -69,25 +75,32 @@ class Lars(Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        # In place: a copy of all gradients would be as large as the network, and take longer than the update.
         gradients: list[torch.Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
-        decay = group["weight_decay"]
-        updates = list(torch._foreach_add(gradients, parameters, alpha=decay))
-        if group["adapt"]:
-            sizes = torch.stack(torch._foreach_norm(parameters))
-            slopes = torch.stack(torch._foreach_norm(gradients if self.form == "larc" else updates))
-            usable = (sizes > 0) & (slopes > 0)
-            if self.form == "larc":
-                # Without a scale there is no weight decay either.
-                updates = [torch.where(ok, u, g) for ok, u, g in zip(usable, updates, gradients, strict=True)]
-                slopes = slopes + decay * sizes + 1e-8
-            scales = torch.where(usable, group["trust"] * sizes / slopes, 1.0)
-            torch._foreach_mul_(updates, list(scales.unbind()))
-        if self.form == "lars_classic":
-            torch._foreach_mul_(updates, group["lr"])
-        velocities = [self._velocity(p) for p in parameters]
-        torch._foreach_mul_(velocities, group["momentum"])
-        torch._foreach_add_(velocities, updates)
-        torch._foreach_add_(parameters, velocities, alpha=-1 if self.form == "lars_classic" else -group["lr"])
+        self._scale(group, parameters, gradients)
+        classic = self.form == "lars_classic"
+        if classic:
+            torch._foreach_mul_(gradients, group["lr"])
+        sgd(
+            parameters, gradients, [self._velocity(p) for p in parameters], fused=group["fused"],
+            lr=1.0 if classic else group["lr"], momentum=group["momentum"],
+            weight_decay=0.0, dampening=0.0, nesterov=False, maximize=False,
+        )  # fmt: skip
+
+    def _scale(self, group: dict[str, Any], parameters: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        """Turn every gradient g into q u."""
+        decay, larc = group["weight_decay"], self.form == "larc"
+        slopes = torch._foreach_norm(gradients) if group["adapt"] and larc else ()
+        if decay:
+            torch._foreach_add_(gradients, parameters, alpha=decay)
+        if not group["adapt"]:
+            return
+        size = torch.stack(torch._foreach_norm(parameters))
+        slope = torch.stack(slopes or torch._foreach_norm(gradients))
+        usable, unscaled = (size > 0) & (slope > 0), torch.ones_like(size)
+        if larc:  # Without a gradient there is no weight decay either.
+            unscaled, slope = (slope > 0).to(size.dtype), slope + decay * size + 1e-8
+        torch._foreach_mul_(gradients, list(torch.where(usable, group["trust"] * size / slope, unscaled).unbind()))
 
     def _velocity(self, parameter: torch.Tensor) -> torch.Tensor:
         state = self.state[parameter]

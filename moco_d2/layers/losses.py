@@ -16,7 +16,8 @@ from moco_d2.layers.distributed import rank, total, world_size
 
 # Number of negatives in a block: N x 8192 similarities fit into a processor's cache.
 BLOCK = 8192
-ROWS = 65536  # rows of a memory bank that are copied at a time: 32 MB of 128 float32
+ROWS, CPU_ROWS = 65536, 16384  # rows of a memory bank that are copied at a time: 32 and 8 MB of 128 float32
+WHOLE = 32  # On a CPU, a query's products with 32 rows cost less than the copy of one.
 
 
 def info_nce(
@@ -126,12 +127,33 @@ def nce_normaliser(f: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, tem
 def _scored_rows(
     f: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, temperature: float
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Yield, a block of M queries at a time, which they are, their rows (M, 1 + K, C) and scores (M, 1 + K)."""
-    step = max(1, ROWS // index.shape[1])
+    """Yield, a block of M queries at a time, which they are, their rows (M, 1 + K, C) and scores (M, 1 + K).
+
+    Instead of the copied rows it yields a small bank itself, (n, C). Copied rows are valid until the next block.
+    """
+    # Not on a GPU: there _weighted_rows would add equal rows in any order.
+    whole = f.device.type == "cpu" and len(bank) <= WHOLE * index.shape[1]
+    # The products with a whole bank take as much memory as copied rows.
+    most = CPU_ROWS if f.device.type == "cpu" else ROWS
+    step = max(1, most // (len(bank) // f.shape[1] + 1 if whole else index.shape[1]))
+    rows = bank.to(f.dtype) if whole else bank.new_empty(min(step, len(f)) * index.shape[1], f.shape[1])
     for start in range(0, len(f), step):
         part = slice(start, start + step)
-        rows = bank[index[part]].to(f.dtype)
-        yield part, rows, (rows @ f[part, :, None]).squeeze(2) / temperature
+        own, drawn = f[part], index[part]
+        if whole:
+            yield part, rows, (own @ rows.T).gather(1, drawn) / temperature
+            continue
+        # Into memory that is there already: to ask the system for it takes longer than to copy the rows.
+        torch.index_select(bank, 0, drawn.flatten(), out=(copy := rows[: drawn.numel()]))
+        copied = copy.unflatten(0, drawn.shape).to(f.dtype)
+        yield part, copied, (copied @ own[:, :, None]).squeeze(2) / temperature
+
+
+def _weighted_rows(weights: torch.Tensor, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return the sum (M, C) of each query's rows, times weights (M, 1 + K); rows as from :func:`_scored_rows`."""
+    if rows.ndim == 3:
+        return (weights[:, None] @ rows).squeeze(1)
+    return weights.new_zeros(len(weights), len(rows)).scatter_add_(1, index, weights) @ rows
 
 
 class _NCE(torch.autograd.Function):
@@ -149,7 +171,7 @@ class _NCE(torch.autograd.Function):
             loss -= (p[:, 0] / both[:, 0]).log().sum() + (noise / both[:, 1:]).log().sum()
             slope = p / both  # d loss / d score of a negative
             slope[:, 0] = -(noise + eps) / both[:, 0]  # and of the positive
-            gradient[part] = (slope[:, None] @ rows).squeeze(1)
+            gradient[part] = _weighted_rows(slope, rows, index[part])
         ctx.save_for_backward(gradient / (temperature * len(f)))
         return loss / len(f)
 

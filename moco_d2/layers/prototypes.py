@@ -36,30 +36,38 @@ class Prototypes(nn.Module):
 
 
 @torch.no_grad()
-def sinkhorn(scores: torch.Tensor, eps: float = 0.05, iterations: int = 3) -> torch.Tensor:
+def sinkhorn(
+    scores: torch.Tensor, eps: float = 0.05, iterations: int = 3, *, past: int = 0, weight: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return codes that use all prototypes equally, over the features of all processes (SwAV, Eq. 3).
 
     Q = exp(scores / eps) is scaled alternately so that every prototype has the same total and every feature a total of
-    1. Sums run over all processes, so the result does not depend on which process holds which feature. It is computed
-    in float32 or wider, because exp(1 / eps) is large.
+    1. Sums run over all processes, so the result does not depend on which process holds which feature. The matrix is
+    scaled once, at the end: an iteration finds the factors of its columns and rows by two products with a vector. It is
+    computed in float32 or wider, because exp(1 / eps) is large.
 
     Args:
-        scores: (N, K), the same N in every process.
+        scores: (P + N, K), the same P + N in every process.
         eps: smoothness of the codes, > 0.
-        iterations: number of scalings; fewer than 3 do not converge (SwAV, appendix).
+        iterations: number of scalings, at least 1; fewer than 3 do not converge (SwAV, appendix).
+        past: P, the number of rows at the beginning that take part, but need no code.
+        weight: a number by which the past rows count; by default they count as the others do.
 
     Returns:
         (N, K) codes; every row sums to 1.
     """
     with torch.autocast(scores.device.type, enabled=False):
-        codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / eps
-        largest = codes.max()
+        q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / eps
+        largest = q.max()
         if world_size() > 1:
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-        codes = (codes - largest).exp()  # the first scaling removes this common factor
+        q.sub_(largest).exp_()  # the first scaling removes this common factor
+        counts = torch.ones_like(q[:, 0])
+        if weight is not None:
+            counts[:past] = weight
+        tiny, of_features = torch.finfo(q.dtype).tiny, counts
         for _ in range(iterations):
-            used = total(codes.sum(dim=0))  # (K,)
             # A prototype that is far from all features can underflow to 0 everywhere: it stays unused.
-            codes = codes / used.clamp_min(torch.finfo(codes.dtype).tiny)
-            codes = codes / codes.sum(dim=1, keepdim=True).clamp_min(torch.finfo(codes.dtype).tiny)
-        return codes
+            of_prototypes = 1 / total(of_features @ q).clamp_min(tiny)  # (K,)
+            of_features = counts / (q @ of_prototypes).clamp_min(tiny)  # (P + N,)
+        return q[past:] * of_prototypes * of_features[past:, None]

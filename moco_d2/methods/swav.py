@@ -112,16 +112,16 @@ class SwAV(SSLMethod):
     @torch.no_grad()
     def _codes(self, number: int, scores: torch.Tensor) -> torch.Tensor:
         """Return the codes (N, K) of a large view's scores (N, K)."""
-        count = len(scores)
-        if self._queueing:
-            # (L, C), equal in all processes: each contributes its part.
-            queue = cast(FeatureQueue, self.queues[number]).features
-            past = self.prototypes(own_part(queue))  # (L / R, K)
-            # The last row is filled last. Until then the queue has no weight, exp(-inf). This is decided on the device,
-            # which nothing waits for.
-            past = past.masked_fill((queue[-1] == 0).all(), -math.inf)
-            scores = torch.cat([past, scores])
-        return sinkhorn(scores, self.epsilon, self.iterations)[-count:]
+        if not self._queueing:
+            return sinkhorn(scores, self.epsilon, self.iterations)
+        # (L, C), equal in all processes: each contributes its part.
+        queue = cast(FeatureQueue, self.queues[number]).features
+        past = self.prototypes(own_part(queue))  # (L / R, K)
+        # The last row is filled last. Until then the queue has no weight. This is decided on the device, which nothing
+        # waits for.
+        full = (queue[-1] != 0).any()
+        both = torch.cat([past, scores])
+        return sinkhorn(both, self.epsilon, self.iterations, past=len(past), weight=full.to(both.dtype))
 
     def after_backward(self) -> None:
         """Freeze the prototypes at the beginning: without a gradient there is no momentum and no decay either."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def plain_nce(f: torch.Tensor, bank: torch.Tensor, index: torch.Tensor, z: float
 def test_nce_is_the_equation_in_value_and_gradient_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     f, bank, index = unit(5, 8).requires_grad_(), unit(30, 8), torch.randint(30, (5, 7))
+    index[0, 1] = index[0, 2]  # with replacement
     z = nce_normaliser(f, bank, index, T)
     mean = (
         sum(math.exp(feature @ bank[j] / T) for feature, row in zip(f.detach(), index, strict=True) for j in row) / 35
@@ -42,8 +44,9 @@ def test_nce_is_the_equation_in_value_and_gradient_whatever_the_blocks(monkeypat
     assert z.item() == pytest.approx(30 * mean)
     expected = plain_nce(f, bank, index, z.item())
     (slope,) = torch.autograd.grad(expected, f)
-    for rows in (65536, 14, 1):
-        monkeypatch.setattr(losses, "ROWS", rows)
+    for whole, rows in itertools.product((0, 32), (16384, 14, 1)):
+        monkeypatch.setattr(losses, "WHOLE", whole)
+        monkeypatch.setattr(losses, "CPU_ROWS", rows)
         loss = nce(f, bank, index, z, T)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(torch.autograd.grad(3 * loss, f)[0], 3 * slope)

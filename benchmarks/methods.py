@@ -32,13 +32,16 @@ Call = tuple[nn.Module, tuple[Any, ...], bool]
 
 
 def recipes(names: Sequence[str]) -> dict[str, str]:
-    """Return ``{method: its shortest ResNet-50 recipe}``, of methods without one the shortest of any encoder."""
-    found: dict[str, list[tuple[bool, int, str]]] = {name: [] for name in names}
+    """Return ``{method: its shortest ResNet-50 recipe}``, of methods without one the shortest of any encoder.
+
+    Of equal ones it is not MoCo's Figure 3, which has recipes of several methods.
+    """
+    found: dict[str, list[tuple[bool, int, bool, str]]] = {name: [] for name in names}
     for config in list_configs():
         if config.startswith("Pretrain/") and (cfg := load_cfg(config)).SSL.METHOD in found:
             other = cfg.SSL.ENCODER.NAME != "resnet50"
-            found[cfg.SSL.METHOD].append((other, cfg.SOLVER.EPOCHS, config))
-    chosen = {name: min(configs)[2] for name, configs in found.items() if configs}
+            found[cfg.SSL.METHOD].append((other, cfg.SOLVER.EPOCHS, "fig3" in config, config))
+    chosen = {name: min(configs)[-1] for name, configs in found.items() if configs}
     return chosen | ({"MoCo": REFERENCE} if "MoCo" in chosen else {})
 
 
@@ -164,9 +167,7 @@ def rows(names: Sequence[str], opts: Sequence[str], repeats: int) -> tuple[list[
 
 def row(name: str, config: str, opts: Sequence[str], reference: Step, repeats: int) -> dict[str, Any]:
     """Measure one method; see :func:`rows`."""
-    batch = opts[[*opts].index("SOLVER.IMS_PER_BATCH") + 1]
-    few = ["SSL.ARGS.clusters", batch] if "clusters" in default_args(name) else []
-    cfg = load_cfg(config, [*opts, *few])
+    cfg = load_cfg(config, [*opts, *fitting(load_cfg(config), load_cfg(config, opts))])
     step, device = Step(cfg), cfg.MODEL.DEVICE
     networks = Networks(step)
     works: dict[str, Callable[[], object]] = {LABEL: reference.run, "networks": networks.run, "step": step.run}
@@ -183,6 +184,20 @@ def row(name: str, config: str, opts: Sequence[str], reference: Step, repeats: i
         "step / its networks": ratio("networks"), f"step / {LABEL}": ratio(LABEL),
         "peak MiB": memory["step"], "networks' peak MiB": memory["networks"],
     }  # fmt: skip
+
+
+def fitting(recipe: CfgNode, small: CfgNode) -> list[Any]:
+    """Return the arguments that fit a recipe's method to the benchmark's batch and size, as ``KEY VALUE ...``.
+
+    There are as many clusters as images in a batch, and patches take the same part of an image as in the recipe.
+    """
+    found: list[Any] = []
+    args = {**default_args(recipe.SSL.METHOD), **recipe.SSL.ARGS}
+    if "clusters" in args:
+        found += ["SSL.ARGS.clusters", small.SOLVER.IMS_PER_BATCH]
+    for name in sorted(args.keys() & {"patch", "stride"}):
+        found += [f"SSL.ARGS.{name}", args[name] * small.DATA.CROP_SIZE // recipe.DATA.CROP_SIZE]
+    return found
 
 
 def registered(names: Sequence[str]) -> list[str]:

@@ -170,6 +170,21 @@ def test_methods_compares_with_its_networks_and_moco_v2(run: Run, capsys: pytest
         run("methods", "--methods", "Moko", *small)
 
 
+def test_a_method_is_measured_under_its_own_recipe_with_patches_and_clusters_that_fit() -> None:
+    chosen = methods.recipes(["CPC", "InstDisc", "MoCo", "DeepClusterV2"])
+    assert {name.removeprefix("Pretrain/") for name in chosen.values()} == {
+        "cpc_R50_300ep", "deepclusterv2_R50_800ep", "instdisc_R50_200ep", "moco_v2_R50_200ep",
+    }  # fmt: skip
+
+    def fitting(name: str) -> list[object]:
+        small = load_cfg(chosen[name], ["DATA.CROP_SIZE", "64", "SOLVER.IMS_PER_BATCH", "32"])
+        return methods.fitting(load_cfg(chosen[name]), small)
+
+    assert fitting("CPC") == ["SSL.ARGS.patch", 16, "SSL.ARGS.stride", 8]
+    assert fitting("DeepClusterV2") == ["SSL.ARGS.clusters", 32]
+    assert fitting("InstDisc") == []
+
+
 def test_the_networks_alone_are_called_and_trained_as_in_the_step() -> None:
     words = (
         "SOLVER.IMS_PER_BATCH", "16", "DATA.CROP_SIZE", "32", "SSL.ENCODER.NAME", "resnet18", "SSL.ENCODER.ARGS.width",

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -208,8 +209,18 @@ def building() -> Iterator[None]:
             raise
         raise ValueError(
             f"{library} cannot build this detector: {type(error).__name__}: {' '.join(str(error).split())[:300]} (at "
-            f"`{place.line}` of {Path(place.filename).name}); correct the keys of MODEL that cause it"
+            f"`{place.line}` of {Path(place.filename).name}); {_remedy(error)}"
         ) from error
+
+
+def _remedy(error: BaseException) -> str:
+    missing = str(error.args[0]) if isinstance(error, KeyError) and error.args else ""
+    if re.fullmatch(r"stem|(res|p)\d", missing):
+        return (
+            f"the backbone has no output {missing}: correct the IN_FEATURES of MODEL, or what decides the strides of "
+            "the outputs (with a ViT MODEL.VIT.PATCH_SIZE and SCALES)"
+        )
+    return "correct the keys of MODEL that cause it"
 
 
 def _batch_problems(cfg: CfgNode, world_size: int) -> Iterator[str]:

@@ -194,6 +194,12 @@ def shared_draw(n: int, shape: Sequence[int], device: torch.device) -> torch.Ten
 
 
 @torch.no_grad()
+def shared_normal_(x: torch.Tensor, std: float) -> None:
+    """Fill a tensor with normal numbers of mean 0, the same in all processes; drawn as those of :func:`shared_draw`."""
+    x.copy_(_alike(lambda generator: torch.empty(x.shape, dtype=x.dtype).normal_(0, std, generator=generator)))
+
+
+@torch.no_grad()
 def _alike(draw: Callable[[torch.Generator | None], torch.Tensor]) -> torch.Tensor:
     if world_size() == 1 or _stream is not None:
         return draw(_stream if world_size() > 1 else None)

@@ -16,9 +16,9 @@ from torch import nn
 
 from moco_d2.layers.distributed import (
     all_gather,
-    broadcast_module,
     gather_rows,
     share,
+    shared_normal_,
     shared_permutation,
     to_device,
     total,
@@ -134,11 +134,10 @@ class DeepClusterV2(SSLMethod):
             centroids, labels = spherical_kmeans(bank.rows(share(rows)), first, self.iterations)
             memory.labels[number, rows] = gather_rows(labels)
             if self.reset_head:
-                nn.init.normal_(linear.weight, std=0.01)
+                shared_normal_(linear.weight, std=0.01)
                 nn.init.zeros_(linear.bias)
             else:
                 linear.weight[: len(centroids)] = centroids  # fewer than K if fewer images were seen
-        broadcast_module(self.heads)  # processes draw different weights
         memory.seen.zero_()
 
     def forward(self, views: Views) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from moco_d2.layers.distributed import (
     rank,
     share_stream,
     shared_draw,
+    shared_normal_,
     shared_permutation,
     world_size,
     wrap_ddp,
@@ -77,6 +78,10 @@ def drawing() -> None:
     share_stream(0)
     drawn = shared_permutation(50), shared_draw(9, (4, 3), torch.device("cpu"))
     assert all(map(torch.equal, drawn, theirs)), "the same numbers, drawn by each process"
+    weight = torch.empty(30, 4)
+    share_stream(0)
+    shared_normal_(weight, 0.01)
+    assert torch.equal(weight, torch.empty(30, 4).normal_(0, 0.01, generator=torch.Generator().manual_seed(0)))
     assert not any(traffic.bytes.values()) and torch.initial_seed() == rank()
 
 

@@ -132,10 +132,11 @@ def _scored_rows(
     Instead of the copied rows it yields a small bank itself, (n, C). Copied rows are valid until the next block.
     """
     # Not on a GPU: there _weighted_rows would add equal rows in any order.
-    whole = f.device.type == "cpu" and len(bank) <= WHOLE * index.shape[1]
-    # The products with a whole bank take as much memory as copied rows.
-    most = CPU_ROWS if f.device.type == "cpu" else ROWS
-    step = max(1, most // (len(bank) // f.shape[1] + 1 if whole else index.shape[1]))
+    cpu = f.device.type == "cpu"
+    whole = cpu and len(bank) <= WHOLE * index.shape[1]
+    # A block of products with a whole bank takes as much memory as ROWS.
+    step = ROWS * f.shape[1] // len(bank) if whole else (CPU_ROWS if cpu else ROWS) // index.shape[1]
+    step = max(1, step)
     rows = bank.to(f.dtype) if whole else bank.new_empty(min(step, len(f)) * index.shape[1], f.shape[1])
     for start in range(0, len(f), step):
         part = slice(start, start + step)

@@ -46,6 +46,7 @@ def test_nce_is_the_equation_in_value_and_gradient_whatever_the_blocks(monkeypat
     (slope,) = torch.autograd.grad(expected, f)
     for whole, rows in itertools.product((0, 32), (16384, 14, 1)):
         monkeypatch.setattr(losses, "WHOLE", whole)
+        monkeypatch.setattr(losses, "ROWS", rows)
         monkeypatch.setattr(losses, "CPU_ROWS", rows)
         loss = nce(f, bank, index, z, T)
         torch.testing.assert_close(loss, expected)

@@ -17,6 +17,7 @@ Line = Sequence[tuple[float, float]]
 
 _INK = "#010203"  # a placeholder for the page's text colour, which SVG calls currentColor
 _COLOURS = ("#2f7ed8", "#e0732b", "#2a9d6f", "#a35fc4", "#d6479b", "#8a8d2d", "#c0392b", "#4bb3c3")
+_KINDS = ("-", "--", ":", "-.")
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
 
 
@@ -36,10 +37,10 @@ def plot_lines(
         references: (label, value) of constants, drawn as dashed lines.
         x: label of the horizontal axis.
     """
-    for colour, (label, found) in zip(_colours(lines), lines.items(), strict=True):
+    for style, (label, found) in zip(_styles(lines), lines.items(), strict=True):
         for number, line in enumerate(found):
             axis.plot(
-                *(zip(*line, strict=True) if line else ((), ())), color=colour, label=None if number else label,
+                *(zip(*line, strict=True) if line else ((), ())), **style, label=None if number else label,
                 linewidth=1.4, alpha=0.85, marker="o" if len(line) < 20 else None, markersize=3.5,
             )  # fmt: skip
     for label, value in references:
@@ -88,14 +89,14 @@ def fraction_curves(table: Table) -> str:
     labels = list(dict.fromkeys(row.label for row in table.rows))
 
     def paint(axis: Any) -> None:
-        for label, colour in zip(labels, _colours(labels), strict=True):
+        for label, style in zip(labels, _styles(labels), strict=True):
             points = sorted(
                 (row.percent, row.cells[metric].mean, row.cells[metric].std or 0)
                 for row in table.rows if row.label == label and metric in row.cells
             )  # fmt: skip
             if points:
                 x, y, error = zip(*points, strict=True)
-                axis.errorbar(x, y, error, color=colour, label=label, marker="o", markersize=4, capsize=3)
+                axis.errorbar(x, y, error, **style, label=label, marker="o", markersize=4, capsize=3)
         axis.set_xscale("log")
         axis.set_xticks(table.percents, [f"{percent:g}%" for percent in table.percents])
         axis.minorticks_off()
@@ -137,8 +138,10 @@ def _lines(row: Row, keys: Sequence[str]) -> Iterator[list[tuple[int, float]]]:
         yield next(filter(None, map(run.curve, keys)), [])
 
 
-def _colours(labels: Collection[str]) -> list[str]:
-    return [_COLOURS[number % len(_COLOURS)] for number in range(len(labels))]
+def _styles(labels: Collection[str]) -> list[dict[str, str]]:
+    """Return a colour and a kind of line for each label; the kind changes when the colours begin again."""
+    numbers, several = range(len(labels)), len(_COLOURS)
+    return [{"color": _COLOURS[n % several], "linestyle": _KINDS[n // several % len(_KINDS)]} for n in numbers]
 
 
 def _draw(name: str, paint: Callable[[Any], None], size: tuple[float, float] = (5.2, 3.3), **layout: Any) -> str:

@@ -18,6 +18,7 @@ from moco_d2.config import load_cfg
 from moco_d2.facts import ResNetFacts
 from moco_d2.io.provenance import sha256
 from moco_d2.reports import pictures, report
+from moco_d2.reports.curves import plot_lines
 
 RECIPE = "moco_v2_R50_200ep"
 
@@ -154,6 +155,12 @@ def test_curves_of_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [line.get_label() for line in (first, second)] == ["a", "b"]
     assert list(first.get_xdata())[-1] == 4 and list(second.get_xdata()) == [0.5, 1, 1.5, 2]
     assert len(panels["loss"].lines) == 4 and len(panels["feature std"].lines) == 3, "chance of each queue; one sphere"
+
+
+def test_no_two_of_many_curves_look_alike() -> None:
+    axis = Figure().subplots()
+    plot_lines(axis, "loss", {str(number): [[(0, 1.0), (1, number)]] for number in range(20)})
+    assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 20
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:

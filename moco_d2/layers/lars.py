@@ -75,7 +75,7 @@ class Lars(Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
-        # In place: a copy of all gradients would be as large as the network, and take longer than the update.
+        # In place: a copy of all gradients would be as large as the network.
         gradients: list[torch.Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
         self._scale(group, parameters, gradients)
         classic = self.form == "lars_classic"

@@ -17,7 +17,7 @@ from moco_d2.layers.distributed import rank, total, world_size
 # Number of negatives in a block: N x 8192 similarities fit into a processor's cache.
 BLOCK = 8192
 ROWS, CPU_ROWS = 65536, 16384  # rows of a memory bank that are copied at a time: 32 and 8 MB of 128 float32
-WHOLE = 32  # On a CPU, a query's products with 32 rows cost less than the copy of one.
+WHOLE = 32  # On a CPU, a bank is multiplied as a whole if it has at most 32 times the rows that a query draws.
 
 
 def info_nce(
@@ -144,7 +144,7 @@ def _scored_rows(
         if whole:
             yield part, rows, (own @ rows.T).gather(1, drawn) / temperature
             continue
-        # Into memory that is there already: to ask the system for it takes longer than to copy the rows.
+        # Into memory that is there already: fresh memory would be paged in for every block.
         torch.index_select(bank, 0, drawn.flatten(), out=(copy := rows[: drawn.numel()]))
         copied = copy.unflatten(0, drawn.shape).to(f.dtype)
         yield part, copied, (copied @ own[:, :, None]).squeeze(2) / temperature

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim.sgd import sgd
 from moco_d2.messages import unknown_name
 
 FORMS = ("lars", "lars_classic", "larc")
+BLOCK = 65_536  # elements of which norms are taken at a time, so that they stay in a CPU's cache
 
 
 class Lars(Optimizer):
@@ -37,6 +38,7 @@ class Lars(Optimizer):
         trust: float = 0.001,
         form: str = "lars",
         fused: bool | None = None,
+        foreach: bool | None = None,
     ) -> None:
         """Make an optimizer.
 
@@ -48,6 +50,9 @@ class Lars(Optimizer):
             trust: trust coefficient, > 0.
             form: one of ``FORMS``.
             fused: whether a kernel of torch's SGD does the last part of a step in one pass; ``None``: torch chooses.
+            foreach: whether to update all tensors together, or each by itself; ``None``: together unless on a CPU.
+                Together needs few kernels and no number from the GPU, but it overwrites the gradients and reads and
+                writes the memory about twice as often. The results differ in rounding.
 
         Raises:
             ValueError: an unknown form.
@@ -58,49 +63,63 @@ class Lars(Optimizer):
             "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "adapt": True,
             "fused": fused,
         }  # fmt: skip
-        self.form = form
+        self.form, self.foreach = form, foreach
         super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that have a gradient, which becomes ``q u`` of the last step."""
+        """Update the parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self._update(group, parameters)
+            if not parameters:
+                continue
+            if not group["adapt"]:
+                self._move(group, parameters)
+            elif self.foreach or (self.foreach is None and not parameters[0].is_cpu):
+                self._together(group, parameters)
+            else:
+                self._one_by_one(group, parameters)
         return loss
 
-    def _update(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
-        # In place: a copy of all gradients would be as large as the network.
-        gradients: list[torch.Tensor] = [p.grad for p in parameters]  # type: ignore[misc]
-        self._scale(group, parameters, gradients)
-        classic = self.form == "lars_classic"
-        if classic:
-            torch._foreach_mul_(gradients, group["lr"])
-        sgd(
-            parameters, gradients, [self._velocity(p) for p in parameters], fused=group["fused"],
-            lr=1.0 if classic else group["lr"], momentum=group["momentum"],
-            weight_decay=0.0, dampening=0.0, nesterov=False, maximize=False,
-        )  # fmt: skip
+    def _one_by_one(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        decay = 0.0 if self.form == "larc" else group["weight_decay"]
+        norms = torch.stack([_norms(p, g, decay) for p, g in zip(parameters, _gradients(parameters), strict=True)])
+        for parameter, q in zip(parameters, self._factors(group, norms[:, 0], norms[:, 1]).tolist(), strict=True):
+            self._move(group, [parameter], q)
 
-    def _scale(self, group: dict[str, Any], parameters: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
-        """Turn every gradient g into q u."""
-        decay, larc = group["weight_decay"], self.form == "larc"
-        slopes = torch._foreach_norm(gradients) if group["adapt"] and larc else ()
+    def _together(self, group: dict[str, Any], parameters: list[torch.Tensor]) -> None:
+        # In place: a copy of all gradients would be as large as the network.
+        gradients, decay = _gradients(parameters), group["weight_decay"]
+        slopes = torch._foreach_norm(gradients) if self.form == "larc" else ()
         if decay:
             torch._foreach_add_(gradients, parameters, alpha=decay)
-        if not group["adapt"]:
-            return
-        size = torch.stack(torch._foreach_norm(parameters))
         slope = torch.stack(slopes or torch._foreach_norm(gradients))
+        factors = self._factors(group, torch.stack(torch._foreach_norm(parameters)), slope)
+        torch._foreach_mul_(gradients, list(factors.unbind()))
+        self._move({**group, "weight_decay": 0.0}, parameters)
+
+    def _factors(self, group: dict[str, Any], size: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        """Return q of n tensors (n,) from the norms of weights and updates, or gradients for ``larc``, both (n,)."""
         usable, unscaled = (size > 0) & (slope > 0), torch.ones_like(size)
-        if larc:  # Without a gradient there is no weight decay either.
-            unscaled, slope = (slope > 0).to(size.dtype), slope + decay * size + 1e-8
-        torch._foreach_mul_(gradients, list(torch.where(usable, group["trust"] * size / slope, unscaled).unbind()))
+        if self.form == "larc":  # Without a gradient there is no weight decay either.
+            unscaled, slope = (slope > 0).to(size.dtype), slope + group["weight_decay"] * size + 1e-8
+        return torch.where(usable, group["trust"] * size / slope, unscaled)
+
+    def _move(self, group: dict[str, Any], parameters: list[torch.Tensor], q: float = 1.0) -> None:
+        """Take v <- m v + q (g + weight_decay p); p <- p - lr v as a step of SGD, which multiplies by 1 - dampening."""
+        lr, momentum = group["lr"], group["momentum"]
+        enters, moves = (lr * q, 1.0) if self.form == "lars_classic" else (q, lr)
+        if not momentum:  # SGD then has no dampening.
+            enters, moves = 1.0, enters * moves
+        sgd(
+            parameters, _gradients(parameters), [self._velocity(p) for p in parameters], fused=group["fused"], lr=moves,
+            momentum=momentum, weight_decay=group["weight_decay"], dampening=1.0 - enters, nesterov=False,
+            maximize=False,
+        )  # fmt: skip
 
     def _velocity(self, parameter: torch.Tensor) -> torch.Tensor:
         state = self.state[parameter]
@@ -108,3 +127,24 @@ class Lars(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         velocity: torch.Tensor = state["momentum_buffer"]
         return velocity
+
+
+def _gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _norms(parameter: torch.Tensor, gradient: torch.Tensor, decay: float) -> torch.Tensor:
+    """Return ‖p‖ and ‖g + decay p‖ (2,); each block of rows is read once for both."""
+    parameter, gradient = torch.atleast_1d(parameter), torch.atleast_1d(gradient)
+    rows = max(1, BLOCK * len(parameter) // max(1, parameter.numel()))
+    spare = torch.empty_like(parameter[:rows])
+    products = []
+    for p, g in zip(parameter.split(rows), gradient.split(rows), strict=True):
+        u = torch.add(g, p, alpha=decay, out=spare[: len(p)]) if decay else g
+        products += [torch.dot(x, x) for x in (_flat(p), _flat(u))]
+    return torch.stack(products).view(-1, 2).sum(dim=0).sqrt()
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    # In the order of memory, contiguous or channels_last, so that nothing is copied.
+    return (x if x.ndim < 3 or x.is_contiguous() else x.movedim(1, -1)).reshape(-1)

@@ -25,7 +25,7 @@ from moco_d2.engine.optim import (
 )
 from moco_d2.engine.preflight import config_problems
 from moco_d2.engine.schedules import SCHEDULES, lr_factor, weight_decay
-from moco_d2.layers.lars import Lars
+from moco_d2.layers.lars import FORMS, Lars
 from moco_d2.layers.views import Views
 from moco_d2.methods import SSLMethod
 from moco_d2.running.checkpoints import changed_settings
@@ -98,13 +98,19 @@ def test_sgd_and_adamw_are_their_equations_with_a_kernel_or_without(update: Upda
             torch.testing.assert_close(parameter.detach(), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("foreach", [True, False])  # as on a GPU, as on a CPU
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("update", [lars, lars_classic, larc])
-def test_each_form_of_lars_is_its_published_update(update: Update, fused: bool) -> None:
+def test_each_form_of_lars_is_its_published_update(
+    update: Update, fused: bool, foreach: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moco_d2.layers.lars.BLOCK", 20)  # some weights are one block, the fourth is 3, 3 and 1 rows
     torch.manual_seed(0)
-    weights = [torch.randn(3, 4).double(), torch.zeros(5).double(), torch.randn(2, 3, 1, 1).double()]
+    weights = [torch.randn(3, 4), torch.zeros(5), torch.tensor(2.0), torch.randn(7, 6), torch.randn(5, 3, 2, 2)]
+    weights = [w.double() for w in weights]
+    weights[-1] = weights[-1].to(memory_format=torch.channels_last)
     parameters = [nn.Parameter(w.clone()) for w in weights]
-    optimizer = Lars(parameters, 0.5, MOMENTUM, DECAY, TRUST, update.__name__, fused)
+    optimizer = Lars(parameters, 0.5, MOMENTUM, DECAY, TRUST, update.__name__, fused, foreach)
     velocities = [torch.zeros_like(w) for w in weights]
     for step in range(6):
         lr = 0.5 if step < 3 else 0.05  # the forms differ once it changes
@@ -116,6 +122,20 @@ def test_each_form_of_lars_is_its_published_update(update: Update, fused: bool) 
         optimizer.step()
         for parameter, expected in zip(parameters, weights, strict=True):
             torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_without_momentum_lars_takes_the_first_step_of_any_momentum(form: str, foreach: bool) -> None:
+    torch.manual_seed(0)
+    start, gradient = torch.randn(2, 4, 5).double()
+    found = []
+    for momentum in (0.0, 0.9):
+        found.append(nn.Parameter(start.clone()))
+        found[-1].grad = gradient.clone()
+        Lars([found[-1]], 0.3, momentum, DECAY, form=form, foreach=foreach).step()
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+    assert not torch.equal(found[0], start)
 
 
 def test_the_first_step_of_lars_moves_a_weight_by_lr_times_trust_times_its_norm() -> None:

@@ -10,6 +10,7 @@
     python -m benchmarks kernels                                   # operations and memory of a step, only counted
     python -m benchmarks kernels --lower --encoder resnet18 --batch 64 --size 32 --autocast bfloat16 --channels-last
     python -m benchmarks methods                                   # a step of every method: minutes a method
+    python -m benchmarks parts                                     # losses and optimizers: about a minute
     python -m benchmarks data                                      # from JPEG files to views: about a minute
     python -m benchmarks scale                                     # many files, shards, streams: about a minute
     python -m benchmarks scale --files 1300000 --folders 1000      # as many as ImageNet's; $TMPDIR names another disk
@@ -172,6 +173,21 @@ def methods(args: argparse.Namespace) -> None:
     tables(content, settings, args.output, ("", "", ".3f", ".2f", ".2f", ".0f", ".0f"))
 
 
+def parts(args: argparse.Namespace) -> None:
+    """Time NCE, Sinkhorn and LARS against plain forms of their equations."""
+    check(args, repeats=2)
+    if not 0 < args.scale <= 1:
+        raise ValueError(f"--scale is {args.scale}; it must be above 0 and at most 1")
+    import torch
+
+    from benchmarks.measure import machine, tables
+    from benchmarks.parts import rows
+
+    torch.set_num_threads(1)
+    settings = {"repeats": args.repeats, "scale": args.scale, "machine": machine("cpu"), "threads": 1}
+    tables(rows(args.repeats, args.scale), settings, args.output)
+
+
 def data(args: argparse.Namespace) -> None:
     """Time every backend of the loader against the authors' loader."""
     check(args, images=1, size=1, repeats=1)
@@ -281,6 +297,10 @@ def main() -> None:
     command.add_argument("--width", type=float, default=1.0, help="of the ResNet-50 (default: %(default)s)")
     command.add_argument("--repeats", type=int, default=5, help="runs of each, alternated (default: %(default)s)")
     _add_steps(commands)
+    command = commands.add_parser("parts", help="losses and optimizers against plain forms")
+    command.set_defaults(run=parts)
+    command.add_argument("--repeats", type=int, default=7, help="turns of each form (default: %(default)s)")
+    command.add_argument("--scale", type=float, default=1.0, help="of the papers' sizes (default: %(default)s)")
     command = commands.add_parser("data", help="from image files to batches of views")
     command.set_defaults(run=data)
     command.add_argument("--folder", default="", help="of images (default: 500 x 375 JPEGs are drawn)")

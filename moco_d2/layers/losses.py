@@ -17,7 +17,7 @@ from moco_d2.layers.distributed import rank, total, world_size
 # Number of negatives in a block: N x 8192 similarities fit into a processor's cache.
 BLOCK = 8192
 ROWS, CPU_ROWS = 65536, 16384  # rows of a memory bank that are copied at a time: 32 and 8 MB of 128 float32
-WHOLE = 32  # On a CPU, a bank is multiplied as a whole if it has at most 32 times the rows that a query draws.
+WHOLE = 16  # On a CPU, a bank is multiplied as a whole if it has at most 16 times the rows that a query draws.
 
 
 def info_nce(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmark
-from benchmarks import measure, methods
+from benchmarks import measure, methods, parts
 from moco_d2.config import load_cfg
 
 Run = Callable[..., dict[str, Any]]
@@ -58,7 +58,7 @@ def test_eval_compares_every_backend_and_both_voc_metrics(run: Run, capsys: pyte
 
 
 @pytest.mark.parametrize(
-    "name", ["eval", "convert", "step", "feed", "kernels", "methods", "data", "scale", "startup", "proof"]
+    "name", ["eval", "convert", "step", "feed", "kernels", "methods", "parts", "data", "scale", "startup", "proof"]
 )
 def test_every_benchmark_starts(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", name, "--help"])
@@ -168,6 +168,25 @@ def test_methods_compares_with_its_networks_and_moco_v2(run: Run, capsys: pytest
     assert "| MoCo " in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--methods Moko: the methods are .*MoCo"):
         run("methods", "--methods", "Moko", *small)
+
+
+def test_parts_compares_equal_forms(run: Run) -> None:
+    found = run("parts", "--repeats", 2, "--scale", 0.02)
+    assert len(found["LARS"]) == 4 and found["LARS"][0]["ratio"] == 1
+    assert all(row["seconds"] > 0 for title in found if title.startswith(("NCE", "Sinkhorn")) for row in found[title])
+    plain, ours = (work() for work in parts.sinkhorn_works(0.02).values())
+    torch.testing.assert_close(plain[-32:], ours, rtol=1e-5, atol=1e-7)
+    works = parts.nce_works(4, 0.02)
+    (f, *_) = works["plain"].args
+    gradients = []
+    for work in works.values():
+        f.grad = None
+        work()
+        gradients.append(f.grad)
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match=r"--scale is 2\.0; it must be above 0 and at most 1"):
+        run("parts", "--scale", 2.0)
 
 
 def test_a_method_is_measured_under_its_own_recipe_with_patches_and_clusters_that_fit() -> None:

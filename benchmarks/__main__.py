@@ -130,7 +130,16 @@ def _step_config(args: argparse.Namespace) -> tuple[CfgNode, dict[str, Any]]:
     check_config(cfg, world_size=1)
     torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK  # as moco-d2 pretrain does
     logging.disable(logging.INFO)
-    return cfg, {**opts, "threads": 1 if args.device == "cpu" else torch.get_num_threads()}
+    return cfg, {**opts, "threads": _threads(args.device)}
+
+
+def _threads(device: str) -> int:
+    """Return torch's number of threads; on a CPU it becomes one, because CPU seconds count the waiting of others."""
+    import torch
+
+    if device == "cpu":
+        torch.set_num_threads(1)
+    return torch.get_num_threads()
 
 
 def kernels(args: argparse.Namespace) -> None:
@@ -166,10 +175,9 @@ def methods(args: argparse.Namespace) -> None:
         "SSL.ENCODER.NAME": args.encoder, "SSL.ENCODER.ARGS.stem": "imagenet", "SEED": 0,
     }  # fmt: skip
     logging.disable(logging.INFO)
+    settings = {**opts, "machine": machine(args.device), "threads": _threads(args.device)}
     found, left_out = rows(names, [*map(str, itertools.chain(*opts.items())), *args.opts], args.repeats)
-    threads = 1 if args.device == "cpu" else torch.get_num_threads()
     content = {"a step": found, **{f"not measured, {number}": why for number, why in enumerate(left_out, start=1)}}
-    settings = {**opts, "machine": machine(args.device), "threads": threads}
     tables(content, settings, args.output, ("", "", ".3f", ".2f", ".2f", ".0f", ".0f"))
 
 
@@ -178,13 +186,10 @@ def parts(args: argparse.Namespace) -> None:
     check(args, repeats=2)
     if not 0 < args.scale <= 1:
         raise ValueError(f"--scale is {args.scale}; it must be above 0 and at most 1")
-    import torch
-
     from benchmarks.measure import machine, tables
     from benchmarks.parts import rows
 
-    torch.set_num_threads(1)
-    settings = {"repeats": args.repeats, "scale": args.scale, "machine": machine("cpu"), "threads": 1}
+    settings = {"repeats": args.repeats, "scale": args.scale, "machine": machine("cpu"), "threads": _threads("cpu")}
     tables(rows(args.repeats, args.scale), settings, args.output)
 
 

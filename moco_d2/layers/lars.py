@@ -51,8 +51,8 @@ class Lars(Optimizer):
             form: one of ``FORMS``.
             fused: whether a kernel of torch's SGD does the last part of a step in one pass; ``None``: torch chooses.
             foreach: whether to update all tensors together, or each by itself; ``None``: together unless on a CPU.
-                Together needs few kernels and no number from the GPU, but it overwrites the gradients and reads and
-                writes the memory about twice as often. The results differ in rounding.
+                Together needs few kernels and no number from the GPU, but it overwrites the gradients and moves more
+                memory. The results differ in rounding.
 
         Raises:
             ValueError: an unknown form.

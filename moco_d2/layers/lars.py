@@ -134,17 +134,13 @@ def _gradients(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _norms(parameter: torch.Tensor, gradient: torch.Tensor, decay: float) -> torch.Tensor:
-    """Return ‖p‖ and ‖g + decay p‖ (2,); each block of rows is read once for both."""
-    parameter, gradient = torch.atleast_1d(parameter), torch.atleast_1d(gradient)
-    rows = max(1, BLOCK * len(parameter) // max(1, parameter.numel()))
-    spare = torch.empty_like(parameter[:rows])
-    products = []
-    for p, g in zip(parameter.split(rows), gradient.split(rows), strict=True):
-        u = torch.add(g, p, alpha=decay, out=spare[: len(p)]) if decay else g
-        products += [torch.dot(x, x) for x in (_flat(p), _flat(u))]
+    """Return ‖p‖ and ‖g + decay p‖ (2,); each block is read once for both."""
+    pair = parameter, gradient
+    if parameter.ndim > 2 and not (parameter.is_contiguous() and gradient.is_contiguous()):
+        pair = parameter.movedim(1, -1), gradient.movedim(1, -1)  # channels_last: then nothing is copied
+    p, g = (x.reshape(-1) for x in pair)
+    spare, products = torch.empty_like(p[:BLOCK]), []
+    for weights, slopes in zip(p.split(BLOCK), g.split(BLOCK), strict=True):
+        u = torch.add(slopes, weights, alpha=decay, out=spare[: len(weights)]) if decay else slopes
+        products += [torch.dot(weights, weights), torch.dot(u, u)]
     return torch.stack(products).view(-1, 2).sum(dim=0).sqrt()
-
-
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    # In the order of memory, contiguous or channels_last, so that nothing is copied.
-    return (x if x.ndim < 3 or x.is_contiguous() else x.movedim(1, -1)).reshape(-1)

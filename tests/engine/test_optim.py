@@ -104,7 +104,7 @@ def test_sgd_and_adamw_are_their_equations_with_a_kernel_or_without(update: Upda
 def test_each_form_of_lars_is_its_published_update(
     update: Update, fused: bool, foreach: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moco_d2.layers.lars.BLOCK", 20)  # some weights are one block, the fourth is 3, 3 and 1 rows
+    monkeypatch.setattr("moco_d2.layers.lars.BLOCK", 20)  # the fourth: 20, 20 and 2 numbers
     torch.manual_seed(0)
     weights = [torch.randn(3, 4), torch.zeros(5), torch.tensor(2.0), torch.randn(7, 6), torch.randn(5, 3, 2, 2)]
     weights = [w.double() for w in weights]

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from moco_d2.reports.summary import Row, Table, heading
 
@@ -46,6 +47,7 @@ def plot_lines(
     for label, value in references:
         axis.axhline(value, color="grey", linestyle="--", linewidth=1, label=label)
     axis.set(title=title, xlabel=x)
+    axis.xaxis.set_major_formatter(_short)
     axis.grid(alpha=0.2)
     axis.legend(frameon=False, fontsize=9)
 
@@ -123,6 +125,11 @@ def draw_panels(name: str, painters: Sequence[Callable[[Any], None]]) -> str:
             painter(axis)
 
     return _draw(name, paint, (7.5, 2.6 * len(painters)), nrows=len(painters), sharex=True, squeeze=False)
+
+
+def _short(value: float, _position: int) -> str:
+    """Write a number below a tick: 192000 as 192k, because labels of six digits touch in a small plot."""
+    return str(EngFormatter(sep="")(value)) if abs(value) >= 10_000 else f"{value:g}"
 
 
 def _name(table: Table, what: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,18 @@ def test_no_two_of_many_curves_look_alike() -> None:
     axis = Figure().subplots()
     plot_lines(axis, "loss", {str(number): [[(0, 1.0), (1, number)]] for number in range(20)})
     assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 20
+
+
+@pytest.mark.parametrize("end", [0.5, 1000, 192_000, 1_234_567, 256_000_000])
+def test_numbers_below_a_small_plot_do_not_touch(end: float) -> None:
+    figure = Figure(figsize=(11, 3.4 * 3), layout="constrained")  # as a sweep draws six
+    axis = figure.subplots(3, 2)[0, 0]
+    plot_lines(axis, "loss", {"a": [[(0, 1.0), (end, 2.0)]]}, x="pictures shown")
+    figure.draw_without_rendering()
+    assert all(a.get_window_extent().x1 < b.get_window_extent().x0 for a, b in pairwise(axis.get_xticklabels()))
+    signs = str.maketrans({"k": "e3", "M": "e6", "\N{MINUS SIGN}": "-"})
+    numbers = [float(label.get_text().translate(signs)) for label in axis.get_xticklabels()]
+    assert numbers == pytest.approx(axis.get_xticks())
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ def in_two_processes(work: Callable[..., None], *args: Any) -> None:
 
 def in_processes(count: int, work: Callable[..., None], *args: Any) -> None:
     """Call ``work(*args)`` in as many forks."""
-    passed = (count, mkdtemp(), work, args)
-    torch.multiprocessing.start_processes(_one_of_them, passed, nprocs=count, start_method="fork")
+    with TemporaryDirectory() as folder:
+        passed = (count, folder, work, args)
+        torch.multiprocessing.start_processes(_one_of_them, passed, nprocs=count, start_method="fork")
 
 
 def _one_of_them(rank: int, count: int, folder: str, work: Callable[..., None], args: tuple[Any, ...]) -> None:

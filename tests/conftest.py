@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -28,9 +29,13 @@ def forks_can_train() -> None:
 
     At its first backward pass, autograd starts a thread for each kind of device but the CPU, and processes forked after
     that cannot train. FakeTensorMode (torch.compile, torch.export) pretends that there is a GPU, and stays pretending.
+
+    Nor may a fork collect the garbage of earlier tests: it has none of their threads, for whose end a session of
+    onnxruntime, for instance, would wait forever.
     """
     import torch
 
+    os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
     torch.ones(1, requires_grad=True).sum().backward()
 
 

@@ -20,6 +20,7 @@ from moco_d2.engine.build import outline
 from moco_d2.engine.monitor import Monitor, probe_count
 from moco_d2.engine.optim import scaled_lr, total_steps
 from moco_d2.engine.preflight import check_config
+from moco_d2.engine.step import performance_advice
 from moco_d2.engine.trainer import PretrainTrainer, recipe_changes
 from moco_d2.io.files import atomic_write
 from moco_d2.io.pictures import describe
@@ -78,7 +79,8 @@ def rehearse(cfg: CfgNode) -> Iterator[tuple[str, str]]:
     yield "data", f"{', '.join(full.DATASETS.TRAIN)}: {images} images"
     yield from _check_pictures(trainer.data_loader.dataset, full)
     yield "schedule", _schedule(full, steps)
-    for warning in trainer.method.advice(images, full.SOLVER.IMS_PER_BATCH, steps):
+    advice = trainer.method.advice(images, full.SOLVER.IMS_PER_BATCH, steps)
+    for warning in [*advice, *performance_advice(full)]:
         yield "advice", warning
     yield "weights", full.MODEL.WEIGHTS or f"none: random values of seed {small.SEED}"
     yield "model", f"{full.SSL.METHOD}, {full.SSL.ENCODER.NAME}: {parameters(trainer.method)}"

@@ -25,7 +25,13 @@ from moco_d2.engine.loader import build_loader
 from moco_d2.engine.monitor import Monitor, MonitorHook, probe_period
 from moco_d2.engine.optim import IMPLIED, ScheduledOptimizer, build_clipper, build_optimizer, total_steps, trajectory
 from moco_d2.engine.preflight import check_config
-from moco_d2.engine.step import PretrainStep, apply_performance_options, chosen_autocast, describe_performance_options
+from moco_d2.engine.step import (
+    PretrainStep,
+    apply_performance_options,
+    chosen_autocast,
+    describe_performance_options,
+    performance_advice,
+)
 from moco_d2.facts import BackboneFacts
 from moco_d2.io.checkpoints import forget_checkpoint
 from moco_d2.layers.distributed import wrap_ddp
@@ -243,7 +249,7 @@ class PretrainTrainer(DefaultTrainer):
             logger.info("%s: %s", name, value)
         for departure in self.method.departures():
             logger.warning("%s: the weights will be marked as those of a modified recipe", departure)
-        for warning in self.method.advice(images, batch, self.max_iter):
+        for warning in [*self.method.advice(images, batch, self.max_iter), *performance_advice(self.cfg)]:
             logger.warning("%s", warning)
 
 

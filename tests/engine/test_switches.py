@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco_d2.config import load_cfg
-from moco_d2.engine.step import describe_performance_options
+from moco_d2.engine.step import describe_performance_options, performance_advice
 from moco_d2.engine.trainer import PretrainTrainer
 from moco_d2.facts import BackboneFacts
 from moco_d2.model_zoo import pretraining_changes
@@ -226,6 +226,21 @@ class CountWaits(HookBase):
         for mode in reversed(self.modes):
             mode.__exit__(None, None, None)
         self.counts.append(sum(mode.count for mode in self.modes))
+
+
+@pytest.mark.parametrize(
+    ("autocast", "device", "instructions", "slow"),
+    [
+        ("bfloat16", "cpu", "AVX2", True), ("bfloat16", "cpu", "AVX512", False), ("bfloat16", "cuda", "AVX2", False),
+        ("auto", "cpu", "AVX2", False), ("", "cpu", "AVX2", False),
+    ],
+)  # fmt: skip
+def test_a_cpu_without_bfloat16_is_told(
+    autocast: str, device: str, instructions: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    cfg = load_cfg("Pretrain/moco_v2_R50_200ep", ["ENGINE.AUTOCAST", autocast, "MODEL.DEVICE", device])
+    assert ["ENGINE.AUTOCAST auto" in advice for advice in performance_advice(cfg)] == [True] * slow
 
 
 @pytest.mark.parametrize("autocast", ["", "float16"])

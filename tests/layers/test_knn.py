@@ -41,7 +41,7 @@ def test_predictions_are_the_notebooks(
         ranked = plain_knn(queries, bank, labels, 10, k, temperature)
         assert torch.equal(scores.argmax(dim=1), ranked[:, 0])
         assert hits(scores, wanted) == int((ranked[:, 0] == wanted).sum())
-        torch.testing.assert_close(blocks, scores)
+        torch.testing.assert_close(blocks, scores, rtol=1e-5, atol=0)  # the rounding of a similarity, over T
         if k == max(ks):  # with few neighbours most classes tie at 0
             assert hits(scores, wanted, 5) == int((ranked[:, :5] == wanted[:, None]).any(dim=1).sum())
     half = knn_scores(queries.half(), bank.half(), labels, 10, ks, temperature)

@@ -14,7 +14,7 @@ from moco_d2.facts import IMAGENET_RGB
 from moco_d2.layers.resnet import build_resnet, describe
 from moco_d2.methods import CMC
 from moco_d2.methods.cmc import HALF_RANGES, YDBDR
-from tests.methods.small_methods import build, make_views, six_losses
+from tests.methods.small_methods import ROUNDING, build, make_views, six_losses
 
 RESNETS = [("resnet18", 0.125, "imagenet"), ("resnet50", 0.125, "imagenet"), ("resnet18", 0.25, "cifar")]
 
@@ -128,7 +128,7 @@ def test_six_steps_have_the_recorded_losses() -> None:
         13.283892742131052, 12.570493947650816, 19.198152356576863, 14.047655980158922, 13.272866218711219,
         13.072632936962385,
     ]  # fmt: skip
-    assert six_losses("CMC") == pytest.approx(expected, rel=1e-9)
+    assert six_losses("CMC") == pytest.approx(expected, rel=ROUNDING)
 
 
 @pytest.mark.parametrize("code", ["CMC", "PyContrast"])

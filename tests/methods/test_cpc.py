@@ -9,7 +9,7 @@ import torch
 from moco_d2.layers.resnet import build_resnet
 from moco_d2.methods import CPC
 from moco_d2.methods.cpc import context_network, predictive_loss
-from tests.methods.small_methods import build, make_views, six_losses
+from tests.methods.small_methods import ROUNDING, build, make_views, six_losses
 
 
 def grids(n: int = 3, d: int = 6, h: int = 5, w: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +112,7 @@ def test_six_steps_have_the_recorded_losses() -> None:
         6.6122705104992905, 1.8346818260096975, 1.7924362251824904, 1.8079705551033496, 1.7897670661582252,
         1.791430563410943,
     ]  # fmt: skip
-    assert six_losses("CPC") == pytest.approx(expected, rel=1e-9)
+    assert six_losses("CPC") == pytest.approx(expected, rel=ROUNDING)
 
 
 def test_mistakes_are_refused_with_the_remedy() -> None:

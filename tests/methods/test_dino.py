@@ -21,7 +21,7 @@ from moco_d2.layers.resnet import build_resnet
 from moco_d2.layers.vit import build_vit
 from moco_d2.methods import DINO, build_method
 from moco_d2.methods.dino import Head
-from tests.methods.small_methods import VIT, Tiny, build, make_views, train_tiny
+from tests.methods.small_methods import ROUNDING, VIT, Tiny, build, make_views, train_tiny
 from tests.methods.test_contract import optimizer, train
 
 
@@ -132,7 +132,7 @@ def test_six_steps_end_where_they_did() -> None:
         0.7407560241418566,
         0.9300415212939214,
     ]
-    assert losses == pytest.approx(expected, rel=1e-9)
+    assert losses == pytest.approx(expected, rel=ROUNDING)
 
 
 def official(norm: bool, hidden: int) -> dict[str, torch.Tensor]:

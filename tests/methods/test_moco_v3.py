@@ -14,7 +14,7 @@ from moco_d2.layers.resnet import build_resnet
 from moco_d2.layers.vit import build_vit
 from moco_d2.methods import MoCoV3, build_method
 from moco_d2.methods.moco_v3 import contrast
-from tests.methods.small_methods import build, make_views, six_losses
+from tests.methods.small_methods import ROUNDING, build, make_views, six_losses
 from tests.methods.toy_set import TinyEncoder
 
 DIM, HIDDEN, WIDTH, TAU = 16, 32, 64, 0.5
@@ -143,7 +143,7 @@ def test_the_recorded_accuracy_counts_an_images_own_key_alone() -> None:
 
 
 def test_six_steps_are_the_recorded_ones() -> None:
-    assert six_losses("MoCoV3") == pytest.approx(RECORDED, rel=1e-9)
+    assert six_losses("MoCoV3") == pytest.approx(RECORDED, rel=ROUNDING)
 
 
 def test_values_out_of_range_are_refused() -> None:

@@ -13,7 +13,7 @@ from moco_d2.layers.resnet import build_resnet
 from moco_d2.layers.spread import feature_std
 from moco_d2.layers.views import Views
 from moco_d2.methods import SimSiam
-from tests.methods.small_methods import build, make_views, six_losses
+from tests.methods.small_methods import ROUNDING, build, make_views, six_losses
 from tests.methods.toy_set import TinyEncoder, train_on_toy_set
 
 DIM, WIDTH = 16, 64  # of the small network's projections, and of its features
@@ -102,7 +102,7 @@ def test_no_gradient_reaches_the_encoder_by_way_of_the_targets() -> None:
 
 
 def test_six_steps_are_the_recorded_ones() -> None:
-    assert six_losses("SimSiam") == pytest.approx(RECORDED, rel=1e-9)
+    assert six_losses("SimSiam") == pytest.approx(RECORDED, rel=ROUNDING)
 
 
 def test_values_out_of_range_are_refused() -> None:

@@ -161,7 +161,7 @@ def performance_advice(cfg: CfgNode) -> Iterator[str]:
     on_cpu = cfg.MODEL.DEVICE == "cpu"
     if on_cpu and chosen_autocast(cfg) == "bfloat16" and torch.backends.cpu.get_cpu_capability() == "AVX2":
         yield (
-            "ENGINE.AUTOCAST bfloat16: this CPU has no instructions for bfloat16 (AVX2 is its newest set), so that a step "
+            "ENGINE.AUTOCAST bfloat16: this CPU has no instructions for bfloat16 (AVX2 is its newest set), so a step "
             "takes longer than in float32; ENGINE.AUTOCAST auto leaves it out on a CPU"
         )
 

@@ -49,7 +49,7 @@ def test_closed_forms() -> None:
     assert cross_view_entropy(codes, equal, 0.1).item() == pytest.approx(8.00637, abs=1e-5)
     for size in (65_536, 3_001):  # DINO's, and a prime number; terms that are all equal round in one direction
         loss = cross_view_entropy(torch.full((2, 8, size), 1 / size), torch.zeros(4, 8, size), 0.1)
-        assert loss.item() == pytest.approx(math.log(size), rel=1e-5)
+        assert loss.item() == pytest.approx(math.log(size), rel=2e-5)
     torch.testing.assert_close(sinkhorn(equal[0]), codes[0])
     scores = random_scores(1, n=12, k=12)[0]
     balanced = sinkhorn(scores, iterations=200)
